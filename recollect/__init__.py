@@ -1,0 +1,1 @@
+"""recollect trains any PyTorch model inside the memory you have."""

@@ -1,0 +1,55 @@
+"""Exceptions of recollect.
+
+A leaf: it imports nothing of the package, so that every floor can raise them.
+
+    RecollectError
+    |-- BudgetInfeasible      no plan fits the budget; carries the smallest one that would
+    |-- PlanMismatch          a plan or profile belongs to another model, or its file is damaged
+    |-- VerificationFailed    a planned step did not equal the plain step
+    `-- UnsupportedInput      a model, batch, loss or budget that recollect cannot work with (also a ValueError)
+
+Every message has three beats: what was found, why it cannot go on, what to do.
+"""
+
+from __future__ import annotations
+
+from recollect.units import format_bytes
+
+
+class RecollectError(Exception):
+    """Base of every error that recollect raises on purpose."""
+
+
+class BudgetInfeasible(RecollectError):
+    """No plan keeps the peak within the budget.
+
+    Attributes:
+        required_bytes: the smallest budget, in bytes, that recollect can run.
+        budget_bytes: the budget that was asked for.
+        where: what sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
+    """
+
+    def __init__(self, required_bytes: int, budget_bytes: int, where: str) -> None:
+        self.required_bytes = required_bytes
+        self.budget_bytes = budget_bytes
+        self.where = where
+        super().__init__(
+            f"the budget of {format_bytes(budget_bytes)} is too small: even with everything recomputed that can be, "
+            f"this step needs {format_bytes(required_bytes)} ({required_bytes} bytes), set by {where}. "
+            f"Give at least {required_bytes} bytes, or use a smaller batch or model."
+        )
+
+    def __reduce__(self) -> tuple[type[BudgetInfeasible], tuple[int, int, str]]:
+        return type(self), (self.required_bytes, self.budget_bytes, self.where)
+
+
+class PlanMismatch(RecollectError):
+    """A plan or profile does not belong to this model, or its file cannot be read as one."""
+
+
+class VerificationFailed(RecollectError):
+    """A planned step gave another loss, gradient, buffer or random state than the plain step."""
+
+
+class UnsupportedInput(RecollectError, ValueError):
+    """Something handed to recollect cannot be worked with; the message says what to change."""

@@ -1,0 +1,347 @@
+"""The plain records that the four verbs exchange: Profile, Plan, Verdict.
+
+F0: no tensors, no torch.  `codec` (below) turns the records into versioned JSON and back.
+
+How a step is described
+-----------------------
+A *storage* is a piece of memory; a *value* is what one storage holds between two writes, so an in-place operation makes
+a new value in an old storage.  Bytes are always accounted per storage, never per tensor or view.
+
+Forward is cut into *regions* that follow each other in time: one call of one module, or a stretch of a container's own
+operations between two such calls (a *segment*), or a stretch of code outside the model (``<loss>``).  The operations of
+a region are contiguous in `Profile.ops`.  Values made in one region and used in another are that other region's
+*external* values: they are never dropped, only held.
+
+A *slot* is one saving of one value by autograd.  The *events* tell, in the order in which they happen in one plain
+training step, when storages appear, when the last reference other than autograd's dies, when autograd saves, reads and
+releases, and which operation ran in between.  From them `simulate` knows the memory at every moment, for any decision
+about what to drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from recollect import codec
+
+#: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
+COMPONENTS = ("parameters", "buffers", "gradients", "optimizer_state", "batch", "activation")
+
+#: A region's keep set: (operation's position in the region, output's index) of each value that is held instead of
+#: replayed. ``None`` instead of a keep set leaves the region untouched: it runs as plain PyTorch.
+KeepSet = frozenset[tuple[int, int]]
+Decision = KeepSet | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """One piece of memory."""
+
+    nbytes: int
+    """Its size, rounded up to the allocator's granule."""
+    component: str = "activation"
+    """One of `COMPONENTS`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Value:
+    """What one storage holds between two writes."""
+
+    storage: int
+    """Index into `Profile.storages`."""
+    op: int = -1
+    """Index into `Profile.ops` of the operation that made it; -1 if no recorded operation did."""
+    output: int = 0
+    """Which of the operation's results: 0, 1, ... for returned tensors; -1, -2, ... for mutated arguments, in order."""
+    overwritten: bool = False
+    """Its storage is written again later in forward, so it cannot be held as a source for replay."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signature:
+    """A distinct operation: name, shapes, strides, dtypes, scalars. What it costs was measured by running it alone."""
+
+    name: str
+    """The overload's name, e.g. ``aten.mm.default``."""
+    ms: float = 0.0
+    """Time of one run in milliseconds (minimum of several)."""
+    scratch_bytes: int = 0
+    """Most memory it holds inside, beyond its inputs and outputs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Op:
+    """One operation of forward. Pure views are not recorded: an argument is a value seen through a geometry."""
+
+    signature: int
+    """Index into `Profile.signatures`."""
+    inputs: tuple[int, ...] = ()
+    """Values read, in argument order, a value named once for each argument that it appears in."""
+    outputs: tuple[int, ...] = ()
+    """Values made; a mutated argument's new value is among them."""
+    mutates: tuple[int, ...] = ()
+    """Those of `inputs` whose storage it overwrites."""
+    keep_reason: str = ""
+    """Why its results must be kept (not replayable); empty if it may be replayed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """One call of one module, a segment of a container, or a stretch of ``<loss>``."""
+
+    key: str
+    """``layers.3#0``: module path, ``#`` call index, and ``/n`` for the n-th segment of a container."""
+    first_op: int
+    """Index into `Profile.ops`."""
+    op_count: int
+    class_id: int
+    """Regions with the same id have the same operations, wiring, sizes and savings: one solve serves all of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """One saving of one value by autograd."""
+
+    value: int
+    region: int
+    """Index of the region in which it was saved."""
+
+
+class EventKind(IntEnum):
+    """What happened. The event's number `a` is an index into the named table."""
+
+    ALLOC = 0
+    """Storage `a` appeared."""
+    FREE = 1
+    """The last reference to storage `a`, other than autograd's savings, died."""
+    OP = 2
+    """Forward operation `a` ran (its new storages were announced just before)."""
+    OTHER_OP = 3
+    """An operation of backward or of the optimizer ran, with signature `a`."""
+    SAVE = 4
+    """Autograd saved slot `a`."""
+    UNPACK = 5
+    """Backward read slot `a`."""
+    RELEASE = 6
+    """Autograd let go of slot `a`."""
+    ENTER = 7
+    """Region `a` began."""
+    EXIT = 8
+    """Region `a` ended."""
+    BACKWARD = 9
+    """Backward began."""
+    OPTIMIZER = 10
+    """The optimizer step began."""
+
+
+class Event(NamedTuple):
+    """One moment of the timeline."""
+
+    kind: EventKind
+    a: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What `measure` found about one training step of one model on one batch."""
+
+    model: str
+    """The model's class name."""
+    fingerprint: str
+    """Digest of the names, shapes and dtypes of parameters and buffers: says whether a plan is of this model."""
+    batch: str
+    """The batch's shapes and dtypes, for people."""
+    device: str
+    torch_version: str
+    threads: int
+    baseline: Mapping[str, int]
+    """Bytes alive during the whole step, by component (all of `COMPONENTS` but "activation")."""
+    storages: tuple[Storage, ...]
+    values: tuple[Value, ...]
+    signatures: tuple[Signature, ...]
+    ops: tuple[Op, ...]
+    regions: tuple[Region, ...]
+    region_paths: tuple[str, ...]
+    """Module paths that are regions: what `apply` wraps."""
+    slots: tuple[Slot, ...]
+    events: tuple[Event, ...]
+    optimizer: str = ""
+    """The optimizer's class name; empty when measured without one (its state and step are then not in any figure)."""
+    data_dependent: bool = False
+    """Shapes depend on the data: measured by a concrete run, so another batch may need more."""
+    margin_bytes: int = 0
+    """Added to every moment: the stated margin of a data-dependent profile."""
+    correction_bytes: int = 0
+    """Added to every moment: what a guarded run measured beyond (or below) the prediction."""
+    mode_ms_per_op: float = 0.0
+    """Time that a planned region costs for each operation that runs in it."""
+    tape_ms_per_op: float = 0.0
+    """Further time for each operation written to the tape and replayed."""
+    baseline_bytes: int = field(init=False)
+    """Sum of `baseline`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "baseline_bytes", sum(self.baseline.values()))
+
+    @property
+    def plain_step_ms(self) -> float:
+        """Predicted time of the plain step: each operation that ran, alone."""
+        return sum(
+            self.signatures[self.ops[event.a].signature if event.kind == EventKind.OP else event.a].ms
+            for event in self.events
+            if event.kind in (EventKind.OP, EventKind.OTHER_OP)
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON."""
+        codec.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile. Raises `PlanMismatch` if the file is not one."""
+        return codec.load(cls, path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptValue:
+    """A value that is kept for safety, whatever the budget, and why."""
+
+    op: str
+    reason: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What to do in a region: shared by all regions of one class with the same decision."""
+
+    class_id: int
+    op_names: tuple[str, ...]
+    """The operations that the decision was made for: the live tape follows it only as long as they agree."""
+    keep: tuple[tuple[int, int], ...]
+    """The keep set, sorted."""
+    replay: tuple[int, ...]
+    """Positions of the operations that replay needs, sorted: only these are taped."""
+    held_bytes: int
+    """Bytes this region holds from the end of its forward to its backward, parameters and batch apart."""
+    dropped_bytes: int
+    """Bytes that autograd saves in the plain step and that this recipe does not hold."""
+    replay_ms: float
+    """Time of the replayed operations."""
+    kept_for_safety: tuple[KeptValue, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRegion:
+    """The decision for one region."""
+
+    key: str
+    recipe: int = -1
+    """Index into `Plan.recipes`; -1 leaves the region untouched."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A decision for every region, with what it is predicted to cost."""
+
+    budget_bytes: int
+    """The budget it was solved for."""
+    predicted_peak_bytes: int
+    """Predicted peak of the whole step, in the budget's terms."""
+    peak_where: str
+    """When the peak is reached: a region's key, ``backward of KEY`` or ``optimizer step``."""
+    baseline_bytes: int
+    """Parameters, buffers, gradients, optimizer state, batch."""
+    breakdown: Mapping[str, int]
+    """Bytes at the moment of the peak, by component; they add up to `predicted_peak_bytes`."""
+    predicted_step_ms: float
+    plain_step_ms: float
+    plain_peak_bytes: int
+    overhead_ratio: float
+    """`predicted_step_ms` / `plain_step_ms` - 1."""
+    lower_bound_ms: float
+    """No plan of the plan space is faster than this at this budget."""
+    regions: tuple[PlannedRegion, ...]
+    recipes: tuple[Recipe, ...]
+    region_paths: tuple[str, ...]
+    """Module paths that are regions."""
+    model: str
+    fingerprint: str
+    """See `Profile.fingerprint`."""
+    batch: str
+    device: str
+    optimizer: str
+    """Empty when the optimizer was not measured: its state and step are then not in the figures."""
+    exactness: str = "bitwise"
+    """"bitwise": gradients are bit for bit those of the plain step. "rounding": summation order may differ."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True when nothing is dropped: applying the plan installs nothing."""
+        return all(region.recipe < 0 for region in self.regions)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        codec.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. Raises `PlanMismatch` if the file is not one."""
+        return codec.load(cls, path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What `verify` found. A field is None where it was not checked."""
+
+    ok: bool | None
+    """Everything that was compared is bit-for-bit equal and the measured peak is within the budget; None when a part
+    could not be compared."""
+    method: str
+    """"whole-step": plain and planned steps compared. "per-region": each region class plain and replayed from identical
+    inputs. "guarded": only the planned step was run, and its peak measured."""
+    loss_equal: bool | None
+    gradients_equal: bool | None
+    buffers_equal: bool | None
+    rng_equal: bool | None
+    max_abs_difference: float | None
+    """Largest absolute difference in any compared tensor."""
+    differing: tuple[str, ...]
+    """Names of tensors that differ from the plain step."""
+    plain_reproducible: bool | None
+    """Two plain steps from the same state gave the same bits."""
+    not_reproducible: tuple[str, ...]
+    """Names of tensors that differ between two plain steps: never blamed on the plan."""
+    unverified: tuple[str, ...]
+    """Regions that were not compared, because they did not fit."""
+    steps: int
+    """Optimizer steps (or forward-backward passes without an optimizer) that were compared."""
+    budget_bytes: int
+    plain_peak_bytes: int
+    plain_peak_source: str
+    """"measured" or "predicted"."""
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    plain_step_ms: float
+    plain_step_source: str
+    """"measured" or "predicted"."""
+    step_ms: float
+    overhead_ratio: float
+    """`step_ms` / `plain_step_ms` - 1."""
+    replayed_ops: int
+    """Operations replayed in one step, counted by the engine."""
+    mismatches: int
+    """Region calls whose operations were not those of the plan (handled safely, but not as planned)."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the verdict as JSON."""
+        codec.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Verdict:
+        """Read a verdict. Raises `PlanMismatch` if the file is not one."""
+        return codec.load(cls, path)

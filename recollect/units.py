@@ -1,0 +1,62 @@
+"""Bytes as people write them.
+
+A leaf: it imports nothing of the package.  Bytes are always ``int``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
+    # A bare letter is binary, as in `ulimit`, `docker --memory` and the JVM.
+    **{prefix: 1024**power for power, prefix in enumerate("kmgt", start=1)},
+}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes in ``text``, rounded down: ``8GiB``, ``8GB`` (decimal), ``512M`` (binary), ``1.5 GiB``, ``1048576``.
+
+    Raises:
+        ValueError: not a positive size.
+
+    >>> parse_bytes("8GiB") == 8 * 2**30
+    True
+    >>> parse_bytes("8GB")
+    8000000000
+    """
+    if isinstance(text, bool) or not isinstance(text, int | str):
+        raise ValueError(f"{text!r} is not a memory size. Write it like 8GiB, 8GB or 512MiB.")
+    if isinstance(text, int):
+        size = text
+    else:
+        match = _PATTERN.fullmatch(text)
+        factor = _FACTORS.get(match[2].lower()) if match else None
+        if match is None or factor is None:
+            raise ValueError(f"{text!r} is not a memory size. Write it like 8GiB, 8GB or 512MiB.")
+        size = math.floor(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a positive memory size. Write it like 8GiB, 8GB or 512MiB.")
+    return size
+
+
+def format_bytes(size_bytes: int) -> str:
+    """A short binary size: ``512 B``, ``1.5 KiB``, ``182.4 MiB``.
+
+    >>> format_bytes(191260262)
+    '182.4 MiB'
+    """
+    sign, magnitude = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
+    if magnitude < 1024:
+        return f"{sign}{magnitude} B"
+    size = float(magnitude)
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{sign}{size:.1f} {unit}"
+    return f"{sign}{size / 1024:.1f} TiB"
