@@ -1,0 +1,60 @@
+# Every target makes the virtual environment it needs: a fresh machine needs Python 3.11-3.13 and make, nothing else.
+#
+#   make train                          the demo: a real model trained in about half of its plain memory
+#   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
+#   make test    TESTS=tests/cli        all tests, or those under TESTS
+#   make lint                           ruff and strict mypy
+#   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The first of these that starts and is new enough; override with PYTHON=/path/to/python.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; do \
+	"$$name" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$name"; break; }; done)
+WHEELS ?=
+ARGS ?=
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs
+
+# Chosen so that the run needs about half of the memory of the plain step: see README.md, "The demo".
+DEMO := --model gpt --dataset python-source --memory 160MiB --batch-size 16 --steps 100 --log-every 10 --save-every 50 \
+	--lr 1e-3 --reference-memory 75% --root-path $(RUNS) --mark demo
+
+.PHONY: help train test lint gpu-check clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+train: $(VENV)/.installed-train
+	$(BIN)/recollect train $(DEMO) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-check:
+	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" .ci/gpu-check
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "No Python 3.11-3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; fi
+	"$(PYTHON)" -m venv $(VENV)
+
+# The stamps say what is installed; they are renewed when the requirements change.
+$(VENV)/.installed-train: pyproject.toml constraints-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable ".[dev]"
+	@touch $@ $(VENV)/.installed-train
