@@ -224,6 +224,8 @@ class Recipe:
     """The operations that the decision was made for: the live tape follows it only as long as they agree."""
     keep: tuple[tuple[int, int], ...]
     """The keep set, sorted."""
+    drop: tuple[tuple[int, int], ...]
+    """(position, output) of each saved value that is dropped and replayed, sorted. Any other saved value is held."""
     replay: tuple[int, ...]
     """Positions of the operations that replay needs, sorted: only these are taped."""
     held_bytes: int
