@@ -1,0 +1,103 @@
+"""Datasets: real data by name, a path to text, or a user's own factory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from recollect.errors import UnsupportedInput
+from recollect.train.data.co2 import co2
+from recollect.train.data.digits import digits
+from recollect.train.data.facts import DataFacts, Kind, TrainingData
+from recollect.train.data.text import python_source, text_path
+from recollect.train.factories import call_factory
+from recollect.train.naming import Registry, folder_name
+
+__all__ = ["DATASETS", "DataFacts", "DatasetSource", "TrainingData", "load_data"]
+
+
+class _Load(Protocol):
+    def __call__(self, sequence_length: int) -> TrainingData: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource:
+    """A dataset that is known by name."""
+
+    summary: str
+    """One line for people."""
+    kind: Kind
+    load: _Load
+    """Makes the data; the sequence length matters only to text and series."""
+
+
+DATASETS: Registry[DatasetSource] = Registry(
+    "dataset",
+    {
+        "python-source": DatasetSource(
+            summary="text · the standard library's own source, byte by byte; on every machine",
+            kind="text",
+            load=python_source,
+        ),
+        "digits": DatasetSource(
+            summary="images · 1,797 scans of handwritten digits, enlarged to 32x32; comes with scikit-learn",
+            kind="images",
+            load=lambda sequence_length: digits(),
+        ),
+        "co2": DatasetSource(
+            summary="series · CO2 in the air at Mauna Loa, weekly 1958-2001; comes with statsmodels",
+            kind="series",
+            load=co2,
+        ),
+    },
+    "or give the path of a text file or folder, or package.module:factory",
+)
+
+
+def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object]) -> TrainingData:
+    """The data that ``spec`` names: a known name, a path, or ``package.module:factory``.
+
+    A known name goes before a path of the same spelling: write ``./digits`` for a folder called so.
+
+    Raises:
+        UnsupportedInput: nothing of this name, unreadable, or empty.
+    """
+    is_factory = spec not in DATASETS and ":" in spec and not Path(spec).exists()
+    if arguments and not is_factory:
+        raise UnsupportedInput(
+            f"--dataset-args {' '.join(f'{key}={value}' for key, value in arguments.items())} was given, but only a "
+            f"package.module:factory takes arguments, not {spec!r}. Leave the arguments out."
+        )
+    if spec in DATASETS:
+        return DATASETS[spec].load(sequence_length=sequence_length)
+    if is_factory:
+        return _from_factory(spec, arguments)
+    path = Path(spec)
+    if path.exists():
+        return text_path(path, sequence_length)
+    if "/" in spec or path.suffix:
+        raise UnsupportedInput(
+            f"there is no file or folder {spec!r}, which --dataset names. Check the path, or choose a name from "
+            f"`recollect datasets`."
+        )
+    return DATASETS[spec].load(sequence_length=sequence_length)
+
+
+def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:
+    samples = call_factory(spec, arguments, flag="--dataset", arguments_flag="--dataset-args")
+    if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
+        raise UnsupportedInput(
+            f"--dataset {spec} returned a {type(samples).__name__} without a length or numbered samples, so an exact "
+            f"resume would be impossible. Return an object with __len__ and __getitem__, such as a list."
+        )
+    if len(samples) == 0:
+        raise UnsupportedInput(f"--dataset {spec} returned no samples. Training needs data: return at least a batch.")
+    return TrainingData(
+        name=folder_name(spec),
+        samples=samples,
+        facts=DataFacts(kind="custom"),
+        fingerprint=f"factory:{spec}:{len(samples)}",
+        description=f"{spec}: {len(samples):,} samples",
+    )

@@ -1,0 +1,53 @@
+"""Carbon dioxide at Mauna Loa: the weekly readings that come with statsmodels."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from recollect.errors import UnsupportedInput
+from recollect.train.data.facts import DataFacts, TrainingData
+
+
+class Windows:
+    """Sample ``i`` is the window of a series that starts at ``i``, one step longer than the sequence length."""
+
+    def __init__(self, series: Tensor, sequence_length: int) -> None:
+        self._series = series
+        self._sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return max(len(self._series) - self._sequence_length, 0)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._series[index : index + self._sequence_length + 1]
+
+
+def co2(sequence_length: int) -> TrainingData:
+    """Weekly CO2 in the air, 1958-2001 (Keeling & Whorf, Scripps); the few missing weeks repeat the week before."""
+    try:
+        from statsmodels.datasets import co2 as readings
+    except ModuleNotFoundError:
+        raise UnsupportedInput(
+            "the dataset 'co2' comes with statsmodels, which is not installed. "
+            "Install it with: pip install 'recollect[data]'"
+        ) from None
+    column = readings.load_pandas().data["co2"]
+    weekly = [float(reading) for reading in column.ffill()]
+    series = torch.tensor(weekly, dtype=torch.float32).unsqueeze(1)
+    samples = Windows((series - series.mean()) / series.std(), sequence_length)
+    if len(samples) == 0:
+        raise UnsupportedInput(
+            f"the dataset 'co2' has {len(weekly)} weeks, but one sample alone takes {sequence_length + 1}. "
+            f"Give a smaller --sequence-length."
+        )
+    return TrainingData(
+        name="co2",
+        samples=samples,
+        facts=DataFacts(kind="series", features=1),
+        fingerprint=f"co2:{sequence_length}:{hashlib.sha256(repr(weekly).encode()).hexdigest()}",
+        description=f"CO2 at Mauna Loa: {len(weekly):,} weekly readings, {len(samples):,} windows "
+        f"of {sequence_length} weeks",
+    )

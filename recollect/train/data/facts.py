@@ -1,0 +1,58 @@
+"""What a model needs to know about its data, and the form in which data reaches the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Kind = Literal["text", "images", "series", "custom"]
+
+#: What one sample of each kind is; shown where a model and a dataset do not fit together.
+SAMPLE_FORMS: dict[Kind, str] = {
+    "text": "a tensor of token numbers, one longer than the sequence length",
+    "images": "an image tensor (channels, height, width) and its class number",
+    "series": "a tensor (time, features), one step longer than the sequence length",
+    "custom": "whatever the dataset's own factory returns",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a model needs to know about its data to be built for it."""
+
+    kind: Kind
+    """What a sample is; see `SAMPLE_FORMS`."""
+    vocabulary_size: int = 0
+    """Text: token numbers are below this."""
+    features: int = 0
+    """Series: numbers per time step."""
+    channels: int = 0
+    """Images: 1 for grey, 3 for colour."""
+    image_size: int = 0
+    """Images: height and width in pixels."""
+    classes: int = 0
+    """Images: number of classes."""
+
+
+class Samples(Protocol):
+    """Samples that are reached by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """A dataset, ready for training."""
+
+    name: str
+    """Short name; it enters the run folder's path."""
+    samples: Samples
+    facts: DataFacts
+    fingerprint: str
+    """Says whether the data is still the same when a run is resumed."""
+    description: str
+    """One line for people: what it is and how much of it."""
