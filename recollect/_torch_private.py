@@ -1,0 +1,136 @@
+"""Every underscore API of PyTorch that recollect uses, each with the reason and the versions it was seen working in.
+
+All were used with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Nothing else in the package may touch `torch._*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch._ops import OpOverload as OpOverload
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+#: Address of a tensor's StorageImpl, without building a Python storage object: a tape asks for it on every argument.
+storage_key: Callable[[torch.Tensor], int] = torch._C._storage_id
+
+_ADINPLACE = torch._C.DispatchKey.ADInplaceOrView
+
+
+class WeakStorage:
+    """Keeps a StorageImpl's address from being reused, without keeping its bytes."""
+
+    __slots__ = ("_pointer",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # The public weakref.ref(storage) tells when the storage dies; only this reference reserves its address.
+        self._pointer = tensor.untyped_storage()._weak_ref()
+
+    def __del__(self, free: Callable[[int], None] = torch.UntypedStorage._free_weak_ref) -> None:
+        free(self._pointer)
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached alias that shares the version counter.
+
+    Inside `__torch_dispatch__` a bare `detach()` gets a counter of its own, because the ADInplaceOrView key is excluded
+    there; later in-place writes would then go unnoticed.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(_ADINPLACE, False):
+        return tensor.detach()
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Run operations as a kernel would: no autograd, no dispatch modes, no autocast."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        stack.enter_context(torch._C._DisableTorchDispatch())
+        stack.enter_context(torch._C._DisableAutocast())
+        yield
+
+
+def set_grad_enabled_quietly(enabled: bool) -> None:
+    """Set the thread's grad mode without a context manager; the caller's `below_autograd` restores it.
+
+    Some kernels consult it (`mkldnn_rnn_layer` returns no workspace under no_grad).
+    """
+    torch._C._set_grad_enabled(enabled)
+
+
+def dispatch_depth() -> int:
+    """How many dispatch modes are on this thread's stack."""
+    return cast(int, torch._C._len_torch_dispatch_stack())
+
+
+def top_saved_tensor_hooks() -> object:
+    """The (pack, unpack) pair on top of this thread's stack of saved-tensor hooks, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def top_dispatch_mode() -> object:
+    """The dispatch mode on top of this thread's stack, or None."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode()
+
+
+def current_graph_task() -> int:
+    """Identity of the backward pass that runs in this thread; -1 outside backward."""
+    return cast(int, torch._C._current_graph_task_id())
+
+
+def is_conj_or_neg(tensor: torch.Tensor) -> bool:
+    """The tensor's bytes are to be read as conjugated or negated (lazy bits)."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def with_lazy_bits(tensor: torch.Tensor, conj: bool, neg: bool) -> torch.Tensor:
+    """The same bytes, read as conjugated and/or negated."""
+    if conj:
+        tensor = torch._conj(tensor)
+    return torch._neg_view(tensor) if neg else tensor
+
+
+def default_foreach(parameters: list[torch.Tensor]) -> bool:
+    """Whether an optimizer with `foreach=None` would take its foreach path for these parameters."""
+    from torch.optim.optimizer import _default_to_fused_or_foreach
+
+    return bool(_default_to_fused_or_foreach(parameters, differentiable=False, use_fused=False)[1])
+
+
+def profiler_memory_events(profile: torch.profiler.profile) -> list[tuple[int, int, int]]:
+    """(time in ns, bytes, device type number) of each allocation (positive) or free (negative) that the profiler saw."""
+    results = profile.profiler
+    assert results is not None
+    return sorted(
+        (event.start_ns(), event.nbytes(), int(event.device_type()))
+        for event in results.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+
+
+def profiler_ranges(profile: torch.profiler.profile, prefix: str) -> dict[str, tuple[int, int]]:
+    """(start, end) in ns of each `record_function` range whose name starts with `prefix`."""
+    results = profile.profiler
+    assert results is not None
+    return {
+        event.name(): (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in results.kineto_results.events()
+        if event.name().startswith(prefix)
+    }
+
+
+def profiler_is_running() -> bool:
+    """Whether a profiler records in this process: only one can."""
+    return bool(torch._C._autograd._profiler_enabled())
+
+
+def find_overload(name: str) -> Any:
+    """The operator overload of a name such as ``aten.mm.default``; None if this PyTorch has none."""
+    namespace, operator, overload = (name.split(".") + ["", ""])[:3]
+    packet = getattr(getattr(torch.ops, namespace, None), operator, None)
+    return getattr(packet, overload, None)

@@ -1,0 +1,156 @@
+"""The first call of each region: is replay really the same computation?
+
+Two kinds of mistrust, both answered on real data and written down per region, so that later calls keep what failed:
+
+* An operation outside the known-good list is run a second time at once, from copies of what it writes and the same
+  random state: results must have the same bits, and its inputs must be as before.
+* The contents of everything the tape may replay are checksummed when made and compared each time they are seen again:
+  a raw kernel that wrote behind the dispatcher's back (NumPy, Triton, ctypes) is found, whatever buffer it wrote into.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recollect._torch_private import below_autograd, set_grad_enabled_quietly
+from recollect.replay.ops import result_tensors, tensors_in
+
+if TYPE_CHECKING:
+    from recollect.replay.tape import TapedOp, TapedValue
+
+Checksum = tuple[int, int]
+
+
+class Calibrator:
+    """Watches one region call.  `refused` collects positions of operations that must not be replayed in this region."""
+
+    def __init__(self, refused: set[int], verified: set[str]) -> None:
+        self._refused = refused
+        self._verified = verified  # operators that passed, shared by all regions
+        self._checksums: dict[TapedValue, Checksum] = {}
+        self._copies: dict[int, torch.Tensor] = {}
+        self._input_checksums: list[Checksum] = []
+
+    def remember(self, value: TapedValue, tensor: torch.Tensor) -> None:
+        """`value` has just been made; `tensor` is one view of it."""
+        self._checksums[value] = checksum(tensor)
+
+    def unchanged(self, value: TapedValue, tensor: torch.Tensor) -> bool:
+        """The value still has the contents that it was made with; if not, its operation is refused from now on."""
+        expected = self._checksums.get(value)
+        if expected is None or value.uninitialised or checksum(tensor) == expected:
+            return True
+        if value.op is not None:
+            self._refused.add(value.op.position)
+        return False
+
+    def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The operation is about to run for the first time."""
+        if not self._is_suspect(op):
+            return
+        tensors = tensors_in((*args, *kwargs.values()))
+        with below_autograd():
+            self._input_checksums = [checksum(t) for t in tensors]
+            self._copies = {index: _clone_with_storage(t) for index, t in enumerate(tensors)} if op.info.mutates else {}
+
+    def after(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """The operation has run: run it again and compare. False if it may not be replayed."""
+        if not self._is_suspect(op):
+            return True
+        same = self._same_again(op, args, kwargs, result)
+        self._copies = {}
+        if same:
+            self._verified.add(op.info.name)
+        else:
+            self._refused.add(op.position)
+        return same
+
+    def _is_suspect(self, op: TapedOp) -> bool:
+        return op.info.needs_calibration and op.info.name not in self._verified
+
+    def _same_again(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        tensors = tensors_in((*args, *kwargs.values()))
+        written = {id(t) for position, name in op.info.mutates for t in _at(args, kwargs, position, name)}
+        with below_autograd():
+            for tensor, expected in zip(tensors, self._input_checksums, strict=True):
+                if id(tensor) not in written and checksum(tensor) != expected:
+                    return False
+            copies = {id(t): self._copies.get(index, t) for index, t in enumerate(tensors)}
+            again_args = _replace(args, copies)
+            again_kwargs = {name: _replace((a,), copies)[0] for name, a in kwargs.items()}
+            set_grad_enabled_quietly(op.grad)
+            now = op.generator.get_state() if op.generator is not None else None
+            if op.generator is not None:
+                assert op.random_state is not None
+                op.generator.set_state(op.random_state)
+            try:
+                again = op.func(*again_args, **again_kwargs)
+            except RuntimeError:
+                return False
+            finally:
+                if op.generator is not None:
+                    assert now is not None
+                    op.generator.set_state(now)
+            pairs = [(a, b) for a, b in zip(result_tensors(result), result_tensors(again), strict=True)]
+            pairs += [(t, copies[id(t)]) for t in tensors if id(t) in written]
+            return all(same_bits(a, b) for a, b in pairs)
+
+
+def _at(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> list[torch.Tensor]:
+    return tensors_in((args[position] if position < len(args) else kwargs.get(name),))
+
+
+def _replace(arguments: Any, copies: dict[int, torch.Tensor]) -> Any:
+    replaced = [
+        copies.get(id(a), a)
+        if isinstance(a, torch.Tensor)
+        else _replace(a, copies)
+        if isinstance(a, list | tuple)
+        else a
+        for a in arguments
+    ]
+    return type(arguments)(replaced)
+
+
+def _clone_with_storage(tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    copy.set_(  # type: ignore[call-overload]
+        tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride()
+    )
+    return copy
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Equal type, shape, dtype and bits (NaN equals the same NaN); anything that is not a tensor compares by ==."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return bool(a == b) if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) else False
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
+        return False
+    if a.layout is not torch.strided:
+        return bool(torch.equal(a.to_dense(), b.to_dense()))
+    if bool(torch.equal(a, b)) and not (a.is_floating_point() or a.is_complex()):
+        return True
+    return bool(torch.equal(_as_bytes(a), _as_bytes(b)))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def checksum(tensor: torch.Tensor) -> Checksum:
+    """Two sums over the bytes of the tensor's whole storage, the second weighted by position (order matters)."""
+    with below_autograd():
+        storage = tensor.untyped_storage()
+        words = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        words.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+        tail = storage.nbytes() % 4
+        if tail:
+            words = torch.nn.functional.pad(words, (0, 4 - tail))
+        if words.data_ptr() % 4:
+            words = words.clone()
+        numbers = words.view(torch.int32)
+        rows = numbers[: numbers.numel() // 61 * 61].view(-1, 61).sum(1, dtype=torch.int64)
+        weights = torch.arange(1, rows.numel() + 1, device=rows.device)
+        return int(numbers.sum(dtype=torch.int64)), int((rows * weights).sum())

@@ -1,0 +1,41 @@
+"""Names for the regions of a forward, computed the same way when measuring and when running.
+
+A region is one call of a region module.  Where a region module calls another, its own operations before, between and
+after those calls are its *segments*: ``layers#0``, ``layers#0/1``, ``layers#0/2``.
+"""
+
+from __future__ import annotations
+
+LOSS = "<loss>"
+ROOT = "<model>"
+
+
+class RegionCursor:
+    """Follows calls of region modules and says which region is running now."""
+
+    def __init__(self) -> None:
+        self._stack: list[list[int | str]] = []  # [path, call index, segment]
+        self._calls: dict[str, int] = {}
+
+    def push(self, path: str) -> None:
+        """A call of the region module at `path` begins."""
+        call = self._calls.get(path, 0)
+        self._calls[path] = call + 1
+        self._stack.append([path, call, 0])
+
+    def pop(self) -> None:
+        """The innermost call ends; the caller's next segment begins."""
+        self._stack.pop()
+        if self._stack:
+            self._stack[-1][2] += 1  # type: ignore[operator]
+
+    @property
+    def depth(self) -> int:
+        """How many region calls are open."""
+        return len(self._stack)
+
+    @property
+    def key(self) -> str:
+        """The running region's key."""
+        path, call, segment = self._stack[-1]
+        return f"{path}#{call}/{segment}" if segment else f"{path}#{call}"

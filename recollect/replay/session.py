@@ -1,0 +1,204 @@
+"""One forward through a planned model: which tape is running, and when no mode is needed.
+
+A session starts with the outermost region call (or with `Applied.step`) and ends with it.  It follows the calls of
+region modules, gives each region its tape, and puts the dispatch mode and the saved-tensor hooks on PyTorch's stacks
+only while a region that drops something runs.
+
+PyTorch's stacks are last in, first out, and user code may push modes or hooks of its own between two of our calls.
+`_switch` therefore changes them only if whatever lies beneath ours is what lay there when the calling region began;
+otherwise it leaves them and lets operations pass through.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from recollect._torch_private import (
+    TorchDispatchMode,
+    current_graph_task,
+    dispatch_depth,
+    top_dispatch_mode,
+    top_saved_tensor_hooks,
+)
+from recollect.errors import UnsupportedInput
+from recollect.replay.calibration import Calibrator
+from recollect.replay.cursor import RegionCursor
+from recollect.replay.ops import describe, mutated_tensors
+from recollect.replay.recipe import LiveRecipe
+from recollect.replay.statistics import Statistics
+from recollect.replay.tape import Handle, Kept, Tape
+
+
+@dataclass(kw_only=True)
+class Installed:
+    """What all sessions of one applied plan share."""
+
+    recipes: Mapping[str, LiveRecipe | None]
+    """By region key; None leaves the region untouched. A key that is missing has no decision: all that is provably
+    replayable is dropped."""
+    calibrate: bool = True
+    """Check each region's replay on its first call."""
+    statistics: Statistics = field(default_factory=Statistics)
+    refused: dict[str, set[int]] = field(default_factory=dict)
+    """Positions, by region key, of operations that calibration refused."""
+    calibrated: set[str] = field(default_factory=set)
+    verified: set[str] = field(default_factory=set)
+    """Operators that calibration found replayable."""
+    sessions: dict[int, Session] = field(default_factory=dict)
+    """Open sessions by thread."""
+
+    @contextmanager
+    def region(self, path: str) -> Iterator[None]:
+        """A call of the region module at `path`, in the thread's session (opened if need be)."""
+        thread = threading.get_ident()
+        session = self.sessions.get(thread)
+        if session is None:
+            if self.sessions and current_graph_task() < 0:
+                raise UnsupportedInput(
+                    "two threads run forward of one planned model at the same time. The plan's memory prediction and "
+                    "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
+                    "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
+                )
+            session = self.sessions[thread] = Session(self)
+        try:
+            session.enter(path)
+            try:
+                yield
+            finally:
+                session.exit()
+        finally:
+            if session.is_over:
+                self.sessions.pop(thread, None)
+
+
+def unpack(packed: Any) -> Any:
+    """Autograd reads what `Tape.pack` gave it."""
+    if type(packed) is Handle:
+        return packed.tape.read(packed)
+    if type(packed) is Kept:
+        return packed.read()
+    return packed
+
+
+class Session(TorchDispatchMode):
+    """See the module."""
+
+    def __init__(self, installed: Installed) -> None:
+        super().__init__()
+        self._installed = installed
+        self._cursor = RegionCursor()
+        self._tape: Tape | None = None
+        self._active = False
+        self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
+        self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
+
+    @property
+    def is_over(self) -> bool:
+        """No region call is open."""
+        return self._cursor.depth == 0
+
+    def enter(self, path: str) -> None:
+        """A region call begins."""
+        self._end_tape()
+        self._frames.append((self._active, self._beneath()))
+        self._cursor.push(path)
+        self._begin()
+
+    def exit(self) -> None:
+        """The innermost region call ends (also on an exception)."""
+        self._end_tape()
+        self._cursor.pop()
+        was_active, _ = self._frames.pop()
+        self._switch(was_active)
+        if self._cursor.depth:
+            self._begin()
+
+    def _begin(self) -> None:
+        installed = self._installed
+        key = self._cursor.key
+        recipe = installed.recipes.get(key)
+        if recipe is None and key in installed.recipes or torch.compiler.is_compiling() or _is_capturing():
+            if self._frames[-1][1] == self._beneath():
+                self._switch(False)
+            return
+        if self._frames[-1][1] == self._beneath():
+            self._switch(True)
+        if not self._active:
+            return
+        if recipe is None:
+            installed.statistics.unplanned_calls += 1
+        refused = installed.refused.setdefault(key, set())
+        calibrator = None
+        if installed.calibrate and key not in installed.calibrated:
+            installed.calibrated.add(key)
+            calibrator = Calibrator(refused, installed.verified)
+        self._tape = Tape(recipe, installed.statistics, refused, calibrator)
+
+    def _end_tape(self) -> None:
+        if self._tape is not None:
+            self._tape.seal()
+            self._tape = None
+
+    def _beneath(self) -> object:
+        """What lies on PyTorch's stacks beneath our own mode and hooks; None if ours are not on top."""
+        if not self._active:
+            return dispatch_depth(), top_saved_tensor_hooks()
+        if not self._on_top():
+            return None
+        self._pop()
+        below = dispatch_depth(), top_saved_tensor_hooks()
+        self._push()
+        return below
+
+    def _on_top(self) -> bool:
+        hooks = top_saved_tensor_hooks()
+        return top_dispatch_mode() is self and isinstance(hooks, tuple) and hooks[0] is self._pack_hook
+
+    def _switch(self, active: bool) -> None:
+        if active == self._active:
+            return
+        if active:
+            self._push()
+        elif self._on_top():
+            self._pop()
+
+    def _push(self) -> None:
+        self._hooks.__enter__()
+        self.__enter__()
+        self._active = True
+
+    def _pop(self) -> None:
+        self.__exit__(None, None, None)
+        self._hooks.__exit__(None, None, None)
+        self._active = False
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        tape = self._tape
+        return tensor if tape is None else tape.pack(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tape = self._tape
+        if tape is None:
+            return func(*args, **kwargs)
+        info = describe(func)
+        if info.is_view:
+            return func(*args, **kwargs)
+        if current_graph_task() >= 0:  # a backward inside forward: not the region's own, but its writes count
+            for tensor in mutated_tensors(info, args, kwargs):
+                tape.about_to_write(tensor)
+            return func(*args, **kwargs)
+        return tape.dispatch(func, info, types, args, kwargs)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,32 @@
+"""Counts of what the engine really did: tests assert them exactly, verdicts report them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts since the last `reset`, over all regions."""
+
+    taped_ops: int = 0
+    """Operations written to a tape."""
+    dropped_slots: int = 0
+    """Savings that became handles."""
+    kept_unsafe: int = 0
+    """Savings that the plan would drop but the live tape could not prove replayable."""
+    replayed_ops: int = 0
+    """Operations run again in backward."""
+    mismatches: int = 0
+    """Region calls whose operations were not those of the plan."""
+    unplanned_calls: int = 0
+    """Region calls that the plan has no decision for."""
+    written_after_drop: int = 0
+    """Dropped values that were then written, unseen by autograd's version counters."""
+    refused_ops: int = 0
+    """Operations that calibration found unfit for replay."""
+
+    def reset(self) -> None:
+        """All counts to zero."""
+        for name in self.__slots__:
+            setattr(self, name, 0)
