@@ -15,7 +15,7 @@ from recollect.train.data.text import python_source, text_path
 from recollect.train.factories import call_factory
 from recollect.train.naming import Registry, folder_name
 
-__all__ = ["DATASETS", "DataFacts", "DatasetSource", "TrainingData", "load_data"]
+__all__ = ["DATASETS", "DataFacts", "DatasetSource", "TrainingData", "data_name", "load_data"]
 
 
 class _Load(Protocol):
@@ -26,6 +26,7 @@ class _Load(Protocol):
 class DatasetSource:
     """A dataset that is known by name."""
 
+    name: str
     summary: str
     """One line for people."""
     kind: Kind
@@ -37,16 +38,19 @@ DATASETS: Registry[DatasetSource] = Registry(
     "dataset",
     {
         "python-source": DatasetSource(
+            name="python-source",
             summary="text · the standard library's own source, byte by byte; on every machine",
             kind="text",
             load=python_source,
         ),
         "digits": DatasetSource(
+            name="digits",
             summary="images · 1,797 scans of handwritten digits, enlarged to 32x32; comes with scikit-learn",
             kind="images",
             load=lambda sequence_length: digits(),
         ),
         "co2": DatasetSource(
+            name="co2",
             summary="series · CO2 in the air at Mauna Loa, weekly 1958-2001; comes with statsmodels",
             kind="series",
             load=co2,
@@ -56,33 +60,46 @@ DATASETS: Registry[DatasetSource] = Registry(
 )
 
 
-def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object]) -> TrainingData:
-    """The data that ``spec`` names: a known name, a path, or ``package.module:factory``.
+def data_name(spec: str) -> str:
+    """The short name of the data that ``spec`` names, for the run folder's path; nothing is read for it.
 
     A known name goes before a path of the same spelling: write ``./digits`` for a folder called so.
 
     Raises:
-        UnsupportedInput: nothing of this name, unreadable, or empty.
+        UnsupportedInput: no known name, no existing path, and not ``package.module:factory``.
     """
-    is_factory = spec not in DATASETS and ":" in spec and not Path(spec).exists()
-    if arguments and not is_factory:
-        raise UnsupportedInput(
-            f"--dataset-args {' '.join(f'{key}={value}' for key, value in arguments.items())} was given, but only a "
-            f"package.module:factory takes arguments, not {spec!r}. Leave the arguments out."
-        )
     if spec in DATASETS:
-        return DATASETS[spec].load(sequence_length=sequence_length)
-    if is_factory:
-        return _from_factory(spec, arguments)
+        return spec
     path = Path(spec)
     if path.exists():
-        return text_path(path, sequence_length)
+        return folder_name(path.resolve().stem)
+    if ":" in spec:
+        return folder_name(spec)
     if "/" in spec or path.suffix:
         raise UnsupportedInput(
             f"there is no file or folder {spec!r}, which --dataset names. Check the path, or choose a name from "
             f"`recollect datasets`."
         )
-    return DATASETS[spec].load(sequence_length=sequence_length)
+    return DATASETS[spec].name
+
+
+def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object]) -> TrainingData:
+    """The data that ``spec`` names: a known name, a path, or ``package.module:factory``.
+
+    Raises:
+        UnsupportedInput: nothing of this name, unreadable, or empty.
+    """
+    data_name(spec)
+    if spec not in DATASETS and not Path(spec).exists():
+        return _from_factory(spec, arguments)
+    if arguments:
+        raise UnsupportedInput(
+            f"--dataset-args {' '.join(f'{key}={value}' for key, value in arguments.items())} was given, but only a "
+            f"package.module:factory takes arguments, not {spec!r}. Leave the arguments out."
+        )
+    return DATASETS[spec].load(sequence_length=sequence_length) if spec in DATASETS else text_path(
+        Path(spec), sequence_length
+    )
 
 
 def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:

@@ -1,0 +1,211 @@
+"""Checkpoints: all that a run needs to go on bit for bit.
+
+A checkpoint is a folder ``step-00000100`` with two files: ``training.pt`` (weights, optimizer, random generators; loads
+with ``weights_only=True``) and ``state.json`` (the step, what the run is, size and digest of ``training.pt``).
+
+It is written under another name, flushed to disk and renamed; only then does the link ``latest`` move. So a process may
+be killed at any moment: ``latest`` names a whole checkpoint, before or after. Damage that happens later is noticed by
+the digest; then the newest whole checkpoint is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from recollect.errors import UnsupportedInput
+from recollect.train.files import flush_to_disk
+
+FORMAT_VERSION = 1
+LATEST = "latest"
+_TENSORS = "training.pt"
+_STATE = "state.json"
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    step: int
+    """Optimizer steps done."""
+    identity: Mapping[str, object]
+    """What the run is: another identity cannot continue it."""
+    loss_before: float
+    """The loss before the first step of the run."""
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    *,
+    step: int,
+    identity: Mapping[str, object],
+    loss_before: float,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> Path:
+    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(checkpoints)
+    folder = checkpoints / f"step-{step:08d}"
+    temporary = checkpoints / f".{folder.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    tensors = temporary / _TENSORS
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()},
+        tensors,
+    )
+    state = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "identity": dict(identity),
+        "loss_before": loss_before,
+        "size_bytes": tensors.stat().st_size,
+        "sha256": _digest(tensors),
+    }
+    (temporary / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for path in (tensors, temporary / _STATE, temporary):
+        flush_to_disk(path)
+    if folder.exists():  # left by a run that was killed, or that went on from an earlier step
+        folder.rename(checkpoints / f".{folder.name}.replaced.{os.getpid()}.tmp")
+    temporary.rename(folder)
+    _point_latest_to(folder)
+    _remove_leftovers(checkpoints)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Judge ``folder`` without loading its tensors.
+
+    Raises:
+        UnsupportedInput: it is not a whole checkpoint.
+    """
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        tensors = folder / _TENSORS
+        if state["format_version"] != FORMAT_VERSION:
+            raise _not_whole(folder, f"its format is {state['format_version']}, this version reads {FORMAT_VERSION}")
+        if tensors.stat().st_size != state["size_bytes"] or _digest(tensors) != state["sha256"]:
+            raise _not_whole(folder, f"{_TENSORS} is not what was written (its digest differs)")
+        return Checkpoint(
+            folder=folder.resolve(),
+            step=int(state["step"]),
+            identity=dict(state["identity"]),
+            loss_before=float(state["loss_before"]),
+        )
+    except OSError as problem:
+        raise _not_whole(folder, f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
+    except (ValueError, KeyError, TypeError) as problem:
+        if isinstance(problem, UnsupportedInput):
+            raise
+        raise _not_whole(folder, f"{_STATE} cannot be understood") from None
+
+
+def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The one that ``latest`` names if it is whole, else the newest whole one; None if none was ever written.
+
+    Raises:
+        UnsupportedInput: there are checkpoints, but none is whole.
+    """
+    if not checkpoints.is_dir():
+        return None
+    numbered = sorted((path for path in checkpoints.iterdir() if _FOLDER.fullmatch(path.name)), reverse=True)
+    candidates = [checkpoints / LATEST, *numbered] if (checkpoints / LATEST).exists() else numbered
+    problem = None
+    for candidate in candidates:
+        try:
+            return read_checkpoint(candidate)
+        except UnsupportedInput as damage:
+            problem = problem or damage
+    if problem is not None:
+        raise problem
+    return None
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put model, optimizer and random generators back to where they were."""
+    saved = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as problem:
+        raise UnsupportedInput(
+            f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "
+            f"Resume with the model that wrote it."
+        ) from None
+    _restore_random_state(saved["random"])
+
+
+def _not_whole(folder: Path, why: str) -> UnsupportedInput:
+    return UnsupportedInput(
+        f"{folder} is not a whole checkpoint: {why}. A run cannot go on from it. "
+        f"Name another folder checkpoints/step-..., or use --resume auto to take the newest whole one."
+    )
+
+
+def _point_latest_to(folder: Path) -> None:
+    link = folder.with_name(f".{LATEST}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name, target_is_directory=True)
+    os.replace(link, folder.with_name(LATEST))
+    flush_to_disk(folder.parent)
+
+
+def _remove_leftovers(checkpoints: Path) -> None:
+    """Remove what a killed process left half-written: names that begin with a dot and end with ``.tmp``."""
+    for path in checkpoints.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": {
+            "key": numpy_state["state"]["key"].tolist(),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = state["numpy"]
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": np.array(numpy_state["key"], dtype=np.uint32), "pos": numpy_state["pos"]},
+            "has_gauss": numpy_state["has_gauss"],
+            "gauss": numpy_state["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"])
+    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, index)

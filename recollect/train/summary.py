@@ -1,0 +1,102 @@
+"""What a run ends with: the figures a sceptic asks for, each with where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from recollect.records import Plan, Verdict
+from recollect.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A finished run."""
+
+    plan: Plan
+    verdict: Verdict
+    """Of a real step of this very model, run before the training."""
+    budget_bytes: int
+    measured_peak_bytes: int
+    """The highest of all measured steps."""
+    first_step: int
+    """Steps that were done before this process began."""
+    steps: int
+    loss_before: float
+    """On the run's first batch, before the run's first step."""
+    loss_after: float
+    """On the same batch, after the last step."""
+    run_folder: str
+    model_file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        verdict = self.verdict
+        return {
+            "run_folder": self.run_folder,
+            "model_file": self.model_file,
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "budget_bytes": self.budget_bytes,
+            "predicted_peak_bytes": self.plan.predicted_peak_bytes,
+            "measured_peak_bytes": self.measured_peak_bytes,
+            "plain_peak_bytes": verdict.plain_peak_bytes,
+            "plain_peak_source": verdict.plain_peak_source,
+            "plain_step_ms": verdict.plain_step_ms,
+            "plain_step_source": verdict.plain_step_source,
+            "step_ms": verdict.step_ms,
+            "overhead_ratio": verdict.overhead_ratio,
+            "loss_equal": verdict.loss_equal,
+            "gradients_equal": verdict.gradients_equal,
+            "buffers_equal": verdict.buffers_equal,
+            "rng_equal": verdict.rng_equal,
+        }
+
+
+def format_plan(plan: Plan) -> str:
+    """What was decided, in two lines."""
+    planned = [plan.recipes[region.recipe] for region in plan.regions if region.recipe >= 0]
+    peaks = (
+        f"predicted peak {format_bytes(plan.predicted_peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
+        f"(plain {format_bytes(plan.plain_peak_bytes)}; {format_bytes(plan.baseline_bytes)} of it are parameters, "
+        f"gradients, optimizer state and batch)"
+    )
+    if not planned:
+        return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
+    dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
+    return (
+        f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
+        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}"
+    )
+
+
+def format_summary(summary: RunSummary) -> str:
+    """The end of a run, for people."""
+    plan, verdict = summary.plan, summary.verdict
+    rows = [
+        ("plain step", f"peak {format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source}), "
+                       f"{verdict.plain_step_ms:.0f} ms ({verdict.plain_step_source})"),
+        ("this run", f"peak {format_bytes(summary.measured_peak_bytes)} (measured), "
+                     f"{format_bytes(plan.predicted_peak_bytes)} (predicted), {verdict.step_ms:.0f} ms"),
+        ("budget", f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
+                   f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}"),
+        ("slowdown", f"{verdict.overhead_ratio:+.1%}"),
+        ("gradients", _equal(verdict.gradients_equal)),
+        ("buffers", _equal(verdict.buffers_equal)),
+        ("loss", f"{summary.loss_before:.4f} before, {summary.loss_after:.4f} after {summary.steps} steps "
+                 f"(first batch, without dropout)"),
+        ("run folder", summary.run_folder),
+    ]
+    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _share(budget_bytes: int, plain_peak_bytes: int) -> str:
+    return f"{budget_bytes / plain_peak_bytes:.0%} of the plain peak"
+
+
+def _equal(equal: bool | None) -> str:
+    if equal is None:
+        return "not compared: the plain step does not fit; allow it more with --reference-memory"
+    return "bit for bit those of the plain step" if equal else "NOT EQUAL to those of the plain step"
