@@ -34,8 +34,8 @@ class TrainingFailed(RecollectError):
     """A run that began well cannot go on."""
 
 
-def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> RunSummary:
-    """Train as ``config`` says; ``command`` is noted in the run's folder.
+def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> RunSummary | None:
+    """Train as ``config`` says; ``command`` is noted in the run's folder. None when a resumed run is already done.
 
     Raises:
         UnsupportedInput, BudgetInfeasible: before anything was written.
@@ -52,11 +52,12 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
         _check_identity(checkpoint, identity)
         load_checkpoint(checkpoint, model=work.model, optimizer=work.optimizer)
     first_step = checkpoint.step if checkpoint else 0
-    if first_step >= total_steps and checkpoint is not None:
-        raise UnsupportedInput(
-            f"the run in {folder.path} has already done {first_step} steps, and {total_steps} were asked for, so "
-            f"nothing is left to do. Train longer with --steps {2 * first_step}, or begin another run with --mark NAME."
+    if checkpoint is not None and first_step >= total_steps:
+        reporter.say(
+            f"nothing to do: the run in {folder.path} has done {first_step} steps, and {total_steps} were asked for. "
+            f"Train longer with --steps {2 * first_step}, or begin another run with --mark NAME."
         )
+        return None
     _introduce(config, source, work, folder, reporter)
     applied = _fit(config, work, first_step)
     reporter.say(format_plan(applied.plan))
@@ -68,8 +69,15 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
     elif config.resume is not None:
         reporter.say("nothing to resume: beginning with the first step")
 
-    loop = _Loop(config=config, work=work, applied=applied, folder=folder, reporter=reporter, identity=identity,
-                 loss_before=loss_before)
+    loop = _Loop(
+        config=config,
+        work=work,
+        applied=applied,
+        folder=folder,
+        reporter=reporter,
+        identity=identity,
+        loss_before=loss_before,
+    )
     try:
         measured_peak_bytes = loop.run(first_step, total_steps)
     finally:
@@ -89,9 +97,7 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
     )
 
 
-def _introduce(
-    config: TrainConfig, source: ModelSource, work: Workload, folder: RunFolder, reporter: Reporter
-) -> None:
+def _introduce(config: TrainConfig, source: ModelSource, work: Workload, folder: RunFolder, reporter: Reporter) -> None:
     parameters = sum(parameter.numel() for parameter in work.model.parameters())
     reporter.say(f"model   {source.name}: {source.summary.rpartition('· ')[2]}; {parameters:,} parameters")
     reporter.say(f"data    {work.data.description}")
@@ -185,8 +191,7 @@ class _Loop:
                 if stop.signal_number is not None:
                     raise Interrupted(
                         stop.signal_number,
-                        f"stopped by a signal after step {done}; the checkpoint is written. "
-                        f"Go on with --resume auto.",
+                        f"stopped by a signal after step {done}; the checkpoint is written. Go on with --resume auto.",
                     )
         self.reporter.stop_progress()
         return highest_peak_bytes
@@ -200,7 +205,8 @@ class _Loop:
 
     def _logged_step(self, batch: Any, done: int, total_steps: int, watch: _Stopwatch) -> StepReport:
         """A step whose memory is measured. On a CPU that makes it slower, so its time counts only if there is no
-        other."""
+        other.
+        """
         work = self.work
         resident = resident_bytes(work.model, batch, work.optimizer)
         started = time.perf_counter()

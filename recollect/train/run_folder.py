@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -97,6 +98,7 @@ class RunFolder:
         target = self.path / "model.safetensors"
         with replacing(target) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+            shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
         return target
 
     def _metric_lines(self) -> list[str]:

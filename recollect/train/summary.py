@@ -76,17 +76,29 @@ def format_summary(summary: RunSummary) -> str:
     """The end of a run, for people."""
     plan, verdict = summary.plan, summary.verdict
     rows = [
-        ("plain step", f"peak {format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source}), "
-                       f"{verdict.plain_step_ms:.0f} ms ({verdict.plain_step_source})"),
-        ("this run", f"peak {format_bytes(summary.measured_peak_bytes)} (measured), "
-                     f"{format_bytes(plan.predicted_peak_bytes)} (predicted), {verdict.step_ms:.0f} ms"),
-        ("budget", f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
-                   f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}"),
+        (
+            "plain step",
+            f"peak {format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source}), "
+            f"{verdict.plain_step_ms:.0f} ms ({verdict.plain_step_source})",
+        ),
+        (
+            "this run",
+            f"peak {format_bytes(summary.measured_peak_bytes)} (measured), "
+            f"{format_bytes(plan.predicted_peak_bytes)} (predicted), {verdict.step_ms:.0f} ms",
+        ),
+        (
+            "budget",
+            f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
+            f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}",
+        ),
         ("slowdown", f"{verdict.overhead_ratio:+.1%}"),
         ("gradients", _equal(verdict.gradients_equal)),
         ("buffers", _equal(verdict.buffers_equal)),
-        ("loss", f"{summary.loss_before:.4f} before, {summary.loss_after:.4f} after {summary.steps} steps "
-                 f"(first batch, without dropout)"),
+        (
+            "loss",
+            f"{summary.loss_before:.4f} before, {summary.loss_after:.4f} after {summary.steps} steps "
+            f"(first batch, without dropout)",
+        ),
         ("run folder", summary.run_folder),
     ]
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)

@@ -97,8 +97,10 @@ def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object
             f"--dataset-args {' '.join(f'{key}={value}' for key, value in arguments.items())} was given, but only a "
             f"package.module:factory takes arguments, not {spec!r}. Leave the arguments out."
         )
-    return DATASETS[spec].load(sequence_length=sequence_length) if spec in DATASETS else text_path(
-        Path(spec), sequence_length
+    return (
+        DATASETS[spec].load(sequence_length=sequence_length)
+        if spec in DATASETS
+        else text_path(Path(spec), sequence_length)
     )
 
 

@@ -1,5 +1,6 @@
 """The order of the data: a pure function of seed and step, so that a resumed run sees exactly the samples that an
-uninterrupted one would have seen."""
+uninterrupted one would have seen.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def load_batch(data: TrainingData, indices: list[int], device: torch.device) -> 
         batch = default_collate(samples)
     except (RuntimeError, TypeError, ValueError) as problem:
         raise UnsupportedInput(
-            f"samples {indices[:4]}... of {data.name} cannot be put into one batch: {problem}. Samples must be tensors, "
-            f"numbers, or tuples and dictionaries of them, all of the same shape."
+            f"samples {indices[:4]}... of {data.name} cannot be put into one batch: {problem}. "
+            f"Samples must be tensors, numbers, or tuples and dictionaries of them, all of the same shape."
         ) from None
     return _to_device(batch, device)
 

@@ -17,12 +17,22 @@ from recollect.train.data.facts import DataFacts, TrainingData
 VOCABULARY_SIZE = 256
 
 # What of the standard library is not in every installation of the same Python.
-_NOT_EVERYWHERE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip", "__pycache__"}
+_NOT_EVERYWHERE = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+}
 
 
 class ByteSequences:
     """Sample ``i`` holds bytes ``i * length`` to ``(i + 1) * length``, the last one included: it is the next input's
-    first byte and this sample's last target."""
+    first byte and this sample's last target.
+    """
 
     def __init__(self, corpus: bytes, sequence_length: int) -> None:
         self._corpus = torch.frombuffer(bytearray(corpus), dtype=torch.uint8)

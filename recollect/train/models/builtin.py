@@ -17,7 +17,9 @@ from recollect.train.naming import Registry, did_you_mean
 Config = TypeVar("Config", GptConfig, LstmConfig, ResnetConfig)
 
 
-def _configure(name: str, kind: type[Config], settings: Mapping[str, object], arguments: Mapping[str, object]) -> Config:
+def _configure(
+    name: str, kind: type[Config], settings: Mapping[str, object], arguments: Mapping[str, object]
+) -> Config:
     """``kind`` from what is known, overridden by the user's arguments."""
     types = {field.name: {"int": int, "float": float}[str(field.type)] for field in fields(kind)}
     for key, value in arguments.items():

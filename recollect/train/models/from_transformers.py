@@ -30,7 +30,7 @@ _DEFAULT_SEQUENCE_LENGTH = 256
 
 
 def transformers_source(spec: str, task: Task | None) -> ModelSource:
-    """The model that ``transformers:FILE_OR_FOLDER`` describes; its config is read at once, so that it can be judged."""
+    """The model that ``transformers:FILE_OR_FOLDER`` describes; its config is read and judged at once."""
     transformers = _import_transformers(spec)
     path = Path(spec.partition(":")[2])
     config = _read_config(transformers, path)
@@ -54,7 +54,9 @@ def transformers_source(spec: str, task: Task | None) -> ModelSource:
         accepts=(kind,),
         build=build,
         default_dataset="python-source" if kind == "text" else "digits",
-        sequence_length=min(longest, _DEFAULT_SEQUENCE_LENGTH) if isinstance(longest, int) else _DEFAULT_SEQUENCE_LENGTH,
+        sequence_length=min(longest, _DEFAULT_SEQUENCE_LENGTH)
+        if isinstance(longest, int)
+        else _DEFAULT_SEQUENCE_LENGTH,
     )
 
 
@@ -111,8 +113,9 @@ def _check_fit(path: Path, config: Any, facts: DataFacts, sequence_length: int) 
     if facts.kind == "images":
         wanted = {"num_channels": facts.channels, "num_labels": facts.classes, "image_size": facts.image_size}
     wrong = {
-        key: value for key, value in wanted.items() if isinstance(getattr(config, key, None), int)
-        and getattr(config, key) != value
+        key: value
+        for key, value in wanted.items()
+        if isinstance(getattr(config, key, None), int) and getattr(config, key) != value
     }
     if wrong:
         raise UnsupportedInput(

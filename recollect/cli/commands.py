@@ -1,0 +1,161 @@
+"""What each command does: call the trainer or the verbs, print what they return."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import recollect
+from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.errors import UnsupportedInput
+from recollect.records import Plan, Verdict
+from recollect.train import Reporter, TrainConfig, build, format_summary, resolve, run
+from recollect.train.data import DATASETS
+from recollect.train.files import replacing
+from recollect.train.memory import resolve_memory
+from recollect.train.models import MODELS
+from recollect.train.summary import format_plan
+from recollect.units import format_bytes
+
+
+def train(options: TrainOptions, command: Sequence[str]) -> int:
+    """Train; print the summary."""
+    settings = {entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)}
+    # With --json, stdout belongs to the one document; people read stderr.
+    with Reporter(sys.stderr if options.json else sys.stdout) as reporter:
+        summary = run(TrainConfig(**settings), command=command, reporter=reporter)
+        if summary is not None:
+            reporter.say(format_summary(summary))
+    if options.json:
+        print(json.dumps({"finished": True} if summary is None else {"finished": True, **summary.to_json()}))
+    return 0
+
+
+def plan(options: PlanOptions, command: Sequence[str]) -> int:
+    """Measure and solve; print the plan."""
+    options, source = resolve(options)
+    _require_folder(options.output)
+    work = build(options, source)
+    profile = recollect.measure(work.model, work.batch(0), loss=work.loss, optimizer=work.optimizer)
+    solved = recollect.solve(profile, budget_bytes=work.budget_bytes)
+    if options.output is not None:
+        with replacing(Path(options.output)) as temporary:
+            solved.save(temporary)
+    if options.json:
+        print(json.dumps(plan_figures(solved)))
+    else:
+        print(format_plan(solved))
+        if options.output is not None:
+            print(f"written to {options.output}")
+    return 0
+
+
+def verify(options: VerifyOptions, command: Sequence[str]) -> int:
+    """Run plain and planned steps side by side; print the verdict. 1 if they are not proven equal."""
+    options, source = resolve(options)
+    solved = Plan.load(options.plan) if options.plan is not None else None
+    work = build(options, source)
+    batch = work.batch(0)
+    if solved is None:
+        profile = recollect.measure(work.model, batch, loss=work.loss, optimizer=work.optimizer)
+        solved = recollect.solve(profile, budget_bytes=work.budget_bytes)
+    reference = options.reference_memory
+    verdict = recollect.verify(
+        work.model,
+        batch,
+        solved,
+        loss=work.loss,
+        optimizer=work.optimizer,
+        steps=options.steps,
+        reference_budget_bytes=(
+            None if reference is None else resolve_memory(reference, work.device, flag="--reference-memory")
+        ),
+    )
+    if options.json:
+        print(json.dumps({entry.name: getattr(verdict, entry.name) for entry in fields(verdict)}))
+    else:
+        print(format_plan(solved))
+        print(format_verdict(verdict))
+    return 0 if verdict.ok else 1
+
+
+def models(options: ListOptions, command: Sequence[str]) -> int:
+    """Print what models are known."""
+    known = {name: source.summary for name, source in MODELS}
+    _print_list(options, known, "also: transformers:CONFIG.json (or folder), package.module:factory")
+    return 0
+
+
+def datasets(options: ListOptions, command: Sequence[str]) -> int:
+    """Print what datasets are known."""
+    known = {name: source.summary for name, source in DATASETS}
+    _print_list(options, known, "also: the path of a text file or folder, package.module:factory")
+    return 0
+
+
+def plan_figures(solved: Plan) -> dict[str, Any]:
+    """The figures of a plan as plain data; the decisions are in the plan's file."""
+    names = (
+        "model", "batch", "device", "optimizer", "budget_bytes", "predicted_peak_bytes", "peak_where",
+        "baseline_bytes", "plain_peak_bytes", "predicted_step_ms", "plain_step_ms", "overhead_ratio",
+        "lower_bound_ms", "exactness",
+    )  # fmt: skip
+    return {
+        **{name: getattr(solved, name) for name in names},
+        "breakdown": dict(solved.breakdown),
+        "regions": len(solved.regions),
+        "planned_regions": sum(region.recipe >= 0 for region in solved.regions),
+    }
+
+
+def format_verdict(verdict: Verdict) -> str:
+    """A verdict, for people."""
+    proven = {True: "proven", False: "FAILED", None: "not fully proven"}[verdict.ok]
+    kept = "kept" if verdict.measured_peak_bytes <= verdict.budget_bytes else "EXCEEDED"
+    rows = [
+        ("verdict", f"{proven}: {verdict.method}, {verdict.steps} steps"),
+        ("loss", _equal(verdict.loss_equal)),
+        ("gradients", _equal(verdict.gradients_equal)),
+        ("buffers", _equal(verdict.buffers_equal)),
+        ("random", _equal(verdict.rng_equal)),
+        ("peak", f"{format_bytes(verdict.measured_peak_bytes)} measured, "
+                 f"{format_bytes(verdict.predicted_peak_bytes)} predicted, budget "
+                 f"{format_bytes(verdict.budget_bytes)} {kept}"),
+        ("plain peak", f"{format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source})"),
+        ("time", f"{verdict.step_ms:.1f} ms, plain {verdict.plain_step_ms:.1f} ms ({verdict.plain_step_source}): "
+                 f"{verdict.overhead_ratio:+.1%}"),
+    ]  # fmt: skip
+    for label, names in (
+        ("differs", verdict.differing),
+        ("unstable", verdict.not_reproducible),
+        ("unverified", verdict.unverified),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            rows.append((label, shown))
+    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _equal(equal: bool | None) -> str:
+    return {True: "bit for bit equal to plain", False: "NOT EQUAL to plain", None: "not compared"}[equal]
+
+
+def _require_folder(output: str | None) -> None:
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise UnsupportedInput(
+            f"--output {output} cannot be written: its folder does not exist. Make the folder first."
+        )
+
+
+def _print_list(options: ListOptions, known: Mapping[str, str], also: str) -> None:
+    if options.json:
+        print(json.dumps(known))
+        return
+    width = max(map(len, known))
+    for name, summary in known.items():
+        print(f"{name:<{width}}  {summary}")
+    print(also)

@@ -1,0 +1,123 @@
+"""Entry point: parse, run a command, turn errors into exit codes.
+
+0 done; 1 failed while running; 2 bad input; 130 and 143 ended by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from recollect.cli import commands
+from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
+from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
+from recollect.train import Interrupted
+from recollect.train.naming import did_you_mean
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
+    command.name: (command, function)
+    for command, function in (
+        (
+            Command(
+                name="train",
+                summary="train a model inside a memory budget",
+                options=TrainOptions,
+                bare={"grad_checkpoint": "auto", "resume": "auto"},
+            ),
+            commands.train,
+        ),
+        (Command(name="plan", summary="say what a budget costs, without training", options=PlanOptions), commands.plan),
+        (
+            Command(
+                name="verify", summary="prove that planned steps equal plain ones, bit for bit", options=VerifyOptions
+            ),
+            commands.verify,
+        ),
+        (Command(name="models", summary="list the known models", options=ListOptions), commands.models),
+        (Command(name="datasets", summary="list the known datasets", options=ListOptions), commands.datasets),
+    )
+}
+
+
+def console() -> NoReturn:
+    """The `recollect` program."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``arguments`` and return the exit code."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    try:
+        return _run(arguments)
+    except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
+        return _tell(problem, EXIT_BAD_INPUT)
+    except RecollectError as problem:
+        return _tell(problem, EXIT_FAILED)
+    except Interrupted as interrupted:
+        return _tell(interrupted, interrupted.exit_code)
+    except _Terminated:
+        return _tell("terminated", 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _tell("interrupted", 128 + signal.SIGINT)
+    except Exception as problem:
+        traceback.print_exc()
+        what = f"{type(problem).__name__}: {problem}"
+        return _tell(f"failed while running `recollect {shlex.join(arguments)}`: {what}", EXIT_FAILED)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside the training loop, which has its own way to end."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _tell(problem: object, exit_code: int) -> int:
+    print(f"recollect: {problem}", file=sys.stderr)
+    return exit_code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="recollect", description="Train any PyTorch model inside the memory you have.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for command, _ in COMMANDS.values():
+        command.add_to(subparsers)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return EXIT_BAD_INPUT
+    if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        raise UnsupportedInput(
+            f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], COMMANDS)} "
+            f"Commands are: {', '.join(COMMANDS)}."
+        )
+    if arguments[0] not in COMMANDS:
+        refuse_unknown_flags([word for word in arguments if word not in ("-h", "--help")], ["--help"])
+        parser.print_help()
+        return 0
+    command, function = COMMANDS[arguments[0]]
+    settings = settings_of(command.options)
+    bare_flags = {setting.flag: command.bare[setting.name] for setting in settings if setting.name in command.bare}
+    words = normalise(arguments, bare_flags, [setting.name for setting in settings])
+    try:
+        found, rest = parser.parse_known_args(words)
+    except SystemExit as shown:  # --help has been printed
+        return int(shown.code or 0)
+    refuse_unknown_flags(rest, ["--config-file", *(setting.flag for setting in settings)])
+    return function(command.parse(found, rest), ["recollect", *arguments])
