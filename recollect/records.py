@@ -171,6 +171,8 @@ class Profile:
     events: tuple[Event, ...]
     optimizer: str = ""
     """The optimizer's class name; empty when measured without one (its state and step are then not in any figure)."""
+    accumulation_steps: int = 1
+    """Forward and backward passes for each optimizer step: they cost time, not memory, as gradients are resident."""
     data_dependent: bool = False
     """Shapes depend on the data: measured by a concrete run, so another batch may need more."""
     margin_bytes: int = 0
@@ -187,14 +189,25 @@ class Profile:
     def __post_init__(self) -> None:
         object.__setattr__(self, "baseline_bytes", sum(self.baseline.values()))
 
+    def check(self) -> None:
+        """Raise ValueError where an index or a size cannot be right, so that nothing that reads the profile crashes."""
+        _check_sizes(self)
+        _check_wiring(self)
+        _check_timeline(self)
+
     @property
     def plain_step_ms(self) -> float:
         """Predicted time of the plain step: each operation that ran, alone."""
-        return sum(
-            self.signatures[self.ops[event.a].signature if event.kind == EventKind.OP else event.a].ms
-            for event in self.events
-            if event.kind in (EventKind.OP, EventKind.OTHER_OP)
-        )
+        total_ms = 0.0
+        passes = self.accumulation_steps
+        for event in self.events:
+            if event.kind == EventKind.OP:
+                total_ms += passes * self.signatures[self.ops[event.a].signature].ms
+            elif event.kind == EventKind.OTHER_OP:
+                total_ms += passes * self.signatures[event.a].ms
+            elif event.kind == EventKind.OPTIMIZER:
+                passes = 1
+        return total_ms
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON."""
@@ -281,6 +294,29 @@ class Plan:
     exactness: str = "bitwise"
     """"bitwise": gradients are bit for bit those of the plain step. "rounding": summation order may differ."""
 
+    def check(self) -> None:
+        """Raise ValueError where an index or a size cannot be right."""
+        sizes = {"budget_bytes": self.budget_bytes, "baseline_bytes": self.baseline_bytes}
+        for name, size in sizes.items():
+            _require(size >= 0, f"{name} is negative")
+        _require(self.exactness in ("bitwise", "rounding"), f"exactness is {self.exactness!r}")
+        _require(
+            sum(self.breakdown.values()) == self.predicted_peak_bytes,
+            "breakdown does not add up to predicted_peak_bytes",
+        )
+        keys = [region.key for region in self.regions]
+        _require(len(set(keys)) == len(keys), "regions name one region twice")
+        for region in self.regions:
+            _require(-1 <= region.recipe < len(self.recipes), f"{region.key} names recipe {region.recipe}")
+        for place, recipe in enumerate(self.recipes):
+            count = len(recipe.op_names)
+            _require(all(0 <= op < count for op in recipe.replay), f"recipes[{place}].replay names no operation")
+            pairs = (*recipe.keep, *recipe.drop)
+            _require(
+                all(0 <= op < count for op, _ in pairs), f"recipes[{place}] keeps or drops what no operation makes"
+            )
+            _require(recipe.held_bytes >= 0 and recipe.dropped_bytes >= 0, f"recipes[{place}] has negative bytes")
+
     @property
     def is_plain(self) -> bool:
         """True when nothing is dropped: applying the plan installs nothing."""
@@ -347,3 +383,79 @@ class Verdict:
     def load(cls, path: str | Path) -> Verdict:
         """Read a verdict. Raises `PlanMismatch` if the file is not one."""
         return codec.load(cls, path)
+
+
+def _require(holds: bool, trouble: str) -> None:
+    if not holds:
+        raise ValueError(trouble)
+
+
+def _check_sizes(profile: Profile) -> None:
+    _require(set(profile.baseline) <= set(COMPONENTS) - {"activation"}, "baseline names an unknown component")
+    _require(all(size >= 0 for size in profile.baseline.values()), "baseline holds a negative size")
+    _require(profile.margin_bytes >= 0, "margin_bytes is negative")
+    _require(profile.mode_ms_per_op >= 0 and profile.tape_ms_per_op >= 0, "a time per operation is negative")
+    for place, storage in enumerate(profile.storages):
+        _require(storage.nbytes >= 0, f"storages[{place}] has a negative size")
+        _require(storage.component in COMPONENTS, f"storages[{place}] is of no known component")
+    for place, signature in enumerate(profile.signatures):
+        _require(signature.ms >= 0, f"signatures[{place}] has a negative time")
+        _require(signature.scratch_bytes >= 0, f"signatures[{place}] has a negative size")
+
+
+def _check_wiring(profile: Profile) -> None:
+    values = profile.values
+    for place, value in enumerate(values):
+        _require(0 <= value.storage < len(profile.storages), f"values[{place}] names no storage")
+        _require(-1 <= value.op < len(profile.ops), f"values[{place}] names no operation")
+        if value.op >= 0:
+            _require(place in profile.ops[value.op].outputs, f"values[{place}] is no output of its operation")
+    for place, op in enumerate(profile.ops):
+        _require(0 <= op.signature < len(profile.signatures), f"ops[{place}] names no signature")
+        _require(all(0 <= v < len(values) for v in (*op.inputs, *op.outputs)), f"ops[{place}] names no value")
+        _require(all(values[v].op < place for v in op.inputs), f"ops[{place}] reads a value that is made later")
+        _require(all(values[v].op == place for v in op.outputs), f"ops[{place}] makes a value of another operation")
+        names = {values[v].output for v in op.outputs}
+        _require(len(names) == len(op.outputs), f"ops[{place}] makes two values under one name")
+        _require(set(op.mutates) <= set(op.inputs), f"ops[{place}] mutates what it does not read")
+    first = 0
+    for region in profile.regions:
+        _require(
+            region.first_op == first and region.op_count >= 0, f"region {region.key} does not follow the one before"
+        )
+        first += region.op_count
+    _require(first == len(profile.ops), "regions do not cover the operations")
+    keys = {region.key for region in profile.regions}
+    _require(len(keys) == len(profile.regions), "regions name one region twice")
+    for place, slot in enumerate(profile.slots):
+        _require(0 <= slot.value < len(values), f"slots[{place}] names no value")
+        _require(0 <= slot.region < len(profile.regions), f"slots[{place}] names no region")
+
+
+def _check_timeline(profile: Profile) -> None:
+    tables = {
+        EventKind.ALLOC: len(profile.storages),
+        EventKind.FREE: len(profile.storages),
+        EventKind.OP: len(profile.ops),
+        EventKind.OTHER_OP: len(profile.signatures),
+        EventKind.SAVE: len(profile.slots),
+        EventKind.UNPACK: len(profile.slots),
+        EventKind.RELEASE: len(profile.slots),
+        EventKind.ENTER: len(profile.regions),
+        EventKind.EXIT: len(profile.regions),
+    }
+    saved: set[int] = set()
+    released: set[int] = set()
+    ran: set[int] = set()
+    for place, (kind, a) in enumerate(profile.events):
+        _require(kind not in tables or 0 <= a < tables[kind], f"events[{place}] names nothing that exists")
+        if kind == EventKind.OP:
+            _require(a not in ran, f"events[{place}] runs an operation again")
+            ran.add(a)
+        elif kind == EventKind.SAVE:
+            _require(a not in saved, f"events[{place}] saves a slot again")
+            saved.add(a)
+        elif kind in (EventKind.UNPACK, EventKind.RELEASE):
+            _require(a in saved and a not in released, f"events[{place}] reads a slot that is not saved")
+            if kind == EventKind.RELEASE:
+                released.add(a)

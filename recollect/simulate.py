@@ -8,10 +8,10 @@ Memory is additive over regions: a region's decision changes only what its own s
 
     bytes(moment) = baseline + fixed(moment) + sum over regions of conditional(region, decision, moment)
 
-where *fixed* is what lives whatever is decided (natural lifetimes, savings of values that a region did not make or may
-not replay) and *conditional* is what `region_curve` returns.  `solve` chooses among decisions with these curves; the sum
-counts a storage twice if two regions hold it only as a replay source, so it is an upper bound there, and `simulate`
-itself, which counts each storage once, is exact.
+where *fixed* is what lives whatever is decided (natural lifetimes, savings of values that a region did not make or
+may not replay) and *conditional* is what `region_curve` returns.  The sum counts a storage twice if two regions hold it
+at the same time, so it is an upper bound there; a curve therefore names its holdings (`RegionCurve.holds`), with which
+`solve` counts such a storage once.  `simulate` itself counts each storage once.
 
 What it does not see: allocator slack, and memory that an operation takes in other ways than its measured scratch.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from recollect.records import Decision, EventKind, KeepSet, Profile
 
@@ -72,6 +73,11 @@ class ProfileIndex:
         }
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
 
+    def backward_event(self) -> int:
+        """When backward begins: the moment at which everything held from forward is held; 0 without backward."""
+        kinds = (time for time, event in enumerate(self.profile.events) if event.kind == EventKind.BACKWARD)
+        return next(kinds, 0)
+
     def producer_region(self, value: int) -> int:
         """Index of the region that made a value; -1 if none did."""
         op = self.profile.values[value].op
@@ -79,7 +85,11 @@ class ProfileIndex:
 
     def is_free(self, value: int) -> bool:
         """Its storage is part of the baseline, so that holding it costs nothing."""
-        return self.profile.storages[self.profile.values[value].storage].component != "activation"
+        return self.is_baseline(self.profile.values[value].storage)
+
+    def is_baseline(self, storage: int) -> bool:
+        """It is alive during the whole step, and counted there."""
+        return self.profile.storages[storage].component != "activation"
 
     def nbytes(self, value: int) -> int:
         """Size of the value's storage."""
@@ -133,9 +143,7 @@ class ProfileIndex:
             for s in self.slots_of_region[index]
             if (v := profile.slots[s].value) in droppable and not profile.values[v].overwritten
         )
-        return RegionFacts(
-            index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots
-        )
+        return RegionFacts(index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots)
 
     def _fixed(self) -> tuple[list[int], dict[int, int], dict[int, list[tuple[int, int]]]]:
         """Level after each event and spikes of what lives whatever is decided; when each storage lives in it."""
@@ -308,8 +316,10 @@ class _RegionMachine:
                 self._sources.discard(u)
                 moment.released.append(self._profile.values[u].storage)
             op = self._profile.values[u].op
-            if op in self._needed and op not in self._done and all(
-                self._refs[o] == 0 for o in self._profile.ops[op].outputs
+            if (
+                op in self._needed
+                and op not in self._done
+                and all(self._refs[o] == 0 for o in self._profile.ops[op].outputs)
             ):
                 self._done.add(op)  # nobody wants its results any more
                 stack.extend(set(self._profile.ops[op].inputs))
@@ -323,6 +333,9 @@ class RegionCurve:
     """(event, bytes): the level changes by so much at that event and stays; sorted by event."""
     spikes: tuple[tuple[int, int], ...]
     """(event, bytes): within that event the level is so much above the level *before* the event, for an instant."""
+    holds: tuple[tuple[int, int, int], ...]
+    """(storage, first event, event after the last): the part of the deltas that is a storage held beyond its fixed
+    life. Another region may hold the same storage at the same time; in memory it is there once."""
     replayed_ops: tuple[int, ...]
     """Operations replayed, in the order of replay."""
     replay_ms: float
@@ -336,7 +349,7 @@ def _overhead_ms(profile: Profile, region: int, replayed: Sequence[int], needed:
     if needed == 0:
         return replay_ms, 0.0
     mode_ms = profile.mode_ms_per_op * profile.regions[region].op_count
-    return replay_ms, replay_ms + mode_ms + profile.tape_ms_per_op * needed
+    return replay_ms, profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * needed)
 
 
 def region_curve(index: ProfileIndex, region: int, decision: Decision) -> RegionCurve:
@@ -367,14 +380,16 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision) -> Region
         if moment.spike > max(0, moment.memo_delta):
             spikes.append((time, moment.spike))
     intervals.extend((storage, start, len(profile.events)) for storage, start in opened.items())
+    holds: list[tuple[int, int, int]] = []
     for storage, start, end in intervals:  # only the part in which nothing else keeps the storage alive
         inside = sorted(
             {start, end}
             | {t for t in index.fixed_births(storage) if start < t < end}
             | {t for t in index.fixed_deaths(storage) if start < t < end}
         )
-        for a, b in zip(inside, inside[1:], strict=False):
-            if not index.fixed_at(storage, a):
+        for a, b in pairwise(inside):
+            if not index.fixed_at(storage, a) and not index.is_baseline(storage):
+                holds.append((storage, a, b))
                 change(a, storage, +1)
                 if b < len(profile.events):
                     change(b, storage, -1)
@@ -382,6 +397,7 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision) -> Region
     return RegionCurve(
         deltas=tuple(sorted((t, d) for t, d in deltas.items() if d)),
         spikes=tuple(spikes),
+        holds=tuple(sorted(holds)),
         replayed_ops=tuple(machine.replayed_ops),
         replay_ms=replay_ms,
         overhead_ms=overhead_ms,

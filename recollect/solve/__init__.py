@@ -1,0 +1,13 @@
+"""Choosing what every region keeps and what it replays: the fastest plan under the peak at every moment.
+
+`columns` evaluates a decision for a region, `pricing` finds the one that prices want, `master` combines columns under
+the memory of every moment, `generate` fills the pool, `bound` says how fast any plan could be, `build` writes the plan.
+
+The plan space: for each region call, untouched or a keep set.  Within it, the answer is exact where the classes'
+keep sets are enumerated; elsewhere it is the best choice among generated columns, with the distance to a valid lower
+bound in the plan (`Plan.lower_bound_ms`).  Nothing here needs torch.
+"""
+
+from recollect.solve.solver import Solver, full_plan, minimum_budget, plain_plan, solve
+
+__all__ = ["Solver", "full_plan", "minimum_budget", "plain_plan", "solve"]

@@ -1,0 +1,204 @@
+"""Which decisions are worth having on offer: enumeration, sweeps and column generation.
+
+The pool of columns is made once for a profile and does not depend on the budget that is asked for.  All budgets choose
+among the same columns, so a larger budget is never slower, and a frontier costs one pool.
+
+1. A class with few useful values is enumerated: every keep set is on offer, and the choice is exact.
+2. For larger classes, a sweep over the price of a held byte gives the lower hull of time against held bytes (each point
+   exact by minimum cut), and a greedy descent gives keep sets whose replay peaks low.
+3. Column generation (Dantzig & Wolfe 1960) at a ladder of budgets: the master's relaxation prices bytes at the moments
+   that bind, pricing finds the keep set that these prices want, until none is new.  Where what is memoised during
+   replay matters, a descent by single exchanges on the exact column starts from the best columns known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, combinations
+
+from recollect.records import Decision, KeepSet
+from recollect.solve.columns import Column, ColumnSource, keep_set, useful_values
+from recollect.solve.master import Master, Relaxation
+from recollect.solve.pricing import Prices, PricingModel
+
+#: A class is enumerated when that takes at most so many columns over all its regions.
+_ENUMERATE_AT_MOST = 3000
+#: Points of the sweep over the price of held bytes, for each class.
+_SWEEP_AT_MOST = 24
+#: Columns evaluated in one descent.
+_DESCENT_AT_MOST = 240
+#: Budgets at which columns are generated, between the smallest peak and the plain one.
+_LADDER = (0.0, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
+#: Rounds of column generation at one budget.
+_ROUNDS = 12
+
+
+@dataclass(slots=True)
+class Pool:
+    """The columns of a profile, with the pricing models that found them."""
+
+    source: ColumnSource
+    master: Master = field(init=False)
+    models: list[PricingModel] = field(init=False)
+    members: dict[int, list[int]] = field(init=False)
+    """Class to its regions."""
+    enumerated: set[int] = field(default_factory=set)
+    """Classes of which every keep set is on offer."""
+
+    def __post_init__(self) -> None:
+        index = self.source.index
+        self.master = Master(self.source)
+        shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
+        self.models = [PricingModel(index, region, shared) for region in range(len(index.profile.regions))]
+        self.members = {}
+        for region, record in enumerate(index.profile.regions):
+            self.members.setdefault(record.class_id, []).append(region)
+        for class_id, regions in self.members.items():
+            self._open(class_id, regions)
+        self._generate(None)
+        smallest, _ = self.master.smallest()
+        plain = max(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))))
+        for share in _LADDER:
+            self._generate(smallest + int((plain - smallest) * share))
+
+    def _open(self, class_id: int, regions: list[int]) -> None:
+        """The first decisions of a class."""
+        index = self.source.index
+        if not any(self.models[region].enabled for region in regions):
+            return
+        useful = useful_values(index, regions[0])
+        if len(regions) << len(useful) <= _ENUMERATE_AT_MOST:
+            self.enumerated.add(class_id)
+            for values in chain.from_iterable(combinations(useful, size) for size in range(len(useful) + 1)):
+                self._offer(class_id, keep_set(index, values))
+            return
+        self._offer(class_id, frozenset())
+        for decision in self._sweep(regions[len(regions) // 2]):
+            self._offer(class_id, decision)
+        for region in dict.fromkeys((regions[0], regions[-1])):
+            for decision in self._low_peaks(region):
+                self._offer(class_id, decision)
+
+    def _offer(self, class_id: int, decision: Decision) -> bool:
+        """Offer a decision, unless it drops nothing and so is None with more effort."""
+        if decision is not None and not any(
+            self.source.index.needed_ops(region, decision) for region in self.members[class_id][:1]
+        ):
+            return False
+        return self.master.offer(class_id, decision)
+
+    def _sweep(self, region: int) -> Iterator[Decision]:
+        """Keep sets on the lower hull of added time against bytes held when backward begins.
+
+        The hull's vertices by bisection of slopes (Eisner & Severance 1976).
+        """
+        middle = self.source.index.backward_event()
+        model = self.models[region]
+
+        def point(price: float, weight: float) -> tuple[float, int, Decision]:
+            shared = {(middle, storage, region): price for storage in model.shared}
+            _, decision = model.best(Prices(time_weight=weight, private={middle: price}, shared=shared))
+            column = self.source.column(region, decision)
+            return column.overhead_ms, column.held_bytes, decision
+
+        cheap = (0.0, self.source.column(region, None).held_bytes, None)
+        small = point(1.0, 0.0)
+        yield small[2]
+        spans = [(cheap, small)]
+        for _ in range(_SWEEP_AT_MOST):
+            if not spans:
+                return
+            (ms_a, bytes_a, a), (ms_b, bytes_b, b) = spans.pop(0)
+            if bytes_a <= bytes_b or ms_b <= ms_a:
+                continue
+            price = (ms_b - ms_a) / (bytes_a - bytes_b)
+            found = point(price, 1.0)
+            line = ms_a + price * bytes_a
+            if found[0] + price * found[1] < line * (1 - 1e-9):
+                yield found[2]
+                spans += [((ms_a, bytes_a, a), found), (found, (ms_b, bytes_b, b))]
+
+    def _low_peaks(self, region: int) -> Iterator[Decision]:
+        """Keep sets on the way to the lowest peak that the region itself reaches, starting from dropping all."""
+        index, base = self.source.index, self.source.base
+        useful = useful_values(index, region)
+        window = index.events_of_region[region]
+
+        def measure(values: frozenset[int]) -> tuple[int, int]:
+            column = self.source.column(region, keep_set(index, values))
+            return max(base[time] + column.at(time)[0] for time in window), column.held_bytes
+
+        kept: frozenset[int] = frozenset()
+        best = measure(kept)
+        left = _DESCENT_AT_MOST
+        while left > 0:
+            stride = max(1, len(useful) // left)
+            tries = [(measure(kept | {value}), kept | {value}) for value in useful[::stride] if value not in kept]
+            left -= len(tries)
+            if not tries or min(tries, key=lambda t: t[0])[0][0] >= best[0]:
+                return
+            best, kept = min(tries, key=lambda t: t[0])
+            yield keep_set(index, kept)
+
+    def _generate(self, budget_bytes: int | None) -> None:
+        """Column generation at one budget, or for the smallest peak."""
+        for _ in range(_ROUNDS):
+            relaxation = self.master.relaxed(budget_bytes)
+            if relaxation is None or not self._price_all(relaxation):
+                return
+
+    def _price_all(self, relaxation: Relaxation) -> bool:
+        """Offer what the prices want in every class that is not enumerated; True if anything is new."""
+        prices = relaxation.prices
+        new = False
+        for class_id, regions in self.members.items():
+            if class_id in self.enumerated:
+                continue
+            done: set[tuple[float, Decision]] = set()
+            for region in regions:
+                if not self.models[region].enabled:
+                    continue
+                bound, decision = self.models[region].best(prices)
+                if (round(bound, 9), decision) in done:
+                    continue
+                done.add((round(bound, 9), decision))
+                new |= self._offer(class_id, decision)
+                best = min(
+                    (self.source.column(region, known) for known in self.master.decisions[class_id]),
+                    key=lambda column: self.cost(column, prices),
+                )
+                if self.cost(best, prices) > bound + 1e-6 * abs(bound) + 1e-9:
+                    for found in self._descend(best, prices):
+                        new |= self._offer(class_id, found)
+        return new
+
+    def cost(self, column: Column, prices: Prices) -> float:
+        """What a column costs at these prices, in full."""
+        total = prices.time_weight * column.overhead_ms
+        storages = self.source.index.profile.storages
+        for time, price in prices.private.items():
+            level, held = column.at(time)
+            total += price * level
+            for storage in held:
+                total += prices.shared.get((time, storage, column.region), 0.0) * storages[storage].nbytes
+        return total
+
+    def _descend(self, start: Column, prices: Prices) -> Iterator[KeepSet]:
+        """Better columns by putting single values into or out of the keep set."""
+        index = self.source.index
+        useful = useful_values(index, start.region)
+        kept = index.keep_values(start.region, start.decision) if start.decision is not None else frozenset(useful)
+        best = self.cost(start, prices)
+        left = _DESCENT_AT_MOST
+        improved = True
+        while improved and left > 0:
+            improved = False
+            for value in useful[:left]:
+                trial = kept ^ {value}
+                left -= 1
+                cost = self.cost(self.source.column(start.region, keep_set(index, trial)), prices)
+                if cost < best - 1e-9 * abs(best):
+                    best, kept, improved = cost, trial, True
+        if kept != useful and keep_set(index, kept) != start.decision:
+            yield keep_set(index, kept)

@@ -1,0 +1,86 @@
+"""The one place that talks to HiGHS: a linear program or a mixed-integer one, as rows and columns.
+
+HiGHS is imported when the first program is solved, so that reading and simulating plans needs neither it nor numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+INFINITY = float("inf")
+
+
+@dataclass(slots=True)
+class Program:
+    """Minimise cost subject to rows; fill it with `variable` and `row`, then call `solve`."""
+
+    costs: list[float] = field(default_factory=list)
+    uppers: list[float] = field(default_factory=list)
+    integers: list[bool] = field(default_factory=list)
+    entries: list[dict[int, float]] = field(default_factory=list)
+    bounds: list[tuple[float, float]] = field(default_factory=list)
+
+    def variable(self, cost: float, upper: float = INFINITY, *, integer: bool = False) -> int:
+        """A variable from 0 to `upper`; returns its number."""
+        self.costs.append(cost)
+        self.uppers.append(upper)
+        self.integers.append(integer)
+        return len(self.costs) - 1
+
+    def row(self, entries: dict[int, float], lower: float, upper: float) -> int:
+        """`lower` <= sum of coefficient x variable <= `upper`; returns its number."""
+        self.entries.append(entries)
+        self.bounds.append((lower, upper))
+        return len(self.bounds) - 1
+
+    def solve(self, *, relaxed: bool = False, gap: float = 0.0) -> Solution | None:
+        """The optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
+
+        `gap`: for integer programs, how far (in cost) the answer may be from the optimum.
+        """
+        import highspy
+        import numpy as np
+
+        model = highspy.HighsLp()
+        model.num_col_ = len(self.costs)
+        model.num_row_ = len(self.bounds)
+        model.col_cost_ = np.array(self.costs, dtype=np.double)
+        model.col_lower_ = np.zeros(len(self.costs))
+        model.col_upper_ = np.array(self.uppers, dtype=np.double)
+        model.row_lower_ = np.array([low for low, _ in self.bounds], dtype=np.double)
+        model.row_upper_ = np.array([high for _, high in self.bounds], dtype=np.double)
+        starts, places, values = [0], [], []
+        for entries in self.entries:
+            places += list(entries)
+            values += list(entries.values())
+            starts.append(len(places))
+        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        model.a_matrix_.start_ = np.array(starts, dtype=np.int32)
+        model.a_matrix_.index_ = np.array(places, dtype=np.int32)
+        model.a_matrix_.value_ = np.array(values, dtype=np.double)
+        integer = not relaxed and any(self.integers)
+        if integer:
+            kinds = highspy.HighsVarType
+            model.integrality_ = [kinds.kInteger if flag else kinds.kContinuous for flag in self.integers]
+        highs = highspy.Highs()
+        highs.setOptionValue("output_flag", False)
+        highs.setOptionValue("threads", 1)  # the same answer on every machine
+        highs.setOptionValue("mip_rel_gap", 0.0)
+        highs.setOptionValue("mip_abs_gap", gap)
+        highs.passModel(model)
+        highs.run()
+        if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        solution = highs.getSolution()
+        duals = [] if integer else [float(dual) for dual in solution.row_dual]
+        return Solution([float(value) for value in solution.col_value], duals, float(highs.getInfo().objective_function_value))
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """An optimum."""
+
+    values: list[float]
+    duals: list[float]
+    """One for each row of a linear program: change of the cost for each unit more on the row's bound."""
+    cost: float

@@ -1,0 +1,300 @@
+"""The master problem: one column for every region, so that memory holds at the moments that bind.
+
+A multiple-choice program over the columns at hand, with one row for each moment considered so far (`Master.moments`);
+moments are added when a choice violates them, so that the answer holds at every moment of the step while the program
+stays small.  Regions of one class whose columns have equal coefficients in all rows are one group with a count, so that
+many identical layers cost no more than one, and the search is not lost in their symmetry.
+
+A storage that two regions may hold counts once: the row has a variable for it, at least as large as each region's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+from recollect.records import Decision
+from recollect.solve.columns import Column, ColumnSource
+from recollect.solve.highs import INFINITY, Program, Solution
+from recollect.solve.pricing import Prices
+
+#: Moments added at once, at most: the worst of as many stretches of the timeline.
+_MOMENTS_PER_ROUND = 12
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Regions that the rows cannot tell apart, and the columns among which each of them chooses."""
+
+    regions: tuple[int, ...]
+    columns: tuple[Column, ...]
+    """Of the first region; those of the others have the same decisions."""
+
+
+@dataclass(slots=True)
+class _Built:
+    program: Program
+    groups: list[_Group]
+    variables: list[list[int]]
+    """For each group, one variable for each column."""
+    moment_rows: list[int]
+    link_rows: dict[tuple[int, int, int], int]
+    """(moment, storage, region) to row."""
+    sole_holders: dict[tuple[int, int], int]
+    """(moment, storage) to the only region that has a column which holds it."""
+
+
+@dataclass(slots=True)
+class Master:
+    """The program over columns; give it decisions with `offer`, then ask `relaxed`, `fastest` or `smallest`."""
+
+    source: ColumnSource
+    moments: list[int] = field(default_factory=list)
+    decisions: dict[int, dict[Decision, None]] = field(default_factory=dict)
+    """Class to the decisions on offer, in order of arrival."""
+    unit: int = field(init=False)
+    """Greatest common divisor of all sizes: bytes are counted in it."""
+    _classes: list[int] = field(init=False)
+    _stretches: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        profile = self.source.index.profile
+        sizes = [s.nbytes for s in profile.storages] + [s.scratch_bytes for s in profile.signatures]
+        self.unit = gcd(*sizes) or 1
+        self._classes = [region.class_id for region in profile.regions]
+        for class_id in self._classes:
+            self.decisions.setdefault(class_id, {None: None})
+        self._stretches = _stretches(self.source)
+        plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
+        self.add_moments(plain, 0)
+
+    def offer(self, class_id: int, decision: Decision) -> bool:
+        """Put a decision on offer to all regions of a class; True if it is new."""
+        if decision in self.decisions[class_id]:
+            return False
+        self.decisions[class_id][decision] = None
+        return True
+
+    def add_moments(self, peaks: Sequence[float], limit: float) -> bool:
+        """Take in the worst moment of each stretch that is above `limit` bytes; True if one is new."""
+        worst: dict[int, int] = {}
+        for time, peak in enumerate(peaks):
+            stretch = self._stretches[time]
+            if peak > limit and (stretch not in worst or peak > peaks[worst[stretch]]):
+                worst[stretch] = time
+        known = set(self.moments)
+        new = sorted((t for t in worst.values() if t not in known), key=lambda t: -peaks[t])[:_MOMENTS_PER_ROUND]
+        self.moments += new
+        return bool(new)
+
+    def _build(self, budget_bytes: int | None) -> _Built:
+        """With a budget: least time within it. Without: least peak, the last variable being the peak."""
+        source = self.source
+        program = Program()
+        holding = self._holding_regions()
+        groups = self._groups(holding)
+        rows: list[dict[int, float]] = [{} for _ in self.moments]
+        links: dict[tuple[int, int, int], dict[int, float]] = {}
+        variables: list[list[int]] = []
+        for group in groups:
+            size = len(group.regions)
+            numbers = []
+            for column in group.columns:
+                number = program.variable(column.overhead_ms if budget_bytes is not None else 0.0, size, integer=True)
+                numbers.append(number)
+                for place, time in enumerate(self.moments):
+                    level, storages = column.at(time)
+                    for storage in storages:
+                        if len(holding[place][storage]) == 1:
+                            level += source.index.profile.storages[storage].nbytes
+                        else:
+                            links.setdefault((time, storage, column.region), {})[number] = 1.0
+                    if level:
+                        rows[place][number] = level // self.unit
+            program.row(dict.fromkeys(numbers, 1.0), size, size)
+            variables.append(numbers)
+        places = {time: place for place, time in enumerate(self.moments)}
+        link_rows = {}
+        shares: dict[tuple[int, int], int] = {}
+        for (time, storage, region), entries in links.items():
+            if (time, storage) not in shares:
+                share = shares[time, storage] = program.variable(0.0)
+                rows[places[time]][share] = source.index.profile.storages[storage].nbytes // self.unit
+            link_rows[time, storage, region] = program.row({**entries, shares[time, storage]: -1.0}, -INFINITY, 0.0)
+        peak = program.variable(1.0) if budget_bytes is None else -1
+        moment_rows = []
+        for time, entries in zip(self.moments, rows, strict=True):
+            if budget_bytes is None:
+                moment_rows.append(program.row({**entries, peak: -1.0}, -INFINITY, -source.base[time] / self.unit))
+            else:
+                moment_rows.append(program.row(entries, -INFINITY, (budget_bytes - source.base[time]) // self.unit))
+        sole = {
+            (time, storage): next(iter(regions))
+            for time, held in zip(self.moments, holding, strict=True)
+            for storage, regions in held.items()
+            if len(regions) == 1
+        }
+        return _Built(program, groups, variables, moment_rows, link_rows, sole)
+
+    def _holding_regions(self) -> list[dict[int, set[int]]]:
+        """For each moment, which regions have a column that holds each shared storage."""
+        holding: list[dict[int, set[int]]] = []
+        for time in self.moments:
+            held: dict[int, set[int]] = {}
+            for region, class_id in enumerate(self._classes):
+                for decision in self.decisions[class_id]:
+                    for storage in self.source.column(region, decision).at(time)[1]:
+                        held.setdefault(storage, set()).add(region)
+            holding.append(held)
+        return holding
+
+    def _groups(self, holding: list[dict[int, set[int]]]) -> list[_Group]:
+        """Regions with equal coefficients together; columns that another equals or beats in every row left out."""
+        alike: dict[object, list[int]] = {}
+        for region, class_id in enumerate(self._classes):
+            coefficients = []
+            for decision in self.decisions[class_id]:
+                column = self.source.column(region, decision)
+                entries = []
+                for time, held in zip(self.moments, holding, strict=True):
+                    level, storages = column.at(time)
+                    linked = tuple(s for s in storages if len(held[s]) > 1)
+                    level += sum(self.source.index.profile.storages[s].nbytes for s in storages if len(held[s]) == 1)
+                    entries.append((level, linked))
+                coefficients.append((column.overhead_ms, *entries))
+            alike.setdefault((class_id, tuple(coefficients)), []).append(region)
+        groups = []
+        for (class_id, coefficients), regions in alike.items():  # type: ignore[misc]  # the keys made above
+            columns = [self.source.column(regions[0], decision) for decision in self.decisions[class_id]]
+            groups.append(_Group(tuple(regions), tuple(_undominated(columns, coefficients))))
+        return groups
+
+    def relaxed(self, budget_bytes: int | None) -> Relaxation | None:
+        """The linear relaxation, over the moments of all its own violations; None if even it has no solution."""
+        while True:
+            built = self._build(budget_bytes)
+            solution = built.program.solve(relaxed=True)
+            if solution is None:
+                return None
+            weights = [
+                (self.source.column(region, column.decision), value / len(group.regions))
+                for group, numbers in zip(built.groups, built.variables, strict=True)
+                for column, number in zip(group.columns, numbers, strict=True)
+                if (value := solution.values[number]) > 1e-9
+                for region in group.regions
+            ]
+            limit = budget_bytes if budget_bytes is not None else solution.cost * self.unit
+            if not self.add_moments(self.source.peaks(weights), limit * (1 + 1e-9) + 1e-3):
+                return Relaxation(self._prices(built, solution, budget_bytes), solution.cost)
+
+    def _prices(self, built: _Built, solution: Solution, budget_bytes: int | None) -> Prices:
+        private = {}
+        for time, row in zip(self.moments, built.moment_rows, strict=True):
+            price = -solution.duals[row] / self.unit
+            if price > 1e-15:
+                private[time] = price
+        parts: dict[tuple[int, int], dict[int, float]] = {}
+        for (time, storage, region), row in built.link_rows.items():
+            nbytes = self.source.index.profile.storages[storage].nbytes
+            parts.setdefault((time, storage), {})[region] = max(0.0, -solution.duals[row]) / nbytes
+        shared: dict[tuple[int, int, int], float] = {}
+        for time, price in private.items():
+            for storage, region in (
+                (storage, region) for (t, storage), region in built.sole_holders.items() if t == time
+            ):
+                shared[time, storage, region] = price
+        for (time, storage), of_region in parts.items():
+            if time not in private:
+                continue
+            total = sum(of_region.values())
+            factor = min(1.0, private[time] / total) if total > 0 else 0.0
+            for region, part in of_region.items():
+                shared[time, storage, region] = part * factor
+        return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
+
+    def fastest(self, budget_bytes: int, gap_ms: float) -> list[Decision] | None:
+        """The decisions of least time that hold at every moment; None if the columns on offer have none."""
+        tightened = budget_bytes
+        while True:
+            built = self._build(tightened)
+            solution = built.program.solve(gap=gap_ms)
+            if solution is None:
+                return None
+            decisions = self._decisions(built, solution)
+            peaks = self.source.peaks(self.chosen(decisions))
+            if max(peaks) <= budget_bytes:
+                return decisions
+            if not self.add_moments(peaks, budget_bytes):  # the solver's tolerance was more than a byte
+                tightened -= max(self.unit, int(max(peaks)) - budget_bytes)
+
+    def smallest(self) -> tuple[int, list[Decision]]:
+        """The least peak in bytes that the columns on offer can reach, and decisions that reach it."""
+        best: tuple[int, list[Decision]] | None = None
+        while True:
+            built = self._build(None)
+            solution = built.program.solve(gap=0.5)
+            assert solution is not None, "without a budget there is always a choice"
+            decisions = self._decisions(built, solution)
+            peaks = self.source.peaks(self.chosen(decisions))
+            if best is None or max(peaks) < best[0]:
+                best = (int(max(peaks)), decisions)
+            bound = solution.cost * self.unit
+            if best[0] <= bound + self.unit / 2 or not self.add_moments(peaks, bound + self.unit / 2):
+                return best
+
+    def chosen(self, decisions: Sequence[Decision]) -> list[tuple[Column, float]]:
+        """The columns of one decision for each region."""
+        return [(self.source.column(region, decision), 1) for region, decision in enumerate(decisions)]
+
+    def _decisions(self, built: _Built, solution: Solution) -> list[Decision]:
+        decisions: list[Decision] = [None] * len(self._classes)
+        for group, numbers in zip(built.groups, built.variables, strict=True):
+            picks: list[Decision] = []
+            for column, number in zip(group.columns, numbers, strict=True):
+                picks += [column.decision] * round(solution.values[number])
+            for region, pick in zip(group.regions, picks, strict=True):
+                decisions[region] = pick
+        return decisions
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxation:
+    """What the linear relaxation says."""
+
+    prices: Prices
+    cost: float
+    """Least added time in ms; or least peak in units when no budget was given."""
+
+
+def _undominated(columns: Sequence[Column], coefficients: Sequence[tuple[object, ...]]) -> list[Column]:
+    """Columns that no other one equals or beats in time and in every row (the earlier one stays of equal ones)."""
+    order = sorted(range(len(columns)), key=lambda place: (coefficients[place][0], place))
+    kept: list[int] = []
+    for place in order:
+        mine = coefficients[place]
+        if not any(_beats(coefficients[other], mine) for other in kept):
+            kept.append(place)
+    return [columns[place] for place in sorted(kept)]
+
+
+def _beats(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    """At most as slow (the first entry, by order of the call), and at most as large in each row with no other links."""
+    return all(
+        a[0] <= b[0] and set(a[1]) <= set(b[1])  # type: ignore[index]
+        for a, b in zip(one[1:], other[1:], strict=True)
+    )
+
+
+def _stretches(source: ColumnSource) -> list[int]:
+    """For each event, a number for its neighbourhood: which region runs, forward or backward."""
+    index = source.index
+    owner = {time: region for region, times in enumerate(index.events_of_region) for time in times}
+    middle = index.backward_event()
+    stretches = []
+    current = 0
+    for time in range(len(source.base)):
+        if time in owner:
+            current = 2 * owner[time] + (time >= middle)
+        stretches.append(current)
+    return stretches

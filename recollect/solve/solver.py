@@ -1,0 +1,123 @@
+"""From a profile and a budget to a plan: `solve` for one budget, `Solver` for several."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from recollect.errors import BudgetInfeasible
+from recollect.records import Decision, Plan, Profile
+from recollect.simulate import ProfileIndex, Simulation, simulate
+from recollect.solve.bound import added_ms_bound
+from recollect.solve.build import build_plan
+from recollect.solve.columns import ColumnSource
+from recollect.solve.generate import Pool
+
+#: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
+_TIME_GAP = 1e-9
+
+
+class Solver:
+    """Solves one profile for any number of budgets; the columns are made once, when a budget first needs them."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.index = ProfileIndex(profile)
+        self._solved: dict[int, Plan] = {}
+
+    @cached_property
+    def _plain(self) -> Simulation:
+        return simulate(self.index, [None] * len(self.profile.regions))
+
+    @cached_property
+    def _pool(self) -> Pool:
+        return Pool(ColumnSource(self.index))
+
+    @cached_property
+    def _smallest(self) -> tuple[int, list[Decision]]:
+        return self._pool.master.smallest()
+
+    def plain(self, budget_bytes: int) -> Plan:
+        """The plan that leaves every region untouched, whether or not it fits the budget."""
+        return build_plan(self.index, [None] * len(self.profile.regions), budget_bytes, plain=self._plain)
+
+    def full(self, budget_bytes: int) -> Plan:
+        """The plan that drops everything that may be dropped in every region, whether or not it fits the budget."""
+        decisions: list[Decision] = [frozenset() if facts.slots else None for facts in self.index.facts]
+        return build_plan(self.index, decisions, budget_bytes, plain=self._plain)
+
+    def minimum_budget(self) -> tuple[int, str]:
+        """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+        if not any(facts.slots for facts in self.index.facts):
+            return self._plain.peak_bytes, self._plain.peak_where
+        required, decisions = self._smallest
+        return required, simulate(self.index, decisions).peak_where
+
+    def solve(self, budget_bytes: int) -> Plan:
+        """The fastest plan whose predicted peak is within the budget.
+
+        Raises:
+            BudgetInfeasible: no plan is; the error carries the smallest budget that has one.
+        """
+        if self._plain.peak_bytes <= budget_bytes:
+            return self.plain(budget_bytes)
+        required, where = self.minimum_budget()
+        if budget_bytes < required:
+            raise BudgetInfeasible(required, budget_bytes, where)
+        if budget_bytes not in self._solved:
+            self._solved[budget_bytes] = self._solve(budget_bytes)
+        return self._solved[budget_bytes]
+
+    def _solve(self, budget_bytes: int) -> Plan:
+        pool = self._pool
+        relaxation = pool.master.relaxed(budget_bytes)
+        bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
+        gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
+        decisions = pool.master.fastest(budget_bytes, gap_ms) or self._smallest[1]
+        plan = build_plan(self.index, self._lighten(decisions, budget_bytes), budget_bytes, bound, self._plain)
+        assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
+        return plan
+
+    def _lighten(self, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
+        """An equally fast plan: untouched where that costs nothing, otherwise holding fewer bytes where that is free."""
+        source, master = self._pool.source, self._pool.master
+        result = list(decisions)
+        for region, record in enumerate(self.profile.regions):
+            now = source.column(region, result[region])
+            rivals = [source.column(region, decision) for decision in master.decisions[record.class_id]]
+            better = [
+                column
+                for column in rivals
+                if column.overhead_ms <= now.overhead_ms
+                and now.decision is not None
+                and (column.decision is None or column.held_bytes < now.held_bytes)
+            ]
+            for column in sorted(better, key=lambda c: (c.decision is not None, c.held_bytes)):
+                trial = [*result[:region], column.decision, *result[region + 1 :]]
+                if max(source.peaks(master.chosen(trial))) <= budget_bytes:
+                    result = trial
+                    break
+        return result
+
+
+def solve(profile: Profile, budget_bytes: int) -> Plan:
+    """The fastest plan whose predicted peak is within `budget_bytes`, for one profile and one budget.
+
+    Raises:
+        BudgetInfeasible: no plan is; the error carries the smallest budget that has one, and what sets it.
+    """
+    return Solver(profile).solve(budget_bytes)
+
+
+def plain_plan(profile: Profile, budget_bytes: int) -> Plan:
+    """The plan that leaves every region untouched. Its `predicted_peak_bytes` may be above the budget."""
+    return Solver(profile).plain(budget_bytes)
+
+
+def full_plan(profile: Profile, budget_bytes: int) -> Plan:
+    """The plan that drops all that may be dropped. Its `predicted_peak_bytes` may be above the budget."""
+    return Solver(profile).full(budget_bytes)
+
+
+def minimum_budget(profile: Profile) -> tuple[int, str]:
+    """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+    return Solver(profile).minimum_budget()
