@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recollect.errors import UnsupportedInput
+from recollect.train.data import DATASETS, data_name, load_data
+from recollect.train.data.order import BatchOrder, load_batch
+
+
+def test_python_source_is_text_and_always_the_same() -> None:
+    first = load_data("python-source", sequence_length=64, arguments={})
+    again = load_data("python-source", sequence_length=64, arguments={})
+    assert first.fingerprint == again.fingerprint
+    assert first.facts.kind == "text"
+    assert len(first.samples) > 10_000
+    text = bytes(first.samples[0].tolist()).decode()
+    assert text.startswith('"""')  # __future__.py's docstring: files come in the order of their names
+
+
+def test_a_sequence_ends_where_the_next_begins(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(65, 91)))
+    data = load_data(str(tmp_path / "a.txt"), sequence_length=5, arguments={})
+    assert len(data.samples) == 5
+    assert bytes(data.samples[0].tolist()) == b"ABCDEF"
+    assert bytes(data.samples[4].tolist()) == b"UVWXYZ"
+
+
+def test_a_folder_is_read_in_order_without_binary_and_hidden_files(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_text("second")
+    (folder / "a.txt").write_text("first")
+    (folder / "sub" / "c.md").write_text("third")
+    (folder / ".hidden").write_text("hidden")
+    (folder / "d.bin").write_bytes(b"\0\1\2")
+    data = load_data(str(folder), sequence_length=17, arguments={})
+    assert bytes(data.samples[0].tolist()) == b"first\nsecond\nthird"
+    assert data.name == "corpus"
+
+
+def test_data_names_come_from_known_names_stems_and_factories(tmp_path: Path) -> None:
+    (tmp_path / "novel.txt").write_text("It was")
+    assert data_name("co2") == "co2"
+    assert data_name(str(tmp_path / "novel.txt")) == "novel"
+    assert data_name("my.data:make") == "my.data-make"
+
+
+def test_digits_are_images_with_classes() -> None:
+    data = DATASETS["digits"].load(sequence_length=0)
+    image, label = data.samples[0]
+    assert image.shape == (data.facts.channels, 32, 32)
+    assert int(label) == 0
+    assert len(data.samples) == 1797
+    assert {int(data.samples[index][1]) for index in range(100)} == set(range(data.facts.classes))
+
+
+def test_co2_is_a_series_without_gaps() -> None:
+    data = DATASETS["co2"].load(sequence_length=52)
+    assert data.samples[0].shape == (53, 1)
+    assert len(data.samples) == 2284 - 52
+    last = data.samples[len(data.samples) - 1]
+    assert torch.isfinite(last).all()
+    assert last.mean() > data.samples[0].mean()  # it has been rising
+
+
+def test_a_series_shorter_than_a_sample_is_refused() -> None:
+    with pytest.raises(UnsupportedInput, match="--sequence-length"):
+        DATASETS["co2"].load(sequence_length=5000)
+
+
+def test_each_epoch_is_another_permutation_of_all_samples() -> None:
+    order = BatchOrder(sample_count=10, batch_size=2, seed=3)
+    epochs = [[index for step in range(5) for index in order.indices(5 * epoch + step)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [order.epoch_of(step) for step in (0, 4, 5)] == [0, 0, 1]
+
+
+def test_the_order_depends_on_seed_and_step_alone() -> None:
+    def jumped(seed: int) -> list[int]:
+        return BatchOrder(sample_count=101, batch_size=4, seed=seed).indices(57)
+
+    walked = BatchOrder(sample_count=101, batch_size=4, seed=3)
+    for step in range(57):
+        walked.indices(step)
+    assert walked.indices(57) == jumped(3)
+    assert jumped(3) != jumped(4)
+
+
+def test_every_batch_is_full() -> None:
+    order = BatchOrder(sample_count=11, batch_size=4, seed=0)
+    assert order.steps_per_epoch == 2
+    assert all(len(order.indices(step)) == 4 for step in range(6))
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(UnsupportedInput, match="--batch-size"):
+        BatchOrder(sample_count=3, batch_size=4, seed=0)
+
+
+def test_samples_of_unequal_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    data = load_data("tests.train.user_code:ragged_data", sequence_length=0, arguments={})
+    with pytest.raises(UnsupportedInput, match="same shape"):
+        load_batch(data, [0, 1], torch.device("cpu"))
+
+
+def test_arguments_reach_a_factory_and_nothing_else() -> None:
+    data = load_data("tests.train.user_code:numbers", sequence_length=0, arguments={"count": 7})
+    assert len(data.samples) == 7
+    with pytest.raises(UnsupportedInput, match=r"Did you mean 'count'\?"):
+        load_data("tests.train.user_code:numbers", sequence_length=0, arguments={"cuont": 7})
+    with pytest.raises(UnsupportedInput, match="Leave the arguments out"):
+        load_data("co2", sequence_length=8, arguments={"count": 7})

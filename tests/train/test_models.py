@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from recollect.errors import UnsupportedInput
+from recollect.train.config import TrainConfig
+from recollect.train.data import DataFacts
+from recollect.train.models import MODELS, find_model
+from recollect.train.workload import build, resolve
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("name", [name for name, _ in MODELS])
+def test_every_built_in_model_trains_on_its_usual_data(name: str) -> None:
+    work = build(*resolve(TrainConfig(model=name, batch_size=2)))
+    loss = work.loss(work.model, work.batch(0))
+    loss.backward()
+    assert loss.isfinite()
+    missing = [name for name, parameter in work.model.named_parameters() if parameter.grad is None]
+    assert missing == []
+
+
+def test_gpt_is_causal_and_its_weights_are_tied() -> None:
+    model = find_model("gpt-tiny", None).build(DataFacts(kind="text", vocabulary_size=256), 16, {}).module.eval()
+    tokens = torch.arange(16).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, 10] = 99
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax(dim=-1)[0]
+    assert (difference[:10] == 0).all()
+    assert (difference[10:] > 0).all()
+    assert model.get_parameter("token_embedding.weight") is model.head.weight
+
+
+def test_the_lstm_reads_text_too() -> None:
+    work = build(*resolve(TrainConfig(model="lstm-tiny", dataset="python-source", batch_size=2, sequence_length=16)))
+    assert work.loss(work.model, work.batch(0)).item() == pytest.approx(5.5, abs=0.5)  # about log(256)
+
+
+def test_model_arguments_change_the_model() -> None:
+    work = build(*resolve(TrainConfig(model="gpt-tiny", batch_size=2, model_args={"layers": 3, "dropout": 0})))
+    assert len(work.model.get_submodule("blocks")._modules) == 3
+    assert work.model.get_submodule("dropout").p == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": 3}, r"no setting 'layer'. Did you mean 'layers'\?"),
+        ({"layers": "many"}, "layers must be a non-negative int"),
+        ({"layers": 2.5}, "layers must be a non-negative int"),
+        ({"heads": 3}, "multiple of the heads"),
+    ],
+)
+def test_wrong_model_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedInput, match=message):
+        build(*resolve(TrainConfig(model="gpt-tiny", model_args=arguments)))
+
+
+def test_a_model_and_data_of_other_kinds_do_not_fit() -> None:
+    with pytest.raises(UnsupportedInput, match=r"'resnet' is trained on images .* 'co2' gives series"):
+        build(*resolve(TrainConfig(model="resnet", dataset="co2")))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_transformers_models_come_from_config_files(name: str) -> None:
+    work = build(*resolve(TrainConfig(model=f"transformers:{CONFIGS / name}.json", batch_size=2, sequence_length=16)))
+    loss = work.loss(work.model, work.batch(0))
+    loss.backward()
+    assert all(parameter.dtype == torch.float32 for parameter in work.model.parameters())
+    assert loss.item() == pytest.approx(5.5, abs=0.5)
+
+
+def test_a_config_without_architectures_needs_a_task(tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "llama.json").read_text())
+    del config["architectures"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedInput, match="--task, one of: causal-lm"):
+        find_model(f"transformers:{path}", None)
+    source = find_model(f"transformers:{tmp_path}", "causal-lm")
+    model = source.build(DataFacts(kind="text", vocabulary_size=256), 16, {}).module
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sequence_length", "message"),
+    [
+        ({"vocab_size": 100}, 16, "--model-args vocab_size=256"),
+        ({"hidden_sise": 100}, 16, "no attribute 'hidden_sise'"),
+        ({}, 4096, "--sequence-length 128"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_data_is_refused(
+    arguments: dict[str, object], sequence_length: int, message: str
+) -> None:
+    source = find_model(f"transformers:{CONFIGS / 'llama.json'}", None)
+    with pytest.raises(UnsupportedInput, match=message):
+        source.build(DataFacts(kind="text", vocabulary_size=256), sequence_length, arguments)
+
+
+@pytest.mark.parametrize("factory", ["own_loss_model", "model_and_loss"])
+def test_a_factory_gives_a_model_with_its_loss(factory: str) -> None:
+    config = TrainConfig(
+        model=f"tests.train.user_code:{factory}", dataset="tests.train.user_code:numbers", model_args={"width": 5}
+    )
+    work = build(*resolve(config))
+    assert work.loss(work.model, work.batch(0)).isfinite()
+    assert next(work.model.parameters()).shape == (5, 4)
+
+
+def test_equal_seeds_give_equal_models() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        work = build(*resolve(TrainConfig(model="lstm-tiny", seed=seed)))
+        return torch.cat([parameter.detach().flatten() for parameter in work.model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
