@@ -78,9 +78,11 @@ def package_imports(known: dict[str, Path], path: Path) -> set[str]:
     # `from recollect import codec` names the package on the way to a module: only a name that is not a module is taken
     # from the façade itself.
     takes_from_facade = any(
-        isinstance(node, ast.ImportFrom)
-        and node.module == "recollect"
-        and any(alias.name not in known for alias in node.names)
+        (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "recollect"
+            and any(alias.name not in known for alias in node.names)
+        )
         or (isinstance(node, ast.Import) and any(alias.name == "recollect" for alias in node.names))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     )

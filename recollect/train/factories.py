@@ -13,28 +13,20 @@ from recollect.errors import UnsupportedInput
 from recollect.train.naming import did_you_mean
 
 
-def call_factory(spec: str, arguments: Mapping[str, object], *, flag: str, arguments_flag: str) -> Any:
-    """Import the factory that ``spec`` names and call it with ``arguments``.
+def call_factory(
+    factory: Callable[..., Any], arguments: Mapping[str, object], *, what: str, arguments_flag: str
+) -> Any:
+    """``factory(**arguments)``.
 
     Errors raised inside the factory pass through unchanged: they are the user's own, with the user's traceback.
 
     Raises:
-        UnsupportedInput: no such module or function, or the arguments do not fit; ``flag`` and ``arguments_flag`` are
-            named in the message.
+        UnsupportedInput: the arguments do not fit; ``what`` and ``arguments_flag`` are named in the message.
     """
-    factory = _import_factory(spec, flag)
-    check_arguments(factory, arguments, what=f"{flag} {spec}", arguments_flag=arguments_flag)
-    return factory(**arguments)
-
-
-def check_arguments(
-    function: Callable[..., Any], arguments: Mapping[str, object], *, what: str, arguments_flag: str
-) -> None:
-    """Raise `UnsupportedInput` unless ``function(**arguments)`` is a possible call."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(factory)
     except (TypeError, ValueError):  # builtins without a signature: the call itself will tell
-        return
+        return factory(**arguments)
     try:
         signature.bind(**arguments)
     except TypeError as problem:
@@ -44,9 +36,15 @@ def check_arguments(
             f"{what} cannot be called with the given arguments: {problem}.{hint} "
             f"It takes {signature}. Set them with {arguments_flag} key=value."
         ) from None
+    return factory(**arguments)
 
 
-def _import_factory(spec: str, flag: str) -> Callable[..., Any]:
+def import_factory(spec: str, *, flag: str) -> Callable[..., Any]:
+    """The function that ``spec`` names.
+
+    Raises:
+        UnsupportedInput: no such module or function; ``flag`` is named in the message.
+    """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise UnsupportedInput(
@@ -74,8 +72,8 @@ def _import_factory(spec: str, flag: str) -> Callable[..., Any]:
         )
     if not callable(factory):
         raise UnsupportedInput(
-            f"{flag} {spec!r} is a {type(factory).__name__}, which cannot be called. Name a function that returns "
-            f"what is wanted."
+            f"{flag} {spec!r} is of type {type(factory).__name__}, which cannot be called. "
+            f"Name a function that returns what is wanted."
         )
     found: Callable[..., Any] = factory
     return found

@@ -12,7 +12,7 @@ from recollect.train.data.co2 import co2
 from recollect.train.data.digits import digits
 from recollect.train.data.facts import DataFacts, Kind, TrainingData
 from recollect.train.data.text import python_source, text_path
-from recollect.train.factories import call_factory
+from recollect.train.factories import call_factory, import_factory
 from recollect.train.naming import Registry, folder_name
 
 __all__ = ["DATASETS", "DataFacts", "DatasetSource", "TrainingData", "data_name", "load_data"]
@@ -105,7 +105,8 @@ def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object
 
 
 def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:
-    samples = call_factory(spec, arguments, flag="--dataset", arguments_flag="--dataset-args")
+    factory = import_factory(spec, flag="--dataset")
+    samples = call_factory(factory, arguments, what=f"--dataset {spec}", arguments_flag="--dataset-args")
     if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
         raise UnsupportedInput(
             f"--dataset {spec} returned a {type(samples).__name__} without a length or numbered samples, so an exact "

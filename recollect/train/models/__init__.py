@@ -8,7 +8,7 @@ from torch import nn
 
 from recollect.errors import UnsupportedInput
 from recollect.train.data.facts import DataFacts
-from recollect.train.factories import call_factory
+from recollect.train.factories import call_factory, import_factory
 from recollect.train.models.builtin import MODELS
 from recollect.train.models.from_transformers import TASKS, Task, transformers_source
 from recollect.train.models.source import BuiltModel, Loss, ModelSource
@@ -37,8 +37,10 @@ def find_model(spec: str, task: Task | None) -> ModelSource:
 
 
 def _factory_builder(spec: str) -> Callable[[DataFacts, int, Mapping[str, object]], BuiltModel]:
+    factory = import_factory(spec, flag="--model")
+
     def build(facts: DataFacts, sequence_length: int, arguments: Mapping[str, object]) -> BuiltModel:
-        made = call_factory(spec, arguments, flag="--model", arguments_flag="--model-args")
+        made = call_factory(factory, arguments, what=f"--model {spec}", arguments_flag="--model-args")
         module, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         if not isinstance(module, nn.Module):
             raise UnsupportedInput(

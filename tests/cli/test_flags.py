@@ -1,0 +1,176 @@
+"""The command line is derived from the settings; this is what it looks like from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recollect.cli.flags import field_docs, settings_of
+from recollect.cli.main import COMMANDS, main
+from recollect.cli.options import PlanOptions, TrainOptions, VerifyOptions
+from recollect.errors import UnsupportedInput
+from recollect.train.config import TrainConfig, to_yaml
+
+WORK_FLAGS = [
+    "--model", "--model-args", "--task", "--dataset", "--dataset-args", "--sequence-length", "--batch-size", "--lr",
+    "--seed", "--device", "--memory",
+]  # fmt: skip
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Parse a command line; returns the options that the command would be called with."""
+
+    def parse(*words: str) -> Any:
+        caught: list[Any] = []
+        command, _ = COMMANDS[words[0]]
+        monkeypatch.setitem(COMMANDS, words[0], (command, lambda options, line: caught.append(options) or 0))
+        assert main(words) == 0
+        return caught[0]
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (
+            TrainOptions,
+            [
+                *WORK_FLAGS, "--epochs", "--steps", "--grad-checkpoint", "--reference-memory", "--log-every",
+                "--save-every", "--root-path", "--mark", "--resume", "--json",
+            ],
+        ),
+        (PlanOptions, [*WORK_FLAGS, "--output", "--json"]),
+        (VerifyOptions, [*WORK_FLAGS, "--plan", "--steps", "--reference-memory", "--json"]),
+    ],
+)  # fmt: skip
+def test_a_new_flag_shows_up_here(options: type[Any], flags: list[str]) -> None:
+    assert [setting.flag for setting in settings_of(options)] == flags
+
+
+@pytest.mark.parametrize("options", [TrainOptions, PlanOptions, VerifyOptions])
+def test_every_flag_is_documented(options: type[Any]) -> None:
+    docs = field_docs(options)
+    assert [setting.name for setting in settings_of(options) if not docs.get(setting.name)] == []
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"])
+def test_both_spellings_of_a_flag_work(parsed: Any, flag: str) -> None:
+    assert parsed("train", flag, "3").batch_size == 3
+    assert parsed("train", f"{flag}=4").batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], "auto"),
+        (["--grad-checkpoint"], "auto"),
+        (["--grad_checkpoint"], "auto"),
+        (["--grad_checkpoint", "full"], "full"),
+        (["--grad-checkpoint=off"], "off"),
+        (["--grad-checkpoint", "--steps", "3"], "auto"),
+        (["--grad-checkpoint", "STEPS", "3"], "auto"),
+        (["GRAD_CHECKPOINT", "full"], "full"),
+    ],
+)
+def test_grad_checkpoint(parsed: Any, words: list[str], value: str) -> None:
+    assert parsed("train", *words).grad_checkpoint == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [([], None), (["--resume"], "auto"), (["--resume", "auto"], "auto"), (["--resume", "x"], "x")]
+)
+def test_resume(parsed: Any, words: list[str], value: str | None) -> None:
+    assert parsed("train", *words).resume == value
+
+
+def test_file_flags_and_overrides_go_one_before_the_other(parsed: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 1\nlr: 0.5\nbatch-size: 3\nmodel_args: {layers: 1, width: 8}\ngrad_checkpoint: off\n")
+    options = parsed(
+        "train", "--config-file", str(file), "--lr", "0.25", "--steps", "2", "--model-args", "width=16", "heads=2",
+        "STEPS", "4", "MODEL_ARGS.heads", "4", "seed", "7",
+    )  # fmt: skip
+    assert (options.steps, options.lr, options.batch_size, options.seed) == (4, 0.25, 3, 7)
+    assert options.model_args == {"layers": 1, "width": 16, "heads": 4}
+    assert options.grad_checkpoint == "off"
+
+
+def test_a_runs_own_configuration_can_be_given_back(parsed: Any, tmp_path: Path) -> None:
+    config = TrainConfig(model="lstm", steps=5, model_args={"width": 8}, mark="x", lr=0.1, grad_checkpoint="off")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    options = parsed("train", "--config-file", str(file))
+    assert to_yaml(options).replace("json: false\n", "") == to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memry", "8GiB"], r"no flag --memry. Did you mean --memory\?"),
+        (["--grad_checkpont"], r"Did you mean --grad-checkpoint\?"),
+        (["-x"], "no flag -x"),
+        (["--grad-checkpoint", "ful"], r"Did you mean 'full'\? Choose one of: auto, full, off"),
+        (["--batch-size", "many"], "--batch-size is 'many', which is not a whole number"),
+        (["--batch-size", "2.5"], "not a whole number"),
+        (["--batch-size", "0"], "batch size is 0, but at least 1"),
+        (["--lr", "fast"], "--lr is 'fast', which is not a number"),
+        (["--lr", "-1"], "Give a number above zero"),
+        (["--lr", "nan"], "Give a number above zero"),
+        (["--seed", "-1"], "Give a --seed in that range"),
+        (["--steps"], "--steps: expected one argument"),
+        (["--steps", "3", "--epochs", "1"], "Give one of --epochs and --steps"),
+        (["STEP", "3"], r"'STEP', which is not a setting. Did you mean 'steps'\?"),
+        (["STEPS"], "'STEPS' is left over"),
+        (["STEPS.x", "3"], "without a dot"),
+        (["MODEL_ARGS", "3"], "Write MODEL_ARGS.KEY"),
+        (["--model-args", "=3"], "the key is missing"),
+        (["--config-file", "absent.yaml"], "absent.yaml cannot be read"),
+    ],
+)
+def test_bad_command_lines(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    with pytest.raises(UnsupportedInput, match=message):
+        raise UnsupportedInput(captured.err)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("steps: [", "is not YAML"),
+        ("", "holds no settings"),
+        ("- steps", "holds no settings"),
+        ("stpes: 3", r"sets 'stpes', which is not a setting. Did you mean 'steps'\?"),
+        ("steps: many", "not a whole number"),
+        ("model_args: 3", "takes key: value pairs"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_bad_configuration_files(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert main(["train", "--config-file", str(file)]) == 2
+    with pytest.raises(UnsupportedInput, match=message):
+        raise UnsupportedInput(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["train", "--help"], 0), ([], 2), (["trian"], 2), (["--hlep"], 2)]
+)
+def test_help_and_wrong_commands(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert bool(captured.out) == (code == 0)
+    assert bool(captured.err) == (code != 0)
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["trian"])
+    assert "Did you mean 'train'?" in capsys.readouterr().err
