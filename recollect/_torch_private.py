@@ -13,6 +13,9 @@ import torch
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 #: Address of a tensor's StorageImpl, without building a Python storage object: a tape asks for it on every argument.
@@ -134,3 +137,23 @@ def find_overload(name: str) -> Any:
     namespace, operator, overload = (name.split(".") + ["", ""])[:3]
     packet = getattr(getattr(torch.ops, namespace, None), operator, None)
     return getattr(packet, overload, None)
+
+
+def cuda_process_bytes(device: torch.device) -> int | None:
+    """Bytes that this process holds on a CUDA device, by the driver's account; None where it cannot be told."""
+    try:
+        import pynvml  # nvidia-ml-py, which PyTorch's own torch.cuda.list_gpu_processes uses
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        index = torch.cuda._get_nvml_device_index(device)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        import os
+
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                return int(process.usedGpuMemory)
+    except pynvml.NVMLError:
+        return None
+    return None

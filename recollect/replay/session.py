@@ -42,6 +42,8 @@ class Installed:
     recipes: Mapping[str, LiveRecipe | None]
     """By region key; None leaves the region untouched. A key that is missing has no decision: all that is provably
     replayable is dropped."""
+    enabled: bool = True
+    """Off: regions run as plain PyTorch."""
     calibrate: bool = True
     """Check each region's replay on its first call."""
     statistics: Statistics = field(default_factory=Statistics)

@@ -1,0 +1,383 @@
+"""Watches one training step and writes down what happens to memory.
+
+Works on fake tensors (shapes without data) and on real ones.  Autograd's savings are taken away while watching: a saved
+tensor is replaced by a note of its geometry (for real tensors its bytes go to a file), so that the death of a storage
+shows when its last *other* reference died; the note's own death shows when autograd lets go.  From both follow the
+lifetimes in the plain step and in any plan.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from recollect._torch_private import (
+    TorchDispatchMode,
+    WeakStorage,
+    current_graph_task,
+    is_conj_or_neg,
+    storage_key,
+)
+from recollect.measure.signatures import SignatureTable
+from recollect.records import Event, EventKind
+from recollect.replay import safety
+from recollect.replay.ops import OpInfo, describe, mutated_tensors, result_tensors, tensors_in
+
+
+@dataclass(slots=True)
+class RawStorage:
+    """A piece of memory as observed."""
+
+    nbytes: int
+    component: str
+    current: int = -1
+    """Index of the value that it holds now."""
+
+
+@dataclass(slots=True)
+class RawValue:
+    """Contents between two writes."""
+
+    storage: int
+    op: int = -1
+    output: int = 0
+    overwritten: bool = False
+
+
+@dataclass(slots=True)
+class RawOp:
+    """One operation of forward."""
+
+    name: str
+    signature: int
+    inputs: tuple[int, ...]
+    mutates: tuple[int, ...]
+    keep_reason: str
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleEvent:
+    """A module call began (`path` set) or ended (`path` None)."""
+
+    path: str | None
+
+
+@dataclass(slots=True)
+class Observation:
+    """Everything that was seen, in order."""
+
+    storages: list[RawStorage] = field(default_factory=list)
+    values: list[RawValue] = field(default_factory=list)
+    ops: list[RawOp] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    """The value of each slot."""
+    events: list[Event | ModuleEvent] = field(default_factory=list)
+
+
+class _Note:
+    """What autograd holds instead of a saved tensor while watching."""
+
+    __slots__ = ("contents", "device", "dtype", "nbytes", "offset", "on_release", "size", "slot", "stride")
+
+    def __init__(self, slot: int, tensor: torch.Tensor, contents: Any, on_release: Callable[[int], None]) -> None:
+        self.slot = slot
+        self.size = tensor.size()
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.nbytes = tensor.untyped_storage().nbytes()
+        self.contents = contents
+        self.on_release = on_release
+
+    def __del__(self) -> None:
+        self.on_release(self.slot)
+
+
+class Observer(TorchDispatchMode):
+    """See the module.  `device_type` is the device whose memory counts."""
+
+    def __init__(
+        self,
+        signatures: SignatureTable,
+        device_type: str,
+        spill: Callable[[torch.Tensor], Any] | None = None,
+        unspill: Callable[[Any], torch.UntypedStorage] | None = None,
+    ) -> None:
+        super().__init__()
+        self.seen = Observation()
+        self.in_optimizer = False
+        self._in_backward = False
+        self._quiet = 0
+        self._signatures = signatures
+        self._device_type = device_type
+        self._spill = spill
+        self._unspill = unspill
+        self._storage_of: dict[int, int] = {}
+        self._watches: dict[int, tuple[weakref.ref[Any], WeakStorage]] = {}
+        self._borrowed: dict[int, int] = {}  # slot -> notes and rebuilt tensors that still stand for it
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._watching = False
+
+    # ------------------------------------------------------------------------------------------------ the caller's side
+
+    def add_baseline(self, tensor: torch.Tensor, component: str) -> None:
+        """Count the tensor's storage as alive during the whole step."""
+        key = storage_key(tensor)
+        if key not in self._storage_of and self._counts(tensor):
+            self._new_storage(tensor, component)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._hooks.__enter__()
+        self.__enter__()
+        self._watching = True
+
+    def stop(self) -> None:
+        """End watching."""
+        self._watching = False
+        self.__exit__(None, None, None)
+        self._hooks.__exit__(None, None, None)
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Operations inside are not noted, but see what an observed run sees (an optimizer's step counter)."""
+        with self:
+            yield
+
+    def begin_backward(self) -> None:
+        """Backward begins now."""
+        self._in_backward = True
+        self._emit(EventKind.BACKWARD)
+
+    def begin_optimizer(self) -> None:
+        """The optimizer step begins now."""
+        self.in_optimizer = True
+        self._emit(EventKind.OPTIMIZER)
+
+    def enter_module(self, path: str) -> None:
+        """A module call begins."""
+        self.seen.events.append(ModuleEvent(path))
+
+    def exit_module(self) -> None:
+        """The innermost module call ends."""
+        self.seen.events.append(ModuleEvent(None))
+
+    # ------------------------------------------------------------------------------------------------ PyTorch's side
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.in_optimizer and func is torch.ops.aten._local_scalar_dense.default and self._unspill is None:
+            return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
+        if self._quiet or not self._watching:
+            return func(*args, **kwargs)
+        info = describe(func)
+        if info.is_view:
+            return func(*args, **kwargs)
+        tensors = tensors_in((*args, *kwargs.values()))
+        forward = not self._in_backward and not self.in_optimizer and current_graph_task() < 0
+        signature = self._signatures.note(func, args, kwargs)
+        if not forward:
+            result = func(*args, **kwargs)
+            for tensor in tensors + [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]:
+                self._value_of(tensor)
+            if not self._in_backward:  # a backward inside forward: what it writes, replay in backward would see written
+                for tensor in mutated_tensors(info, args, kwargs):
+                    self._overwrite(tensor)
+            self._emit(EventKind.OTHER_OP, signature)
+            return result
+        return self._forward_op(func, info, types, args, kwargs, tensors, signature)
+
+    def _forward_op(
+        self,
+        func: Any,
+        info: OpInfo,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+        signature: int,
+    ) -> Any:
+        seen = self.seen
+        device = safety.call_device(tensors, kwargs)
+        reason = safety.blocker(info, types, tensors, device.type)
+        if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
+            reason = "its random state cannot be recorded"
+        inputs = [value for tensor in tensors if (value := self._value_of(tensor)) >= 0]
+        if not reason:
+            for tensor in tensors:
+                value = self._value_of(tensor)
+                if value >= 0 and self._is_uninitialised(value):
+                    whole = tensor is args[0] and tensor.numel() * tensor.itemsize == self._nbytes(value)
+                    if not (info.is_full_writer and whole):
+                        reason = "it reads uninitialised memory"
+        mutated = [t for t in mutated_tensors(info, args, kwargs) if self._counts(t)]
+        written = {storage_key(t): t for t in mutated}
+        op_index = len(seen.ops)
+        op = RawOp(
+            name=info.name,
+            signature=signature,
+            inputs=tuple(inputs),
+            mutates=tuple(self._value_of(t) for t in written.values()),
+            keep_reason=reason,
+        )
+        result = func(*args, **kwargs)
+        for position, tensor in enumerate(written.values()):
+            op.outputs.append(self._overwrite(tensor, op_index, -1 - position))
+        for position, tensor in enumerate(result_tensors(result)):
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or not self._counts(tensor):
+                continue
+            if storage_key(tensor) in self._storage_of:
+                continue  # an alias of an argument
+            storage = self._new_storage(tensor, "activation")
+            self._emit(EventKind.ALLOC, storage)
+            value = seen.storages[storage].current
+            seen.values[value].op = op_index
+            seen.values[value].output = position
+            # Uninitialised contents are never a source and never dropped: whatever fills them later may be invisible.
+            seen.values[value].overwritten = info.is_uninitialised
+            op.outputs.append(value)
+        seen.ops.append(op)
+        self._emit(EventKind.OP, op_index)
+        return result
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if (
+            not self._counts(tensor)
+            or tensor.layout is not torch.strided
+            or is_conj_or_neg(tensor)
+            or not self._watching
+            or isinstance(tensor, torch.nn.Parameter)
+        ):
+            return tensor
+        value = self._value_of(tensor)
+        if self.seen.storages[self.seen.values[value].storage].component != "activation":
+            return tensor
+        slot = len(self.seen.slots)
+        self.seen.slots.append(value)
+        self._borrowed[slot] = 1
+        self._emit(EventKind.SAVE, slot)
+        contents = None
+        if self._spill is not None:
+            with _quietly(self):
+                contents = self._spill(tensor)
+        return _Note(slot, tensor, contents, self._give_back)
+
+    def _unpack(self, packed: Any) -> Any:
+        if not isinstance(packed, _Note):
+            return packed
+        self._emit(EventKind.UNPACK, packed.slot)
+        with _quietly(self), torch.no_grad():
+            if self._unspill is not None:
+                storage = self._unspill(packed.contents)
+                whole = torch.empty(0, dtype=packed.dtype, device=packed.device)
+                whole.set_(storage, packed.offset, packed.size, packed.stride)  # type: ignore[call-overload]
+                tensor = whole
+            else:
+                whole = torch.empty(packed.nbytes, dtype=torch.uint8, device=packed.device)
+                tensor = whole.view(torch.uint8)
+                if packed.dtype != torch.uint8:
+                    usable = packed.nbytes // packed.dtype.itemsize * packed.dtype.itemsize
+                    tensor = whole[:usable].view(packed.dtype)
+                tensor = tensor.as_strided(packed.size, packed.stride, packed.offset)
+        # The rebuilt tensor stands for the saved storage: operations that read it read that value.
+        key = storage_key(tensor)
+        self._storage_of[key] = self.seen.values[self.seen.slots[packed.slot]].storage
+        self._borrowed[packed.slot] += 1
+        slot = packed.slot
+        release = weakref.ref(self).__call__
+
+        def died(_: Any) -> None:
+            observer = release()
+            if observer is not None:
+                observer._storage_of.pop(key, None)
+                observer._watches.pop(key, None)
+                observer._give_back(slot)
+
+        self._watches[key] = (weakref.ref(tensor.untyped_storage(), died), WeakStorage(tensor))
+        return tensor
+
+    def _give_back(self, slot: int) -> None:
+        self._borrowed[slot] -= 1
+        if self._borrowed[slot] == 0 and self._watching:
+            self._emit(EventKind.RELEASE, slot)
+
+    # ------------------------------------------------------------------------------------------------ tables
+
+    def _emit(self, kind: EventKind, index: int = 0) -> None:
+        self.seen.events.append(Event(kind, index))
+
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        return tensor.layout is torch.strided and tensor.device.type == self._device_type
+
+    def _nbytes(self, value: int) -> int:
+        return self.seen.storages[self.seen.values[value].storage].nbytes
+
+    def _is_uninitialised(self, value: int) -> bool:
+        record = self.seen.values[value]
+        return record.overwritten and self.seen.storages[record.storage].current == value
+
+    def _value_of(self, tensor: torch.Tensor) -> int:
+        """The value that the tensor's storage holds now; -1 if its memory does not count."""
+        if not self._counts(tensor):
+            return -1
+        index = self._storage_of.get(storage_key(tensor))
+        if index is None:  # made where nobody looked, for example torch.tensor([...])
+            index = self._new_storage(tensor, "activation")
+            self._emit(EventKind.ALLOC, index)
+        return self.seen.storages[index].current
+
+    def _new_storage(self, tensor: torch.Tensor, component: str) -> int:
+        seen = self.seen
+        index = len(seen.storages)
+        seen.values.append(RawValue(storage=index))
+        nbytes = tensor.untyped_storage().nbytes()
+        if self._device_type == "cuda":
+            nbytes = -(-nbytes // 512) * 512  # the caching allocator's granule
+        seen.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(seen.values) - 1))
+        key = storage_key(tensor)
+        self._storage_of[key] = index
+        observer = weakref.ref(self)
+
+        def died(_: Any) -> None:
+            this = observer()
+            if this is not None:
+                this._storage_of.pop(key, None)
+                this._watches.pop(key, None)
+                if this._watching:
+                    this._emit(EventKind.FREE, index)
+
+        self._watches[key] = (weakref.ref(tensor.untyped_storage(), died), WeakStorage(tensor))
+        return index
+
+    def _overwrite(self, tensor: torch.Tensor, op: int = -1, output: int = 0) -> int:
+        """Forward writes into the tensor's storage: its value is dead, a new one begins."""
+        value = self._value_of(tensor)
+        if value < 0:
+            return value
+        self.seen.values[value].overwritten = True
+        storage = self.seen.values[value].storage
+        self.seen.values.append(RawValue(storage=storage, op=op, output=output))
+        self.seen.storages[storage].current = len(self.seen.values) - 1
+        return len(self.seen.values) - 1
+
+
+class _quietly:  # noqa: N801  (used as a statement, like contextlib's)
+    """Operations inside are not the step's."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> None:
+        self._observer._quiet += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._observer._quiet -= 1

@@ -1,0 +1,263 @@
+"""`measure`: run one step on a structural copy with fake tensors (or, where that fails, for real with everything that
+autograd saves moved to a file), and write down the profile."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+
+from recollect._torch_private import FakeTensorMode
+from recollect.errors import RecollectError
+from recollect.measure.build import build_tables
+from recollect.measure.costs import measure_costs
+from recollect.measure.observer import Observer
+from recollect.measure.overhead import measure_overhead
+from recollect.measure.regions import choose_regions
+from recollect.measure.signatures import SignatureTable
+from recollect.measure.state import RandomState, TrainingState
+from recollect.measure.step import (
+    LossFunction,
+    StepSpec,
+    as_optimizers,
+    batch_tensors,
+    check_model,
+    describe_batch,
+    device_of,
+)
+from recollect.measure.structural_copy import copy_batch, copy_model, copy_optimizer
+from recollect.records import COMPONENTS, Profile
+from recollect.replay.cursor import ROOT
+
+_log = logging.getLogger(__name__)
+
+#: A profile whose shapes depend on the data states this margin: another batch may need that much more.
+_DATA_DEPENDENT_MARGIN = 0.05
+
+
+def measure(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    accumulation_steps: int = 1,
+    autocast: torch.dtype | None = None,
+    clip_norm: float | None = None,
+) -> Profile:
+    """Measure one training step.
+
+    Args:
+        model: any module; it is not changed.
+        batch: one batch as training will give it. Without `loss`, a mapping becomes keyword arguments, a tuple
+            positional arguments, anything else one argument.
+        loss: called with (model, batch), returns a scalar tensor.
+        optimizer: one, several, or None (then its state and step are in no figure).
+        accumulation_steps: forward and backward passes for each optimizer step.
+        autocast: dtype for torch.autocast around forward.
+        clip_norm: total gradient norm to clip to before the optimizer step.
+
+    Raises:
+        UnsupportedInput: nothing to train, no scalar loss, a compiled model, several devices.
+    """
+    spec = StepSpec(
+        loss=loss,
+        optimizers=as_optimizers(optimizer),
+        accumulation_steps=accumulation_steps,
+        autocast=autocast,
+        clip_norm=clip_norm,
+    )
+    return measure_step(model, batch, spec)
+
+
+def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete: bool = False) -> Profile:
+    """`measure` for a `StepSpec`; `concrete` skips the fake run."""
+    check_model(model)
+    device = device_of(model)
+    signatures = SignatureTable()
+    observer: Observer | None = None
+    if not concrete:
+        try:
+            observer = _observe_fake(model, batch, spec, signatures)
+        except RecollectError:
+            raise
+        except Exception as error:  # noqa: BLE001  (models may refuse fake tensors in any way)
+            _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
+            signatures = SignatureTable()
+    data_dependent = observer is None
+    if observer is None:
+        observer = _observe_concrete(model, batch, spec, signatures)
+    seen = observer.seen
+    class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
+    region_paths = choose_regions(seen, class_of)
+    table = measure_costs(signatures.calls, device)
+    mode_ms, tape_ms = measure_overhead()
+    baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
+    for storage in seen.storages:
+        if storage.component != "activation":
+            baseline[storage.component] += storage.nbytes
+    tables = build_tables(seen, region_paths, table)
+    activation_bytes = sum(s.nbytes for s in seen.storages if s.component == "activation")
+    return Profile(
+        model=type(model).__name__,
+        fingerprint=fingerprint(model),
+        batch=describe_batch(batch),
+        device=str(device),
+        torch_version=torch.__version__,
+        threads=torch.get_num_threads(),
+        baseline=baseline,
+        signatures=table,
+        region_paths=region_paths,
+        optimizer=", ".join(type(o).__name__ for o in spec.optimizers),
+        accumulation_steps=spec.accumulation_steps,
+        data_dependent=data_dependent,
+        margin_bytes=int(activation_bytes * _DATA_DEPENDENT_MARGIN) if data_dependent else 0,
+        mode_ms_per_op=mode_ms,
+        tape_ms_per_op=tape_ms,
+        **tables,
+    )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Digest of the names, shapes and dtypes of parameters and buffers, and of which parameters train."""
+    lines = [type(model).__name__]
+    lines += [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()]
+    lines += [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in model.named_buffers()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _observe_fake(model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable) -> Observer:
+    random_state = RandomState()
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    try:
+        copied, fakes = copy_model(model, mode)
+        fake_batch = copy_batch(batch, mode)
+        optimizers = [copy_optimizer(optimizer, fakes) for optimizer in spec.optimizers]
+        observer = Observer(signatures, device_of(model).type)
+        with mode:
+            _give_gradients(copied)
+            _observe(copied, fake_batch, spec, optimizers, observer)
+        return observer
+    finally:
+        random_state.restore()
+        gc.collect()
+
+
+def _observe_concrete(model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable) -> Observer:
+    state = TrainingState(model, spec.optimizers)
+    try:
+        with tempfile.TemporaryFile(prefix="recollect-") as file:
+            spill, unspill = _spill_to(file)
+            observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
+            _give_gradients(model)
+            _observe(model, batch, spec, list(spec.optimizers), observer)
+            return observer
+    finally:
+        state.restore()
+
+
+def _spill_to(
+    file: IO[bytes],
+) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.UntypedStorage]]:
+    def spill(tensor: torch.Tensor) -> Any:
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        storage = tensor.untyped_storage()
+        flat.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+        offset = file.seek(0, 2)
+        file.write(flat.cpu().numpy().tobytes())
+        return offset, storage.nbytes(), tensor.device
+
+    def unspill(place: Any) -> torch.UntypedStorage:
+        offset, nbytes, device = place
+        file.seek(offset)
+        data = torch.frombuffer(bytearray(file.read(nbytes)), dtype=torch.uint8) if nbytes else torch.empty(0)
+        return data.to(device).clone().untyped_storage()
+
+    return spill, unspill
+
+
+def _give_gradients(model: torch.nn.Module) -> None:
+    """Gradients are resident from the start of forward, as in every step but the first."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _observe(
+    model: torch.nn.Module,
+    batch: Any,
+    spec: StepSpec,
+    optimizers: Sequence[torch.optim.Optimizer],
+    observer: Observer,
+) -> None:
+    with torch.enable_grad():
+        observer.in_optimizer = True
+        with observer.unobserved():  # the state that the first step allocates is there in every later one
+            for optimizer in optimizers:
+                optimizer.step()
+        observer.in_optimizer = False
+        for parameter in model.parameters():
+            observer.add_baseline(parameter, "parameters")
+            if parameter.grad is not None:
+                observer.add_baseline(parameter.grad, "gradients")
+        for buffer in model.buffers():
+            observer.add_baseline(buffer, "buffers")
+        for optimizer in optimizers:
+            for entries in optimizer.state.values():
+                for entry in entries.values() if isinstance(entries, dict) else ():
+                    if isinstance(entry, torch.Tensor):
+                        observer.add_baseline(entry, "optimizer_state")
+        for tensor in batch_tensors(batch):
+            observer.add_baseline(tensor, "batch")
+        with _watching_modules(model, observer):
+            observer.start()
+            try:
+                loss = spec.run_loss(model, batch)
+                observer.begin_backward()
+                loss.backward()
+                observer.begin_optimizer()
+                if spec.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
+                for optimizer in optimizers:
+                    optimizer.step()
+            finally:
+                observer.stop()
+
+
+@contextmanager
+def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
+    """Tell the observer of every module call, by an instance-level forward as a plan installs."""
+    replaced: list[tuple[torch.nn.Module, bool, Any]] = []
+
+    def watch(path: str, module: torch.nn.Module) -> None:
+        original = module.forward
+        replaced.append((module, "forward" in vars(module), original))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            observer.enter_module(path)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                observer.exit_module()
+
+        module.__dict__["forward"] = forward
+
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            watch(path or ROOT, module)
+    try:
+        yield
+    finally:
+        for module, was_own, original in replaced:
+            if was_own:
+                module.__dict__["forward"] = original
+            else:
+                del module.__dict__["forward"]

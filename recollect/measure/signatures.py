@@ -1,0 +1,73 @@
+"""Distinct operations, each with enough to run it alone: operator, shapes, strides, dtypes, devices, scalars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor argument without its data."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int
+    """Of the whole storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An operator with its arguments, tensors replaced by specs."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    grad_enabled: bool
+
+
+class SignatureTable:
+    """Numbers distinct calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._index: dict[Any, int] = {}
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The call's number, a new one if it was not seen before."""
+        call = Call(
+            func=func,
+            args=tuple(_spec(a) for a in args),
+            kwargs=tuple((name, _spec(a)) for name, a in kwargs.items()),
+            grad_enabled=torch.is_grad_enabled(),
+        )
+        key = (str(func), repr(call.args), repr(call.kwargs), call.grad_enabled)
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = len(self.calls)
+            self.calls.append(call)
+        return index
+
+
+def _spec(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        if argument.layout is not torch.strided:
+            return f"<{argument.layout} {tuple(argument.shape)}>"
+        return TensorSpec(
+            size=tuple(argument.size()),
+            stride=tuple(argument.stride()),
+            offset=int(argument.storage_offset()),
+            dtype=argument.dtype,
+            device=argument.device,
+            nbytes=argument.untyped_storage().nbytes(),
+        )
+    if isinstance(argument, list | tuple):
+        return tuple(_spec(a) for a in argument)
+    if isinstance(argument, torch.Generator):
+        return "<generator>"
+    return argument

@@ -1,0 +1,166 @@
+"""`fit`: measure, solve, apply, verify, and repair until the measured peak keeps the budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from recollect import meter
+from recollect.apply import Applied, apply
+from recollect.errors import BudgetInfeasible, UnsupportedInput
+from recollect.measure.profiler import measure_step
+from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, device_of
+from recollect.records import Plan, Profile
+from recollect.solve import full_plan, plain_plan, solve
+from recollect.units import format_bytes, parse_bytes
+from recollect.verify import Trial, verify_applied
+
+_log = logging.getLogger(__name__)
+
+GradCheckpoint = Literal["auto", "full", "off"]
+
+#: A guarded run and a new solve for each; the first one usually holds.
+_MOST_ROUNDS = 6
+
+
+def fit(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    budget: int | str | None = None,
+    loss: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    accumulation_steps: int = 1,
+    autocast: torch.dtype | None = None,
+    clip_norm: float | None = None,
+    grad_checkpoint: GradCheckpoint = "auto",
+    reference_budget_bytes: int | None = None,
+) -> Applied:
+    """Make training steps of `model` on batches like `batch` fit `budget`, and prove it.
+
+    Measures one step, solves for what to keep and what to replay, installs the plan, runs it once guarded with an
+    independent meter, and repairs the model of memory until the measured peak is within the budget.  The model's state
+    is afterwards what it was, bit for bit, except for the installed plan.
+
+    Args:
+        model, batch, loss, optimizer, accumulation_steps, autocast, clip_norm: as for `measure`.
+        budget: bytes, or text such as ``8GiB``, ``75%`` (of the device's memory) or ``auto`` (what the device has
+            free now, what the model holds included); None sets no limit.
+        grad_checkpoint: "auto" drops as little as the budget needs; "full" drops everything that can be replayed;
+            "off" installs nothing.
+        reference_budget_bytes: memory that the plain step, to which the planned one is compared, may take; by default
+            the budget.
+
+    Returns:
+        `Applied`, with `plan`, `profile` and `verdict`.
+
+    Raises:
+        BudgetInfeasible: not even the smallest plan (or, with "off", the plain step) fits.
+        UnsupportedInput: as `measure`, or an unreadable budget.
+    """
+    if grad_checkpoint not in ("auto", "full", "off"):
+        raise UnsupportedInput(f"grad_checkpoint={grad_checkpoint!r} is not a choice. Give 'auto', 'full' or 'off'.")
+    check_model(model)
+    spec = StepSpec(
+        loss=loss,
+        optimizers=as_optimizers(optimizer),
+        accumulation_steps=accumulation_steps,
+        autocast=autocast,
+        clip_norm=clip_norm,
+    )
+    budget_bytes = resolve_budget(budget, model)
+    profile = measure_step(model, batch, spec)
+    for _ in range(_MOST_ROUNDS):
+        plan = _choose(profile, budget_bytes, grad_checkpoint)
+        applied = apply(model, plan, spec=spec, profile=profile)
+        try:
+            repaired = _guard(model, batch, applied, spec, profile)
+            if repaired is None:
+                applied.verdict = verify_applied(
+                    model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes
+                )
+                return applied
+        except BaseException:
+            applied.remove()
+            raise
+        applied.remove()
+        profile = repaired
+    raise BudgetInfeasible(plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where)
+
+
+def resolve_budget(budget: int | str | None, model: torch.nn.Module) -> int:
+    """Bytes that a budget stands for on the model's device. Raises `UnsupportedInput` if it cannot be read or had."""
+    device = device_of(model)
+    whole = meter.device_memory_bytes(device)
+    if budget is None:
+        return whole
+    if isinstance(budget, str) and budget.strip().lower() == "auto":
+        return min(whole, meter.free_memory_bytes(device) + meter.resident_bytes(model))
+    try:
+        if isinstance(budget, str) and budget.strip().endswith("%"):
+            budget_bytes = int(whole * float(budget.strip().removesuffix("%")) / 100)
+        else:
+            budget_bytes = parse_bytes(budget)
+    except ValueError as error:
+        raise UnsupportedInput(
+            f"the budget {budget!r} cannot be read as an amount of memory. Write it like 8GiB, 8GB, 75% or auto."
+        ) from error
+    if budget_bytes > whole:
+        raise UnsupportedInput(
+            f"the budget of {format_bytes(budget_bytes)} is larger than {device}, which has {format_bytes(whole)}. "
+            "Such a plan could not run here. Give at most that, a percentage, or auto."
+        )
+    if budget_bytes <= 0:
+        raise UnsupportedInput(f"the budget {budget!r} is not more than zero. Write it like 8GiB, 75% or auto.")
+    return budget_bytes
+
+
+def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint) -> Plan:
+    if grad_checkpoint == "auto":
+        return solve(profile, budget_bytes)
+    plan = (full_plan if grad_checkpoint == "full" else plain_plan)(profile, budget_bytes)
+    if plan.predicted_peak_bytes > budget_bytes:
+        raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where)
+    return plan
+
+
+def _guard(
+    model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec, profile: Profile
+) -> Profile | None:
+    """Run the plan once, metered. None if it held; else a profile that knows better."""
+    plan = applied.plan
+    trial = Trial(model, batch, applied, spec)
+    try:
+        outcome = trial.guarded()
+        measured_bytes, mismatches = outcome.peak_bytes, outcome.mismatches
+    except torch.OutOfMemoryError:
+        measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
+    finally:
+        trial.restore()
+    if applied.refused:
+        _log.info("calibration refused operations in %d regions; solving again", len(applied.refused))
+        return _without(profile, applied.refused)
+    if mismatches and not profile.data_dependent:
+        _log.info("%d region calls ran other operations than measured; measuring with a real step", mismatches)
+        applied.remove()
+        return measure_step(model, batch, spec, concrete=True)
+    if measured_bytes <= plan.budget_bytes:
+        return None
+    excess = measured_bytes - plan.predicted_peak_bytes
+    _log.info("the guarded run took %s more than predicted; solving again", format_bytes(excess))
+    return replace(profile, correction_bytes=profile.correction_bytes + max(excess, measured_bytes - plan.budget_bytes))
+
+
+def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profile:
+    """The profile with the refused operations marked as not replayable."""
+    ops = list(profile.ops)
+    for region in profile.regions:
+        for position in refused.get(region.key, ()):
+            index = region.first_op + position
+            ops[index] = replace(ops[index], keep_reason="calibration: a second run gave other bits or changed inputs")
+    return replace(profile, ops=tuple(ops))

@@ -1,0 +1,172 @@
+"""Comparing one call of each region class, plain and replayed, from identical inputs.
+
+For when the plain step does not fit the budget: one region's plain backward does.  Inputs are taken from a real planned
+step; output gradients are made up, the same for both runs.  Segments and `<loss>` cannot be called on their own and are
+listed as unverified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from recollect._torch_private import tree_flatten, tree_leaves, tree_map
+from recollect.apply import Applied, RegionForward
+from recollect.measure.state import RandomState, TrainingState
+from recollect.replay.calibration import same_bits
+
+
+@dataclass(kw_only=True)
+class RegionComparison:
+    """What was found, over all region classes."""
+
+    compared: int = 0
+    differing: dict[str, float] = field(default_factory=dict)
+    not_reproducible: list[str] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    module: torch.nn.Module
+    arguments: Any
+    random_state: RandomState
+
+
+def compare_regions(model: torch.nn.Module, applied: Applied, run_step: Callable[[], object]) -> RegionComparison:
+    """Compare the first call of each recipe; `run_step` takes a planned step, from which the inputs come."""
+    plan = applied.plan
+    first_of_recipe: dict[int, str] = {}
+    for region in plan.regions:
+        if region.recipe >= 0:
+            first_of_recipe.setdefault(region.recipe, region.key)
+            if "/" in first_of_recipe[region.recipe] and "/" not in region.key:
+                first_of_recipe[region.recipe] = region.key
+    wanted = set(first_of_recipe.values())
+    calls = _capture(model, wanted, run_step)
+    result = RegionComparison()
+    state = TrainingState(model, ())
+    for key in sorted(wanted):
+        call = calls.get(key)
+        outcome = None if call is None else _compare(key, call, applied, state, result)
+        if outcome is None:
+            result.unverified.append(key)
+        else:
+            result.compared += 1
+    state.restore()
+    return result
+
+
+def _capture(model: torch.nn.Module, wanted: set[str], run_step: Callable[[], object]) -> dict[str, _Call]:
+    """Inputs (in host memory) of the wanted whole-module calls of one step."""
+    calls: dict[str, _Call] = {}
+    counts: dict[str, int] = {}
+    handles = []
+    paths = {key.rsplit("#", 1)[0] for key in wanted if "/" not in key and not key.startswith("<")}
+
+    def watch(path: str, module: torch.nn.Module) -> None:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            key = f"{path}#{counts.get(path, 0)}"
+            counts[path] = counts.get(path, 0) + 1
+            if key in wanted and _is_leaf_region(module):
+                arguments = tree_map(_to_host, (args, kwargs))
+                calls[key] = _Call(module=module, arguments=arguments, random_state=RandomState())
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    for path, module in model.named_modules():
+        if path in paths:
+            watch(path, module)
+    try:
+        run_step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_leaf_region(module: torch.nn.Module) -> bool:
+    """No other region inside: the call is one region, not segments around others."""
+    return not any(
+        isinstance(vars(below).get("forward"), RegionForward) for below in module.modules() if below is not module
+    )
+
+
+def _to_host(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().to("cpu", copy=True).requires_grad_(leaf.requires_grad), leaf.device
+
+
+def _compare(
+    key: str, call: _Call, applied: Applied, state: TrainingState, result: RegionComparison
+) -> bool | None:
+    try:
+        plain = _run(call, applied, state, planned=False)
+        again = _run(call, applied, state, planned=False)
+        planned = _run(call, applied, state, planned=True)
+    except (RuntimeError, TypeError):
+        return None
+    for name, tensor in plain.items():
+        if not same_bits(tensor, again[name]):
+            result.not_reproducible.append(f"{key}: {name}")
+        elif not same_bits(tensor, planned.get(name)):
+            other = planned.get(name)
+            wide = torch.float64
+            result.differing[f"{key}: {name}"] = (
+                float((tensor.to(wide) - other.to(wide)).abs().max())
+                if other is not None and other.shape == tensor.shape and tensor.numel()
+                else float("inf")
+            )
+    return True
+
+
+def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) -> dict[str, torch.Tensor]:
+    state.restore()
+    call.random_state.restore()
+    leaves, spec = tree_flatten(call.arguments)
+    del spec
+    inputs: list[torch.Tensor] = []
+
+    def back(leaf: Any) -> Any:
+        if isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], torch.Tensor):
+            tensor, device = leaf
+            moved = tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
+            if moved.requires_grad:
+                inputs.append(moved)
+                return moved * 1  # as inside a model: an input that is not a leaf may be written in place
+            return moved
+        return leaf
+
+    args, kwargs = tree_map(back, call.arguments, is_leaf=lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2
+                            and isinstance(leaf[0], torch.Tensor))  # fmt: skip
+    module = call.module
+    for parameter in module.parameters():
+        parameter.grad = None
+    if planned:
+        output = module(*args, **kwargs)
+    else:
+        with applied.paused():
+            output = module(*args, **kwargs)
+    found: dict[str, torch.Tensor] = {}
+    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+    for index, tensor in enumerate(outputs):
+        found[f"output {index}"] = tensor.detach().to("cpu", copy=True)
+    torch.autograd.backward(outputs, gradients)
+    for index, tensor in enumerate(inputs):
+        if tensor.grad is not None:
+            found[f"gradient of input {index}"] = tensor.grad.to("cpu", copy=True)
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient of {name}"] = parameter.grad.to("cpu", copy=True)
+    for name, buffer in module.named_buffers():
+        found[f"buffer {name}"] = buffer.detach().to("cpu", copy=True)
+    found["random state"] = torch.get_rng_state()
+    return found
