@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -52,6 +53,8 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
 
 def console() -> NoReturn:
     """The `recollect` program."""
+    # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     sys.exit(main(sys.argv[1:]))
 

@@ -60,6 +60,8 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
         return None
     _introduce(config, source, work, folder, reporter)
     applied = _fit(config, work, first_step)
+    verdict = applied.verdict
+    assert verdict is not None  # fit has judged what it returns
     reporter.say(format_plan(applied.plan))
     loss_before = checkpoint.loss_before if checkpoint else _evaluate(work)
     folder.open(config, command, applied.plan, first_step)
@@ -85,9 +87,9 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
     model_file = folder.save_model(work.model)
     return RunSummary(
         plan=applied.plan,
-        verdict=applied.verdict,
+        verdict=verdict,
         budget_bytes=work.budget_bytes,
-        measured_peak_bytes=max(measured_peak_bytes, applied.verdict.measured_peak_bytes),
+        measured_peak_bytes=max(measured_peak_bytes, verdict.measured_peak_bytes),
         first_step=first_step,
         steps=total_steps,
         loss_before=loss_before,
@@ -199,7 +201,7 @@ class _Loop:
     def _step(self, batch: Any) -> Tensor:
         self.work.optimizer.zero_grad(set_to_none=False)
         loss = self.applied.loss(self.work.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.work.optimizer.step()
         return loss.detach()
 
@@ -210,7 +212,7 @@ class _Loop:
         work = self.work
         resident = resident_bytes(work.model, batch, work.optimizer)
         started = time.perf_counter()
-        loss, peak_bytes = measure_peak(lambda: self._step(batch), resident)
+        loss, peak_bytes = measure_peak(lambda: self._step(batch), resident, work.device)
         value = loss.item()
         step_ms = watch.mean_ms or (time.perf_counter() - started) * 1000
         if not math.isfinite(value):

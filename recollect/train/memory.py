@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
 from recollect.errors import UnsupportedInput
-from recollect.meter import device_memory_bytes
+from recollect.meter import device_memory_bytes, free_memory_bytes
 from recollect.units import format_bytes, parse_bytes
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
-_MEMINFO = Path("/proc/meminfo")
 
 
 def resolve_device(text: str) -> torch.device:
@@ -44,7 +42,9 @@ def resolve_memory(text: str, device: torch.device, *, flag: str = "--memory") -
     """
     total_bytes = device_memory_bytes(device)
     if text.strip().lower() == "auto":
-        return min(_free_bytes(device, total_bytes), total_bytes)
+        # What this process holds on a GPU already is its own to use; on a CPU before the run it is next to nothing.
+        own_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        return min(free_memory_bytes(device) + own_bytes, total_bytes)
     percent = _PERCENT.fullmatch(text)
     try:
         size_bytes = int(total_bytes * float(percent[1]) / 100) if percent else parse_bytes(text)
@@ -61,14 +61,3 @@ def resolve_memory(text: str, device: torch.device, *, flag: str = "--memory") -
             f"{format_bytes(total_bytes)}. Give at most that, e.g. {flag} 90%, or auto for what is free."
         )
     return size_bytes
-
-
-def _free_bytes(device: torch.device, total_bytes: int) -> int:
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes) + torch.cuda.memory_reserved(device)
-    if _MEMINFO.exists():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return total_bytes

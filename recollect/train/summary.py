@@ -91,7 +91,7 @@ def format_summary(summary: RunSummary) -> str:
             f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
             f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}",
         ),
-        ("slowdown", f"{verdict.overhead_ratio:+.1%}"),
+        ("slowdown", "none: nothing is recomputed" if plan.is_plain else f"{verdict.overhead_ratio:+.1%}"),
         ("gradients", _equal(verdict.gradients_equal)),
         ("buffers", _equal(verdict.buffers_equal)),
         (
@@ -105,6 +105,8 @@ def format_summary(summary: RunSummary) -> str:
 
 
 def _share(budget_bytes: int, plain_peak_bytes: int) -> str:
+    if budget_bytes >= plain_peak_bytes:
+        return "which the plain step fits into"
     return f"{budget_bytes / plain_peak_bytes:.0%} of the plain peak"
 
 
