@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from recollect._torch_private import profiler_memory_events, tree_leaves
+from recollect._torch_private import cuda_process_bytes, profiler_memory_events, storage_key, tree_leaves
 
 Result = TypeVar("Result")
 
@@ -40,7 +40,7 @@ def resident_bytes(
             tensors += [v for v in vars(leaf).values() if isinstance(v, torch.Tensor)]
     device = next(model.parameters()).device
     storages = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        storage_key(t): t.untyped_storage().nbytes()
         for t in tensors
         if t.device == device and t.layout is torch.strided
     }
@@ -81,8 +81,6 @@ def _measure_peak_cuda(fn: Callable[[], Result], device: torch.device) -> tuple[
 
 def non_pytorch_bytes(device: torch.device) -> int:
     """Bytes of this process on a CUDA device that PyTorch's allocator does not manage; 0 where it cannot be told."""
-    from recollect._torch_private import cuda_process_bytes
-
     used = cuda_process_bytes(device)
     return max(0, used - torch.cuda.memory_reserved(device)) if used is not None else 0
 

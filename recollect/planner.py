@@ -145,7 +145,7 @@ def _guard(
     if applied.refused:
         _log.info("calibration refused operations in %d regions; solving again", len(applied.refused))
         return _without(profile, applied.refused)
-    if mismatches and not profile.data_dependent:
+    if mismatches and profile.method == "fake":
         _log.info("%d region calls ran other operations than measured; measuring with a real step", mismatches)
         applied.remove()
         return measure_step(model, batch, spec, concrete=True)

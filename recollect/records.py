@@ -173,8 +173,10 @@ class Profile:
     """The optimizer's class name; empty when measured without one (its state and step are then not in any figure)."""
     accumulation_steps: int = 1
     """Forward and backward passes for each optimizer step: they cost time, not memory, as gradients are resident."""
+    method: str = "fake"
+    """"fake": from a run on fake tensors. "real": from a real step, because the fake run failed or differed from it."""
     data_dependent: bool = False
-    """Shapes depend on the data: measured by a concrete run, so another batch may need more."""
+    """Shapes depend on the data, so another batch may need more."""
     margin_bytes: int = 0
     """Added to every moment: the stated margin of a data-dependent profile."""
     correction_bytes: int = 0

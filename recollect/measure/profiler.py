@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from recollect._torch_private import FakeTensorMode
+from recollect._torch_private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from recollect.errors import RecollectError
 from recollect.measure.build import build_tables
 from recollect.measure.costs import measure_costs
@@ -82,15 +82,17 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
     device = device_of(model)
     signatures = SignatureTable()
     observer: Observer | None = None
+    data_dependent = False
     if not concrete:
         try:
             observer = _observe_fake(model, batch, spec, signatures)
         except RecollectError:
             raise
         except Exception as error:  # noqa: BLE001  (models may refuse fake tensors in any way)
+            data_dependent = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
             _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
             signatures = SignatureTable()
-    data_dependent = observer is None
+    method = "fake" if observer is not None else "real"
     if observer is None:
         observer = _observe_concrete(model, batch, spec, signatures)
     seen = observer.seen
@@ -116,6 +118,7 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
         region_paths=region_paths,
         optimizer=", ".join(type(o).__name__ for o in spec.optimizers),
         accumulation_steps=spec.accumulation_steps,
+        method=method,
         data_dependent=data_dependent,
         margin_bytes=int(activation_bytes * _DATA_DEPENDENT_MARGIN) if data_dependent else 0,
         mode_ms_per_op=mode_ms,
