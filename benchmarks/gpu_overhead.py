@@ -1,0 +1,192 @@
+"""What the tape costs on a GPU, on one Llama block: plain, an empty dispatch mode, hooks only, the tape.
+
+    python benchmarks/gpu_overhead.py [--output FILE.md]
+
+Forward and backward of one block, medians of interleaved rounds in one process, milliseconds by CUDA events (what the
+device and its queue took) and on the host (what Python took to submit).  "tape, nothing dropped" writes every operation
+down and drops nothing: the mechanism alone.  "tape, all dropped" also replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from recollect.measure.profiler import measure_step
+from recollect.measure.step import StepSpec
+from recollect.records import Recipe
+from recollect.replay.recipe import LiveRecipe
+from recollect.replay.session import Installed
+from recollect.simulate import ProfileIndex
+
+SIZES = {
+    # name: hidden, heads, key-value heads, intermediate, batch, tokens
+    "Llama-3-8B block, 4096 tokens": (4096, 32, 8, 14336, 1, 4096),
+    "Llama-3-8B block, 1024 tokens": (4096, 32, 8, 14336, 1, 1024),
+    "small block (launch-bound), 256 tokens": (512, 8, 8, 1408, 1, 256),
+}
+ROUNDS = 30
+
+
+class EmptyMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Block(torch.nn.Module):
+    """One decoder layer of transformers' Llama with its rotary embedding."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, intermediate: int) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+        config = LlamaConfig(
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate,
+            num_hidden_layers=1,
+            attn_implementation="sdpa",
+        )
+        self.layer = LlamaDecoderLayer(config, 0)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        out = self.layer(x, position_embeddings=self.rotary(x, positions), position_ids=positions)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def recipes(block: Block, x: torch.Tensor) -> tuple[Installed, Installed, int]:
+    """Installed sessions that drop nothing and everything, and the number of operations."""
+    profile = measure_step(block, x, StepSpec(loss=lambda m, b: m(b).float().sum()))
+    index = ProfileIndex(profile)
+    nothing: dict[str, LiveRecipe | None] = {}
+    everything: dict[str, LiveRecipe | None] = {}
+    ops = 0
+    for number, region in enumerate(profile.regions):
+        if region.key.startswith("<loss>") or not region.op_count:
+            nothing[region.key] = everything[region.key] = None
+            continue
+        ops += region.op_count
+        names = tuple(
+            profile.signatures[op.signature].name
+            for op in profile.ops[region.first_op : region.first_op + region.op_count]
+        )
+        needed = index.needed_ops(number, frozenset())
+        drop = tuple(sorted({index.local(profile.slots[slot].value) for slot in index.facts[number].slots}))
+        common = {"class_id": 0, "op_names": names, "keep": (), "held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
+        nothing[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
+        replay = tuple(sorted(op - region.first_op for op in needed))
+        everything[region.key] = LiveRecipe(Recipe(**common, drop=drop, replay=replay))
+    return Installed(recipes=nothing, calibrate=False), Installed(recipes=everything, calibrate=False), ops
+
+
+def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, tokens: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    block = Block(hidden, heads, kv_heads, intermediate).to("cuda", torch.bfloat16)
+    x = torch.randn(batch, tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    nothing, everything, ops = recipes(block, x)
+
+    @contextmanager
+    def hooks_only() -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            yield
+
+    @contextmanager
+    def taped(installed: Installed) -> Iterator[None]:
+        with installed.region("<model>"):
+            yield
+
+    def forward_in(context: Callable[[], Any]) -> Callable[[], torch.Tensor]:
+        def forward() -> torch.Tensor:
+            with context():
+                return block(x)
+
+        return forward
+
+    variants: dict[str, Callable[[], torch.Tensor]] = {
+        "plain": lambda: block(x),
+        "empty dispatch mode": forward_in(EmptyMode),
+        "hooks only": forward_in(hooks_only),
+        "tape, nothing dropped": forward_in(lambda: taped(nothing)),
+        "tape, all dropped": forward_in(lambda: taped(everything)),
+        "torch checkpoint": lambda: checkpoint(block, x, use_reentrant=False),
+    }
+    device_ms: dict[str, list[float]] = {name: [] for name in variants}
+    host_ms: dict[str, list[float]] = {name: [] for name in variants}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for round_number in range(ROUNDS + 3):
+        for name, forward in variants.items():
+            block.zero_grad(set_to_none=True)
+            x.grad = None
+            torch.cuda.synchronize()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            clock = time.perf_counter()
+            begin.record()
+            forward().sum().backward()
+            end.record()
+            submitted = (time.perf_counter() - clock) * 1e3
+            torch.cuda.synchronize()
+            if round_number == 0:
+                gradients[name] = [p.grad.clone() for p in block.parameters() if p.grad is not None] + [x.grad.clone()]
+            if round_number >= 3:
+                device_ms[name].append(begin.elapsed_time(end))
+                host_ms[name].append(submitted)
+    plain = gradients["plain"]
+    return {
+        "ops": ops,
+        "replayed": everything.statistics.replayed_ops // (ROUNDS + 3),
+        "device": {name: statistics.median(times) for name, times in device_ms.items()},
+        "host": {name: statistics.median(times) for name, times in host_ms.items()},
+        "equal": {
+            name: all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+            for name, found in gradients.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="also write the tables to this file")
+    arguments = parser.parse_args()
+    lines = [
+        "# The tape's cost on one Llama block, bf16, forward + backward",
+        "",
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}; medians of {ROUNDS} interleaved rounds; "
+        "`python benchmarks/gpu_overhead.py`.",
+    ]
+    for title, size in SIZES.items():
+        found = run(*size)
+        plain_ms, plain_host_ms = found["device"]["plain"], found["host"]["plain"]
+        lines += [
+            "",
+            f"## {title} ({found['ops']} taped operations, {found['replayed']} replayed when all is dropped)",
+            "",
+            "| variant | step ms | over plain | host ms to submit | host µs per operation over plain | gradients equal |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, ms in found["device"].items():
+            extra_us = (found["host"][name] - plain_host_ms) / found["ops"] * 1e3
+            lines.append(
+                f"| {name} | {ms:.3f} | {100 * (ms / plain_ms - 1):+.1f} % | {found['host'][name]:.3f} | "
+                f"{extra_us:+.1f} | {'yes' if found['equal'][name] else 'no'} |"
+            )
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.output:
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
