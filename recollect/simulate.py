@@ -377,7 +377,8 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision) -> Region
             if held[storage] == 0:
                 intervals.append((storage, opened.pop(storage), time))
         deltas[time] += moment.memo_delta
-        if moment.spike > max(0, moment.memo_delta):
+        # As high as the level after the event, and higher than it if a source is let go within the event.
+        if moment.spike > moment.memo_delta or (moment.spike > 0 and moment.released):
             spikes.append((time, moment.spike))
     intervals.extend((storage, start, len(profile.events)) for storage, start in opened.items())
     holds: list[tuple[int, int, int]] = []

@@ -69,11 +69,13 @@ class Program:
         highs.setOptionValue("mip_abs_gap", gap)
         highs.passModel(model)
         highs.run()
-        if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        if highs.getModelStatus() not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kSolutionLimit):
             return None
         solution = highs.getSolution()
         duals = [] if integer else [float(dual) for dual in solution.row_dual]
-        return Solution([float(value) for value in solution.col_value], duals, float(highs.getInfo().objective_function_value))
+        return Solution(
+            [float(value) for value in solution.col_value], duals, float(highs.getInfo().objective_function_value)
+        )
 
 
 @dataclass(frozen=True, slots=True)

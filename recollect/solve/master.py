@@ -32,6 +32,16 @@ class _Group:
     """Of the first region; those of the others have the same decisions."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A shared storage at the moments at which the same columns hold it."""
+
+    storage: int
+    moments: list[int]
+    rows: dict[int, int]
+    """Region to the row that says: the storage is there if a column of this region holds it."""
+
+
 @dataclass(slots=True)
 class _Built:
     program: Program
@@ -39,8 +49,7 @@ class _Built:
     variables: list[list[int]]
     """For each group, one variable for each column."""
     moment_rows: list[int]
-    link_rows: dict[tuple[int, int, int], int]
-    """(moment, storage, region) to row."""
+    links: list[_Link]
     sole_holders: dict[tuple[int, int], int]
     """(moment, storage) to the only region that has a column which holds it."""
 
@@ -95,7 +104,7 @@ class Master:
         holding = self._holding_regions()
         groups = self._groups(holding)
         rows: list[dict[int, float]] = [{} for _ in self.moments]
-        links: dict[tuple[int, int, int], dict[int, float]] = {}
+        holders: dict[tuple[int, int], dict[int, list[int]]] = {}  # (moment, storage) -> region -> variables
         variables: list[list[int]] = []
         for group in groups:
             size = len(group.regions)
@@ -109,19 +118,13 @@ class Master:
                         if len(holding[place][storage]) == 1:
                             level += source.index.profile.storages[storage].nbytes
                         else:
-                            links.setdefault((time, storage, column.region), {})[number] = 1.0
+                            held = holders.setdefault((place, storage), {})
+                            held.setdefault(column.region, []).append(number)
                     if level:
                         rows[place][number] = level // self.unit
             program.row(dict.fromkeys(numbers, 1.0), size, size)
             variables.append(numbers)
-        places = {time: place for place, time in enumerate(self.moments)}
-        link_rows = {}
-        shares: dict[tuple[int, int], int] = {}
-        for (time, storage, region), entries in links.items():
-            if (time, storage) not in shares:
-                share = shares[time, storage] = program.variable(0.0)
-                rows[places[time]][share] = source.index.profile.storages[storage].nbytes // self.unit
-            link_rows[time, storage, region] = program.row({**entries, shares[time, storage]: -1.0}, -INFINITY, 0.0)
+        links = self._link(program, rows, holders)
         peak = program.variable(1.0) if budget_bytes is None else -1
         moment_rows = []
         for time, entries in zip(self.moments, rows, strict=True):
@@ -135,7 +138,30 @@ class Master:
             for storage, regions in held.items()
             if len(regions) == 1
         }
-        return _Built(program, groups, variables, moment_rows, link_rows, sole)
+        return _Built(program, groups, variables, moment_rows, links, sole)
+
+    def _link(
+        self,
+        program: Program,
+        rows: list[dict[int, float]],
+        holders: dict[tuple[int, int], dict[int, list[int]]],
+    ) -> list[_Link]:
+        """Count each shared storage once: a variable that is at least each region's part, in the rows of its moments."""
+        patterns: dict[tuple[int, tuple[tuple[int, tuple[int, ...]], ...]], list[int]] = {}
+        for (place, storage), held in holders.items():
+            pattern = tuple((region, tuple(numbers)) for region, numbers in sorted(held.items()))
+            patterns.setdefault((storage, pattern), []).append(place)
+        links = []
+        for (storage, pattern), places in patterns.items():
+            there = program.variable(0.0)
+            for place in places:
+                rows[place][there] = self.source.index.profile.storages[storage].nbytes // self.unit
+            of_region = {
+                region: program.row({**dict.fromkeys(numbers, 1.0), there: -1.0}, -INFINITY, 0.0)
+                for region, numbers in pattern
+            }
+            links.append(_Link(storage, [self.moments[place] for place in places], of_region))
+        return links
 
     def _holding_regions(self) -> list[dict[int, set[int]]]:
         """For each moment, which regions have a column that holds each shared storage."""
@@ -194,23 +220,22 @@ class Master:
             price = -solution.duals[row] / self.unit
             if price > 1e-15:
                 private[time] = price
-        parts: dict[tuple[int, int], dict[int, float]] = {}
-        for (time, storage, region), row in built.link_rows.items():
-            nbytes = self.source.index.profile.storages[storage].nbytes
-            parts.setdefault((time, storage), {})[region] = max(0.0, -solution.duals[row]) / nbytes
-        shared: dict[tuple[int, int, int], float] = {}
-        for time, price in private.items():
-            for storage, region in (
-                (storage, region) for (t, storage), region in built.sole_holders.items() if t == time
-            ):
-                shared[time, storage, region] = price
-        for (time, storage), of_region in parts.items():
-            if time not in private:
-                continue
-            total = sum(of_region.values())
-            factor = min(1.0, private[time] / total) if total > 0 else 0.0
-            for region, part in of_region.items():
-                shared[time, storage, region] = part * factor
+        shared = {
+            (time, storage, region): private[time]
+            for (time, storage), region in built.sole_holders.items()
+            if time in private
+        }
+        for link in built.links:
+            whole = sum(private.get(time, 0.0) for time in link.moments)
+            nbytes = self.source.index.profile.storages[link.storage].nbytes
+            parts = {region: max(0.0, -solution.duals[row]) / nbytes for region, row in link.rows.items() if nbytes}
+            total = sum(parts.values())
+            if whole > 0 and total > 0:  # the parts add up to the whole price, but for the solver's tolerance
+                factor = min(1.0, whole / total) / whole
+                for region, part in parts.items():
+                    for time in link.moments:
+                        if time in private:
+                            shared[time, link.storage, region] = part * factor * private[time]
         return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
 
     def fastest(self, budget_bytes: int, gap_ms: float) -> list[Decision] | None:

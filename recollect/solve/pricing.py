@@ -203,8 +203,7 @@ class PricingModel:
         kept = [
             value
             for value in self._values
-            if not taken[replayed[profile.values[value].op]]
-            and (value in self._saved or taken[available[value]])
+            if not taken[replayed[profile.values[value].op]] and (value in self._saved or taken[available[value]])
         ]
         return constant + weight, keep_set(index, kept)
 
