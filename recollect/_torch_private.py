@@ -5,8 +5,7 @@ All were used with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Nothing else in the pack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -49,15 +48,29 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
-@contextmanager
-def below_autograd() -> Iterator[None]:
-    """Run operations as a kernel would: no autograd, no dispatch modes, no autocast."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-        stack.enter_context(torch._C._DisableTorchDispatch())
-        stack.enter_context(torch._C._DisableAutocast())
-        yield
+class below_autograd:  # noqa: N801  (used as a statement, like torch.no_grad)
+    """Run operations as a kernel would: no autograd, no dispatch modes, no autocast.  Grad mode is restored at the end.
+
+    A plain class instead of an ExitStack: it is entered at every read of a dropped tensor.
+    """
+
+    __slots__ = ("_grad", "_guards")
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._guards = (
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableTorchDispatch(),
+            torch._C._DisableAutocast(),
+        )
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._grad)
 
 
 def set_grad_enabled_quietly(enabled: bool) -> None:

@@ -101,6 +101,12 @@ class Session(TorchDispatchMode):
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch's own switch: without it every operation pays for a wrapper that only torch.compile needs, and a
+        # compiled model is never planned.
+        return False
+
     @property
     def is_over(self) -> bool:
         """No region call is open."""

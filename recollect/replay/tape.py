@@ -48,6 +48,7 @@ from recollect.replay.statistics import Statistics
 
 _Tensor = torch.Tensor
 _Parameter = torch.nn.Parameter
+_Noted = (torch.Tensor, list, tuple)
 
 
 class TapedValue:
@@ -71,7 +72,7 @@ class TapedValue:
 class Ref:
     """A tensor argument or saved tensor: a value through a geometry."""
 
-    __slots__ = ("conj", "dtype", "neg", "offset", "size", "stride", "value")
+    __slots__ = ("dtype", "lazy", "offset", "size", "stride", "value")
 
     def __init__(self, value: TapedValue, tensor: _Tensor) -> None:
         self.value = value
@@ -79,14 +80,13 @@ class Ref:
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
         self.dtype = tensor.dtype
-        self.conj = tensor.is_conj()
-        self.neg = tensor.is_neg()
+        self.lazy = tensor.is_conj(), tensor.is_neg()
 
     def build(self, storage: torch.UntypedStorage) -> _Tensor:
         """A tensor of this geometry on `storage`."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload]
-        return with_lazy_bits(tensor, self.conj, self.neg) if self.conj or self.neg else tensor
+        return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
 
 
 class TapedOp:
@@ -233,12 +233,9 @@ class Tape:
                 whole = tensor is args[0] and tensor.numel() * tensor.itemsize == value.nbytes
                 if not (info.is_full_writer and whole):
                     return None
-        op.args = tuple(self._note(a, inputs) if isinstance(a, _Tensor | list | tuple) else a for a in args)
+        op.args = tuple([self._note(a, inputs) if isinstance(a, _Noted) else a for a in args])
         if kwargs:
-            op.kwargs = {
-                name: self._note(a, inputs) if isinstance(a, _Tensor | list | tuple) else a
-                for name, a in kwargs.items()
-            }
+            op.kwargs = {name: self._note(a, inputs) if isinstance(a, _Noted) else a for name, a in kwargs.items()}
         op.inputs = tuple(inputs)
         self._ops.append(op)
         self._statistics.taped_ops += 1

@@ -1,9 +1,9 @@
-"""What the tape costs on a GPU, on one Llama block: plain, an empty dispatch mode, hooks only, the tape.
+"""What the tape costs, on one Llama block: plain, an empty dispatch mode, hooks only, the tape, plain checkpoint.
 
-    python benchmarks/gpu_overhead.py [--output FILE.md]
+    python benchmarks/tape_overhead.py [--output FILE.md]
 
-Forward and backward of one block, medians of interleaved rounds in one process, milliseconds by CUDA events (what the
-device and its queue took) and on the host (what Python took to submit).  "tape, nothing dropped" writes every operation
+On CUDA: bf16 at realistic sizes; on a machine without a GPU: fp32 and small blocks.  Forward and backward of one block,
+medians of interleaved rounds in one process: wall time until the device is done, and until Python has submitted all.  "tape, nothing dropped" writes every operation
 down and drops nothing: the mechanism alone.  "tape, all dropped" also replays.
 """
 
@@ -27,11 +27,15 @@ from recollect.replay.recipe import LiveRecipe
 from recollect.replay.session import Installed
 from recollect.simulate import ProfileIndex
 
-SIZES = {
-    # name: hidden, heads, key-value heads, intermediate, batch, tokens
+# name: hidden, heads, key-value heads, intermediate, batch, tokens
+CUDA_SIZES = {
     "Llama-3-8B block, 4096 tokens": (4096, 32, 8, 14336, 1, 4096),
     "Llama-3-8B block, 1024 tokens": (4096, 32, 8, 14336, 1, 1024),
     "small block (launch-bound), 256 tokens": (512, 8, 8, 1408, 1, 256),
+}
+CPU_SIZES = {
+    "Llama block, hidden 256, 8x256 tokens": (256, 4, 4, 704, 8, 256),
+    "tiny block (nothing but overhead), 8 tokens": (32, 4, 4, 64, 1, 8),
 }
 ROUNDS = 30
 
@@ -91,10 +95,17 @@ def recipes(block: Block, x: torch.Tensor) -> tuple[Installed, Installed, int]:
     return Installed(recipes=nothing, calibrate=False), Installed(recipes=everything, calibrate=False), ops
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    block = Block(hidden, heads, kv_heads, intermediate).to("cuda", torch.bfloat16)
-    x = torch.randn(batch, tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    block = Block(hidden, heads, kv_heads, intermediate).to(device, dtype)
+    x = torch.randn(batch, tokens, hidden, device=device, dtype=dtype, requires_grad=True)
     nothing, everything, ops = recipes(block, x)
 
     @contextmanager
@@ -122,31 +133,29 @@ def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, t
         "tape, all dropped": forward_in(lambda: taped(everything)),
         "torch checkpoint": lambda: checkpoint(block, x, use_reentrant=False),
     }
-    device_ms: dict[str, list[float]] = {name: [] for name in variants}
+    wall_ms: dict[str, list[float]] = {name: [] for name in variants}
     host_ms: dict[str, list[float]] = {name: [] for name in variants}
     gradients: dict[str, list[torch.Tensor]] = {}
     for round_number in range(ROUNDS + 3):
         for name, forward in variants.items():
             block.zero_grad(set_to_none=True)
             x.grad = None
-            torch.cuda.synchronize()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            synchronize()
             clock = time.perf_counter()
-            begin.record()
             forward().sum().backward()
-            end.record()
             submitted = (time.perf_counter() - clock) * 1e3
-            torch.cuda.synchronize()
+            synchronize()
+            done = (time.perf_counter() - clock) * 1e3
             if round_number == 0:
                 gradients[name] = [p.grad.clone() for p in block.parameters() if p.grad is not None] + [x.grad.clone()]
             if round_number >= 3:
-                device_ms[name].append(begin.elapsed_time(end))
+                wall_ms[name].append(done)
                 host_ms[name].append(submitted)
     plain = gradients["plain"]
     return {
         "ops": ops,
         "replayed": everything.statistics.replayed_ops // (ROUNDS + 3),
-        "device": {name: statistics.median(times) for name, times in device_ms.items()},
+        "wall": {name: statistics.median(times) for name, times in wall_ms.items()},
         "host": {name: statistics.median(times) for name, times in host_ms.items()},
         "equal": {
             name: all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
@@ -159,15 +168,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="also write the tables to this file")
     arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    sizes = CUDA_SIZES if cuda else CPU_SIZES
+    hardware = f"{torch.cuda.get_device_name()}, bf16" if cuda else f"CPU, {torch.get_num_threads()} threads, fp32"
     lines = [
-        "# The tape's cost on one Llama block, bf16, forward + backward",
+        "# The tape's cost on one Llama block, forward + backward",
         "",
-        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}; medians of {ROUNDS} interleaved rounds; "
-        "`python benchmarks/gpu_overhead.py`.",
+        f"{hardware}, PyTorch {torch.__version__}; medians of {ROUNDS} interleaved rounds; "
+        "`python benchmarks/tape_overhead.py`.",
     ]
-    for title, size in SIZES.items():
+    for title, size in sizes.items():
         found = run(*size)
-        plain_ms, plain_host_ms = found["device"]["plain"], found["host"]["plain"]
+        plain_ms, plain_host_ms = found["wall"]["plain"], found["host"]["plain"]
         lines += [
             "",
             f"## {title} ({found['ops']} taped operations, {found['replayed']} replayed when all is dropped)",
@@ -175,7 +187,7 @@ def main() -> None:
             "| variant | step ms | over plain | host ms to submit | host µs per operation over plain | gradients equal |",
             "|---|---|---|---|---|---|",
         ]
-        for name, ms in found["device"].items():
+        for name, ms in found["wall"].items():
             extra_us = (found["host"][name] - plain_host_ms) / found["ops"] * 1e3
             lines.append(
                 f"| {name} | {ms:.3f} | {100 * (ms / plain_ms - 1):+.1f} % | {found['host'][name]:.3f} | "
