@@ -13,11 +13,12 @@ among the same columns, so a larger budget is never slower, and a frontier costs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 
-from recollect.records import Decision, KeepSet
+from recollect.records import Decision
 from recollect.solve.columns import Column, ColumnSource, keep_set, useful_values
 from recollect.solve.master import Master, Relaxation
 from recollect.solve.pricing import Prices, PricingModel
@@ -29,7 +30,10 @@ _SWEEP_AT_MOST = 24
 #: Columns evaluated in one descent.
 _DESCENT_AT_MOST = 240
 #: Budgets at which columns are generated, between the smallest peak and the plain one.
-_LADDER = (0.0, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
+_LADDER = (0.01, 0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
+#: Regions of a class from which a descent is tried in one round, until one finds something: for the smallest peak, where
+#: memory during replay is all that matters, and at the budgets of the ladder.
+_DESCENTS = (10, 2)
 #: Rounds of column generation at one budget.
 _ROUNDS = 12
 
@@ -56,11 +60,18 @@ class Pool:
             self.members.setdefault(record.class_id, []).append(region)
         for class_id, regions in self.members.items():
             self._open(class_id, regions)
+        if not any(model.enabled and self._class_of(model) not in self.enumerated for model in self.models):
+            return
         self._generate(None)
-        smallest, _ = self.master.smallest()
+        relaxation = self.master.relaxed(None)
+        assert relaxation is not None, "without a budget there is always a choice"
+        smallest = int(relaxation.cost * self.master.unit)
         plain = max(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))))
         for share in _LADDER:
-            self._generate(smallest + int((plain - smallest) * share))
+            self._generate(smallest + math.ceil((plain - smallest) * share))
+
+    def _class_of(self, model: PricingModel) -> int:
+        return self.source.index.profile.regions[model.region].class_id
 
     def _open(self, class_id: int, regions: list[int]) -> None:
         """The first decisions of a class."""
@@ -102,7 +113,7 @@ class Pool:
             column = self.source.column(region, decision)
             return column.overhead_ms, column.held_bytes, decision
 
-        cheap = (0.0, self.source.column(region, None).held_bytes, None)
+        cheap: tuple[float, int, Decision] = (0.0, self.source.column(region, None).held_bytes, None)
         small = point(1.0, 0.0)
         yield small[2]
         spans = [(cheap, small)]
@@ -151,26 +162,33 @@ class Pool:
     def _price_all(self, relaxation: Relaxation) -> bool:
         """Offer what the prices want in every class that is not enumerated; True if anything is new."""
         prices = relaxation.prices
+        tries = _DESCENTS[0 if prices.time_weight == 0 else 1]
         new = False
         for class_id, regions in self.members.items():
             if class_id in self.enumerated:
                 continue
-            done: set[tuple[float, Decision]] = set()
+            known = list(self.master.decisions[class_id])
+            seen: set[tuple[float, Decision]] = set()
+            loose: list[tuple[float, int, Column]] = []
             for region in regions:
                 if not self.models[region].enabled:
                     continue
                 bound, decision = self.models[region].best(prices)
-                if (round(bound, 9), decision) in done:
+                if (round(bound, 9), decision) in seen:
                     continue
-                done.add((round(bound, 9), decision))
+                seen.add((round(bound, 9), decision))
                 new |= self._offer(class_id, decision)
-                best = min(
-                    (self.source.column(region, known) for known in self.master.decisions[class_id]),
-                    key=lambda column: self.cost(column, prices),
-                )
-                if self.cost(best, prices) > bound + 1e-6 * abs(bound) + 1e-9:
-                    for found in self._descend(best, prices):
-                        new |= self._offer(class_id, found)
+                cost, place = min((self.cost(self.source.column(region, d), prices), i) for i, d in enumerate(known))
+                slack = cost - bound
+                if slack > 1e-6 * abs(bound) + 1e-9:
+                    loose.append((-slack, region, self.source.column(region, known[place])))
+            for _, _, start in sorted(loose, key=lambda entry: entry[:2])[
+                :_DESCENTS
+            ]:  # where replay's memory matters most
+                found = self._descend(start, prices)
+                if found is not None and self._offer(class_id, found):
+                    new = True
+                    break
         return new
 
     def cost(self, column: Column, prices: Prices) -> float:
@@ -184,21 +202,21 @@ class Pool:
                 total += prices.shared.get((time, storage, column.region), 0.0) * storages[storage].nbytes
         return total
 
-    def _descend(self, start: Column, prices: Prices) -> Iterator[KeepSet]:
-        """Better columns by putting single values into or out of the keep set."""
+    def _descend(self, start: Column, prices: Prices) -> Decision:
+        """A better column by putting single values into or out of the keep set; None if there is none."""
         index = self.source.index
         useful = useful_values(index, start.region)
-        kept = index.keep_values(start.region, start.decision) if start.decision is not None else frozenset(useful)
+        kept = frozenset(useful) if start.decision is None else index.keep_values(start.region, start.decision)
         best = self.cost(start, prices)
+        found: Decision = None
         left = _DESCENT_AT_MOST
         improved = True
         while improved and left > 0:
             improved = False
             for value in useful[:left]:
-                trial = kept ^ {value}
+                trial = keep_set(index, kept ^ {value})
                 left -= 1
-                cost = self.cost(self.source.column(start.region, keep_set(index, trial)), prices)
+                cost = self.cost(self.source.column(start.region, trial), prices)
                 if cost < best - 1e-9 * abs(best):
-                    best, kept, improved = cost, trial, True
-        if kept != useful and keep_set(index, kept) != start.decision:
-            yield keep_set(index, kept)
+                    best, kept, found, improved = cost, kept ^ {value}, trial, True
+        return found

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 
 INFINITY = float("inf")
 
+#: Nodes of the search tree after which the best answer so far is taken. Counted, not timed, so that the answer does not
+#: depend on how busy the machine is.
+_NODES = 200
+
 
 @dataclass(slots=True)
 class Program:
@@ -67,15 +71,17 @@ class Program:
         highs.setOptionValue("threads", 1)  # the same answer on every machine
         highs.setOptionValue("mip_rel_gap", 0.0)
         highs.setOptionValue("mip_abs_gap", gap)
+        highs.setOptionValue("mip_max_nodes", _NODES)
         highs.passModel(model)
         highs.run()
-        if highs.getModelStatus() not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kSolutionLimit):
+        status = highs.getModelStatus()
+        proven = status == highspy.HighsModelStatus.kOptimal
+        cost = float(highs.getInfo().objective_function_value)
+        if not proven and not (integer and status == highspy.HighsModelStatus.kSolutionLimit and cost < INFINITY):
             return None
         solution = highs.getSolution()
         duals = [] if integer else [float(dual) for dual in solution.row_dual]
-        return Solution(
-            [float(value) for value in solution.col_value], duals, float(highs.getInfo().objective_function_value)
-        )
+        return Solution([float(value) for value in solution.col_value], duals, cost)
 
 
 @dataclass(frozen=True, slots=True)

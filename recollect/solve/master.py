@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import gcd
+from operator import le
 
 from recollect.records import Decision
 from recollect.solve.columns import Column, ColumnSource
@@ -23,13 +24,23 @@ from recollect.solve.pricing import Prices
 _MOMENTS_PER_ROUND = 12
 
 
+#: Bytes at each of the master's moments.
+_Levels = tuple[int, ...]
+#: (place of the moment, storage) of shared storages held.
+_Links = frozenset[tuple[int, int]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Regions that the rows cannot tell apart, and the columns among which each of them chooses."""
 
-    regions: tuple[int, ...]
-    columns: tuple[Column, ...]
+    regions: list[int]
+    columns: list[Column]
     """Of the first region; those of the others have the same decisions."""
+    levels: list[_Levels]
+    """For each column, the bytes at each moment, a shared storage included if no other region may hold it then."""
+    linked: list[_Links]
+    """For each column, the shared storages that others may hold too, at the moments that have any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +61,6 @@ class _Built:
     """For each group, one variable for each column."""
     moment_rows: list[int]
     links: list[_Link]
-    sole_holders: dict[tuple[int, int], int]
-    """(moment, storage) to the only region that has a column which holds it."""
 
 
 @dataclass(slots=True)
@@ -66,6 +75,10 @@ class Master:
     """Greatest common divisor of all sizes: bytes are counted in it."""
     _classes: list[int] = field(init=False)
     _stretches: list[int] = field(init=False)
+    _vectors: list[list[list[tuple[int, tuple[int, ...]]]]] = field(init=False)
+    """Region, decision, moment: what the column says at the moment."""
+    _holding: list[dict[int, set[int]]] = field(default_factory=list)
+    """Moment to shared storage to the regions that have a column which holds it."""
 
     def __post_init__(self) -> None:
         profile = self.source.index.profile
@@ -75,6 +88,7 @@ class Master:
         for class_id in self._classes:
             self.decisions.setdefault(class_id, {None: None})
         self._stretches = _stretches(self.source)
+        self._vectors = [[] for _ in self._classes]
         plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
         self.add_moments(plain, 0)
 
@@ -97,31 +111,25 @@ class Master:
         self.moments += new
         return bool(new)
 
-    def _build(self, budget_bytes: int | None) -> _Built:
+    def _build(self, budget_bytes: int | None, *, relaxed: bool = False) -> _Built:
         """With a budget: least time within it. Without: least peak, the last variable being the peak."""
         source = self.source
         program = Program()
-        holding = self._holding_regions()
-        groups = self._groups(holding)
+        groups = self._groups(pruned=not relaxed)
         rows: list[dict[int, float]] = [{} for _ in self.moments]
         holders: dict[tuple[int, int], dict[int, list[int]]] = {}  # (moment, storage) -> region -> variables
         variables: list[list[int]] = []
         for group in groups:
             size = len(group.regions)
             numbers = []
-            for column in group.columns:
+            for column, levels, linked in zip(group.columns, group.levels, group.linked, strict=True):
                 number = program.variable(column.overhead_ms if budget_bytes is not None else 0.0, size, integer=True)
                 numbers.append(number)
-                for place, time in enumerate(self.moments):
-                    level, storages = column.at(time)
-                    for storage in storages:
-                        if len(holding[place][storage]) == 1:
-                            level += source.index.profile.storages[storage].nbytes
-                        else:
-                            held = holders.setdefault((place, storage), {})
-                            held.setdefault(column.region, []).append(number)
+                for entries, level in zip(rows, levels, strict=True):
                     if level:
-                        rows[place][number] = level // self.unit
+                        entries[number] = level // self.unit
+                for key in linked:
+                    holders.setdefault(key, {}).setdefault(column.region, []).append(number)
             program.row(dict.fromkeys(numbers, 1.0), size, size)
             variables.append(numbers)
         links = self._link(program, rows, holders)
@@ -132,13 +140,7 @@ class Master:
                 moment_rows.append(program.row({**entries, peak: -1.0}, -INFINITY, -source.base[time] / self.unit))
             else:
                 moment_rows.append(program.row(entries, -INFINITY, (budget_bytes - source.base[time]) // self.unit))
-        sole = {
-            (time, storage): next(iter(regions))
-            for time, held in zip(self.moments, holding, strict=True)
-            for storage, regions in held.items()
-            if len(regions) == 1
-        }
-        return _Built(program, groups, variables, moment_rows, links, sole)
+        return _Built(program, groups, variables, moment_rows, links)
 
     def _link(
         self,
@@ -146,7 +148,7 @@ class Master:
         rows: list[dict[int, float]],
         holders: dict[tuple[int, int], dict[int, list[int]]],
     ) -> list[_Link]:
-        """Count each shared storage once: a variable that is at least each region's part, in the rows of its moments."""
+        """Count each shared storage once: a variable, at least each region's part, in the rows of its moments."""
         patterns: dict[tuple[int, tuple[tuple[int, tuple[int, ...]], ...]], list[int]] = {}
         for (place, storage), held in holders.items():
             pattern = tuple((region, tuple(numbers)) for region, numbers in sorted(held.items()))
@@ -163,43 +165,53 @@ class Master:
             links.append(_Link(storage, [self.moments[place] for place in places], of_region))
         return links
 
-    def _holding_regions(self) -> list[dict[int, set[int]]]:
-        """For each moment, which regions have a column that holds each shared storage."""
-        holding: list[dict[int, set[int]]] = []
-        for time in self.moments:
-            held: dict[int, set[int]] = {}
-            for region, class_id in enumerate(self._classes):
-                for decision in self.decisions[class_id]:
-                    for storage in self.source.column(region, decision).at(time)[1]:
-                        held.setdefault(storage, set()).add(region)
-            holding.append(held)
-        return holding
-
-    def _groups(self, holding: list[dict[int, set[int]]]) -> list[_Group]:
-        """Regions with equal coefficients together; columns that another equals or beats in every row left out."""
-        alike: dict[object, list[int]] = {}
+    def _refresh(self) -> None:
+        """Look up the columns and moments that are new."""
+        self._holding += [{} for _ in self.moments[len(self._holding) :]]
         for region, class_id in enumerate(self._classes):
-            coefficients = []
-            for decision in self.decisions[class_id]:
-                column = self.source.column(region, decision)
-                entries = []
-                for time, held in zip(self.moments, holding, strict=True):
-                    level, storages = column.at(time)
-                    linked = tuple(s for s in storages if len(held[s]) > 1)
-                    level += sum(self.source.index.profile.storages[s].nbytes for s in storages if len(held[s]) == 1)
-                    entries.append((level, linked))
-                coefficients.append((column.overhead_ms, *entries))
-            alike.setdefault((class_id, tuple(coefficients)), []).append(region)
+            vectors = self._vectors[region]
+            for place, decision in enumerate(self.decisions[class_id]):
+                if place == len(vectors):
+                    vectors.append([])
+                vector = vectors[place]
+                if len(vector) < len(self.moments):
+                    column = self.source.column(region, decision)
+                    for moment in range(len(vector), len(self.moments)):
+                        found = column.at(self.moments[moment])
+                        vector.append(found)
+                        for storage in found[1]:
+                            self._holding[moment].setdefault(storage, set()).add(region)
+
+    def _groups(self, *, pruned: bool) -> list[_Group]:
+        """Regions with equal coefficients together; if `pruned`, without columns that another equals or beats."""
+        self._refresh()
+        storages = self.source.index.profile.storages
+        alike: dict[tuple[int, tuple[_Levels, ...], tuple[_Links, ...]], list[int]] = {}
+        for region, class_id in enumerate(self._classes):
+            all_levels, all_linked = [], []
+            for vector in self._vectors[region]:
+                linked: list[tuple[int, int]] = []
+                levels = [level for level, _ in vector]
+                for place, (_, held) in enumerate(vector):
+                    for storage in held:
+                        if len(self._holding[place][storage]) > 1:
+                            linked.append((place, storage))
+                        else:
+                            levels[place] += storages[storage].nbytes
+                all_levels.append(tuple(levels))
+                all_linked.append(frozenset(linked))
+            alike.setdefault((class_id, tuple(all_levels), tuple(all_linked)), []).append(region)
         groups = []
-        for (class_id, coefficients), regions in alike.items():  # type: ignore[misc]  # the keys made above
+        for (class_id, class_levels, class_linked), regions in alike.items():
             columns = [self.source.column(regions[0], decision) for decision in self.decisions[class_id]]
-            groups.append(_Group(tuple(regions), tuple(_undominated(columns, coefficients))))
+            group = _Group(regions, columns, list(class_levels), list(class_linked))
+            groups.append(_undominated(group) if pruned else group)
         return groups
 
     def relaxed(self, budget_bytes: int | None) -> Relaxation | None:
         """The linear relaxation, over the moments of all its own violations; None if even it has no solution."""
         while True:
-            built = self._build(budget_bytes)
+            built = self._build(budget_bytes, relaxed=True)
             solution = built.program.solve(relaxed=True)
             if solution is None:
                 return None
@@ -221,9 +233,10 @@ class Master:
             if price > 1e-15:
                 private[time] = price
         shared = {
-            (time, storage, region): private[time]
-            for (time, storage), region in built.sole_holders.items()
-            if time in private
+            (time, storage, next(iter(regions))): private[time]
+            for time, holding in zip(self.moments, self._holding, strict=False)
+            for storage, regions in holding.items()
+            if len(regions) == 1 and time in private
         }
         for link in built.links:
             whole = sum(private.get(time, 0.0) for time in link.moments)
@@ -292,22 +305,19 @@ class Relaxation:
     """Least added time in ms; or least peak in units when no budget was given."""
 
 
-def _undominated(columns: Sequence[Column], coefficients: Sequence[tuple[object, ...]]) -> list[Column]:
-    """Columns that no other one equals or beats in time and in every row (the earlier one stays of equal ones)."""
-    order = sorted(range(len(columns)), key=lambda place: (coefficients[place][0], place))
+def _undominated(group: _Group) -> _Group:
+    """Without the columns that another one equals or beats in time, in every row and in what it shares."""
+    order = sorted(range(len(group.columns)), key=lambda place: group.columns[place].overhead_ms)
     kept: list[int] = []
     for place in order:
-        mine = coefficients[place]
-        if not any(_beats(coefficients[other], mine) for other in kept):
+        levels, linked = group.levels[place], group.linked[place]
+        if not any(all(map(le, group.levels[other], levels)) and group.linked[other] <= linked for other in kept):
             kept.append(place)
-    return [columns[place] for place in sorted(kept)]
-
-
-def _beats(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    """At most as slow (the first entry, by order of the call), and at most as large in each row with no other links."""
-    return all(
-        a[0] <= b[0] and set(a[1]) <= set(b[1])  # type: ignore[index]
-        for a, b in zip(one[1:], other[1:], strict=True)
+    return _Group(
+        group.regions,
+        [group.columns[place] for place in kept],
+        [group.levels[place] for place in kept],
+        [group.linked[place] for place in kept],
     )
 
 

@@ -1,7 +1,7 @@
 """Pricing: the best keep set of one region when bytes at some moments have a price.
 
-The pricing problem of the column generation (Dantzig & Wolfe 1960; Gilmore & Gomory 1961).  Within a region, an operation
-is replayed or not, and a value is available to replay or not:
+The pricing problem of the column generation (Dantzig & Wolfe 1960; Gilmore & Gomory 1961).  Within a region, an
+operation is replayed or not, and a value is available to replay or not:
 
 - a dropped value needs its operation replayed;
 - a replayed operation needs each input available: held, rebuilt, or a source from outside that is then held;
@@ -12,8 +12,8 @@ Written with the two choices per value, every condition is an implication, so th
 (Picard 1976), solved exactly by one minimum cut, and not the general integer program that rematerialisation needs when
 the schedule is free (Checkmate, Jain et al. 2020; Rockmate, Zhao et al. 2023).
 
-The cut leaves out what is memoised while replay goes on, and shortens the lives of replay sources, so its optimum is a
-*lower bound* on what any decision of the region costs at these prices.  Columns themselves are always evaluated in full.
+The cut leaves out what is memoised while replay goes on, and shortens the lives of replay sources, so its optimum is
+a *lower bound* on what any decision of the region costs at these prices.  Columns are always evaluated in full.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Solver:
         return plan
 
     def _lighten(self, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
-        """An equally fast plan: untouched where that costs nothing, otherwise holding fewer bytes where that is free."""
+        """An equally fast plan: untouched where that is free, otherwise holding fewer bytes where that is free."""
         source, master = self._pool.source, self._pool.master
         result = list(decisions)
         for region, record in enumerate(self.profile.regions):
