@@ -31,8 +31,8 @@ _SWEEP_AT_MOST = 24
 _DESCENT_AT_MOST = 240
 #: Budgets at which columns are generated, between the smallest peak and the plain one.
 _LADDER = (0.01, 0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
-#: Regions of a class from which a descent is tried in one round, until one finds something: for the smallest peak, where
-#: memory during replay is all that matters, and at the budgets of the ladder.
+#: Regions of a class from which a descent is tried in one round, until one finds something: for the smallest peak,
+#: where memory during replay is all that matters, and at the budgets of the ladder.
 _DESCENTS = (10, 2)
 #: Rounds of column generation at one budget.
 _ROUNDS = 12
@@ -182,9 +182,8 @@ class Pool:
                 slack = cost - bound
                 if slack > 1e-6 * abs(bound) + 1e-9:
                     loose.append((-slack, region, self.source.column(region, known[place])))
-            for _, _, start in sorted(loose, key=lambda entry: entry[:2])[
-                :_DESCENTS
-            ]:  # where replay's memory matters most
+            loose.sort(key=lambda entry: entry[:2])
+            for _, _, start in loose[:tries]:  # where memory during replay matters most
                 found = self._descend(start, prices)
                 if found is not None and self._offer(class_id, found):
                     new = True
