@@ -15,6 +15,8 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; d
 WHEELS ?=
 ARGS ?=
 TESTS ?= tests
+# The tests' models are so small that a second thread costs more than it brings, above all on a busy machine.
+TEST_THREADS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ train: $(VENV)/.installed-train
 	$(BIN)/recollect train $(DEMO) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

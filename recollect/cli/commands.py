@@ -61,8 +61,10 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     work = build(options, source)
     batch = work.batch(0)
     if solved is None:
-        profile = recollect.measure(work.model, batch, loss=work.loss, optimizer=work.optimizer)
-        solved = recollect.solve(profile, budget_bytes=work.budget_bytes)
+        # With repair, as in training: what is verified is the plan that `recollect train` would use.
+        applied = recollect.fit(work.model, batch, budget=work.budget_bytes, loss=work.loss, optimizer=work.optimizer)
+        applied.remove()
+        solved = applied.plan
     reference = options.reference_memory
     verdict = recollect.verify(
         work.model,

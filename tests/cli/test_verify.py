@@ -25,7 +25,7 @@ FAMILIES = {
 }
 
 #: How far a budget lies between the smallest that can be run (0) and what the plain step needs (1).
-TIGHTNESS = {"smallest": 0.0, "middle": 0.5, "ample": 1.5}
+TIGHTNESS = {"tight": 0.1, "middle": 0.5, "ample": 1.5}
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
