@@ -6,7 +6,7 @@ All were used with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Nothing else in the pack
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._ops import OpOverload as OpOverload
@@ -14,13 +14,28 @@ from torch._subclasses.fake_tensor import DataDependentOutputException as DataDe
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
-from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode with annotated methods. Subclasses define `__torch_dispatch__`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def put_on(self) -> None:
+        """Put it on this thread's stack of modes."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def take_off(self) -> None:
+        """Take it off; it must be on top."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
 
 #: Address of a tensor's StorageImpl, without building a Python storage object: a tape asks for it on every argument.
-storage_key: Callable[[torch.Tensor], int] = torch._C._storage_id
+storage_key: Callable[[torch.Tensor], int] = torch._C._storage_id  # type: ignore[attr-defined]
 
 _ADINPLACE = torch._C.DispatchKey.ADInplaceOrView
 
@@ -34,7 +49,7 @@ class WeakStorage:
         # The public weakref.ref(storage) tells when the storage dies; only this reference reserves its address.
         self._pointer = tensor.untyped_storage()._weak_ref()
 
-    def __del__(self, free: Callable[[int], None] = torch.UntypedStorage._free_weak_ref) -> None:
+    def __del__(self, free: Callable[[Any], None] = torch.UntypedStorage._free_weak_ref) -> None:
         free(self._pointer)
 
 
@@ -65,7 +80,7 @@ class below_autograd:  # noqa: N801  (used as a statement, like torch.no_grad)
             torch._C._DisableAutocast(),
         )
         for guard in self._guards:
-            guard.__enter__()
+            guard.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
         for guard in reversed(self._guards):
@@ -83,7 +98,7 @@ def set_grad_enabled_quietly(enabled: bool) -> None:
 
 def dispatch_depth() -> int:
     """How many dispatch modes are on this thread's stack."""
-    return cast(int, torch._C._len_torch_dispatch_stack())
+    return torch._C._len_torch_dispatch_stack()
 
 
 def top_saved_tensor_hooks() -> object:
@@ -98,7 +113,7 @@ def top_dispatch_mode() -> object:
 
 def current_graph_task() -> int:
     """Identity of the backward pass that runs in this thread; -1 outside backward."""
-    return cast(int, torch._C._current_graph_task_id())
+    return torch._C._current_graph_task_id()
 
 
 def is_conj_or_neg(tensor: torch.Tensor) -> bool:
@@ -120,26 +135,23 @@ def default_foreach(parameters: list[torch.Tensor]) -> bool:
     return bool(_default_to_fused_or_foreach(parameters, differentiable=False, use_fused=False)[1])
 
 
-def profiler_memory_events(profile: torch.profiler.profile) -> list[tuple[int, int, int]]:
-    """(time in ns, bytes, device type number) of each allocation (positive) or free (negative) that the profiler saw."""
-    results = profile.profiler
-    assert results is not None
-    return sorted(
-        (event.start_ns(), event.nbytes(), int(event.device_type()))
-        for event in results.kineto_results.events()
-        if event.name() == "[memory]"
-    )
+def profiler_memory_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
+    """(time in ns, bytes) of each allocation (positive) or free (negative) that the profiler saw, in order of time."""
+    return sorted((e.start_ns(), e.nbytes()) for e in _kineto_events(profile) if e.name() == "[memory]")
 
 
 def profiler_ranges(profile: torch.profiler.profile, prefix: str) -> dict[str, tuple[int, int]]:
     """(start, end) in ns of each `record_function` range whose name starts with `prefix`."""
-    results = profile.profiler
-    assert results is not None
     return {
-        event.name(): (event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in results.kineto_results.events()
-        if event.name().startswith(prefix)
+        e.name(): (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in _kineto_events(profile)
+        if e.name().startswith(prefix)
     }
+
+
+def _kineto_events(profile: torch.profiler.profile) -> list[Any]:
+    profiler: Any = profile.profiler
+    return list(profiler.kineto_results.events())
 
 
 def profiler_is_running() -> bool:
@@ -149,7 +161,7 @@ def profiler_is_running() -> bool:
 
 def find_overload(name: str) -> Any:
     """The operator overload of a name such as ``aten.mm.default``; None if this PyTorch has none."""
-    namespace, operator, overload = (name.split(".") + ["", ""])[:3]
+    namespace, operator, overload = [*name.split("."), "", ""][:3]
     packet = getattr(getattr(torch.ops, namespace, None), operator, None)
     return getattr(packet, overload, None)
 
@@ -157,7 +169,7 @@ def find_overload(name: str) -> Any:
 def cuda_process_bytes(device: torch.device) -> int | None:
     """Bytes that this process holds on a CUDA device, by the driver's account; None where it cannot be told."""
     try:
-        import pynvml  # nvidia-ml-py, which PyTorch's own torch.cuda.list_gpu_processes uses
+        import pynvml  # type: ignore[import-not-found]  # nvidia-ml-py, as in torch.cuda.list_gpu_processes
     except ImportError:
         return None
     try:

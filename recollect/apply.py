@@ -33,6 +33,7 @@ class RegionForward:
         self._installed = installed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward; without gradients, or when paused, as if nothing were installed."""
         if not (torch.is_grad_enabled() and self._installed.enabled):
             return self.original(*args, **kwargs)
         with self._installed.region(self._path):
@@ -143,7 +144,9 @@ class Applied:
             self._modules.append(module)
 
 
-def apply(model: torch.nn.Module, plan: Plan, *, spec: StepSpec | None = None, profile: Profile | None = None) -> Applied:
+def apply(
+    model: torch.nn.Module, plan: Plan, *, spec: StepSpec | None = None, profile: Profile | None = None
+) -> Applied:
     """Install `plan` on `model`.
 
     Args:

@@ -1,7 +1,7 @@
 """The independent meter: what a step really holds.  It shares no code with the predictor.
 
 CPU: `torch.profiler`'s memory events, which PyTorch's CPU allocator itself reports.  They start at zero, so the bytes
-that were alive before are added: every distinct storage of the model, the gradients, the optimizer's state and the batch.
+that were alive before are added: every distinct storage of model, gradients, optimizer state and batch.
 CUDA: the caching allocator's peak of reserved bytes, and this process's bytes outside PyTorch (context, libraries).
 """
 
@@ -26,7 +26,8 @@ def resident_bytes(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
 ) -> int:
     """Bytes of every distinct storage of parameters, buffers, gradients, optimizer state and batch that lives on the
-    model's device."""
+    model's device.
+    """
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     optimizers = optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
@@ -64,7 +65,7 @@ def measure_peak(
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = fn()
     level = peak = 0
-    for _, nbytes, _ in profiler_memory_events(profile):
+    for _, nbytes in profiler_memory_events(profile):
         level += nbytes
         peak = max(peak, level)
     return result, resident_bytes + peak

@@ -129,9 +129,7 @@ def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint
     return plan
 
 
-def _guard(
-    model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec, profile: Profile
-) -> Profile | None:
+def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec, profile: Profile) -> Profile | None:
     """Run the plan once, metered. None if it held; else a profile that knows better."""
     plan = applied.plan
     trial = Trial(model, batch, applied, spec)

@@ -1,8 +1,8 @@
 """`verify`: is a planned step the plain step, bit for bit, and does its peak stay within the budget?
 
 The plain run and the planned run start from the same state and see the same batch.  Plain runs twice: what differs
-between its two runs is listed and never blamed on the plan.  The peak is measured by `meter`, which knows nothing of the
-prediction.  Afterwards everything is as it was, bit for bit.
+between its two runs is listed and never blamed on the plan.  The peak is measured by `meter`, which knows nothing of
+the prediction.  Afterwards everything is as it was, bit for bit.
 """
 
 from __future__ import annotations

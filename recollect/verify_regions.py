@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from recollect._torch_private import tree_flatten, tree_leaves, tree_map
+from recollect._torch_private import tree_leaves, tree_map
 from recollect.apply import Applied, RegionForward
 from recollect.measure.state import RandomState, TrainingState
 from recollect.replay.calibration import same_bits
@@ -27,6 +27,15 @@ class RegionComparison:
     differing: dict[str, float] = field(default_factory=dict)
     not_reproducible: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnHost:
+    """A tensor argument, kept in host memory."""
+
+    tensor: torch.Tensor
+    device: torch.device
+    requires_grad: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +109,10 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
 def _to_host(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    return leaf.detach().to("cpu", copy=True).requires_grad_(leaf.requires_grad), leaf.device
+    return _OnHost(tensor=leaf.detach().to("cpu", copy=True), device=leaf.device, requires_grad=leaf.requires_grad)
 
 
-def _compare(
-    key: str, call: _Call, applied: Applied, state: TrainingState, result: RegionComparison
-) -> bool | None:
+def _compare(key: str, call: _Call, applied: Applied, state: TrainingState, result: RegionComparison) -> bool | None:
     try:
         plain = _run(call, applied, state, planned=False)
         again = _run(call, applied, state, planned=False)
@@ -129,22 +136,18 @@ def _compare(
 def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) -> dict[str, torch.Tensor]:
     state.restore()
     call.random_state.restore()
-    leaves, spec = tree_flatten(call.arguments)
-    del spec
     inputs: list[torch.Tensor] = []
 
     def back(leaf: Any) -> Any:
-        if isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], torch.Tensor):
-            tensor, device = leaf
-            moved = tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
-            if moved.requires_grad:
-                inputs.append(moved)
-                return moved * 1  # as inside a model: an input that is not a leaf may be written in place
+        if not isinstance(leaf, _OnHost):
+            return leaf
+        moved = leaf.tensor.to(leaf.device, copy=True).requires_grad_(leaf.requires_grad)
+        if not leaf.requires_grad:
             return moved
-        return leaf
+        inputs.append(moved)
+        return moved * 1  # as inside a model: an input that is not a leaf may be written in place
 
-    args, kwargs = tree_map(back, call.arguments, is_leaf=lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2
-                            and isinstance(leaf[0], torch.Tensor))  # fmt: skip
+    args, kwargs = tree_map(back, call.arguments)
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None

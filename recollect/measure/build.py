@@ -41,9 +41,7 @@ def build_tables(
         )
         for op in observation.ops
     )
-    slots = tuple(
-        Slot(value=value, region=cut.slot_region[index]) for index, value in enumerate(observation.slots)
-    )
+    slots = tuple(Slot(value=value, region=cut.slot_region[index]) for index, value in enumerate(observation.slots))
     slots_of_region: list[list[int]] = [[] for _ in cut.keys]
     for slot in slots:
         slots_of_region[slot.region].append(slot.value)

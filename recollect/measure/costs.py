@@ -4,8 +4,8 @@ Time: the minimum of a few runs, the runs of all operations interleaved so that 
 does not fall on one of them.  Scratch: the most memory the operation held inside, beyond inputs and outputs, which no
 dispatcher shows (convolutions, attention); on CPU from the profiler's memory events, on CUDA from the allocator.
 
-Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot be
-run on such data is given the time and scratch zero.
+Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
+be run on such data is given the time and scratch zero.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _time_ms(call: Call, device: torch.device, repeats: int) -> float | None:
                 torch.cuda.synchronize(device)
             best = min(best, (time.perf_counter() - begin) * 1e3)
         return best
-    except Exception:  # noqa: BLE001  (whatever a kernel says of made-up data, it is not the user's error)
+    except Exception:
         return None
 
 
@@ -92,7 +92,7 @@ def _scratch_cpu(calls: Sequence[Call]) -> dict[int, int]:
                     result = _run(call, args, kwargs)
                 found[index] = 0
                 del result
-            except Exception:  # noqa: BLE001, S112  (see _time_ms)
+            except Exception:
                 continue
     ranges = profiler_ranges(profile, _PREFIX)
     events = profiler_memory_events(profile)
@@ -119,7 +119,7 @@ def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, int]
             result = _run(call, args, kwargs)
             found[index] = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
             del result
-        except Exception:  # noqa: BLE001, S112  (see _time_ms)
+        except Exception:
             continue
     return found
 

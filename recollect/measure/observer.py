@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from recollect._torch_private import (
-    TorchDispatchMode,
+    DispatchMode,
     WeakStorage,
     current_graph_task,
     is_conj_or_neg,
@@ -100,7 +100,7 @@ class _Note:
         self.on_release(self.slot)
 
 
-class Observer(TorchDispatchMode):
+class Observer(DispatchMode):
     """See the module.  `device_type` is the device whose memory counts."""
 
     def __init__(
@@ -136,13 +136,13 @@ class Observer(TorchDispatchMode):
     def start(self) -> None:
         """Begin to watch."""
         self._hooks.__enter__()
-        self.__enter__()
+        self.put_on()
         self._watching = True
 
     def stop(self) -> None:
         """End watching."""
         self._watching = False
-        self.__exit__(None, None, None)
+        self.take_off()
         self._hooks.__exit__(None, None, None)
 
     @contextmanager
@@ -279,7 +279,7 @@ class Observer(TorchDispatchMode):
             if self._unspill is not None:
                 storage = self._unspill(packed.contents)
                 whole = torch.empty(0, dtype=packed.dtype, device=packed.device)
-                whole.set_(storage, packed.offset, packed.size, packed.stride)  # type: ignore[call-overload]
+                whole.set_(storage, packed.offset, packed.size, packed.stride)
                 tensor = whole
             else:
                 whole = torch.empty(packed.nbytes, dtype=torch.uint8, device=packed.device)

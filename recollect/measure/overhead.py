@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from recollect._torch_private import TorchDispatchMode
+from recollect._torch_private import DispatchMode
 from recollect.measure.state import RandomState
 from recollect.replay.session import Installed
 
@@ -42,7 +42,7 @@ def measure_overhead() -> tuple[float, float]:
     return round(mode_ms, 6), round(max(0.0, tape_ms), 6)
 
 
-class _Idle(TorchDispatchMode):
+class _Idle(DispatchMode):
     """A mode that only passes on."""
 
     def __torch_dispatch__(

@@ -1,5 +1,6 @@
 """`measure`: run one step on a structural copy with fake tensors (or, where that fails, for real with everything that
-autograd saves moved to a file), and write down the profile."""
+autograd saves moved to a file), and write down the profile.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
             observer = _observe_fake(model, batch, spec, signatures)
         except RecollectError:
             raise
-        except Exception as error:  # noqa: BLE001  (models may refuse fake tensors in any way)
+        except Exception as error:
             data_dependent = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
             _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
             signatures = SignatureTable()
@@ -171,7 +172,7 @@ def _spill_to(
     def spill(tensor: torch.Tensor) -> Any:
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         storage = tensor.untyped_storage()
-        flat.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+        flat.set_(storage, 0, (storage.nbytes(),), (1,))
         offset = file.seek(0, 2)
         file.write(flat.cpu().numpy().tobytes())
         return offset, storage.nbytes(), tensor.device

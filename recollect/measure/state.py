@@ -17,7 +17,7 @@ class RandomState:
     def __init__(self) -> None:
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._numpy: Any = numpy.random.get_state() if numpy is not None else None
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -71,9 +71,9 @@ class TrainingState:
     def restore(self) -> None:
         """Put everything back; tensors keep their identity and storage."""
         with torch.no_grad():
-            for module, buffers in self._buffers:
+            for module, own_buffers in self._buffers:
                 module._buffers.clear()
-                module._buffers.update(buffers)
+                module._buffers.update(own_buffers)
             for tensor, saved in self._tensors:
                 tensor.copy_(saved)
             for parameter, gradient, saved_gradient in self._gradients:
@@ -88,10 +88,10 @@ class TrainingState:
             module.__dict__.update(attributes)
         for optimizer, state, groups in zip(self._optimizers, self._states, self._groups, strict=True):
             _restore_state(optimizer, state)
-            for group, saved in zip(optimizer.param_groups, groups, strict=True):
-                for name in [n for n in group if n != "params" and n not in saved]:
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                for name in [n for n in group if n != "params" and n not in settings]:
                     del group[name]
-                group.update(saved)
+                group.update(settings)
         self._random.restore()
 
 

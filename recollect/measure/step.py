@@ -1,4 +1,4 @@
-"""What a training step is: a model, a batch, a loss, perhaps optimizers.  Shared by measuring, verifying and running."""
+"""What a training step is: a model, a batch, a loss, perhaps optimizers.  Shared by measuring and verifying."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class StepSpec:
 
     def run(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """One whole step: forward and backward `accumulation_steps` times, clipping, optimizers. Returns the last loss,
-        detached. Gradients are added to what is there."""
+        detached. Gradients are added to what is there.
+        """
         for _ in range(self.accumulation_steps):
             loss = self.run_loss(model, batch)
             (loss / self.accumulation_steps if self.accumulation_steps > 1 else loss).backward()
@@ -71,10 +72,18 @@ class StepSpec:
 
 
 def as_optimizers(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None) -> tuple[Any, ...]:
-    """One optimizer, a sequence of them, or None, as a tuple."""
+    """One optimizer, several, or None, as a tuple. Raises `UnsupportedInput` for one that needs a closure."""
     if optimizer is None:
         return ()
-    return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    for one in optimizers:
+        if isinstance(one, torch.optim.LBFGS):
+            raise UnsupportedInput(
+                "the optimizer LBFGS runs forward and backward several times inside its own step, through a closure. "
+                "A plan is for steps that call step() without one. Use another optimizer, or measure with "
+                "optimizer=None, which leaves the optimizer's memory out of the figures."
+            )
+    return optimizers
 
 
 def check_loss(result: Any, *, given: bool) -> torch.Tensor:

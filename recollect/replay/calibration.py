@@ -18,9 +18,13 @@ from recollect._torch_private import below_autograd, set_grad_enabled_quietly
 from recollect.replay.ops import result_tensors, tensors_in
 
 if TYPE_CHECKING:
-    from recollect.replay.tape import TapedOp, TapedValue
+    from recollect.replay.values import TapedOp, TapedValue
 
-Checksum = tuple[int, int]
+Checksum = tuple[int, int, int]
+
+
+#: Words in a row of the checksum's layout.
+_ROW = 61
 
 
 class Calibrator:
@@ -30,24 +34,32 @@ class Calibrator:
         self._refused = refused
         self._verified = verified  # operators that passed, shared by all regions
         self._checksums: dict[TapedValue, Checksum] = {}
+        self._readers: dict[TapedValue, list[int]] = {}  # positions of operations that read the value
         self._copies: dict[int, torch.Tensor] = {}
         self._input_checksums: list[Checksum] = []
 
     def remember(self, value: TapedValue, tensor: torch.Tensor) -> None:
-        """`value` has just been made; `tensor` is one view of it."""
+        """`value` has just been made, or seen for the first time; `tensor` is one view of it."""
         self._checksums[value] = checksum(tensor)
 
     def unchanged(self, value: TapedValue, tensor: torch.Tensor) -> bool:
-        """The value still has the contents that it was made with; if not, its operation is refused from now on."""
+        """The value still has the contents that it was made with.
+
+        If not, its operation is refused from now on, and so are those that read it before the hidden write: their
+        replay would find the new contents.
+        """
         expected = self._checksums.get(value)
         if expected is None or value.uninitialised or checksum(tensor) == expected:
             return True
         if value.op is not None:
             self._refused.add(value.op.position)
+        self._refused.update(self._readers.get(value, ()))
         return False
 
     def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The operation is about to run for the first time."""
+        for value in op.inputs:
+            self._readers.setdefault(value, []).append(op.position)
         if not self._is_suspect(op):
             return
         tensors = tensors_in((*args, *kwargs.values()))
@@ -116,9 +128,7 @@ def _replace(arguments: Any, copies: dict[int, torch.Tensor]) -> Any:
 
 def _clone_with_storage(tensor: torch.Tensor) -> torch.Tensor:
     copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    copy.set_(  # type: ignore[call-overload]
-        tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride()
-    )
+    copy.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride())
     return copy
 
 
@@ -140,17 +150,26 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def checksum(tensor: torch.Tensor) -> Checksum:
-    """Two sums over the bytes of the tensor's whole storage, the second weighted by position (order matters)."""
+    """Three sums over the bytes of the tensor's whole storage, laid out in rows: plain, rows weighted by their place,
+    and columns weighted by theirs, so that a change of order shows too.
+    """
     with below_autograd():
         storage = tensor.untyped_storage()
         words = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        words.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+        words.set_(storage, 0, (storage.nbytes(),), (1,))
         tail = storage.nbytes() % 4
         if tail:
             words = torch.nn.functional.pad(words, (0, 4 - tail))
         if words.data_ptr() % 4:
             words = words.clone()
         numbers = words.view(torch.int32)
-        rows = numbers[: numbers.numel() // 61 * 61].view(-1, 61).sum(1, dtype=torch.int64)
-        weights = torch.arange(1, rows.numel() + 1, device=rows.device)
-        return int(numbers.sum(dtype=torch.int64)), int((rows * weights).sum())
+        whole = numbers.numel() // _ROW * _ROW
+        grid, rest = numbers[:whole].view(-1, _ROW), numbers[whole:].to(torch.int64)
+        rows, columns = grid.sum(1, dtype=torch.int64), grid.sum(0, dtype=torch.int64)
+        columns[: rest.numel()] += rest
+        rows = torch.cat([rows, rest.sum()[None]])
+        return int(rows.sum()), int((rows * _places(rows)).sum()), int((columns * _places(columns)).sum())
+
+
+def _places(numbers: torch.Tensor) -> torch.Tensor:
+    return torch.arange(1, numbers.numel() + 1, device=numbers.device)

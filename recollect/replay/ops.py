@@ -33,8 +33,18 @@ _UNINITIALISED = frozenset(
 #: In-place operations that give every element of their first argument a new value, whatever was there before: the only
 #: ones through which uninitialised memory may be replayed.
 _FULL_WRITERS = frozenset(
-    """bernoulli_ cauchy_ copy_ exponential_ fill_ geometric_ log_normal_ normal_ random_ uniform_ zero_""".split()
+    """
+    bernoulli_ cauchy_ copy_ exponential_ fill_ geometric_ log_normal_ normal_ random_ uniform_ zero_
+    """.split()  # noqa: SIM905  (one word a line would be pages)
 )
+
+#: Operations that change, or hand out, state that the tape cannot see.
+_STATEFUL = frozenset(
+    {
+        "set_", "resize_", "resize_as_", "_resize_output_", "_cudnn_rnn", "_cudnn_init_dropout_state",
+        "_efficientzerotensor",
+    }
+)  # fmt: skip
 
 #: Kernels that use atomics on CUDA, so that a second run may differ in the last bits
 #: (the list of torch.use_deterministic_algorithms, forward only).
@@ -51,19 +61,21 @@ _NONDETERMINISTIC_ON_CUDA = frozenset(
 #: back end that recollect is tested on. Others are calibrated before they are trusted.
 _KNOWN_GOOD = frozenset(
     """
-    _adaptive_avg_pool2d _log_softmax _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _softmax _to_copy abs add add_ addcmul addmm addmm_ alias_copy all amax
-    amin any arange argmax argmin avg_pool2d baddbmm bernoulli bernoulli_ bitwise_and bitwise_not bitwise_or bmm cat
-    ceil clamp clamp_ clamp_max clamp_min clone constant_pad_nd convolution copy copy_ cos cos_ div div_ dot
-    elu embedding eq erf exp exp_ expm1 fill fill_ flip floor full full_like gather ge gelu glu gt hardswish hardtanh
-    index index_select isnan leaky_relu leaky_relu_ le lerp log log1p log2 logical_and logical_not logical_or logsumexp
-    lt masked_fill masked_fill_ max max_pool2d_with_indices maximum mean min minimum mish mm mul mul_ native_batch_norm
-    cudnn_batch_norm native_dropout native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros
-    nll_loss_forward ones ones_like pow rand rand_like randint randn randn_like reciprocal relu relu_ remainder repeat
-    roll round rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort split_with_sizes_copy
-    sqrt sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy upsample_bilinear2d upsample_nearest2d
-    var var_mean where zero_ zeros zeros_like _unsafe_index linear scalar_tensor _fused_rms_norm
-    """.split()
+    _adaptive_avg_pool2d _log_softmax _scaled_dot_product_efficient_attention
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _softmax _to_copy abs add
+    add_ addcmul addmm addmm_ alias_copy all amax amin any arange argmax argmin avg_pool2d baddbmm bernoulli
+    bernoulli_ bitwise_and bitwise_not bitwise_or bmm cat ceil clamp clamp_ clamp_max clamp_min clone
+    constant_pad_nd convolution copy copy_ cos cos_ div div_ dot elu embedding eq erf exp exp_ expm1 fill fill_
+    flip floor full full_like gather ge gelu glu gt hardswish hardtanh index index_select isnan leaky_relu
+    leaky_relu_ le lerp log log1p log2 logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_
+    max max_pool2d_with_indices maximum mean min minimum mish mm mul mul_ native_batch_norm cudnn_batch_norm
+    native_dropout native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros nll_loss_forward
+    ones ones_like pow rand rand_like randint randn randn_like reciprocal relu relu_ remainder repeat roll round
+    rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort split_with_sizes_copy sqrt
+    sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy upsample_bilinear2d
+    upsample_nearest2d var var_mean where zero_ zeros zeros_like _unsafe_index linear scalar_tensor
+    _fused_rms_norm
+    """.split()  # noqa: SIM905  (one word a line would be pages)
 )
 
 
@@ -81,6 +93,8 @@ class OpInfo:
     """Its result has no defined contents."""
     is_full_writer: bool
     """Writes every element of its first argument without reading it."""
+    splits_silently: bool
+    """Returns parts of its argument that autograd takes for new tensors: one may be written while another is saved."""
     undeclared_writes: tuple[int, ...]
     training_flag: int
     """Position of the flag that switches `undeclared_writes` on; -1 if there are none."""
@@ -106,7 +120,9 @@ def _describe(func: Any) -> OpInfo:
     if not isinstance(func, OpOverload):  # a higher-order operator: opaque
         return OpInfo(
             name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False, is_full_writer=False,
-            undeclared_writes=(), training_flag=-1, blocker="a higher-order operator", blocker_on_cuda="", needs_calibration=True,
+            splits_silently=False, undeclared_writes=(), training_flag=-1,
+            blocker="a higher-order operator", blocker_on_cuda="",
+            needs_calibration=True,
         )  # fmt: skip
     schema = func._schema
     name = str(func)
@@ -121,7 +137,15 @@ def _describe(func: Any) -> OpInfo:
     uninitialised = name in _UNINITIALISED
     if func.namespace not in ("aten", "prims"):
         blocker = f"{func.namespace} operations are not replayed"
-    elif base in ("set_", "resize_", "resize_as_", "_cudnn_rnn", "_cudnn_init_dropout_state", "_resize_output_", "_efficientzerotensor"):
+    elif base in (
+        "set_",
+        "resize_",
+        "resize_as_",
+        "_cudnn_rnn",
+        "_cudnn_init_dropout_state",
+        "_resize_output_",
+        "_efficientzerotensor",
+    ):
         blocker = "the operation changes state that the tape cannot see"
     else:
         blocker = ""
@@ -132,6 +156,7 @@ def _describe(func: Any) -> OpInfo:
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_uninitialised=uninitialised,
         is_full_writer=base in _FULL_WRITERS,
+        splits_silently=base in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
         undeclared_writes=writes,
         training_flag=flag,
         blocker=blocker,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from recollect._torch_private import (
-    TorchDispatchMode,
+    DispatchMode,
     current_graph_task,
     dispatch_depth,
     top_dispatch_mode,
@@ -32,7 +32,8 @@ from recollect.replay.cursor import RegionCursor
 from recollect.replay.ops import describe, mutated_tensors
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
-from recollect.replay.tape import Handle, Kept, Tape
+from recollect.replay.tape import Tape
+from recollect.replay.values import Handle, Kept
 
 
 @dataclass(kw_only=True)
@@ -88,7 +89,7 @@ def unpack(packed: Any) -> Any:
     return packed
 
 
-class Session(TorchDispatchMode):
+class Session(DispatchMode):
     """See the module."""
 
     def __init__(self, installed: Installed) -> None:
@@ -132,7 +133,7 @@ class Session(TorchDispatchMode):
         installed = self._installed
         key = self._cursor.key
         recipe = installed.recipes.get(key)
-        if recipe is None and key in installed.recipes or torch.compiler.is_compiling() or _is_capturing():
+        if (recipe is None and key in installed.recipes) or torch.compiler.is_compiling() or _is_capturing():
             if self._frames[-1][1] == self._beneath():
                 self._switch(False)
             return
@@ -179,11 +180,11 @@ class Session(TorchDispatchMode):
 
     def _push(self) -> None:
         self._hooks.__enter__()
-        self.__enter__()
+        self.put_on()
         self._active = True
 
     def _pop(self) -> None:
-        self.__exit__(None, None, None)
+        self.take_off()
         self._hooks.__exit__(None, None, None)
         self._active = False
 

@@ -38,119 +38,30 @@ from recollect._torch_private import (
     is_conj_or_neg,
     set_grad_enabled_quietly,
     storage_key,
-    with_lazy_bits,
 )
 from recollect.replay import safety
 from recollect.replay.calibration import Calibrator
 from recollect.replay.ops import OpInfo, mutated_tensors, result_tensors, tensors_in
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
+from recollect.replay.values import (
+    Handle,
+    Kept,
+    Ref,
+    TapedOp,
+    TapedValue,
+    can_rebuild,
+    changed_error,
+    contents,
+    copy_of_storage,
+    demand,
+    rebuild,
+    unref,
+    written_refs,
+)
 
 _Tensor = torch.Tensor
-_Parameter = torch.nn.Parameter
 _Noted = (torch.Tensor, list, tuple)
-
-
-class TapedValue:
-    """What one storage holds between two writes."""
-
-    __slots__ = ("address", "handles", "memo", "nbytes", "op", "output", "refs", "source", "uninitialised", "version")
-
-    def __init__(self, address: WeakStorage, nbytes: int) -> None:
-        self.address = address
-        self.nbytes = nbytes
-        self.op: TapedOp | None = None
-        self.output = 0
-        self.source: _Tensor | None = None  # held alias
-        self.version: int | None = None  # the source's version when the region ended
-        self.memo: torch.UntypedStorage | None = None  # replayed contents
-        self.refs = 0  # handles, and operations not yet replayed, that want it
-        self.handles = 0  # of those, the handles
-        self.uninitialised = False
-
-
-class Ref:
-    """A tensor argument or saved tensor: a value through a geometry."""
-
-    __slots__ = ("dtype", "lazy", "offset", "size", "stride", "value")
-
-    def __init__(self, value: TapedValue, tensor: _Tensor) -> None:
-        self.value = value
-        self.size = tensor.size()
-        self.stride = tensor.stride()
-        self.offset = tensor.storage_offset()
-        self.dtype = tensor.dtype
-        self.lazy = tensor.is_conj(), tensor.is_neg()
-
-    def build(self, storage: torch.UntypedStorage) -> _Tensor:
-        """A tensor of this geometry on `storage`."""
-        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
-        tensor.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload]
-        return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
-
-
-class TapedOp:
-    """One operation that can be run again."""
-
-    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "outputs",
-                 "position", "random_state")  # fmt: skip
-
-    def __init__(self, position: int, func: Any, info: OpInfo) -> None:
-        self.position = position
-        self.func = func
-        self.info = info
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.inputs: tuple[TapedValue, ...] = ()  # each once
-        self.outputs: list[TapedValue] = []
-        self.demanded = False
-        self.done = False
-        self.grad = False
-        self.generator: torch.Generator | None = None
-        self.random_state: _Tensor | None = None
-
-    def forget(self) -> None:
-        """Break reference cycles: the operation will not run (again)."""
-        self.done = True
-        self.inputs = ()
-        self.outputs = []
-        self.args = ()
-        self.kwargs = {}
-        self.random_state = None
-
-
-class Handle:
-    """What autograd holds instead of a dropped tensor."""
-
-    __slots__ = ("ref", "tape")
-
-    def __init__(self, tape: Tape, ref: Ref) -> None:
-        self.tape = tape
-        self.ref = ref
-
-    def __del__(self) -> None:
-        self.tape.release(self.ref.value)
-
-
-class Kept:
-    """A saved tensor that stays, with the version that plain autograd would have checked."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: _Tensor) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-
-    def read(self) -> _Tensor:
-        """The tensor; raises as plain autograd does if it was written after being saved."""
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
-                f"{self.version} instead. Plain PyTorch refuses this too: do not modify a tensor in place after a "
-                "differentiable operation used it."
-            )
-        return self.tensor
 
 
 class Tape:
@@ -168,6 +79,7 @@ class Tape:
         self._current: dict[int, TapedValue] = {}  # storage address -> what it holds now
         self._held: list[TapedValue] = []  # sources taken while recording
         self._ops: list[TapedOp] = []
+        self._split: set[int] = set()  # storages whose parts have version counters of their own
         self._streams: dict[int, int] = {}
         self._lock = threading.RLock()
 
@@ -197,7 +109,12 @@ class Tape:
         mutated = mutated_tensors(info, args, kwargs) if info.mutates else []
         for tensor in mutated:
             self.about_to_write(tensor)
+        if info.undeclared_writes and args[info.training_flag]:
+            for tensor in tensors_in([args[place] for place in info.undeclared_writes]):
+                self.about_to_write(tensor)
         result = func(*args, **kwargs)
+        if info.splits_silently:
+            self._split.add(storage_key(args[0]))
         self._register(op, info, mutated, result)
         if calibrator is not None and op is not None and not calibrator.after(op, args, kwargs, result):
             self._statistics.refused_ops += 1
@@ -226,6 +143,9 @@ class Tape:
             if op.generator is None:
                 return None
             op.random_state = op.generator.get_state()
+        if info.undeclared_writes and args[info.training_flag]:
+            # Running statistics are updated in forward, once: replay gets None in their place.
+            args = tuple(None if place in info.undeclared_writes else a for place, a in enumerate(args))
         inputs: dict[TapedValue, None] = {}
         for tensor in tensors:
             value = self._current.get(storage_key(tensor))
@@ -272,6 +192,8 @@ class Tape:
         if value is None:
             value = TapedValue(WeakStorage(tensor), tensor.untyped_storage().nbytes())
             self._current[key] = value
+            if self._calibrator is not None:
+                self._calibrator.remember(value, tensor)
         return value
 
     def about_to_write(self, tensor: _Tensor) -> None:
@@ -288,7 +210,7 @@ class Tape:
         if old.source is None:
             return
         if old.refs:  # somebody will need the old contents
-            old.source = _copy_of_storage(old.source)
+            old.source = copy_of_storage(old.source)
             old.version = old.source._version
         else:
             old.source = None
@@ -321,12 +243,10 @@ class Tape:
 
     def pack(self, tensor: _Tensor) -> Any:
         """Autograd saves `tensor`: what it shall hold instead."""
-        if type(tensor) is _Parameter:
-            return tensor
         value = None
         if type(tensor) is _Tensor and tensor.layout is torch.strided and not is_conj_or_neg(tensor):
             value = self._current.get(storage_key(tensor))
-        if value is None or value.op is None or value.uninitialised:
+        if value is None or value.op is None or value.uninitialised or storage_key(tensor) in self._split:
             return Kept(tensor)
         if self._calibrator is not None and not self._calibrator.unchanged(value, tensor):
             del self._current[storage_key(tensor)]
@@ -335,11 +255,11 @@ class Tape:
             assert self._recipe is not None
             if (value.op.position, value.output) not in self._recipe.drop:
                 return Kept(tensor)
-        if not self._same_stream(tensor) or not _can_rebuild(value):
+        if not self._same_stream(tensor) or not can_rebuild(value):
             self._statistics.kept_unsafe += 1
             return Kept(tensor)
         with self._lock:
-            _demand(value)
+            demand(value)
             value.handles += 1
         self._statistics.dropped_slots += 1
         return Handle(self, Ref(value, tensor))
@@ -359,14 +279,16 @@ class Tape:
                     value.source = None
                 elif value.source is not None:
                     value.version = value.source._version
+                    if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
+                        value.source = value.op = None
             for op in self._ops:
                 if not op.demanded:
                     op.forget()
             self._held = []
             self._ops = []
             self._current = {}
+            self._split = set()
             self._recipe = None
-            self._calibrator = None
 
     # ------------------------------------------------------------------------------------------------ backward
 
@@ -379,10 +301,10 @@ class Tape:
         """A handle died."""
         with self._lock:
             value.handles -= 1
-            _unref([value])
+            unref([value])
 
     def _need(self, wanted: TapedValue) -> torch.UntypedStorage:
-        storage = _contents(wanted)
+        storage = contents(wanted)
         if storage is not None:
             return storage
         todo: dict[int, TapedOp] = {}
@@ -393,38 +315,43 @@ class Tape:
                 op = value.op
                 if op is None or op.done:
                     raise RuntimeError(
-                        "recollect cannot rebuild a saved tensor: it was changed after autograd saved it (for example "
-                        "through .data), which the plan did not know. Measure the model again, or keep this part out "
-                        "of the plan."
+                        "recollect cannot rebuild a saved tensor: it, or what it is recomputed from, was changed after "
+                        "autograd saved it (for example through .data or NumPy), which the plan did not know. Measure "
+                        "the model again, or keep this part out of the plan."
                     )
                 if op.position not in todo:
                     todo[op.position] = op
                     stack.extend(op.inputs)
         for position in sorted(todo):
             self._run(todo[position])
-        storage = _contents(wanted)
+        storage = contents(wanted)
         assert storage is not None
         return storage
+
+    def _is_changed(self, value: TapedValue) -> bool:
+        """While calibrating: somebody wrote into a source, unseen."""
+        source = value.source
+        return self._calibrator is not None and source is not None and not self._calibrator.unchanged(value, source)
 
     def _run(self, op: TapedOp) -> None:
         self._statistics.replayed_ops += 1
         storages: dict[TapedValue, torch.UntypedStorage] = {}
-        written = _written_refs(op)
+        written = written_refs(op)
         for value in op.inputs:
-            contents = _contents(value)
-            assert contents is not None
+            held = contents(value)
+            assert held is not None
+            if self._is_changed(value):
+                assert value.source is not None
+                raise changed_error(value.source, "behind PyTorch's back (for example through NumPy)")
             if value in written:
                 if value.memo is not None and value.refs == 1:
                     value.memo = None  # only this operation wants it: write in place
                 else:
-                    contents = contents.clone()
-            storages[value] = contents
+                    held = held.clone()
+            storages[value] = held
 
-        args = [_rebuild(a, storages) for a in op.args]
-        kwargs = {name: _rebuild(a, storages) for name, a in op.kwargs.items()}
-        if op.info.undeclared_writes and args[op.info.training_flag]:
-            for position in op.info.undeclared_writes:
-                args[position] = None  # running statistics were updated in forward, once
+        args = [rebuild(a, storages) for a in op.args]
+        kwargs = {name: rebuild(a, storages) for name, a in op.kwargs.items()}
         set_grad_enabled_quietly(op.grad)
         if op.random_state is not None:
             assert op.generator is not None
@@ -453,90 +380,4 @@ class Tape:
             value.memo = storage
         inputs = list(op.inputs)
         op.forget()
-        _unref(inputs)
-
-
-def _contents(value: TapedValue) -> torch.UntypedStorage | None:
-    if value.memo is not None:
-        return value.memo
-    source = value.source
-    if source is None:
-        return None
-    if value.version is not None and source._version != value.version:
-        raise RuntimeError(
-            "recollect cannot rebuild a saved tensor: a tensor that its recomputation reads "
-            f"({source.dtype} {list(source.shape)}) was modified in place after the region that used it ended. Gradients "
-            "would be wrong. Do not modify it before backward, or keep this region out of the plan."
-        )
-    return source.untyped_storage()
-
-
-def _can_rebuild(wanted: TapedValue) -> bool:
-    """Every operation that rebuilding needs is on the tape, and every leaf is held."""
-    seen: set[TapedValue] = set()
-    stack = [wanted]
-    while stack:
-        value = stack.pop()
-        if value in seen or value.refs:  # already demanded, hence already proved
-            continue
-        seen.add(value)
-        if value.source is not None:
-            continue
-        if value.op is None or (value.op.done and value.memo is None):
-            return False
-        stack.extend(value.op.inputs)
-    return True
-
-
-def _demand(wanted: TapedValue) -> None:
-    stack = [wanted]
-    while stack:
-        value = stack.pop()
-        value.refs += 1
-        op = value.op
-        if value.refs == 1 and value.source is None and op is not None and not op.demanded:
-            op.demanded = True
-            stack.extend(op.inputs)
-
-
-def _unref(values: list[TapedValue]) -> None:
-    stack = values
-    while stack:
-        value = stack.pop()
-        value.refs -= 1
-        if value.refs:
-            continue
-        value.memo = None
-        value.source = None
-        op = value.op
-        if op is not None and op.demanded and not op.done and all(output.refs == 0 for output in op.outputs):
-            stack.extend(op.inputs)
-            op.forget()
-
-
-def _written_refs(op: TapedOp) -> dict[TapedValue, None]:
-    """Values that the operation writes, in argument order."""
-    written: dict[TapedValue, None] = {}
-    for position, name in op.info.mutates:
-        argument = op.args[position] if position < len(op.args) else op.kwargs.get(name)
-        for ref in argument if isinstance(argument, list | tuple) else (argument,):
-            if isinstance(ref, Ref):
-                written[ref.value] = None
-    return written
-
-
-def _rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> Any:
-    if isinstance(argument, Ref):
-        return argument.build(storages[argument.value])
-    if isinstance(argument, list | tuple):
-        return type(argument)(_rebuild(a, storages) for a in argument)
-    return argument
-
-
-def _copy_of_storage(tensor: _Tensor) -> _Tensor:
-    """A tensor of the same geometry on a copy of the whole storage."""
-    with below_autograd():
-        storage = tensor.untyped_storage().clone()
-        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
-        return copy
+        unref(inputs)

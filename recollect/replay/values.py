@@ -1,0 +1,216 @@
+"""What a tape is made of: values, references to them, operations, and what autograd holds instead of a saved tensor.
+
+A *value* is what one storage holds between two writes.  References are counted: each handle, and each operation that is
+yet to be replayed, holds one on every value that it wants; what reaches zero is freed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recollect._torch_private import WeakStorage, below_autograd, with_lazy_bits
+from recollect.replay.ops import OpInfo
+
+if TYPE_CHECKING:
+    from recollect.replay.tape import Tape
+
+_Tensor = torch.Tensor
+
+
+class TapedValue:
+    """What one storage holds between two writes."""
+
+    __slots__ = ("address", "handles", "memo", "nbytes", "op", "output", "refs", "source", "uninitialised", "version")
+
+    def __init__(self, address: WeakStorage, nbytes: int) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self.op: TapedOp | None = None
+        self.output = 0
+        self.source: _Tensor | None = None  # held alias
+        self.version: int | None = None  # the source's version when the region ended
+        self.memo: torch.UntypedStorage | None = None  # replayed contents
+        self.refs = 0  # handles, and operations not yet replayed, that want it
+        self.handles = 0  # of those, the handles
+        self.uninitialised = False
+
+
+class Ref:
+    """A tensor argument or saved tensor: a value through a geometry."""
+
+    __slots__ = ("dtype", "lazy", "offset", "size", "stride", "value")
+
+    def __init__(self, value: TapedValue, tensor: _Tensor) -> None:
+        self.value = value
+        self.size = tensor.size()
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.dtype = tensor.dtype
+        self.lazy = tensor.is_conj(), tensor.is_neg()
+
+    def build(self, storage: torch.UntypedStorage) -> _Tensor:
+        """A tensor of this geometry on `storage`."""
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
+        tensor.set_(storage, self.offset, self.size, self.stride)
+        return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
+
+
+class TapedOp:
+    """One operation that can be run again."""
+
+    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "outputs",
+                 "position", "random_state")  # fmt: skip
+
+    def __init__(self, position: int, func: Any, info: OpInfo) -> None:
+        self.position = position
+        self.func = func
+        self.info = info
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.inputs: tuple[TapedValue, ...] = ()  # each once
+        self.outputs: list[TapedValue] = []
+        self.demanded = False
+        self.done = False
+        self.grad = False
+        self.generator: torch.Generator | None = None
+        self.random_state: _Tensor | None = None
+
+    def forget(self) -> None:
+        """Break reference cycles: the operation will not run (again)."""
+        self.done = True
+        self.inputs = ()
+        self.outputs = []
+        self.args = ()
+        self.kwargs = {}
+        self.random_state = None
+
+
+class Handle:
+    """What autograd holds instead of a dropped tensor."""
+
+    __slots__ = ("ref", "tape")
+
+    def __init__(self, tape: Tape, ref: Ref) -> None:
+        self.tape = tape
+        self.ref = ref
+
+    def __del__(self) -> None:
+        self.tape.release(self.ref.value)
+
+
+class Kept:
+    """A saved tensor that stays, with the version that plain autograd would have checked."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: _Tensor) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+
+    def read(self) -> _Tensor:
+        """The tensor; raises as plain autograd does if it was written after being saved."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
+                f"{self.version} instead. Plain PyTorch refuses this too: do not modify a tensor in place after a "
+                "differentiable operation used it."
+            )
+        return self.tensor
+
+
+def contents(value: TapedValue) -> torch.UntypedStorage | None:
+    """The bytes of a value, if they are at hand. Raises if its source was written after the region ended."""
+    if value.memo is not None:
+        return value.memo
+    source = value.source
+    if source is None:
+        return None
+    if value.version is not None and source._version != value.version:
+        raise changed_error(source, "in place after the region that used it ended")
+    return source.untyped_storage()
+
+
+def can_rebuild(wanted: TapedValue) -> bool:
+    """Every operation that rebuilding needs is on the tape, and every leaf is held."""
+    seen: set[TapedValue] = set()
+    stack = [wanted]
+    while stack:
+        value = stack.pop()
+        if value in seen or value.refs:  # already demanded, hence already proved
+            continue
+        seen.add(value)
+        if value.source is not None:
+            continue
+        if value.op is None or (value.op.done and value.memo is None):
+            return False
+        stack.extend(value.op.inputs)
+    return True
+
+
+def demand(wanted: TapedValue) -> None:
+    """One more reference on `wanted`, and on all that rebuilding it needs."""
+    stack = [wanted]
+    while stack:
+        value = stack.pop()
+        value.refs += 1
+        op = value.op
+        if value.refs == 1 and value.source is None and op is not None and not op.demanded:
+            op.demanded = True
+            stack.extend(op.inputs)
+
+
+def unref(values: list[TapedValue]) -> None:
+    """Give back one reference on each of `values`; free what nobody wants any more."""
+    stack = values
+    while stack:
+        value = stack.pop()
+        value.refs -= 1
+        if value.refs:
+            continue
+        value.memo = None
+        value.source = None
+        op = value.op
+        if op is not None and op.demanded and not op.done and all(output.refs == 0 for output in op.outputs):
+            stack.extend(op.inputs)
+            op.forget()
+
+
+def written_refs(op: TapedOp) -> dict[TapedValue, None]:
+    """Values that the operation writes, in argument order."""
+    written: dict[TapedValue, None] = {}
+    for position, name in op.info.mutates:
+        argument = op.args[position] if position < len(op.args) else op.kwargs.get(name)
+        for ref in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(ref, Ref):
+                written[ref.value] = None
+    return written
+
+
+def rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> Any:
+    """An argument with references replaced by tensors on the given storages."""
+    if isinstance(argument, Ref):
+        return argument.build(storages[argument.value])
+    if isinstance(argument, list | tuple):
+        return type(argument)(rebuild(a, storages) for a in argument)
+    return argument
+
+
+def copy_of_storage(tensor: _Tensor) -> _Tensor:
+    """A tensor of the same geometry on a copy of the whole storage."""
+    with below_autograd():
+        storage = tensor.untyped_storage().clone()
+        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return copy
+
+
+def changed_error(source: _Tensor, how: str) -> RuntimeError:
+    """What to raise when a source is no longer what replay needs; `how` it was modified."""
+    return RuntimeError(
+        "recollect cannot rebuild a saved tensor: a tensor that its recomputation reads "
+        f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
+        "Do not modify it before backward, or keep this region out of the plan."
+    )
