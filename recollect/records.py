@@ -396,6 +396,7 @@ def _check_sizes(profile: Profile) -> None:
     _require(set(profile.baseline) <= set(COMPONENTS) - {"activation"}, "baseline names an unknown component")
     _require(all(size >= 0 for size in profile.baseline.values()), "baseline holds a negative size")
     _require(profile.margin_bytes >= 0, "margin_bytes is negative")
+    _require(profile.accumulation_steps >= 1, "accumulation_steps is below 1")
     _require(profile.mode_ms_per_op >= 0 and profile.tape_ms_per_op >= 0, "a time per operation is negative")
     for place, storage in enumerate(profile.storages):
         _require(storage.nbytes >= 0, f"storages[{place}] has a negative size")

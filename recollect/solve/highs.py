@@ -66,7 +66,7 @@ class Program:
         if integer:
             kinds = highspy.HighsVarType
             model.integrality_ = [kinds.kInteger if flag else kinds.kContinuous for flag in self.integers]
-        highs = highspy.Highs()
+        highs = highspy._core._Highs()  # the class beneath `highspy.Highs`, which prints a banner when it is made
         highs.setOptionValue("output_flag", False)
         highs.setOptionValue("threads", 1)  # the same answer on every machine
         highs.setOptionValue("mip_rel_gap", 0.0)

@@ -172,11 +172,12 @@ class PricingModel:
             for value in always:
                 constant += self._price(value, time, price, prices)
         graph = Closure()
-        mode = graph.node(prices.time_weight * profile.mode_ms_per_op * profile.regions[self.region].op_count)
+        per_ms = prices.time_weight * profile.accumulation_steps
+        mode = graph.node(per_ms * profile.mode_ms_per_op * profile.regions[self.region].op_count)
         replayed = {}
         for op in self._ops:
             ms = profile.signatures[profile.ops[op].signature].ms + profile.tape_ms_per_op
-            replayed[op] = graph.node(prices.time_weight * ms)
+            replayed[op] = graph.node(per_ms * ms)
             graph.require(replayed[op], mode)
         available: dict[int, int] = {}
         for value in self._values:

@@ -47,7 +47,7 @@ Template = tuple[OpSpec, ...]
 @dataclass
 class _Writer:
     storages: list[Storage] = field(default_factory=list)
-    values: list[dict[str, int | bool]] = field(default_factory=list)
+    values: list[dict[str, int]] = field(default_factory=list)
     signatures: dict[Signature, int] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
@@ -58,7 +58,7 @@ class _Writer:
         return len(self.storages) - 1
 
     def value(self, storage: int, op: int = -1, output: int = 0) -> int:
-        self.values.append({"storage": storage, "op": op, "output": output, "overwritten": False})
+        self.values.append({"storage": storage, "op": op, "output": output, "overwritten": 0})
         return len(self.values) - 1
 
     def signature(self, name: str, ms: float, scratch: int) -> int:
@@ -112,8 +112,8 @@ def profile_of(
                 w.event(EventKind.ALLOC, storage)
                 made.append(w.value(storage, op, output))
             for output, value in enumerate(mutates):
-                w.values[value]["overwritten"] = True
-                made.append(w.value(int(w.values[value]["storage"]), op, -1 - output))
+                w.values[value]["overwritten"] = 1
+                made.append(w.value(w.values[value]["storage"], op, -1 - output))
             w.ops.append(
                 Op(
                     signature=w.signature(f"op{len(spec.makes)}{spec.keep_reason}", spec.ms, spec.scratch),
@@ -126,7 +126,7 @@ def profile_of(
             own += made
             w.event(EventKind.OP, op)
             for value in (*reads, *made):
-                last_use[int(w.values[value]["storage"])] = len(w.events) - 1
+                last_use[w.values[value]["storage"]] = len(w.events) - 1
             saved = []
             for source in spec.saves:
                 w.slots.append(Slot(value=find(source), region=place))
@@ -139,9 +139,9 @@ def profile_of(
             stream = own[-1]
             if place == 0:
                 shared = own[0]
-            last_use[int(w.values[stream]["storage"])] = len(w.events) - 1
+            last_use[w.values[stream]["storage"]] = len(w.events) - 1
     if hold_streams:
-        last_use[int(w.values[stream]["storage"])] = len(w.events)
+        last_use[w.values[stream]["storage"]] = len(w.events)
     forward = _with_frees(w, last_use)
     w.events = forward
     w.event(EventKind.BACKWARD)
@@ -168,7 +168,7 @@ def profile_of(
         model="Toy", fingerprint="0", batch="16 bytes", device="cpu", torch_version="0", threads=1,
         baseline=baseline, storages=tuple(w.storages),
         values=tuple(
-            Value(storage=int(v["storage"]), op=int(v["op"]), output=int(v["output"]), overwritten=bool(v["overwritten"]))
+            Value(storage=v["storage"], op=v["op"], output=v["output"], overwritten=bool(v["overwritten"]))
             for v in w.values
         ),
         signatures=tuple(w.signatures), ops=tuple(w.ops), regions=tuple(regions),
