@@ -203,10 +203,15 @@ class Tape:
         if old is None:
             return
         if old.handles and old.source is None and old.memo is None:
-            # Saved, dropped, and now written. Plain autograd refuses this, or (through .data) reads the new contents;
-            # replay would give the old ones. The plan keeps values that it saw written later, so this is a surprise.
+            # Saved, dropped, and now written. Plain autograd would refuse this at the read if the version moved, else
+            # see the new contents (running statistics): so does what is held from here on. The plan keeps values that
+            # it saw written later, so this is a surprise.
             self._statistics.written_after_drop += 1
-            old.op = None
+            if old.refs == old.handles:
+                old.source = alias(tensor)
+                old.version = tensor._version
+                return
+            old.op = None  # an operation needs the old contents, too: refuse at the read
         if old.source is None:
             return
         if old.refs:  # somebody will need the old contents
