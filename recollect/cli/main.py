@@ -54,7 +54,7 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
 def console() -> NoReturn:
     """The `recollect` program."""
     # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ["KINETO_LOG_LEVEL"] = "99"
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     sys.exit(main(sys.argv[1:]))
 

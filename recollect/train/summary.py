@@ -91,9 +91,9 @@ def format_summary(summary: RunSummary) -> str:
             f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
             f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}",
         ),
-        ("slowdown", "none: nothing is recomputed" if plan.is_plain else f"{verdict.overhead_ratio:+.1%}"),
-        ("gradients", _equal(verdict.gradients_equal)),
-        ("buffers", _equal(verdict.buffers_equal)),
+        ("slowdown", _slowdown(plan, verdict)),
+        ("gradients", _equal(verdict, verdict.gradients_equal)),
+        ("buffers", _equal(verdict, verdict.buffers_equal)),
         (
             "loss",
             f"{summary.loss_before:.4f} before, {summary.loss_after:.4f} after {summary.steps} steps "
@@ -110,7 +110,17 @@ def _share(budget_bytes: int, plain_peak_bytes: int) -> str:
     return f"{budget_bytes / plain_peak_bytes:.0%} of the plain peak"
 
 
-def _equal(equal: bool | None) -> str:
+def _slowdown(plan: Plan, verdict: Verdict) -> str:
+    if plan.is_plain:
+        return "none: nothing is recomputed"
+    if verdict.plain_step_source == "predicted":
+        # A measured time over a predicted one would say more about the machine than about the plan.
+        return f"{plan.overhead_ratio:+.1%} (predicted: the plain step was not run)"
+    return f"{verdict.overhead_ratio:+.1%} (measured)"
+
+
+def _equal(verdict: Verdict, equal: bool | None) -> str:
     if equal is None:
         return "not compared: the plain step does not fit; allow it more with --reference-memory"
-    return "bit for bit those of the plain step" if equal else "NOT EQUAL to those of the plain step"
+    how = ", compared region by region" if verdict.method == "per-region" else ""
+    return f"bit for bit those of the plain step{how}" if equal else f"NOT EQUAL to those of the plain step{how}"
