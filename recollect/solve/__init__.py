@@ -4,8 +4,9 @@
 the memory of every moment, `generate` fills the pool, `bound` says how fast any plan could be, `build` writes the plan.
 
 The plan space: for each region call, untouched or a keep set.  Within it, the answer is exact where the classes'
-keep sets are enumerated; elsewhere it is the best choice among generated columns, with the distance to a valid lower
-bound in the plan (`Plan.lower_bound_ms`).  Nothing here needs torch.
+keep sets are enumerated and the search ends before its count of nodes; elsewhere it is the best choice found among
+generated columns.  In both cases `Plan.lower_bound_ms` is a valid bound, so the distance is known.  The smallest budget
+is the least peak that the same columns reach.  Nothing here needs torch.
 """
 
 from recollect.solve.solver import Solver, full_plan, minimum_budget, plain_plan, solve

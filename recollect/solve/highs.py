@@ -11,7 +11,7 @@ INFINITY = float("inf")
 
 #: Nodes of the search tree after which the best answer so far is taken. Counted, not timed, so that the answer does not
 #: depend on how busy the machine is.
-_NODES = 200
+_NODES = 60
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from recollect.errors import BudgetInfeasible
@@ -64,7 +65,7 @@ class Solver:
         if budget_bytes < required:
             raise BudgetInfeasible(required, budget_bytes, where)
         if budget_bytes not in self._solved:
-            self._solved[budget_bytes] = self._solve(budget_bytes)
+            self._solved[budget_bytes] = self._not_slower(self._solve(budget_bytes))
         return self._solved[budget_bytes]
 
     def _solve(self, budget_bytes: int) -> Plan:
@@ -76,6 +77,14 @@ class Solver:
         plan = build_plan(self.index, self._lighten(decisions, budget_bytes), budget_bytes, bound, self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
+
+    def _not_slower(self, plan: Plan) -> Plan:
+        """The plan, or one found for a smaller budget if the counted search left that one faster."""
+        rivals = [rival for budget, rival in self._solved.items() if budget < plan.budget_bytes]
+        fastest = min([plan, *rivals], key=lambda rival: rival.predicted_step_ms)
+        if fastest.predicted_step_ms == plan.predicted_step_ms:
+            return plan
+        return replace(fastest, budget_bytes=plan.budget_bytes, lower_bound_ms=plan.lower_bound_ms)
 
     def _lighten(self, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
         """An equally fast plan: untouched where that is free, otherwise holding fewer bytes where that is free."""
