@@ -4,15 +4,26 @@
 
 measures a step, solves for what to keep and what to recompute in backward, installs the plan without touching the
 model's code, and proves that the gradients are bit for bit the same.
+
+Profiles and plans can be read, solved and simulated where PyTorch is not installed; everything else needs it.
 """
 
-from recollect.apply import Applied, apply
+import importlib.util as _util
+
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput, VerificationFailed
-from recollect.measure import measure
-from recollect.planner import fit
 from recollect.records import Plan, Profile, Verdict
 from recollect.solve import solve
-from recollect.verify import verify
+
+try:
+    _has_torch = _util.find_spec("torch") is not None
+except ValueError:  # sys.modules["torch"] is None: its import is blocked
+    _has_torch = False
+
+if _has_torch:
+    from recollect.apply import Applied, apply
+    from recollect.measure import measure
+    from recollect.planner import fit
+    from recollect.verify import verify
 
 __version__ = "0.1.0"
 
@@ -32,3 +43,9 @@ __all__ = [
     "solve",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        raise ImportError(f"recollect.{name} needs PyTorch, which is not installed here. Install torch 2.11 or newer.")
+    raise AttributeError(f"module 'recollect' has no attribute {name!r}")

@@ -5,7 +5,8 @@ does not fall on one of them.  Scratch: the most memory the operation held insid
 dispatcher shows (convolutions, attention); on CPU from the profiler's memory events, on CUDA from the allocator.
 
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
-be run on such data is given the time and scratch zero.
+be run on such data is given the time and scratch zero; so is one that a made-up argument could crash: anything outside
+ATen, and backward kernels that read a workspace which only their own forward can fill (oneDNN's RNN gets it from one).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +28,41 @@ from recollect._torch_private import (
 from recollect.measure.signatures import Call, TensorSpec
 from recollect.measure.state import RandomState
 from recollect.records import Signature
+from recollect.replay.ops import result_tensors
 
 _ROUNDS = 3
 _LONG_RUN_MS = 60.0
 _PREFIX = "recollect-op-"
+#: Read opaque state (a reserve buffer, packed weights) whose contents they trust.
+_OPAQUE = frozenset(
+    {
+        "aten._cudnn_rnn_backward.default",
+        "aten.miopen_rnn_backward.default",
+        "aten._cudnn_rnn.default",
+        "aten.miopen_rnn.default",
+        "aten._ctc_loss_backward.default",
+        "aten._cudnn_ctc_loss.default",
+    }
+)
 
 
-def measure_costs(calls: Sequence[Call], device: torch.device) -> tuple[Signature, ...]:
-    """Time and scratch of each call.  Leaves every random generator as it was."""
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What running one operation alone showed."""
+
+    scratch_bytes: int
+    output_bytes: tuple[int, ...]
+    """Size of each result's storage; 0 for what is not a tensor."""
+
+
+def measure_costs(
+    calls: Sequence[Call], device: torch.device
+) -> tuple[tuple[Signature, ...], dict[int, tuple[int, ...]]]:
+    """Time and scratch of each call, and, by the call's number, the real sizes of its results.
+
+    A fake kernel may not know those (oneDNN's RNN decides its workspace while it runs).  Leaves every random generator
+    as it was.
+    """
     random_state = RandomState()
     try:
         with warnings.catch_warnings():
@@ -43,20 +72,27 @@ def measure_costs(calls: Sequence[Call], device: torch.device) -> tuple[Signatur
         random_state.restore()
 
 
-def _measure(calls: Sequence[Call], device: torch.device) -> tuple[Signature, ...]:
-    scratch = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
+def _measure(
+    calls: Sequence[Call], device: torch.device
+) -> tuple[tuple[Signature, ...], dict[int, tuple[int, ...]]]:
+    alone = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
     best: dict[int, float] = {}
     for round_number in range(_ROUNDS):
         for index, call in enumerate(calls):
-            if index not in scratch or (round_number > 0 and best.get(index, 0.0) > _LONG_RUN_MS):
+            if index not in alone or (round_number > 0 and best.get(index, 0.0) > _LONG_RUN_MS):
                 continue
             elapsed = _time_ms(call, device, repeats=1 if round_number == 0 else 2)
             if elapsed is not None:
                 best[index] = min(best.get(index, elapsed), elapsed)
-    return tuple(
-        Signature(name=str(call.func), ms=round(best.get(index, 0.0), 6), scratch_bytes=scratch.get(index, 0))
+    signatures = tuple(
+        Signature(
+            name=str(call.func),
+            ms=round(best.get(index, 0.0), 6),
+            scratch_bytes=alone[index].scratch_bytes if index in alone else 0,
+        )
         for index, call in enumerate(calls)
     )
+    return signatures, {index: found.output_bytes for index, found in alone.items()}
 
 
 def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -82,22 +118,27 @@ def _time_ms(call: Call, device: torch.device, repeats: int) -> float | None:
         return None
 
 
-def _scratch_cpu(calls: Sequence[Call]) -> dict[int, int]:
-    found: dict[int, int] = {}
+def _storage_sizes(result: Any) -> tuple[int, ...]:
+    return tuple(t.untyped_storage().nbytes() if isinstance(t, torch.Tensor) else 0 for t in result_tensors(result))
+
+
+def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
+    outputs: dict[int, tuple[int, ...]] = {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for index, call in enumerate(calls):
             try:
                 args, kwargs = _make_up(call)
                 with torch.profiler.record_function(f"{_PREFIX}{index}"):
                     result = _run(call, args, kwargs)
-                found[index] = 0
+                outputs[index] = _storage_sizes(result)
                 del result
             except Exception:
                 continue
     ranges = profiler_ranges(profile, _PREFIX)
     events = profiler_memory_events(profile)
     position = 0
-    for index in sorted(found):
+    found: dict[int, Alone] = {}
+    for index in sorted(outputs):
         start, end = ranges[f"{_PREFIX}{index}"]
         level = peak = 0
         while position < len(events) and events[position][0] < start:
@@ -106,18 +147,19 @@ def _scratch_cpu(calls: Sequence[Call]) -> dict[int, int]:
             level += events[position][1]
             peak = max(peak, level)
             position += 1
-        found[index] = max(0, peak - max(level, 0))
+        found[index] = Alone(scratch_bytes=max(0, peak - max(level, 0)), output_bytes=outputs[index])
     return found
 
 
-def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, int]:
-    found: dict[int, int] = {}
+def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, Alone]:
+    found: dict[int, Alone] = {}
     for index, call in enumerate(calls):
         try:
             args, kwargs = _make_up(call)
             torch.cuda.reset_peak_memory_stats(device)
             result = _run(call, args, kwargs)
-            found[index] = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
+            scratch = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
+            found[index] = Alone(scratch_bytes=scratch, output_bytes=_storage_sizes(result))
             del result
         except Exception:
             continue
@@ -125,7 +167,24 @@ def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, int]
 
 
 def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:
-    return [_value(a) for a in call.args], {name: _value(a) for name, a in call.kwargs}
+    name = str(call.func)
+    if not name.startswith(("aten.", "prims.")) or name in _OPAQUE:
+        raise ValueError("an operation that made-up data could crash")
+    args, kwargs = [_value(a) for a in call.args], {name: _value(a) for name, a in call.kwargs}
+    if name == "aten.mkldnn_rnn_layer_backward.default":
+        _fill_rnn_workspace(args)
+    return args, kwargs
+
+
+def _fill_rnn_workspace(args: list[Any]) -> None:
+    """Run the forward of oneDNN's RNN, which alone can write the workspace that its backward reads."""
+    tensors = args[:7]  # input, four weights, hx, cx
+    reverse, mode, hidden_size, num_layers, has_biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
+    with below_autograd():
+        set_grad_enabled_quietly(True)  # without it, forward returns no workspace
+        args[7], args[8], args[9], args[22] = torch.ops.aten.mkldnn_rnn_layer.default(
+            *tensors, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
+        )
 
 
 def _value(argument: Any) -> Any:

@@ -339,9 +339,7 @@ class Observer(DispatchMode):
         seen = self.seen
         index = len(seen.storages)
         seen.values.append(RawValue(storage=index))
-        nbytes = tensor.untyped_storage().nbytes()
-        if self._device_type == "cuda":
-            nbytes = -(-nbytes // 512) * 512  # the caching allocator's granule
+        nbytes = round_up(tensor.untyped_storage().nbytes(), self._device_type)
         seen.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(seen.values) - 1))
         key = storage_key(tensor)
         self._storage_of[key] = index
@@ -368,6 +366,11 @@ class Observer(DispatchMode):
         self.seen.values.append(RawValue(storage=storage, op=op, output=output))
         self.seen.storages[storage].current = len(self.seen.values) - 1
         return len(self.seen.values) - 1
+
+
+def round_up(nbytes: int, device_type: str) -> int:
+    """A storage's size in whole granules of the device's allocator."""
+    return -(-nbytes // 512) * 512 if device_type == "cuda" else nbytes
 
 
 class _quietly:  # noqa: N801  (used as a statement, like contextlib's)

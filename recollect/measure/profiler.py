@@ -8,7 +8,7 @@ import gc
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from recollect._torch_private import DataDependentOutputException, DynamicOutput
 from recollect.errors import RecollectError
 from recollect.measure.build import build_tables
 from recollect.measure.costs import measure_costs
-from recollect.measure.observer import Observer
+from recollect.measure.observer import Observation, Observer, round_up
 from recollect.measure.overhead import measure_overhead
 from recollect.measure.regions import choose_regions
 from recollect.measure.signatures import SignatureTable
@@ -99,7 +99,9 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
     seen = observer.seen
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
-    table = measure_costs(signatures.calls, device)
+    table, output_bytes = measure_costs(signatures.calls, device)
+    if method == "fake":
+        _use_real_sizes(seen, output_bytes, device)
     mode_ms, tape_ms = measure_overhead()
     baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
     for storage in seen.storages:
@@ -126,6 +128,16 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
         tape_ms_per_op=tape_ms,
         **tables,
     )
+
+
+def _use_real_sizes(seen: Observation, output_bytes: Mapping[int, tuple[int, ...]], device: torch.device) -> None:
+    """Correct storages whose size a fake kernel could not know (oneDNN's RNN decides its workspace while it runs)."""
+    for op in seen.ops:
+        sizes = output_bytes.get(op.signature, ())
+        for value in op.outputs:
+            record = seen.values[value]
+            if 0 <= record.output < len(sizes) and sizes[record.output]:
+                seen.storages[record.storage].nbytes = round_up(sizes[record.output], device.type)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
