@@ -3,8 +3,9 @@
     python benchmarks/tape_overhead.py [--output FILE.md]
 
 On CUDA: bf16 at realistic sizes; on a machine without a GPU: fp32 and small blocks.  Forward and backward of one block,
-medians of interleaved rounds in one process: wall time until the device is done, and until Python has submitted all.  "tape, nothing dropped" writes every operation
-down and drops nothing: the mechanism alone.  "tape, all dropped" also replays.
+medians of interleaved rounds in one process: wall time until the device is done, and until Python has submitted all.
+"tape, nothing dropped" writes every operation down and drops nothing: the mechanism alone.  "tape, all dropped" also
+replays.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from recollect.measure.profiler import measure_step
 from recollect.measure.step import StepSpec
+from recollect.profile_index import ProfileIndex
 from recollect.records import Recipe
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.session import Installed
-from recollect.simulate import ProfileIndex
 
 # name: hidden, heads, key-value heads, intermediate, batch, tokens
 CUDA_SIZES = {
@@ -158,8 +159,7 @@ def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, t
         "wall": {name: statistics.median(times) for name, times in wall_ms.items()},
         "host": {name: statistics.median(times) for name, times in host_ms.items()},
         "equal": {
-            name: all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
-            for name, found in gradients.items()
+            name: all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)) for name, found in gradients.items()
         },
     }
 
@@ -184,7 +184,7 @@ def main() -> None:
             "",
             f"## {title} ({found['ops']} taped operations, {found['replayed']} replayed when all is dropped)",
             "",
-            "| variant | step ms | over plain | host ms to submit | host µs per operation over plain | gradients equal |",
+            "| variant | step ms | over plain | ms to submit | µs per operation over plain | gradients equal |",
             "|---|---|---|---|---|---|",
         ]
         for name, ms in found["wall"].items():

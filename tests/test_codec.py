@@ -259,7 +259,8 @@ def test_tampered_plans_are_refused(change: Callable[[dict[str, Any]], None]) ->
 
 @given(st.integers(0, 500), st.data())
 def test_no_tampering_with_one_number_crashes_what_reads_profiles(seed: int, data: st.DataObject) -> None:
-    from recollect.simulate import ProfileIndex, simulate
+    from recollect.profile_index import ProfileIndex
+    from recollect.simulate import simulate
 
     document = json.loads(json.dumps(codec.encode(random_profile(seed))))
     tables = ["values", "ops", "slots", "events", "regions", "storages"]

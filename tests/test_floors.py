@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "codec": 0,  # turns any frozen dataclass into JSON and back; knows none of the records that use it
     "records": 0,
+    "profile_index": 1,
     "simulate": 1,
     "solve": 1,
     "_torch_private": 2,

@@ -8,8 +8,9 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, EventKind, Profile
-from recollect.simulate import ProfileIndex, fixed_peaks, region_curve, simulate
+from recollect.simulate import fixed_peaks, region_curve, simulate
 from tests.solve.profiles import (
     STREAM,
     OpSpec,

@@ -72,9 +72,7 @@ def measure_costs(
         random_state.restore()
 
 
-def _measure(
-    calls: Sequence[Call], device: torch.device
-) -> tuple[tuple[Signature, ...], dict[int, tuple[int, ...]]]:
+def _measure(calls: Sequence[Call], device: torch.device) -> tuple[tuple[Signature, ...], dict[int, tuple[int, ...]]]:
     alone = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
     best: dict[int, float] = {}
     for round_number in range(_ROUNDS):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, KeepSet, KeptValue, Plan, PlannedRegion, Recipe
-from recollect.simulate import ProfileIndex, Simulation, region_curve, simulate
+from recollect.simulate import Simulation, region_curve, simulate
 
 _OVERWRITTEN = "overwritten later"
 _NO_WAY_BACK = "made from a value that is overwritten later or must be kept"

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, KeepSet
-from recollect.simulate import ProfileIndex, fixed_peaks, region_curve
+from recollect.simulate import fixed_peaks, region_curve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

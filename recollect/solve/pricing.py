@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, EventKind
-from recollect.simulate import ProfileIndex
 from recollect.solve.closure import Closure
 from recollect.solve.columns import keep_set, useful_values
 

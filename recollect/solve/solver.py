@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import cached_property
 
 from recollect.errors import BudgetInfeasible
+from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, Plan, Profile
-from recollect.simulate import ProfileIndex, Simulation, simulate
+from recollect.simulate import Simulation, simulate
 from recollect.solve.bound import added_ms_bound
 from recollect.solve.build import build_plan
 from recollect.solve.columns import ColumnSource

@@ -12,8 +12,9 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from recollect.errors import BudgetInfeasible
+from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, Plan, Profile
-from recollect.simulate import ProfileIndex, simulate
+from recollect.simulate import simulate
 from recollect.solve import Solver, full_plan, minimum_budget, plain_plan, solve
 from tests.solve.profiles import (
     SHARED,

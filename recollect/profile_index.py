@@ -1,0 +1,183 @@
+"""Look-ups into a profile that depend on no decision: what each region's tape allows, and what lives in any case.
+
+F1, below `simulate`, which walks a step with these look-ups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recollect.records import EventKind, KeepSet, Profile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionFacts:
+    """What a region's tape allows, whatever is decided.  Values and operations are global indices."""
+
+    index: int
+    own: frozenset[int]
+    """Values that the region made."""
+    keepable: frozenset[int]
+    """Own values that can be held as a replay source: not overwritten later."""
+    droppable: frozenset[int]
+    """Own values that replay can rebuild."""
+    slots: tuple[int, ...]
+    """Slots whose value is own and droppable: the only ones that a decision concerns."""
+
+    @property
+    def optional(self) -> frozenset[int]:
+        """Values that a keep set may name: keepable, and not forced to be held anyway."""
+        return self.keepable & self.droppable
+
+
+class ProfileIndex:
+    """Look-ups into a profile that do not depend on any decision; build it once and share it."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.region_of_op = [0] * len(profile.ops)
+        for index, region in enumerate(profile.regions):
+            for op in range(region.first_op, region.first_op + region.op_count):
+                self.region_of_op[op] = index
+        self.slots_of_region: list[list[int]] = [[] for _ in profile.regions]
+        for slot_index, slot in enumerate(profile.slots):
+            self.slots_of_region[slot.region].append(slot_index)
+        self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
+        for time, event in enumerate(profile.events):
+            owner = -1
+            if event.kind == EventKind.OP:
+                owner = self.region_of_op[event.a]
+            elif event.kind in (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE):
+                owner = profile.slots[event.a].region
+            if owner >= 0:
+                self.events_of_region[owner].append(time)
+        self.facts = tuple(self._facts(index) for index in range(len(profile.regions)))
+        self._fixed_slots = {s for f in self.facts for s in self.slots_of_region[f.index]} - {
+            s for f in self.facts for s in f.slots
+        }
+        self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
+
+    def backward_event(self) -> int:
+        """When backward begins: the moment at which everything held from forward is held; 0 without backward."""
+        kinds = (time for time, event in enumerate(self.profile.events) if event.kind == EventKind.BACKWARD)
+        return next(kinds, 0)
+
+    def producer_region(self, value: int) -> int:
+        """Index of the region that made a value; -1 if none did."""
+        op = self.profile.values[value].op
+        return self.region_of_op[op] if op >= 0 else -1
+
+    def is_free(self, value: int) -> bool:
+        """Its storage is part of the baseline, so that holding it costs nothing."""
+        return self.is_baseline(self.profile.values[value].storage)
+
+    def is_baseline(self, storage: int) -> bool:
+        """It is alive during the whole step, and counted there."""
+        return self.profile.storages[storage].component != "activation"
+
+    def nbytes(self, value: int) -> int:
+        """Size of the value's storage."""
+        return self.profile.storages[self.profile.values[value].storage].nbytes
+
+    def local(self, value: int) -> tuple[int, int]:
+        """A value's coordinates in its region: (operation's position, output's index), as keep sets name it."""
+        record = self.profile.values[value]
+        return record.op - self.profile.regions[self.region_of_op[record.op]].first_op, record.output
+
+    def keep_values(self, region: int, keep: KeepSet) -> frozenset[int]:
+        """The values that a keep set names; names that do not exist or are not optional are ignored."""
+        return frozenset(value for value in self.facts[region].optional if self.local(value) in keep)
+
+    def needed_ops(self, region: int, keep: KeepSet) -> frozenset[int]:
+        """Operations that are replayed at least once when every droppable slot outside `keep` is dropped."""
+        facts = self.facts[region]
+        held = self.keep_values(region, keep)
+        needed: set[int] = set()
+        stack = [v for s in facts.slots if (v := self.profile.slots[s].value) not in held]
+        while stack:
+            value = stack.pop()
+            op = self.profile.values[value].op
+            if op in needed:
+                continue
+            needed.add(op)
+            stack.extend(
+                u for u in self.profile.ops[op].inputs if u in facts.own and u in facts.droppable and u not in held
+            )
+        return frozenset(needed)
+
+    def _facts(self, index: int) -> RegionFacts:
+        profile = self.profile
+        region = profile.regions[index]
+        ops = range(region.first_op, region.first_op + region.op_count)
+        own = frozenset(v for op in ops for v in profile.ops[op].outputs)
+        keepable = frozenset(v for v in own if not profile.values[v].overwritten)
+        droppable: set[int] = set()
+        for op in ops:  # in order, so that inputs are decided before outputs
+            record = profile.ops[op]
+            if record.keep_reason:
+                continue
+            if all(
+                (u in keepable or u in droppable) if u in own else not profile.values[u].overwritten
+                for u in record.inputs
+            ):
+                droppable.update(record.outputs)
+        # A saved value that is overwritten later is what plain autograd would see (or refuse): it must stay.
+        slots = tuple(
+            s
+            for s in self.slots_of_region[index]
+            if (v := profile.slots[s].value) in droppable and not profile.values[v].overwritten
+        )
+        return RegionFacts(index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots)
+
+    def _fixed(self) -> tuple[list[int], dict[int, int], dict[int, list[tuple[int, int]]]]:
+        """Level after each event and spikes of what lives whatever is decided; when each storage lives in it."""
+        profile = self.profile
+        held: Counter[int] = Counter()
+        level = 0
+        levels: list[int] = []
+        spikes: dict[int, int] = {}
+        born: dict[int, int] = {}
+        intervals: dict[int, list[tuple[int, int]]] = {}
+        for time, event in enumerate(profile.events):
+            acquire = release = -1
+            if event.kind == EventKind.ALLOC:
+                acquire = event.a
+            elif event.kind == EventKind.FREE:
+                release = event.a
+            elif event.kind == EventKind.SAVE and event.a in self._fixed_slots:
+                acquire = profile.values[profile.slots[event.a].value].storage
+            elif event.kind == EventKind.RELEASE and event.a in self._fixed_slots:
+                release = profile.values[profile.slots[event.a].value].storage
+            elif event.kind == EventKind.OP:
+                spikes[time] = profile.signatures[profile.ops[event.a].signature].scratch_bytes
+            elif event.kind == EventKind.OTHER_OP:
+                spikes[time] = profile.signatures[event.a].scratch_bytes
+            if acquire >= 0 and profile.storages[acquire].component == "activation":
+                held[acquire] += 1
+                if held[acquire] == 1:
+                    level += profile.storages[acquire].nbytes
+                    born[acquire] = time
+            if release >= 0 and profile.storages[release].component == "activation":
+                held[release] -= 1
+                if held[release] == 0:
+                    level -= profile.storages[release].nbytes
+                    intervals.setdefault(release, []).append((born[release], time))
+            levels.append(level)
+        for storage, count in held.items():
+            if count > 0:
+                intervals.setdefault(storage, []).append((born[storage], len(profile.events)))
+        return levels, spikes, intervals
+
+    def fixed_at(self, storage: int, time: int) -> bool:
+        """Whether a storage is alive after event `time` whatever is decided."""
+        return any(start <= time < end for start, end in self._fixed_intervals.get(storage, ()))
+
+    def fixed_deaths(self, storage: int) -> Iterator[int]:
+        """Events at which a storage would die if no decision held it."""
+        return (end for _, end in self._fixed_intervals.get(storage, ()))
+
+    def fixed_births(self, storage: int) -> Iterator[int]:
+        """Events at which a storage comes alive whatever is decided."""
+        return (start for start, _ in self._fixed_intervals.get(storage, ()))
