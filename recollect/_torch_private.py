@@ -106,6 +106,11 @@ def top_saved_tensor_hooks() -> object:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+def saved_tensor_hooks_allowed() -> bool:
+    """Whether saved-tensor hooks may be pushed now: not inside `torch.func.grad` and its kin."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+
+
 def top_dispatch_mode() -> object:
     """The dispatch mode on top of this thread's stack, or None."""
     return torch.utils._python_dispatch._get_current_dispatch_mode()

@@ -23,6 +23,7 @@ from recollect._torch_private import (
     DispatchMode,
     current_graph_task,
     dispatch_depth,
+    saved_tensor_hooks_allowed,
     top_dispatch_mode,
     top_saved_tensor_hooks,
 )
@@ -133,7 +134,8 @@ class Session(DispatchMode):
         installed = self._installed
         key = self._cursor.key
         recipe = installed.recipes.get(key)
-        if (recipe is None and key in installed.recipes) or torch.compiler.is_compiling() or _is_capturing():
+        untouched = recipe is None and key in installed.recipes
+        if untouched or self._is_others_business() or torch.compiler.is_compiling() or _is_capturing():
             if self._frames[-1][1] == self._beneath():
                 self._switch(False)
             return
@@ -149,6 +151,17 @@ class Session(DispatchMode):
             installed.calibrated.add(key)
             calibrator = Calibrator(refused, installed.verified)
         self._tape = Tape(recipe, installed.statistics, refused, calibrator)
+
+    def _is_others_business(self) -> bool:
+        """Somebody else's saved-tensor hooks are in force, or such hooks are forbidden (`torch.func.grad`).
+
+        `torch.utils.checkpoint` counts what is saved under its hooks, in forward and again when it recomputes: a region
+        that took some of it away in one of the two would make it confuse tensors.  Measuring sees no savings there
+        either, so a plan drops nothing.
+        """
+        hooks = top_saved_tensor_hooks()
+        ours = isinstance(hooks, tuple) and hooks[0] is self._pack_hook
+        return not saved_tensor_hooks_allowed() or (hooks is not None and not ours)
 
     def _end_tape(self) -> None:
         if self._tape is not None:
@@ -190,7 +203,7 @@ class Session(DispatchMode):
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         tape = self._tape
-        return tensor if tape is None else tape.pack(tensor)
+        return Kept(tensor) if tape is None else tape.pack(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,3 +112,16 @@ def snapshot(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor | N
     for name, buffer in model.named_buffers():
         found[f"buffer {name}"] = buffer.clone()
     return found
+
+
+def retained_bytes(fn: Callable[[], Any]) -> tuple[Any, int]:
+    """Bytes that `fn` allocated and that are still alive when it returned, by the profiler's memory events."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = fn()
+        events: Any = profile.profiler
+        return result, sum(e.nbytes() for e in events.kineto_results.events() if e.name() == "[memory]")
+    finally:
+        gc.enable()

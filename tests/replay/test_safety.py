@@ -172,6 +172,7 @@ def test_saved_region_output_overwritten_outside_is_refused_as_plain_refuses_it(
 @pytest.mark.parametrize("written", [False, True])
 def test_source_written_after_the_region_is_an_error_not_another_gradient(written: bool) -> None:
     """Plain PyTorch has no use for the source any more; replay has."""
+    offset = torch.ones(16)
 
     def backward(loss: Tensor) -> None:
         if written:
@@ -179,7 +180,7 @@ def test_source_written_after_the_region_is_an_error_not_another_gradient(writte
         loss.backward()
 
     for replay in (False, True):
-        offset = torch.ones(16)
+        offset.fill_(1)
         error = run(lambda x, w: (x + offset).exp() @ w, replay=replay, backward=backward).error
         if replay and written:
             assert "modified in place" in str(error)
