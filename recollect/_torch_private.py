@@ -108,7 +108,7 @@ def top_saved_tensor_hooks() -> object:
 
 def saved_tensor_hooks_allowed() -> bool:
     """Whether saved-tensor hooks may be pushed now: not inside `torch.func.grad` and its kin."""
-    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
 def top_dispatch_mode() -> object:
