@@ -35,6 +35,11 @@ class RegionCursor:
         return len(self._stack)
 
     @property
+    def path(self) -> str:
+        """The innermost open region call's module path."""
+        return str(self._stack[-1][0])
+
+    @property
     def key(self) -> str:
         """The running region's key."""
         path, call, segment = self._stack[-1]

@@ -29,7 +29,7 @@ from recollect._torch_private import (
 )
 from recollect.errors import UnsupportedInput
 from recollect.replay.calibration import Calibrator
-from recollect.replay.cursor import RegionCursor
+from recollect.replay.cursor import LOSS, RegionCursor
 from recollect.replay.ops import describe, mutated_tensors
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
@@ -216,6 +216,10 @@ class Session(DispatchMode):
         if info.is_view:
             return func(*args, **kwargs)
         if current_graph_task() >= 0:  # a backward inside forward: not the region's own, but its writes count
+            if self._cursor.depth == 1 and self._cursor.path == LOSS:
+                # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is nobody's
+                # forward; should it be one after all, autograd keeps what it saves, as in the plain step.
+                self._end_tape()
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)
