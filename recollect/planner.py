@@ -75,12 +75,21 @@ def fit(
     )
     budget_bytes = resolve_budget(budget, model)
     profile = measure_step(model, batch, spec)
+    infeasible: BudgetInfeasible | None = None
     for _ in range(_MOST_ROUNDS):
-        plan = _choose(profile, budget_bytes, grad_checkpoint)
+        try:
+            plan = _choose(profile, budget_bytes, grad_checkpoint)
+            infeasible = None
+        except BudgetInfeasible as error:
+            # The budget that the error names shall be one that runs: try it, if the device has that much.
+            if error.required_bytes > resolve_budget("auto", model):
+                raise
+            plan = _choose(profile, error.required_bytes, grad_checkpoint)
+            infeasible = error
         applied = apply(model, plan, spec=spec, profile=profile)
         try:
             repaired = _guard(model, batch, applied, spec, profile)
-            if repaired is None:
+            if repaired is None and infeasible is None:
                 applied.verdict = verify_applied(
                     model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes
                 )
@@ -89,8 +98,12 @@ def fit(
             applied.remove()
             raise
         applied.remove()
+        if repaired is None:
+            break
         profile = repaired
-    raise BudgetInfeasible(plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where)
+    raise infeasible or BudgetInfeasible(
+        plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
+    )
 
 
 def resolve_budget(budget: int | str | None, model: torch.nn.Module) -> int:

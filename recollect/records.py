@@ -87,6 +87,8 @@ class Op:
     """Those of `inputs` whose storage it overwrites."""
     keep_reason: str = ""
     """Why its results must be kept (not replayable); empty if it may be replayed."""
+    random_state_bytes: int = 0
+    """Size of the generator's state that a tape holds for it, where that counts: 5 KB for a random operation on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,6 +73,8 @@ class _RegionMachine:
         profile = self._profile
         if kind == EventKind.OP:
             if a in self._needed:
+                moment.memo_delta = profile.ops[a].random_state_bytes
+                self._memo_total += moment.memo_delta
                 for value in profile.ops[a].inputs:
                     if value not in self._sources and self.is_source(value) and not self._index.is_free(value):
                         self._sources.add(value)
@@ -122,7 +124,9 @@ class _RegionMachine:
         new = {value: index.nbytes(value) for value in record.outputs}
         self._memo_total += sum(new.values())
         scratch = profile.signatures[record.signature].scratch_bytes
-        moment.spike = max(moment.spike, self._memo_total + scratch - before)
+        # While a random operation runs again, the generator's present state is put aside beside the recorded one.
+        moment.spike = max(moment.spike, self._memo_total + scratch + record.random_state_bytes - before)
+        self._memo_total -= record.random_state_bytes
         self._memo.update(new)
         self._done.add(op)
         self.replayed_ops.append(op)
@@ -152,6 +156,7 @@ class _RegionMachine:
                 and all(self._refs[o] == 0 for o in self._profile.ops[op].outputs)
             ):
                 self._done.add(op)  # nobody wants its results any more
+                self._memo_total -= self._profile.ops[op].random_state_bytes
                 stack.extend(set(self._profile.ops[op].inputs))
 
 

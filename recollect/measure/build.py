@@ -38,6 +38,7 @@ def build_tables(
             outputs=tuple(op.outputs),
             mutates=op.mutates,
             keep_reason=op.keep_reason,
+            random_state_bytes=op.random_state_bytes,
         )
         for op in observation.ops
     )

@@ -58,6 +58,7 @@ class RawOp:
     inputs: tuple[int, ...]
     mutates: tuple[int, ...]
     keep_reason: str
+    random_state_bytes: int
     outputs: list[int] = field(default_factory=list)
 
 
@@ -117,6 +118,8 @@ class Observer(DispatchMode):
         self._quiet = 0
         self._signatures = signatures
         self._device_type = device_type
+        # A CUDA generator's state is a few bytes of host memory.
+        self._random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
         self._spill = spill
         self._unspill = unspill
         self._storage_of: dict[int, int] = {}
@@ -228,6 +231,7 @@ class Observer(DispatchMode):
             inputs=tuple(inputs),
             mutates=tuple(self._value_of(t) for t in written.values()),
             keep_reason=reason,
+            random_state_bytes=self._random_state_bytes if info.is_random else 0,
         )
         result = func(*args, **kwargs)
         for position, tensor in enumerate(written.values()):
