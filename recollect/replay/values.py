@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recollect._torch_private import WeakStorage, below_autograd, with_lazy_bits
+from recollect._torch_private import WeakStorage, alias, below_autograd, with_lazy_bits
 from recollect.replay.ops import OpInfo
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ class Kept:
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: _Tensor) -> None:
-        self.tensor = tensor
+        # An output that its own node saves has that node as grad_fn: held as it is, the two would keep each other alive
+        # for ever in a graph that never sees a backward.
+        self.tensor = alias(tensor)
         self.version = tensor._version
 
     def read(self) -> _Tensor:

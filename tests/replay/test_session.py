@@ -377,9 +377,12 @@ def live_tensors() -> tuple[int, int]:
     return len(tensors), sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.parametrize("keep", ["nothing", "everything"])
 @pytest.mark.parametrize("end", ["backward", "no backward", "exception"])
-def test_nothing_leaks_without_the_garbage_collector(end: str) -> None:
+def test_nothing_leaks_without_the_garbage_collector(end: str, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Tower()
+    if keep == "everything":  # as if nothing could be proved replayable
+        monkeypatch.setattr("recollect.replay.tape.can_rebuild", lambda _: False)
 
     def one() -> None:
         if end == "backward":

@@ -1,0 +1,132 @@
+"""Random small modules: bit for bit the plain step, and the counts and peaks that the simulator predicts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import recollect
+from recollect import meter
+from recollect.measure import costs, profiler
+from recollect.records import Decision
+from recollect.simulate import ProfileIndex, simulate
+from recollect.solve import full_plan, minimum_budget, solve
+from recollect.solve.build import build_plan
+from tests.replay.helpers import differences, planned, snapshot
+from tests.replay.programs import Program, loss_of, programs
+
+Tensor = torch.Tensor
+#: A tape holds the generator's state for each random operation that it may replay; the simulator leaves it out.
+RANDOM_STATE_BYTES = torch.get_rng_state().nbytes
+RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+
+
+def steps(model: Program, batch: Tensor, context: Any = None, count: int = 3) -> dict[str, Any] | str:
+    """A few SGD steps from the model's first state; what they leave, or the name of the error that they raise."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model.steps = model.block.calls = 0
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found: dict[str, Any] = {}
+    try:
+        for number in range(count):
+            model.zero_grad()
+            if context is None:
+                loss = loss_of(model, batch)
+            else:
+                with context.step():
+                    loss = loss_of(model, batch)
+            loss.backward()
+            found |= {f"{number}: {name}": value for name, value in snapshot(model, loss).items()}
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.01 * parameter.grad
+        assert (model.steps, model.block.calls % max(count, 1)) == (count, 0)
+    except RuntimeError as error:
+        return type(error).__name__
+    finally:
+        model.load_state_dict(state)
+    return found
+
+
+def check_same(plain: dict[str, Any] | str, other: dict[str, Any] | str) -> None:
+    if isinstance(plain, str) or isinstance(other, str):
+        assert plain == other  # what plain autograd refuses, the engine refuses too
+    else:
+        assert differences(plain, other) == []
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=RELAXED)
+@given(programs(), st.sampled_from([("",), ("block",), ("", "block"), ("", "block", "linears.1", "batch_norm")]))
+def test_everything_dropped_without_a_plan(model: Program, paths: tuple[str, ...]) -> None:
+    batch = torch.randn(model.rows, model.columns, generator=torch.Generator().manual_seed(1))
+    plain = steps(model, batch)
+    with planned(model, *paths):
+        check_same(plain, steps(model, batch))
+        check_same(plain, steps(model, batch))
+
+
+@st.composite
+def decisions(draw: st.DrawFn, index: ProfileIndex) -> list[Decision]:
+    found: list[Decision] = []
+    for region, facts in enumerate(index.facts):
+        optional = sorted(facts.optional)
+        kept = draw(st.lists(st.sampled_from(optional), unique=True)) if optional else []
+        found.append(draw(st.sampled_from([None, frozenset(index.local(v) for v in kept)])))
+        assert region < len(index.profile.regions)
+    return found
+
+
+def is_random(name: str) -> bool:
+    return any(word in name for word in ("dropout", "rand", "bernoulli"))
+
+
+@pytest.fixture
+def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times do not matter here, only bytes."""
+    monkeypatch.setattr(profiler, "measure_overhead", lambda: (0.001, 0.001))
+    monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
+
+
+@pytest.mark.usefixtures("_cheap_measuring")
+@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@given(programs(without=("in place",), rows=64, columns=128), st.data())
+def test_planned(model: Program, data: st.DataObject) -> None:
+    batch = torch.randn(model.rows, model.columns, generator=torch.Generator().manual_seed(1))
+    plain = steps(model, batch)
+    model.steps = model.block.calls = 0
+    profile = recollect.measure(model, batch, loss=loss_of)
+    index = ProfileIndex(profile)
+    kind = data.draw(st.sampled_from(["full", "random", "budget"]))
+    if kind == "full":
+        plan = full_plan(profile, 2**40)
+    elif kind == "random":
+        plan = build_plan(index, data.draw(decisions(index)), 2**40)
+    else:
+        lowest = minimum_budget(profile)[0]
+        highest = simulate(index, [None] * len(profile.regions)).peak_bytes
+        plan = solve(profile, lowest + int(data.draw(st.floats(0, 1)) * max(0, highest - lowest)))
+    with recollect.apply(model, plan) as applied:
+        check_same(plain, steps(model, batch, applied))
+        check_same(plain, steps(model, batch, applied))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        model.steps = model.block.calls = 0
+        applied.statistics.reset()
+
+        def step() -> None:
+            with applied.step():
+                loss = loss_of(model, batch)
+            loss.backward()
+
+        _, peak_bytes = meter.measure_peak(step, meter.resident_bytes(model, batch))
+    counts = applied.statistics
+    assert (counts.mismatches, counts.unplanned_calls) == (0, 0)
+    drawn = sum(is_random(profile.signatures[op.signature].name) for op in profile.ops)
+    assert abs(peak_bytes - plan.predicted_peak_bytes) <= 256 + drawn * RANDOM_STATE_BYTES
