@@ -12,12 +12,13 @@ import torch
 
 from recollect import meter
 from recollect.apply import Applied, apply
+from recollect.budget import resolve_budget
 from recollect.errors import BudgetInfeasible, UnsupportedInput
 from recollect.measure.profiler import measure_step
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, device_of
 from recollect.records import Plan, Profile
 from recollect.solve import full_plan, plain_plan, solve
-from recollect.units import format_bytes, parse_bytes
+from recollect.units import format_bytes
 from recollect.verify import Trial, verify_applied
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def fit(
         autocast=autocast,
         clip_norm=clip_norm,
     )
-    budget_bytes = resolve_budget(budget, model)
+    device = device_of(model)
+    budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
     profile = measure_step(model, batch, spec)
     infeasible: BudgetInfeasible | None = None
     for _ in range(_MOST_ROUNDS):
@@ -82,7 +84,7 @@ def fit(
             infeasible = None
         except BudgetInfeasible as error:
             # The budget that the error names shall be one that runs: try it, if the device has that much.
-            if error.required_bytes > resolve_budget("auto", model):
+            if error.required_bytes > resolve_budget("auto", device):
                 raise
             plan = _choose(profile, error.required_bytes, grad_checkpoint)
             infeasible = error
@@ -104,33 +106,6 @@ def fit(
     raise infeasible or BudgetInfeasible(
         plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
     )
-
-
-def resolve_budget(budget: int | str | None, model: torch.nn.Module) -> int:
-    """Bytes that a budget stands for on the model's device. Raises `UnsupportedInput` if it cannot be read or had."""
-    device = device_of(model)
-    whole = meter.device_memory_bytes(device)
-    if budget is None:
-        return whole
-    if isinstance(budget, str) and budget.strip().lower() == "auto":
-        return min(whole, meter.free_memory_bytes(device) + meter.resident_bytes(model))
-    try:
-        if isinstance(budget, str) and budget.strip().endswith("%"):
-            budget_bytes = int(whole * float(budget.strip().removesuffix("%")) / 100)
-        else:
-            budget_bytes = parse_bytes(budget)
-    except ValueError as error:
-        raise UnsupportedInput(
-            f"the budget {budget!r} cannot be read as an amount of memory. Write it like 8GiB, 8GB, 75% or auto."
-        ) from error
-    if budget_bytes > whole:
-        raise UnsupportedInput(
-            f"the budget of {format_bytes(budget_bytes)} is larger than {device}, which has {format_bytes(whole)}. "
-            "Such a plan could not run here. Give at most that, a percentage, or auto."
-        )
-    if budget_bytes <= 0:
-        raise UnsupportedInput(f"the budget {budget!r} is not more than zero. Write it like 8GiB, 75% or auto.")
-    return budget_bytes
 
 
 def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint) -> Plan:

@@ -23,6 +23,7 @@ FLOORS = {
     "measure": 2,
     "replay": 2,
     "meter": 2,
+    "budget": 2,
     "apply": 3,
     "verify": 3,
     "verify_regions": 3,

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import recollect
+from recollect.budget import resolve_budget
 from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.errors import UnsupportedInput
 from recollect.records import Plan, Verdict
 from recollect.train import Reporter, TrainConfig, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
 from recollect.train.files import replacing
-from recollect.train.memory import resolve_memory
 from recollect.train.models import MODELS
 from recollect.train.summary import format_plan
 from recollect.units import format_bytes
@@ -74,7 +74,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         optimizer=work.optimizer,
         steps=options.steps,
         reference_budget_bytes=(
-            None if reference is None else resolve_memory(reference, work.device, flag="--reference-memory")
+            None if reference is None else resolve_budget(reference, work.device, name="--reference-memory")
         ),
     )
     if options.json:

@@ -217,7 +217,7 @@ class Session(DispatchMode):
             return func(*args, **kwargs)
         if current_graph_task() >= 0:  # a backward inside forward: not the region's own, but its writes count
             if self._cursor.depth == 1 and self._cursor.path == LOSS:
-                # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is nobody's
+                # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is no
                 # forward; should it be one after all, autograd keeps what it saves, as in the plain step.
                 self._end_tape()
             for tensor in mutated_tensors(info, args, kwargs):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import recollect
+from recollect.budget import resolve_budget
 from recollect.errors import RecollectError, UnsupportedInput
 from recollect.meter import measure_peak, resident_bytes
 from recollect.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from recollect.train.config import TrainConfig
-from recollect.train.memory import resolve_memory
 from recollect.train.models import ModelSource
 from recollect.train.reporter import Reporter, StepReport
 from recollect.train.run_folder import RunFolder
@@ -143,7 +143,7 @@ def _fit(config: TrainConfig, work: Workload, first_step: int) -> recollect.Appl
         optimizer=work.optimizer,
         grad_checkpoint=config.grad_checkpoint,
         reference_budget_bytes=(
-            None if reference is None else resolve_memory(reference, work.device, flag="--reference-memory")
+            None if reference is None else resolve_budget(reference, work.device, name="--reference-memory")
         ),
     )
 

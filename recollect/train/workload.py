@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
 from recollect.train.config import WorkConfig
 from recollect.train.data import TrainingData, data_name, load_data
 from recollect.train.data.order import BatchOrder, load_batch
+from recollect.train.device import resolve_device
 from recollect.train.losses import check_fit, choose_loss
-from recollect.train.memory import resolve_device, resolve_memory
 from recollect.train.models import Loss, ModelSource, find_model
 
 Config = TypeVar("Config", bound=WorkConfig)
@@ -59,7 +60,7 @@ def build(config: WorkConfig, source: ModelSource) -> Workload:
         UnsupportedInput: something does not exist or does not fit; nothing has been written then.
     """
     device = resolve_device(config.device)
-    budget_bytes = resolve_memory(config.memory, device)
+    budget_bytes = resolve_budget(config.memory, device, name="--memory")
     assert config.dataset is not None
     assert config.sequence_length is not None
     data = load_data(config.dataset, sequence_length=config.sequence_length, arguments=config.dataset_args)
