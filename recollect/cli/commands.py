@@ -65,7 +65,6 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         applied = recollect.fit(work.model, batch, budget=work.budget_bytes, loss=work.loss, optimizer=work.optimizer)
         applied.remove()
         solved = applied.plan
-    reference = options.reference_memory
     verdict = recollect.verify(
         work.model,
         batch,
@@ -73,9 +72,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         loss=work.loss,
         optimizer=work.optimizer,
         steps=options.steps,
-        reference_budget_bytes=(
-            None if reference is None else resolve_budget(reference, work.device, name="--reference-memory")
-        ),
+        reference_budget_bytes=resolve_budget(options.reference_memory, work.device, name="--reference-memory"),
     )
     if options.json:
         print(json.dumps({entry.name: getattr(verdict, entry.name) for entry in fields(verdict)}))

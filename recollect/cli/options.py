@@ -34,8 +34,8 @@ class VerifyOptions(WorkConfig):
     """Verify this plan file instead of solving one for --memory"""
     steps: int = 3
     """Optimizer steps that are compared"""
-    reference_memory: str | None = None
-    """What the plain step may use for comparison (default: the budget)"""
+    reference_memory: str = "auto"
+    """What the plain step may use for comparison (default: what is free); where it needs more, regions are compared"""
     json: bool = False
     """Print one JSON document to stdout instead of text for people"""
 
