@@ -134,12 +134,13 @@ class Applied:
     def _install(self) -> None:
         modules = dict(self._model.named_modules())
         for path in self.plan.region_paths:
-            module = modules.get("" if path == ROOT else path)
-            if module is None:
+            if ("" if path == ROOT else path) not in modules:
                 raise PlanMismatch(
                     f"the plan has a region {path!r}, but {type(self._model).__name__} has no module of that name. "
                     "The plan is of another model. Measure and solve for this one."
                 )
+        for path in self.plan.region_paths:
+            module = modules["" if path == ROOT else path]
             module.__dict__["forward"] = RegionForward(module, path, self._installed)
             self._modules.append(module)
 

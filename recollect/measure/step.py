@@ -130,7 +130,7 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} has no parameter that requires a gradient. There is nothing to train. "
             "Unfreeze parameters with requires_grad_(True)."
         )
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+    if any(hasattr(module, "_orig_mod") or _is_compiled_in_place(module) for module in model.modules()):
         raise UnsupportedInput(
             "the model is compiled with torch.compile, where operations do not pass through PyTorch's dispatcher and "
             "cannot be planned yet. Give recollect the model as it was before torch.compile."
@@ -141,6 +141,11 @@ def check_model(model: Any) -> None:
             f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}). A budget is for "
             "one device. Move the model to one device."
         )
+
+
+def _is_compiled_in_place(module: torch.nn.Module) -> bool:
+    """`module.compile()` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
