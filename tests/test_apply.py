@@ -290,7 +290,7 @@ def test_the_plan_s_recipe_meets_other_operations(model: Net, applied: recollect
         layer.norm = nn.Identity()
     applied.statistics.reset()
     with applied.step():
-        loss = loss_of(model, BATCH)
+        loss_of(model, BATCH)
     assert applied.statistics.mismatches >= 3
     torch.manual_seed(1)
     replayed = step(model)

@@ -18,6 +18,7 @@ from recollect._torch_private import DataDependentOutputException, DynamicOutput
 from recollect.errors import RecollectError
 from recollect.measure.build import build_tables
 from recollect.measure.costs import measure_costs
+from recollect.measure.leftovers import forget_fakes
 from recollect.measure.observer import Observation, Observer, round_up
 from recollect.measure.overhead import measure_overhead
 from recollect.measure.regions import choose_regions
@@ -85,14 +86,16 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
     observer: Observer | None = None
     data_dependent = False
     if not concrete:
+        mode = FakeTensorMode(allow_non_fake_inputs=False)
         try:
-            observer = _observe_fake(model, batch, spec, signatures)
+            observer = _observe_fake(model, batch, spec, signatures, mode)
         except RecollectError:
             raise
         except Exception as error:
             data_dependent = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
             _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
             signatures = SignatureTable()
+        forget_fakes(mode)
     method = "fake" if observer is not None else "real"
     if observer is None:
         observer = _observe_concrete(model, batch, spec, signatures)
@@ -148,9 +151,10 @@ def fingerprint(model: torch.nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _observe_fake(model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable) -> Observer:
+def _observe_fake(
+    model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable, mode: FakeTensorMode
+) -> Observer:
     random_state = RandomState()
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
     try:
         copied, fakes = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
