@@ -1,0 +1,268 @@
+"""`fit`: budgets that can be read, repaired, or honestly refused."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import recollect
+from recollect import BudgetInfeasible, UnsupportedInput, meter, planner
+from recollect.records import Plan, Profile
+from recollect.replay.tape import Tape
+from recollect.verify import Outcome, Trial
+
+Tensor = torch.Tensor
+MIB = 2**20
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.pow(2).mean()
+
+
+BATCH = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def peaks() -> tuple[int, int]:
+    """(smallest, plain)"""
+    with recollect.fit(Net(), BATCH) as applied:
+        plain = applied.plan.plain_peak_bytes
+        assert applied.plan.is_plain
+    with pytest.raises(BudgetInfeasible) as caught:
+        recollect.fit(Net(), BATCH, budget=1000)
+    return caught.value.required_bytes, plain
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.7])
+def test_a_budget_is_kept_and_proved(part: float, peaks: tuple[int, int]) -> None:
+    smallest, plain = peaks
+    budget = smallest + int(part * (plain - smallest))
+    model = Net()
+    with recollect.fit(model, BATCH, budget=budget, reference_budget_bytes=2**40) as applied:
+        verdict = applied.verdict
+        assert verdict is not None
+        assert verdict.ok is True
+        assert verdict.measured_peak_bytes <= budget < verdict.plain_peak_bytes
+        assert applied.plan.predicted_peak_bytes <= budget
+        assert applied.installed
+        assert applied.profile is not None
+
+
+def test_the_smallest_budget_is_named_and_one_byte_less_is_refused(peaks: tuple[int, int]) -> None:
+    smallest, plain = peaks
+    assert smallest < plain
+    with pytest.raises(BudgetInfeasible) as caught:
+        recollect.fit(Net(), BATCH, budget=smallest - 1)
+    assert (caught.value.required_bytes, caught.value.budget_bytes) == (smallest, smallest - 1)
+    assert caught.value.where
+    assert str(smallest) in str(caught.value)
+    model = Net()
+    with pytest.raises(BudgetInfeasible):
+        recollect.fit(model, BATCH, budget=1)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("grad_checkpoint", ["full", "off"])
+def test_full_and_off(grad_checkpoint: Any, peaks: tuple[int, int]) -> None:
+    with recollect.fit(Net(), BATCH, grad_checkpoint=grad_checkpoint) as applied:
+        assert applied.installed is (grad_checkpoint == "full")
+        assert applied.verdict is not None
+        assert applied.verdict.ok is True
+    with pytest.raises(BudgetInfeasible) as caught:
+        recollect.fit(Net(), BATCH, budget=10_000, grad_checkpoint=grad_checkpoint)
+    assert grad_checkpoint == "full" or caught.value.required_bytes == peaks[1]
+
+
+def test_budgets_that_can_be_read() -> None:
+    device = torch.device("cpu")
+    whole = meter.device_memory_bytes(device)
+    assert planner.resolve_budget("75%", device) == int(whole * 0.75)
+    assert planner.resolve_budget("1GiB", device) == 2**30
+    assert planner.resolve_budget("100MB", device) == 10**8
+    assert planner.resolve_budget(12345, device) == 12345
+    assert 0 < planner.resolve_budget("auto", device) <= whole
+    with recollect.fit(Net(), BATCH, budget="75%") as applied:
+        assert applied.plan.budget_bytes == int(whole * 0.75)
+        assert applied.plan.is_plain
+
+
+@pytest.mark.parametrize("budget", ["much", "", "-3GiB", "0", 0, -1, "nan%", "200%", "1e30GiB", "0%", "GiB", "inf%"])
+def test_budgets_that_cannot(budget: Any) -> None:
+    with pytest.raises(UnsupportedInput) as caught:
+        recollect.fit(Net(), BATCH, budget=budget)
+    assert str(budget) in str(caught.value) or "larger" in str(caught.value)
+
+
+def test_an_unknown_grad_checkpoint() -> None:
+    with pytest.raises(UnsupportedInput, match="'sometimes' is not a choice"):
+        recollect.fit(Net(), BATCH, grad_checkpoint="sometimes")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Profile, Plan]]:
+    """Every profile that `fit` solved, with the plan."""
+    found: list[tuple[Profile, Plan]] = []
+    right = planner._choose
+
+    def choose(profile: Profile, *rest: Any) -> Plan:
+        plan = right(profile, *rest)
+        found.append((profile, plan))
+        return plan
+
+    monkeypatch.setattr(planner, "_choose", choose)
+    return found
+
+
+def test_a_run_above_the_budget_is_repaired(
+    peaks: tuple[int, int], solved: list[tuple[Profile, Plan]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle is made to forget 100 KiB: the first guarded run exceeds the budget, the second keeps it."""
+    forgotten = 100 * 1024
+    budget = sum(peaks) // 2
+    measure = planner.measure_step
+    monkeypatch.setattr(planner, "measure_step", lambda *a, **k: replace(measure(*a, **k), correction_bytes=-forgotten))
+    with recollect.fit(Net(), BATCH, budget=budget, reference_budget_bytes=2**40) as applied:
+        assert len(solved) >= 2
+        assert solved[0][0].correction_bytes == -forgotten < solved[-1][0].correction_bytes
+        assert applied.plan is solved[-1][1]
+        assert applied.verdict is not None
+        assert applied.verdict.ok is True
+        assert applied.verdict.measured_peak_bytes <= budget
+
+
+def test_a_budget_that_repair_cannot_reach_is_infeasible(
+    peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Trial.guarded
+
+    def above(self: Trial, steps: int = 1) -> Outcome:
+        return replace(right(self, steps), peak_bytes=self.plan.budget_bytes + MIB)
+
+    monkeypatch.setattr(Trial, "guarded", above)
+    model = Net()
+    with pytest.raises(BudgetInfeasible):
+        recollect.fit(model, BATCH, budget=sum(peaks) // 2)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_running_out_of_memory_in_the_guarded_run_is_repaired(
+    peaks: tuple[int, int], solved: list[tuple[Profile, Plan]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Trial.guarded
+    failed = False
+
+    def once(self: Trial, steps: int = 1) -> Outcome:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise torch.OutOfMemoryError("out of memory")
+        return right(self, steps)
+
+    monkeypatch.setattr(Trial, "guarded", once)
+    with recollect.fit(Net(), BATCH, budget=peaks[1] + 2 * MIB, reference_budget_bytes=2**40):
+        assert len(solved) == 2
+        assert solved[1][0].correction_bytes > 0
+
+
+class Raw(torch.autograd.Function):
+    """Writes behind the dispatcher's back into a buffer of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out.numpy()[:] = np.sin(x.detach().numpy())
+        doubled = out * 2
+        ctx.save_for_backward(out, doubled)
+        return doubled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        out, doubled = ctx.saved_tensors
+        return grad * out * doubled
+
+
+class RawNet(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + Raw.apply(layer(x))
+        return x.pow(2).mean()
+
+
+def test_what_calibration_refuses_is_kept_by_the_next_plan(solved: list[tuple[Profile, Plan]]) -> None:
+    with recollect.fit(RawNet(), BATCH, grad_checkpoint="full", reference_budget_bytes=2**40) as applied:
+        assert len(solved) == 2
+        assert not any("calibration" in op.keep_reason for op in solved[0][0].ops)
+        assert any("calibration" in op.keep_reason for op in solved[1][0].ops)
+        assert applied.verdict is not None
+        assert applied.verdict.ok is True
+        assert applied.verdict.mismatches == 0
+
+
+def test_a_model_that_computes_something_else_than_was_measured_is_measured_for_real(
+    solved: list[tuple[Profile, Plan]],
+) -> None:
+    class Suspicious(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            loss = super().forward(x.sin() if type(x) is Tensor else x)
+            return loss + (loss.cos().exp().tanh().sigmoid() if type(x) is Tensor else 0)
+
+    with recollect.fit(Suspicious(), BATCH, grad_checkpoint="full", reference_budget_bytes=2**40) as applied:
+        assert [profile.method for profile, _ in solved] == ["fake", "real"]
+        assert applied.verdict is not None
+        assert applied.verdict.ok is True
+
+
+def test_a_failing_guarded_run_leaves_the_model_unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Tape, handle: Any) -> Tensor:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Tape, "read", broken)
+    model = Net()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="broken"):
+        recollect.fit(model, BATCH, grad_checkpoint="full")
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_with_optimizer_accumulation_clipping_and_autocast() -> None:
+    model = Net()
+    optimizers = [
+        torch.optim.SGD(model.layers[0].parameters(), lr=0.1),
+        torch.optim.AdamW(model.layers[1:].parameters()),
+    ]
+    with recollect.fit(
+        model, BATCH, grad_checkpoint="full", optimizer=optimizers, accumulation_steps=2, clip_norm=1.0,
+        autocast=torch.bfloat16, reference_budget_bytes=2**40,
+    ) as applied:  # fmt: skip
+        assert applied.verdict is not None
+        assert (applied.verdict.ok, applied.verdict.mismatches) == (True, 0)
+        assert applied.plan.optimizer == "SGD, AdamW"
+
+
+def test_repairs_are_logged(
+    caplog: pytest.LogCaptureFixture, peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = planner.measure_step
+    monkeypatch.setattr(planner, "measure_step", lambda *a, **k: replace(measure(*a, **k), correction_bytes=-200_000))
+    with caplog.at_level(logging.INFO, logger="recollect"):
+        recollect.fit(Net(), BATCH, budget=sum(peaks) // 2, reference_budget_bytes=2**40).remove()
+    assert "more than predicted" in caplog.text
