@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,9 +95,8 @@ class Outcome:
     tensors: dict[str, torch.Tensor]
     random_state: RandomState
     peak_bytes: int
-    step_ms: float
-    replayed_ops: int = 0
-    mismatches: int = 0
+    replayed_ops: int
+    mismatches: int
 
 
 class Trial:
@@ -109,14 +109,7 @@ class Trial:
         self.plan = applied.plan
         self.device = device_of(model)
         self._spec = spec
-        self._planned_spec = StepSpec(
-            loss=spec.loss,
-            optimizers=spec.optimizers,
-            accumulation_steps=spec.accumulation_steps,
-            autocast=spec.autocast,
-            clip_norm=spec.clip_norm,
-            around_loss=applied.step,
-        )
+        self._planned_spec = replace(spec, around_loss=applied.step)
         self._given = TrainingState(model, spec.optimizers)
         # Steady state: gradients resident and optimizer state allocated, as in every step but the first.
         for parameter in model.parameters():
@@ -144,7 +137,7 @@ class Trial:
         counts = self.applied.statistics
         tensors: dict[str, torch.Tensor] = {}
         peak_bytes = 0
-        with _nothing() if planned else self.applied.paused():
+        with nullcontext() if planned else self.applied.paused():
             for step in range(1, steps + 1):
                 counts.reset()
                 resident = meter.resident_bytes(self.model, self.batch, self._spec.optimizers)
@@ -166,7 +159,6 @@ class Trial:
             tensors=tensors,
             random_state=RandomState(),
             peak_bytes=peak_bytes,
-            step_ms=0.0,
             replayed_ops=replayed,
             mismatches=mismatches,
         )
@@ -182,14 +174,6 @@ class Trial:
                 with self.applied.paused():
                     plain_ms.append(meter.time_ms(lambda: self._spec.run(self.model, self.batch), self.device))
         return statistics.median(planned_ms), statistics.median(plain_ms) if plain else 0.0
-
-
-class _nothing:  # noqa: N801  (used as a statement, like contextlib's)
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
