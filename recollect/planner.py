@@ -74,6 +74,27 @@ def fit(
         autocast=autocast,
         clip_norm=clip_norm,
     )
+    applied = find_plan(model, batch, spec, budget, grad_checkpoint)
+    try:
+        applied.verdict = verify_applied(model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes)
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
+
+
+def find_plan(
+    model: torch.nn.Module,
+    batch: Any,
+    spec: StepSpec,
+    budget: int | str | None = None,
+    grad_checkpoint: GradCheckpoint = "auto",
+) -> Applied:
+    """`fit` without the proof: a plan whose guarded run kept the budget, installed on the model.
+
+    Raises:
+        BudgetInfeasible, UnsupportedInput: as `fit`.
+    """
     device = device_of(model)
     budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
     profile = measure_step(model, batch, spec)
@@ -91,14 +112,11 @@ def fit(
         applied = apply(model, plan, spec=spec, profile=profile)
         try:
             repaired = _guard(model, batch, applied, spec, profile)
-            if repaired is None and infeasible is None:
-                applied.verdict = verify_applied(
-                    model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes
-                )
-                return applied
         except BaseException:
             applied.remove()
             raise
+        if repaired is None and infeasible is None:
+            return applied
         applied.remove()
         if repaired is None:
             break

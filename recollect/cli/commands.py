@@ -13,6 +13,8 @@ import recollect
 from recollect.budget import resolve_budget
 from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.errors import UnsupportedInput
+from recollect.measure.step import StepSpec
+from recollect.planner import find_plan
 from recollect.records import Plan, Verdict
 from recollect.train import Reporter, TrainConfig, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
@@ -36,12 +38,12 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
 
 
 def plan(options: PlanOptions, command: Sequence[str]) -> int:
-    """Measure and solve; print the plan."""
+    """Find a plan that keeps the budget in a real step; print it."""
     options, source = resolve(options)
     _require_folder(options.output)
     work = build(options, source)
-    profile = recollect.measure(work.model, work.batch(0), loss=work.loss, optimizer=work.optimizer)
-    solved = recollect.solve(profile, budget_bytes=work.budget_bytes)
+    spec = StepSpec(loss=work.loss, optimizers=(work.optimizer,))
+    solved = find_plan(work.model, work.batch(0), spec, work.budget_bytes).plan
     if options.output is not None:
         with replacing(Path(options.output)) as temporary:
             solved.save(temporary)
@@ -62,9 +64,9 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     batch = work.batch(0)
     if solved is None:
         # With repair, as in training: what is verified is the plan that `recollect train` would use.
-        applied = recollect.fit(work.model, batch, budget=work.budget_bytes, loss=work.loss, optimizer=work.optimizer)
-        applied.remove()
-        solved = applied.plan
+        spec = StepSpec(loss=work.loss, optimizers=(work.optimizer,))
+        with find_plan(work.model, batch, spec, work.budget_bytes) as applied:
+            solved = applied.plan
     verdict = recollect.verify(
         work.model,
         batch,
