@@ -4,8 +4,8 @@ The pool of columns is made once for a profile and does not depend on the budget
 among the same columns, so a larger budget is never slower, and a frontier costs one pool.
 
 1. A class with few useful values is enumerated: every keep set is on offer, and the choice is exact.
-2. For larger classes, a sweep over the price of a held byte gives the lower hull of time against held bytes (each point
-   exact by minimum cut), and a greedy descent gives keep sets whose replay peaks low.
+2. For larger classes, a greedy descent gives keep sets whose replay peaks low, and a sweep over the price of a held
+   byte gives the lower hull of time against held bytes (each point exact by minimum cut).
 3. Column generation (Dantzig & Wolfe 1960) at a ladder of budgets: the master's relaxation prices bytes at the moments
    that bind, pricing finds the keep set that these prices want, until none is new.  Where what is memoised during
    replay matters, a descent by single exchanges on the exact column starts from the best columns known.
@@ -49,6 +49,9 @@ class Pool:
     """Class to its regions."""
     enumerated: set[int] = field(default_factory=set)
     """Classes of which every keep set is on offer."""
+    smallest: tuple[int, list[Decision]] = field(init=False)
+    """The smallest peak in bytes that the columns reach which no measured time had a part in, and its decisions. So two
+    measurements of one model name the same smallest budget."""
 
     def __post_init__(self) -> None:
         index = self.source.index
@@ -60,18 +63,23 @@ class Pool:
             self.members.setdefault(record.class_id, []).append(region)
         for class_id, regions in self.members.items():
             self._open(class_id, regions)
-        if not any(model.enabled and self._class_of(model) not in self.enumerated for model in self.models):
+        larger = {
+            class_id: regions
+            for class_id, regions in self.members.items()
+            if class_id not in self.enumerated and any(self.models[region].enabled for region in regions)
+        }
+        if larger:
+            self._generate(None)
+        self.smallest = self.master.smallest()
+        if not larger:
             return
-        self._generate(None)
-        relaxation = self.master.relaxed(None)
-        assert relaxation is not None, "without a budget there is always a choice"
-        smallest = int(relaxation.cost * self.master.unit)
+        for class_id, regions in larger.items():
+            for decision in self._sweep(regions[len(regions) // 2]):
+                self._offer(class_id, decision)
+        smallest = self.smallest[0]
         plain = max(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))))
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
-
-    def _class_of(self, model: PricingModel) -> int:
-        return self.source.index.profile.regions[model.region].class_id
 
     def _open(self, class_id: int, regions: list[int]) -> None:
         """The first decisions of a class."""
@@ -85,8 +93,6 @@ class Pool:
                 self._offer(class_id, keep_set(index, values))
             return
         self._offer(class_id, frozenset())
-        for decision in self._sweep(regions[len(regions) // 2]):
-            self._offer(class_id, decision)
         for region in dict.fromkeys((regions[0], regions[-1])):
             for decision in self._low_peaks(region):
                 self._offer(class_id, decision)

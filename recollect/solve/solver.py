@@ -34,10 +34,6 @@ class Solver:
     def _pool(self) -> Pool:
         return Pool(ColumnSource(self.index))
 
-    @cached_property
-    def _smallest(self) -> tuple[int, list[Decision]]:
-        return self._pool.master.smallest()
-
     def plain(self, budget_bytes: int) -> Plan:
         """The plan that leaves every region untouched, whether or not it fits the budget."""
         return build_plan(self.index, [None] * len(self.profile.regions), budget_bytes, plain=self._plain)
@@ -51,7 +47,7 @@ class Solver:
         """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
         if not any(facts.slots for facts in self.index.facts):
             return self._plain.peak_bytes, self._plain.peak_where
-        required, decisions = self._smallest
+        required, decisions = self._pool.smallest
         return required, simulate(self.index, decisions).peak_where
 
     def solve(self, budget_bytes: int) -> Plan:
@@ -74,7 +70,7 @@ class Solver:
         relaxation = pool.master.relaxed(budget_bytes)
         bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
         gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
-        decisions = pool.master.fastest(budget_bytes, gap_ms) or self._smallest[1]
+        decisions = pool.master.fastest(budget_bytes, gap_ms) or self._pool.smallest[1]
         plan = build_plan(self.index, self._lighten(decisions, budget_bytes), budget_bytes, bound, self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan

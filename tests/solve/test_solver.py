@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
 
@@ -261,3 +263,14 @@ def test_passes_with_torch_blocked() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=here.parent.parent
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_smallest_budget_does_not_depend_on_measured_times() -> None:
+    """What one run names as the smallest budget, the next run must accept, whatever its clock said."""
+    profile = gpt_profile(3)
+    rng = random.Random(0)
+    found = set()
+    for _ in range(3):
+        noisy = tuple(replace(signature, ms=signature.ms * rng.uniform(0.2, 5)) for signature in profile.signatures)
+        found.add(minimum_budget(replace(profile, signatures=noisy)))
+    assert len(found) == 1
