@@ -144,6 +144,10 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
         measured_bytes, mismatches = outcome.peak_bytes, outcome.mismatches
     except torch.OutOfMemoryError:
         measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
+    except RuntimeError:
+        if not applied.refused:
+            raise
+        measured_bytes, mismatches = 0, 0  # replay would have been wrong, and calibration said where
     finally:
         trial.restore()
     if applied.refused:

@@ -215,6 +215,27 @@ def test_what_calibration_refuses_is_kept_by_the_next_plan(solved: list[tuple[Pr
         assert applied.verdict.mismatches == 0
 
 
+STAGING = np.ones(64, dtype=np.float32)
+
+
+class StagingNet(Net):
+    """A constant that NumPy overwrites after its last use: replay would read the wrong one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        STAGING[:] = 1
+        for layer in self.layers:
+            x = x + layer(x) * torch.from_numpy(STAGING).exp().sin()
+        STAGING[:] = 9
+        return x.pow(2).mean()
+
+
+def test_a_replay_that_calibration_found_wrong_in_backward_is_kept_by_the_next_plan() -> None:
+    with recollect.fit(StagingNet(), BATCH, grad_checkpoint="full", reference_budget_bytes=2**40) as applied:
+        assert applied.verdict is not None
+        assert (applied.verdict.ok, applied.verdict.mismatches) == (True, 0)
+        assert applied.installed
+
+
 def test_a_model_that_computes_something_else_than_was_measured_is_measured_for_real(
     solved: list[tuple[Profile, Plan]],
 ) -> None:
