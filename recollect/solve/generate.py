@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 
-from recollect.records import Decision
+from recollect.records import Decision, Profile
 from recollect.solve.columns import Column, ColumnSource, keep_set, useful_values
 from recollect.solve.master import Master, Relaxation
 from recollect.solve.pricing import Prices, PricingModel
@@ -38,11 +38,20 @@ _DESCENTS = (10, 2)
 _ROUNDS = 12
 
 
+def untimed(profile: Profile) -> Profile:
+    """The profile with every operation taking one millisecond: what is left is structure and bytes."""
+    signatures = tuple(replace(signature, ms=1.0) for signature in profile.signatures)
+    return replace(profile, signatures=signatures, mode_ms_per_op=0.0, tape_ms_per_op=0.0)
+
+
 @dataclass(slots=True)
 class Pool:
     """The columns of a profile, with the pricing models that found them."""
 
     source: ColumnSource
+    structure: Pool | None = None
+    """The pool of the same profile without measured times (`untimed`): its columns are on offer here, too. None: this
+    is that pool, and columns are only generated for the smallest peak."""
     master: Master = field(init=False)
     models: list[PricingModel] = field(init=False)
     members: dict[int, list[int]] = field(init=False)
@@ -50,8 +59,8 @@ class Pool:
     enumerated: set[int] = field(default_factory=set)
     """Classes of which every keep set is on offer."""
     smallest: tuple[int, list[Decision]] = field(init=False)
-    """The smallest peak in bytes that the columns reach which no measured time had a part in, and its decisions. So two
-    measurements of one model name the same smallest budget."""
+    """The smallest peak in bytes, and its decisions, among the columns of `structure`: no measured time has a part in
+    it, so that two measurements of one model name the same smallest budget."""
 
     def __post_init__(self) -> None:
         index = self.source.index
@@ -68,15 +77,20 @@ class Pool:
             for class_id, regions in self.members.items()
             if class_id not in self.enumerated and any(self.models[region].enabled for region in regions)
         }
-        if larger:
-            self._generate(None)
-        self.smallest = self.master.smallest()
-        if not larger:
-            return
+        if self.structure is None and larger:
+            self._generate(None)  # from few columns and again from many: descents end elsewhere
         for class_id, regions in larger.items():
             for decision in self._sweep(regions[len(regions) // 2]):
                 self._offer(class_id, decision)
-        smallest = self.smallest[0]
+        if self.structure is None:
+            if larger:
+                self._generate(None)
+            self.smallest = self.master.smallest()
+            return
+        self.smallest = self.structure.smallest
+        if not larger:
+            return
+        smallest, _ = self.smallest
         plain = max(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))))
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
@@ -93,6 +107,10 @@ class Pool:
                 self._offer(class_id, keep_set(index, values))
             return
         self._offer(class_id, frozenset())
+        if self.structure is not None:
+            for decision in self.structure.master.decisions[class_id]:
+                self._offer(class_id, decision)
+            return
         for region in dict.fromkeys((regions[0], regions[-1])):
             for decision in self._low_peaks(region):
                 self._offer(class_id, decision)

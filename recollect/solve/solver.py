@@ -12,7 +12,7 @@ from recollect.simulate import Simulation, simulate
 from recollect.solve.bound import added_ms_bound
 from recollect.solve.build import build_plan
 from recollect.solve.columns import ColumnSource
-from recollect.solve.generate import Pool
+from recollect.solve.generate import Pool, untimed
 
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
@@ -31,8 +31,12 @@ class Solver:
         return simulate(self.index, [None] * len(self.profile.regions))
 
     @cached_property
+    def _structure(self) -> Pool:
+        return Pool(ColumnSource(ProfileIndex(untimed(self.profile))))
+
+    @cached_property
     def _pool(self) -> Pool:
-        return Pool(ColumnSource(self.index))
+        return Pool(ColumnSource(self.index), self._structure)
 
     def plain(self, budget_bytes: int) -> Plan:
         """The plan that leaves every region untouched, whether or not it fits the budget."""
@@ -47,7 +51,7 @@ class Solver:
         """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
         if not any(facts.slots for facts in self.index.facts):
             return self._plain.peak_bytes, self._plain.peak_where
-        required, decisions = self._pool.smallest
+        required, decisions = self._structure.smallest
         return required, simulate(self.index, decisions).peak_where
 
     def solve(self, budget_bytes: int) -> Plan:
@@ -70,7 +74,7 @@ class Solver:
         relaxation = pool.master.relaxed(budget_bytes)
         bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
         gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
-        decisions = pool.master.fastest(budget_bytes, gap_ms) or self._pool.smallest[1]
+        decisions = pool.master.fastest(budget_bytes, gap_ms) or self._structure.smallest[1]
         plan = build_plan(self.index, self._lighten(decisions, budget_bytes), budget_bytes, bound, self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
