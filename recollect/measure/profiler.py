@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from recollect._torch_private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from recollect.errors import RecollectError
+from recollect.errors import RecollectError, UnsupportedInput
 from recollect.measure.build import build_tables
 from recollect.measure.costs import measure_costs
 from recollect.measure.leftovers import forget_fakes
@@ -188,7 +188,16 @@ def _observe_concrete(model: torch.nn.Module, batch: Any, spec: StepSpec, signat
             spill, unspill = _spill_to(file)
             observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
             _give_gradients(model)
-            _observe(model, batch, spec, list(spec.optimizers), observer)
+            try:
+                _observe(model, batch, spec, list(spec.optimizers), observer)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                raise UnsupportedInput(
+                    "the model uses torch.func (grad, vjp, jacrev, hessian) in its forward. PyTorch forbids "
+                    "saved-tensor hooks there, and without them what autograd saves cannot be seen or dropped. Use "
+                    "torch.autograd.grad instead, or train this model without a budget."
+                ) from error
             return observer
     finally:
         state.restore()

@@ -352,3 +352,17 @@ def test_regions_are_found_and_repeated_ones_share_a_class() -> None:
     assert len({r.class_id for r in layers[1:]}) == 1  # the first one reads the batch
     assert sum(r.op_count for r in profile.regions) == len(profile.ops)
     profile.check()
+
+
+def test_torch_func_in_forward_is_refused_with_a_reason() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            slope = torch.func.grad(lambda t: t.sin().sum())(x.detach())
+            return (self.linear(x) * slope).sum()
+
+    with pytest.raises(UnsupportedInput, match=r"torch\.func"):
+        recollect.measure(Inner(), torch.randn(2, 4))
