@@ -59,6 +59,8 @@ _NONDETERMINISTIC_ON_CUDA = frozenset(
 
 #: Operations known to be functions of their declared inputs and recorded random state alone, bit for bit, on every
 #: back end that recollect is tested on. Others are calibrated before they are trusted.
+#: mkldnn_rnn_layer is here because calibration cannot judge it: its workspace has padding that no kernel writes or
+#: reads, and that differs from run to run. A test compares the gradients instead.
 _KNOWN_GOOD = frozenset(
     """
     _adaptive_avg_pool2d _log_softmax _scaled_dot_product_efficient_attention
@@ -68,8 +70,8 @@ _KNOWN_GOOD = frozenset(
     constant_pad_nd convolution copy copy_ cos cos_ div div_ dot elu embedding eq erf exp exp_ expm1 fill fill_
     flip floor full full_like gather ge gelu glu gt hardswish hardtanh index index_select isnan leaky_relu
     leaky_relu_ le lerp log log1p log2 logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_
-    max max_pool2d_with_indices maximum mean min minimum mish mm mul mul_ native_batch_norm cudnn_batch_norm
-    native_dropout native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros nll_loss_forward
+    max max_pool2d_with_indices maximum mean min minimum mish mkldnn_rnn_layer mm mul mul_ native_batch_norm
+    cudnn_batch_norm native_dropout native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros nll_loss_forward
     ones ones_like pow rand rand_like randint randn randn_like reciprocal relu relu_ remainder repeat roll round
     rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort split_with_sizes_copy sqrt
     sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy upsample_bilinear2d
