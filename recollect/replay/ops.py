@@ -72,11 +72,11 @@ _KNOWN_GOOD = frozenset(
     leaky_relu_ le lerp log log1p log2 logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_
     max max_pool2d_with_indices maximum mean min minimum mish mkldnn_rnn_layer mm mul mul_ native_batch_norm
     cudnn_batch_norm native_dropout native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros
-    nll_loss_forward ones ones_like pow rand rand_like randint randn randn_like reciprocal relu relu_ remainder repeat roll round
-    rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort split_with_sizes_copy sqrt
-    sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy upsample_bilinear2d
-    upsample_nearest2d var var_mean where zero_ zeros zeros_like _unsafe_index linear scalar_tensor
-    _fused_rms_norm
+    nll_loss_forward ones ones_like pow rand rand_like randint randn randn_like reciprocal relu relu_ remainder
+    repeat roll round rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort
+    split_with_sizes_copy sqrt sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy
+    upsample_bilinear2d upsample_nearest2d var var_mean where zero_ zeros zeros_like _unsafe_index linear
+    scalar_tensor _fused_rms_norm
     """.split()  # noqa: SIM905  (one word a line would be pages)
 )
 
