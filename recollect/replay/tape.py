@@ -207,6 +207,7 @@ class Tape:
             # see the new contents (running statistics): so does what is held from here on. The plan keeps values that
             # it saw written later, so this is a surprise.
             self._statistics.written_after_drop += 1
+            old.written = True
             if old.refs == old.handles:
                 old.source = alias(tensor)
                 old.version = tensor._version

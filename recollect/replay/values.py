@@ -22,7 +22,8 @@ _Tensor = torch.Tensor
 class TapedValue:
     """What one storage holds between two writes."""
 
-    __slots__ = ("address", "handles", "memo", "nbytes", "op", "output", "refs", "source", "uninitialised", "version")
+    __slots__ = ("address", "handles", "memo", "nbytes", "op", "output", "refs", "source", "uninitialised", "version",
+                 "written")  # fmt: skip
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
         self.address = address
@@ -35,6 +36,7 @@ class TapedValue:
         self.refs = 0  # handles, and operations not yet replayed, that want it
         self.handles = 0  # of those, the handles
         self.uninitialised = False
+        self.written = False  # after it was dropped: its old contents cannot be had any more
 
 
 class Ref:
@@ -141,6 +143,8 @@ def can_rebuild(wanted: TapedValue) -> bool:
     stack = [wanted]
     while stack:
         value = stack.pop()
+        if value.written:
+            return False
         if value in seen or value.refs:  # already demanded, hence already proved
             continue
         seen.add(value)

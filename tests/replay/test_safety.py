@@ -430,3 +430,25 @@ def test_same_bits_is_exact() -> None:
     assert not same_bits(torch.zeros(2), torch.zeros(1, 2))
     assert same_bits(None, None)
     assert not same_bits(None, torch.zeros(1))
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_what_was_computed_from_statistics_before_batch_norm_moved_them_is_kept(calibrate: bool) -> None:
+    """BatchNorm writes running statistics with no mark and no version: `before` must not come from the new ones."""
+    torch.manual_seed(0)
+    x, start = torch.randn(8, 16), torch.randn(8, 16, requires_grad=True)
+    weight = start.detach().clone().requires_grad_()
+
+    def forward(w: Tensor) -> Tensor:
+        mean, var = torch.zeros(16) + 2.0, torch.ones(16) * 3.0
+        before = mean.exp()
+        y = torch.nn.functional.batch_norm(x * w, mean, var, training=True)
+        return (y * before).sin().sum()
+
+    forward(start).backward()
+    with Installed(recipes={}, calibrate=calibrate).region("r"):
+        loss = forward(weight)
+    loss.backward()
+    assert start.grad is not None
+    assert weight.grad is not None
+    assert torch.equal(start.grad, weight.grad)
