@@ -147,16 +147,17 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
     except RuntimeError:
         if not applied.refused:
             raise
-        measured_bytes, mismatches = 0, 0  # replay would have been wrong, and calibration said where
+        # Replay would have been wrong, and calibration said where.
+        measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
     finally:
         trial.restore()
-    if applied.refused:
-        _log.info("calibration refused operations in %d regions; solving again", len(applied.refused))
-        return _without(profile, applied.refused)
-    if mismatches and profile.method == "fake":
+    if mismatches and profile.method == "fake":  # first: positions that were refused are not this profile's either
         _log.info("%d region calls ran other operations than measured; measuring with a real step", mismatches)
         applied.remove()
         return measure_step(model, batch, spec, concrete=True)
+    if applied.refused:
+        _log.info("calibration refused operations in %d regions; solving again", len(applied.refused))
+        return _without(profile, applied.refused)
     if measured_bytes <= plan.budget_bytes:
         return None
     excess = measured_bytes - plan.predicted_peak_bytes
@@ -169,6 +170,8 @@ def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profi
     ops = list(profile.ops)
     for region in profile.regions:
         for position in refused.get(region.key, ()):
+            if position >= region.op_count:  # this call ran more operations than the measured one
+                continue
             index = region.first_op + position
             ops[index] = replace(ops[index], keep_reason="calibration: a second run gave other bits or changed inputs")
     return replace(profile, ops=tuple(ops))

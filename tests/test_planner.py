@@ -287,3 +287,30 @@ def test_repairs_are_logged(
     with caplog.at_level(logging.INFO, logger="recollect"):
         recollect.fit(Net(), BATCH, budget=sum(peaks) // 2, reference_budget_bytes=2**40).remove()
     assert "more than predicted" in caplog.text
+
+
+def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The live run had more operations than the fake one: positions that it refused are not the profile's."""
+    model = Net()
+    spec = planner.StepSpec()
+    profile = planner.measure_step(model, BATCH, spec)
+    plan = planner.full_plan(profile, 2**40)
+    key = profile.regions[2].key
+    beyond = profile.regions[2].op_count
+    guarded = Trial.guarded
+
+    def differs(trial: Trial, steps: int = 1) -> Outcome:
+        outcome = guarded(trial, steps)
+        trial.applied._installed.refused[key] = {0, beyond}
+        return replace(outcome, mismatches=1)
+
+    monkeypatch.setattr(Trial, "guarded", differs)
+    with recollect.apply(model, plan) as applied:
+        repaired = planner._guard(model, BATCH, applied, spec, profile)
+    assert repaired is not None
+    assert repaired.method == "real"
+    assert not any(op.keep_reason.startswith("calibration") for op in repaired.ops)
+
+    marked = planner._without(repaired, {key: {0, beyond}})
+    changed = [place for place, op in enumerate(marked.ops) if op.keep_reason.startswith("calibration")]
+    assert changed == [repaired.regions[2].first_op]
