@@ -187,6 +187,9 @@ class Profile:
     """Time that a planned region costs for each operation that runs in it."""
     tape_ms_per_op: float = 0.0
     """Further time for each operation written to the tape and replayed."""
+    measuring_ms: Mapping[str, float] = field(default_factory=dict)
+    """What measuring itself took, by part: "observing" the step, the "scratch" and the "times" of operations run alone
+    (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""
     baseline_bytes: int = field(init=False)
     """Sum of `baseline`."""
 
@@ -399,6 +402,7 @@ def _check_sizes(profile: Profile) -> None:
     _require(all(size >= 0 for size in profile.baseline.values()), "baseline holds a negative size")
     _require(profile.margin_bytes >= 0, "margin_bytes is negative")
     _require(profile.accumulation_steps >= 1, "accumulation_steps is below 1")
+    _require(all(part >= 0 for part in profile.measuring_ms.values()), "measuring_ms holds a negative time")
     _require(profile.mode_ms_per_op >= 0 and profile.tape_ms_per_op >= 0, "a time per operation is negative")
     for place, storage in enumerate(profile.storages):
         _require(storage.nbytes >= 0, f"storages[{place}] has a negative size")

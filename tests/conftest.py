@@ -1,7 +1,24 @@
-"""Shared by all tests: one thread, a quiet profiler, a fixed seed."""
+"""Shared by all tests: one thread, a quiet profiler, a fixed seed, and a cost cache of their own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's own cache of operation costs is neither read nor written; within a session, costs are shared."""
+    before = {name: os.environ.get(name) for name in ("RECOLLECT_CACHE_DIR", "RECOLLECT_COST_CACHE")}
+    os.environ["RECOLLECT_CACHE_DIR"] = str(tmp_path_factory.mktemp("recollect-cache"))
+    os.environ.pop("RECOLLECT_COST_CACHE", None)
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

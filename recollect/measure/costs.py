@@ -7,6 +7,8 @@ dispatcher shows (convolutions, attention); on CPU from the profiler's memory ev
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
 be run on such data is given the time and scratch zero; so is one that a made-up argument could crash: anything outside
 ATen, and backward kernels that read a workspace which only their own forward can fill (oneDNN's RNN gets it from one).
+
+What a machine has measured once is remembered by `cost_cache`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from recollect._torch_private import (
     profiler_ranges,
     set_grad_enabled_quietly,
 )
+from recollect.measure.cost_cache import Cost, CostCache
 from recollect.measure.signatures import Call, TensorSpec
 from recollect.measure.state import RandomState
 from recollect.records import Signature
@@ -55,25 +58,53 @@ class Alone:
     """Size of each result's storage; 0 for what is not a tensor."""
 
 
-def measure_costs(
-    calls: Sequence[Call], device: torch.device
-) -> tuple[tuple[Signature, ...], dict[int, tuple[int, ...]]]:
-    """Time and scratch of each call, and, by the call's number, the real sizes of its results.
+@dataclass(kw_only=True)
+class Costs:
+    """What every call costs, and what finding that out took."""
 
-    A fake kernel may not know those (oneDNN's RNN decides its workspace while it runs).  Leaves every random generator
-    as it was.
+    signatures: tuple[Signature, ...] = ()
+    output_bytes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """By the call's number, the real sizes of its results. A fake kernel may not know those (oneDNN's RNN decides its
+    workspace while it runs)."""
+    scratch_ms: float = 0.0
+    """Time spent on finding scratch and sizes."""
+    times_ms: float = 0.0
+    """Time spent on finding times."""
+
+
+def measure_costs(calls: Sequence[Call], device: torch.device, cache: CostCache) -> Costs:
+    """Time, scratch and output sizes of each call, from the cache where it knows them.
+
+    Leaves every random generator as it was.
     """
+    found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
+    unknown = [index for index in range(len(calls)) if index not in found]
+    result = Costs()
     random_state = RandomState()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _measure(calls, device)
+            measured = _measure([calls[index] for index in unknown], device, result) if unknown else {}
     finally:
         random_state.restore()
+    for place, cost in measured.items():
+        found[unknown[place]] = cost
+        cache.put(calls[unknown[place]], cost)
+    cache.save()
+    nothing = Cost(0.0, 0, ())
+    result.signatures = tuple(
+        Signature(name=str(call.func), ms=cost.ms, scratch_bytes=cost.scratch_bytes)
+        for call, cost in ((call, found.get(index, nothing)) for index, call in enumerate(calls))
+    )
+    result.output_bytes = {index: cost.output_bytes for index, cost in found.items()}
+    return result
 
 
-def _measure(calls: Sequence[Call], device: torch.device) -> tuple[tuple[Signature, ...], dict[int, tuple[int, ...]]]:
+def _measure(calls: Sequence[Call], device: torch.device, result: Costs) -> dict[int, Cost]:
+    """The cost of each call, by its place; calls that cannot be run alone have none."""
+    begin = time.perf_counter()
     alone = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
+    middle = time.perf_counter()
     best: dict[int, float] = {}
     for round_number in range(_ROUNDS):
         for index, call in enumerate(calls):
@@ -82,15 +113,13 @@ def _measure(calls: Sequence[Call], device: torch.device) -> tuple[tuple[Signatu
             elapsed = _time_ms(call, device, repeats=1 if round_number == 0 else 2)
             if elapsed is not None:
                 best[index] = min(best.get(index, elapsed), elapsed)
-    signatures = tuple(
-        Signature(
-            name=str(call.func),
-            ms=round(best.get(index, 0.0), 6),
-            scratch_bytes=alone[index].scratch_bytes if index in alone else 0,
-        )
-        for index, call in enumerate(calls)
-    )
-    return signatures, {index: found.output_bytes for index, found in alone.items()}
+    result.scratch_ms = (middle - begin) * 1e3
+    result.times_ms = (time.perf_counter() - middle) * 1e3
+    return {
+        index: Cost(round(best[index], 6), found.scratch_bytes, found.output_bytes)
+        for index, found in alone.items()
+        if index in best
+    }
 
 
 def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -17,6 +18,7 @@ import torch
 from recollect._torch_private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from recollect.errors import RecollectError, UnsupportedInput
 from recollect.measure.build import build_tables
+from recollect.measure.cost_cache import CostCache, NoCache
 from recollect.measure.costs import measure_costs
 from recollect.measure.leftovers import forget_fakes
 from recollect.measure.observer import Observation, Observer, round_up
@@ -52,6 +54,7 @@ def measure(
     accumulation_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_norm: float | None = None,
+    cost_cache: bool = True,
 ) -> Profile:
     """Measure one training step.
 
@@ -64,6 +67,9 @@ def measure(
         accumulation_steps: forward and backward passes for each optimizer step.
         autocast: dtype for torch.autocast around forward.
         clip_norm: total gradient norm to clip to before the optimizer step.
+        cost_cache: use, and add to, the costs of single operations that this machine has measured before. The
+            environment variable RECOLLECT_COST_CACHE=off turns that off everywhere; RECOLLECT_CACHE_DIR names the
+            folder.
 
     Raises:
         UnsupportedInput: nothing to train, no scalar loss, a compiled model, several devices.
@@ -75,11 +81,14 @@ def measure(
         autocast=autocast,
         clip_norm=clip_norm,
     )
-    return measure_step(model, batch, spec)
+    return measure_step(model, batch, spec, cost_cache=cost_cache)
 
 
-def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete: bool = False) -> Profile:
+def measure_step(
+    model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete: bool = False, cost_cache: bool = True
+) -> Profile:
     """`measure` for a `StepSpec`; `concrete` skips the fake run."""
+    began = time.perf_counter()
     check_model(model)
     device = device_of(model)
     signatures = SignatureTable()
@@ -100,18 +109,28 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
     if observer is None:
         observer = _observe_concrete(model, batch, spec, signatures)
     seen = observer.seen
+    observed = time.perf_counter()
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
-    table, output_bytes = measure_costs(signatures.calls, device)
+    costs = measure_costs(signatures.calls, device, CostCache(device) if cost_cache else NoCache())
     if method == "fake":
-        _use_real_sizes(seen, output_bytes, device)
+        _use_real_sizes(seen, costs.output_bytes, device)
+    costed = time.perf_counter()
     mode_ms, tape_ms = measure_overhead()
+    mechanism_ms = (time.perf_counter() - costed) * 1e3
     baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
     for storage in seen.storages:
         if storage.component != "activation":
             baseline[storage.component] += storage.nbytes
-    tables = build_tables(seen, region_paths, table)
+    tables = build_tables(seen, region_paths, costs.signatures)
     activation_bytes = sum(s.nbytes for s in seen.storages if s.component == "activation")
+    measuring_ms = {
+        "observing": (observed - began) * 1e3,
+        "scratch": costs.scratch_ms,
+        "times": costs.times_ms,
+        "mechanism": mechanism_ms,
+    }
+    measuring_ms["tables"] = max(0.0, (time.perf_counter() - began) * 1e3 - sum(measuring_ms.values()))
     return Profile(
         model=type(model).__name__,
         fingerprint=fingerprint(model),
@@ -120,7 +139,7 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
         torch_version=torch.__version__,
         threads=torch.get_num_threads(),
         baseline=baseline,
-        signatures=table,
+        signatures=costs.signatures,
         region_paths=region_paths,
         optimizer=", ".join(type(o).__name__ for o in spec.optimizers),
         accumulation_steps=spec.accumulation_steps,
@@ -129,6 +148,7 @@ def measure_step(model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete
         margin_bytes=int(activation_bytes * _DATA_DEPENDENT_MARGIN) if data_dependent else 0,
         mode_ms_per_op=mode_ms,
         tape_ms_per_op=tape_ms,
+        measuring_ms={part: round(ms, 3) for part, ms in measuring_ms.items()},
         **tables,
     )
 
