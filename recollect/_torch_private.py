@@ -63,6 +63,17 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def version_counter(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor whose `_version` moves with the tensor's, and that keeps none of its memory alive."""
+    with torch._C._SetExcludeDispatchKeyGuard(_ADINPLACE, False), torch._C._DisableTorchDispatch():
+        counter = tensor.detach()
+        counter.data = _NOTHING
+    return counter
+
+
+_NOTHING = torch.empty(0)
+
+
 class below_autograd:  # noqa: N801  (used as a statement, like torch.no_grad)
     """Run operations as a kernel would: no autograd, no dispatch modes, no autocast.  Grad mode is restored at the end.
 
@@ -114,6 +125,17 @@ def saved_tensor_hooks_allowed() -> bool:
 def top_dispatch_mode() -> object:
     """The dispatch mode on top of this thread's stack, or None."""
     return torch.utils._python_dispatch._get_current_dispatch_mode()
+
+
+def function_mode_depth() -> int:
+    """How many function modes are on this thread's stack."""
+    return int(torch._C._len_torch_function_stack())
+
+
+def top_function_mode() -> object:
+    """The function mode on top of this thread's stack, or None."""
+    depth = function_mode_depth()
+    return torch._C._get_function_stack_at(depth - 1) if depth else None
 
 
 def current_graph_task() -> int:

@@ -18,6 +18,7 @@ from recollect.measure.profiler import fingerprint
 from recollect.measure.step import StepSpec, check_model
 from recollect.records import Plan, Profile, Verdict
 from recollect.replay.cursor import LOSS, ROOT
+from recollect.replay.exposure import with_fast_paths
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.session import Installed
 from recollect.replay.statistics import Statistics
@@ -68,7 +69,7 @@ class Applied:
         """What the guarded run found; None until something ran it."""
         self._model = model
         self._spec = spec
-        self._installed = Installed(recipes=_live_recipes(plan))
+        self._installed = Installed(recipes=_live_recipes(plan), fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
         if not plan.is_plain:
             self._install()

@@ -26,7 +26,7 @@ from recollect._torch_private import (
 from recollect.measure.signatures import SignatureTable
 from recollect.records import Event, EventKind
 from recollect.replay import safety
-from recollect.replay.ops import OpInfo, describe, mutated_tensors, result_tensors, tensors_in
+from recollect.replay.ops import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 
 
 @dataclass(slots=True)
@@ -214,7 +214,8 @@ class Observer(DispatchMode):
         reason = safety.blocker(info, types, tensors, device.type)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
             reason = "its random state cannot be recorded"
-        inputs = [value for tensor in tensors if (value := self._value_of(tensor)) >= 0]
+        moved = undeclared_writes(info, args)  # running statistics, which replay leaves out
+        inputs = [value for t in tensors if (value := self._value_of(t)) >= 0 and not any(t is m for m in moved)]
         if not reason:
             for tensor in tensors:
                 value = self._value_of(tensor)
@@ -234,6 +235,8 @@ class Observer(DispatchMode):
             random_state_bytes=self._random_state_bytes if info.is_random else 0,
         )
         result = func(*args, **kwargs)
+        for tensor in moved:
+            self._overwrite(tensor)
         for position, tensor in enumerate(written.values()):
             op.outputs.append(self._overwrite(tensor, op_index, -1 - position))
         for position, tensor in enumerate(result_tensors(result)):

@@ -178,6 +178,13 @@ def mutated_tensors(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any])
     return found
 
 
+def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Tensors that the call writes although the operation's schema does not say so."""
+    if not info.undeclared_writes or not args[info.training_flag]:
+        return []
+    return tensors_in([args[place] for place in info.undeclared_writes])
+
+
 def tensors_in(arguments: Any) -> list[torch.Tensor]:
     """Tensors in (possibly nested) argument lists, in order."""
     found: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ otherwise it leaves them and lets operations pass through.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +23,18 @@ from recollect._torch_private import (
     DispatchMode,
     current_graph_task,
     dispatch_depth,
+    function_mode_depth,
     saved_tensor_hooks_allowed,
     top_dispatch_mode,
+    top_function_mode,
     top_saved_tensor_hooks,
 )
 from recollect.errors import UnsupportedInput
 from recollect.replay.calibration import Calibrator
 from recollect.replay.cursor import LOSS, RegionCursor
-from recollect.replay.ops import describe, mutated_tensors
+from recollect.replay.exposure import ExposureWatch
+from recollect.replay.ops import OpInfo, describe, mutated_tensors, undeclared_writes
+from recollect.replay.pending import Pending
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
 from recollect.replay.tape import Tape
@@ -54,6 +58,9 @@ class Installed:
     calibrated: set[str] = field(default_factory=set)
     verified: set[str] = field(default_factory=set)
     """Operators that calibration found replayable."""
+    pending: Pending = field(default_factory=Pending)
+    fast_paths: Sequence[torch.nn.Module] = ()
+    """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
     sessions: dict[int, Session] = field(default_factory=dict)
     """Open sessions by thread."""
 
@@ -96,6 +103,12 @@ class Session(DispatchMode):
     def __init__(self, installed: Installed) -> None:
         super().__init__()
         self._installed = installed
+        self._pending = installed.pending
+        self._pending.prune()
+        self._busy = False  # inside our own code, which asks for storages, too
+        self._watch: ExposureWatch | None = None
+        if all(module.training for module in installed.fast_paths):
+            self._watch = ExposureWatch(self._expose)
         self._cursor = RegionCursor()
         self._tape: Tape | None = None
         self._active = False
@@ -150,7 +163,7 @@ class Session(DispatchMode):
         if installed.calibrate and key not in installed.calibrated:
             installed.calibrated.add(key)
             calibrator = Calibrator(refused, installed.verified)
-        self._tape = Tape(recipe, installed.statistics, refused, calibrator)
+        self._tape = Tape(recipe, installed.statistics, refused, installed.pending, calibrator)
 
     def _is_others_business(self) -> bool:
         """Somebody else's saved-tensor hooks are in force, or such hooks are forbidden (`torch.func.grad`).
@@ -165,23 +178,30 @@ class Session(DispatchMode):
 
     def _end_tape(self) -> None:
         if self._tape is not None:
+            was_busy, self._busy = self._busy, True
             self._tape.seal()
+            self._busy = was_busy
             self._tape = None
 
     def _beneath(self) -> object:
         """What lies on PyTorch's stacks beneath our own mode and hooks; None if ours are not on top."""
         if not self._active:
-            return dispatch_depth(), top_saved_tensor_hooks()
+            return dispatch_depth(), top_saved_tensor_hooks(), function_mode_depth()
         if not self._on_top():
             return None
         self._pop()
-        below = dispatch_depth(), top_saved_tensor_hooks()
+        below = dispatch_depth(), top_saved_tensor_hooks(), function_mode_depth()
         self._push()
         return below
 
     def _on_top(self) -> bool:
         hooks = top_saved_tensor_hooks()
-        return top_dispatch_mode() is self and isinstance(hooks, tuple) and hooks[0] is self._pack_hook
+        return (
+            top_dispatch_mode() is self
+            and isinstance(hooks, tuple)
+            and hooks[0] is self._pack_hook
+            and (self._watch is None or top_function_mode() is self._watch)
+        )
 
     def _switch(self, active: bool) -> None:
         if active == self._active:
@@ -194,26 +214,51 @@ class Session(DispatchMode):
     def _push(self) -> None:
         self._hooks.__enter__()
         self.put_on()
+        if self._watch is not None:
+            self._watch.put_on()
         self._active = True
 
     def _pop(self) -> None:
+        if self._watch is not None:
+            self._watch.take_off()
         self.take_off()
         self._hooks.__exit__(None, None, None)
         self._active = False
 
+    def _expose(self, tensor: torch.Tensor) -> None:
+        if self._busy or current_graph_task() >= 0:
+            return
+        if self._tape is not None:
+            self._tape.about_to_write(tensor)
+        self._pending.expose(tensor)
+
     def _pack(self, tensor: torch.Tensor) -> Any:
         tape = self._tape
-        return Kept(tensor) if tape is None else tape.pack(tensor)
+        was_busy, self._busy = self._busy, True
+        try:
+            return Kept(tensor) if tape is None else tape.pack(tensor)
+        finally:
+            self._busy = was_busy
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tape = self._tape
-        if tape is None:
-            return func(*args, **kwargs)
         info = describe(func)
         if info.is_view:
+            return func(*args, **kwargs)
+        was_busy, self._busy = self._busy, True
+        try:
+            return self._run(func, info, types, args, kwargs)
+        finally:
+            self._busy = was_busy
+
+    def _run(self, func: Any, info: OpInfo, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if info.mutates or info.undeclared_writes:
+            for tensor in (*mutated_tensors(info, args, kwargs), *undeclared_writes(info, args)):
+                self._pending.before_write(tensor)
+        tape = self._tape
+        if tape is None:
             return func(*args, **kwargs)
         if current_graph_task() >= 0:  # a backward inside forward: not the region's own, but its writes count
             if self._cursor.depth == 1 and self._cursor.path == LOSS:

@@ -17,10 +17,13 @@ So each operation runs at most once, and memory falls as backward goes on.  `rec
 Invariants
 ----------
 * The live tape decides what is safe; the plan is only a hint about what is worth dropping.
-* A source written after it was recorded is noticed: inside the region because the write is seen (the old contents are
-  copied first if something needs them), later by its version counter (then replay refuses).
-* Blind spots: a write that neither goes through the dispatcher nor moves a version counter.  The calibrating first call
-  of each region compares checksums to find such writes; see `calibration`.
+* A source written after it was recorded is noticed: inside this region or a later one because the write is seen (the
+  old contents are copied first if something needs them), elsewhere by its version counter (then replay refuses).
+* A dropped tensor that is written afterwards is read as plain autograd reads it: refused if its version moved, else with
+  the new contents.
+* Blind spots: a write that neither goes through the dispatcher, nor moves a version counter, nor comes from memory that
+  was seen to be handed out (`exposure`).  The calibrating first call of each region compares checksums to find such
+  writes; see `calibration`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from recollect._torch_private import (
 )
 from recollect.replay import safety
 from recollect.replay.calibration import Calibrator
-from recollect.replay.ops import OpInfo, mutated_tensors, result_tensors, tensors_in
+from recollect.replay.ops import OpInfo, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from recollect.replay.pending import Pending
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
 from recollect.replay.values import (
@@ -50,11 +54,13 @@ from recollect.replay.values import (
     Ref,
     TapedOp,
     TapedValue,
+    before_write,
     can_rebuild,
     changed_error,
     contents,
     copy_of_storage,
     demand,
+    may_be_statistics,
     rebuild,
     unref,
     written_refs,
@@ -68,16 +74,23 @@ class Tape:
     """Records one region call and replays parts of it.  Forward is one thread's; replay may be any thread's."""
 
     def __init__(
-        self, recipe: LiveRecipe | None, statistics: Statistics, refused: set[int], calibrator: Calibrator | None = None
+        self,
+        recipe: LiveRecipe | None,
+        statistics: Statistics,
+        refused: set[int],
+        pending: Pending,
+        calibrator: Calibrator | None = None,
     ) -> None:
         self._recipe = recipe
         self._on_plan = recipe is not None
         self._statistics = statistics
         self._refused = refused
+        self._pending = pending
         self._calibrator = calibrator
         self._position = 0
         self._current: dict[int, TapedValue] = {}  # storage address -> what it holds now
         self._held: list[TapedValue] = []  # sources taken while recording
+        self._movable: list[TapedValue] = []  # of those, what may be running statistics, not copied yet
         self._ops: list[TapedOp] = []
         self._split: set[int] = set()  # storages whose parts have version counters of their own
         self._streams: dict[int, int] = {}
@@ -100,6 +113,7 @@ class Tape:
             else:
                 self._on_plan = False
                 self._statistics.mismatches += 1
+                self._copy_movable()
         if position in self._refused:
             record = False
         op = self._record(position, func, info, types, args, kwargs) if record else None
@@ -109,9 +123,8 @@ class Tape:
         mutated = mutated_tensors(info, args, kwargs) if info.mutates else []
         for tensor in mutated:
             self.about_to_write(tensor)
-        if info.undeclared_writes and args[info.training_flag]:
-            for tensor in tensors_in([args[place] for place in info.undeclared_writes]):
-                self.about_to_write(tensor)
+        for tensor in undeclared_writes(info, args):
+            self.about_to_write(tensor)
         result = func(*args, **kwargs)
         if info.splits_silently:
             self._split.add(storage_key(args[0]))
@@ -135,6 +148,9 @@ class Tape:
             tensors += tensors_in(kwargs.values())
         device = safety.call_device(tensors, kwargs)
         if safety.blocker(info, types, tensors, device.type):
+            return None
+        exposed = self._pending.exposed
+        if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
             return None
         op = TapedOp(position, func, info)
         op.grad = torch.is_grad_enabled()
@@ -168,11 +184,22 @@ class Tape:
             if value.source is None and (value.op is None or self._is_kept(value)) and not value.uninitialised:
                 value.source = alias(argument)
                 self._held.append(value)
+                if may_be_statistics(argument):
+                    self._movable.append(value)
+                    if not self._on_plan:
+                        self._copy_movable()
             inputs[value] = None
             return Ref(value, argument)
         if isinstance(argument, list | tuple):
             return type(argument)(self._note(a, inputs) for a in argument)
         return argument
+
+    def _copy_movable(self) -> None:
+        """A plan knows which statistics move later, and drops nothing that is computed from them. Without it, copy."""
+        for value in self._movable:
+            if value.source is not None:
+                value.source = copy_of_storage(value.source)
+        self._movable = []
 
     def _is_kept(self, value: TapedValue) -> bool:
         op = value.op
@@ -202,24 +229,10 @@ class Tape:
         old = self._current.pop(key, None)
         if old is None:
             return
-        if old.handles and old.source is None and old.memo is None:
-            # Saved, dropped, and now written. Plain autograd would refuse this at the read if the version moved, else
-            # see the new contents (running statistics): so does what is held from here on. The plan keeps values that
-            # it saw written later, so this is a surprise.
-            self._statistics.written_after_drop += 1
-            old.written = True
-            if old.refs == old.handles:
-                old.source = alias(tensor)
-                old.version = tensor._version
-                return
-            old.op = None  # an operation needs the old contents, too: refuse at the read
-        if old.source is None:
-            return
-        if old.refs:  # somebody will need the old contents
-            old.source = copy_of_storage(old.source)
-            old.version = old.source._version
-        else:
-            old.source = None
+        if old.handles and old.live is None:
+            self._statistics.written_after_drop += 1  # the plan keeps what it saw written: this is a surprise
+        with self._lock:
+            before_write(old, tensor)
 
     def _register(self, op: TapedOp | None, info: OpInfo, mutated: list[_Tensor], result: Any) -> None:
         if op is None:
@@ -268,7 +281,7 @@ class Tape:
             demand(value)
             value.handles += 1
         self._statistics.dropped_slots += 1
-        return Handle(self, Ref(value, tensor))
+        return Handle(self, Ref(value, tensor), tensor)
 
     def _same_stream(self, tensor: _Tensor) -> bool:
         """Replay runs on the stream of the node that reads, which is right only if the region used one stream."""
@@ -287,10 +300,16 @@ class Tape:
                     value.version = value.source._version
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
                         value.source = value.op = None
+                    else:
+                        self._pending.add(storage_key(value.source), value, self._lock)
+            for key, value in self._current.items():
+                if value.handles:
+                    self._pending.add(key, value, self._lock)
             for op in self._ops:
                 if not op.demanded:
                     op.forget()
             self._held = []
+            self._movable = []
             self._ops = []
             self._current = {}
             self._split = set()
@@ -300,13 +319,18 @@ class Tape:
 
     def read(self, handle: Handle) -> _Tensor:
         """The dropped tensor, rebuilt."""
+        handle.check_version()
+        value = handle.ref.value
         with self._lock, below_autograd():
-            return handle.ref.build(self._need(handle.ref.value))
+            storage = self._need(value) if value.live is None else value.live.untyped_storage()
+            return handle.ref.build(storage)
 
     def release(self, value: TapedValue) -> None:
         """A handle died."""
         with self._lock:
             value.handles -= 1
+            if not value.handles:
+                value.live = None
             unref([value])
 
     def _need(self, wanted: TapedValue) -> torch.UntypedStorage:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recollect._torch_private import WeakStorage, alias, below_autograd, with_lazy_bits
+from recollect._torch_private import WeakStorage, alias, below_autograd, storage_key, version_counter, with_lazy_bits
 from recollect.replay.ops import OpInfo
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ _Tensor = torch.Tensor
 class TapedValue:
     """What one storage holds between two writes."""
 
-    __slots__ = ("address", "handles", "memo", "nbytes", "op", "output", "refs", "source", "uninitialised", "version",
-                 "written")  # fmt: skip
+    __slots__ = ("__weakref__", "address", "handles", "live", "memo", "nbytes", "op", "output", "refs", "source",
+                 "uninitialised", "version")  # fmt: skip
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
         self.address = address
@@ -36,7 +36,7 @@ class TapedValue:
         self.refs = 0  # handles, and operations not yet replayed, that want it
         self.handles = 0  # of those, the handles
         self.uninitialised = False
-        self.written = False  # after it was dropped: its old contents cannot be had any more
+        self.live: _Tensor | None = None  # written after it was dropped: what plain autograd would read
 
 
 class Ref:
@@ -92,11 +92,18 @@ class TapedOp:
 class Handle:
     """What autograd holds instead of a dropped tensor."""
 
-    __slots__ = ("ref", "tape")
+    __slots__ = ("counter", "ref", "tape", "version")
 
-    def __init__(self, tape: Tape, ref: Ref) -> None:
+    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor) -> None:
         self.tape = tape
         self.ref = ref
+        self.counter = version_counter(tensor)
+        self.version = tensor._version
+
+    def check_version(self) -> None:
+        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
+        if self.counter._version != self.version:
+            raise modified_error(self.ref.dtype, self.ref.size, self.counter._version, self.version)
 
     def __del__(self) -> None:
         self.tape.release(self.ref.value)
@@ -116,12 +123,7 @@ class Kept:
     def read(self) -> _Tensor:
         """The tensor; raises as plain autograd does if it was written after being saved."""
         if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
-                f"{self.version} instead. Plain PyTorch refuses this too: do not modify a tensor in place after a "
-                "differentiable operation used it."
-            )
+            raise modified_error(self.tensor.dtype, self.tensor.shape, self.tensor._version, self.version)
         return self.tensor
 
 
@@ -143,8 +145,6 @@ def can_rebuild(wanted: TapedValue) -> bool:
     stack = [wanted]
     while stack:
         value = stack.pop()
-        if value.written:
-            return False
         if value in seen or value.refs:  # already demanded, hence already proved
             continue
         seen.add(value)
@@ -211,6 +211,51 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
         return copy
+
+
+#: More channels than any normalisation has.
+_STATISTICS_BYTES = 64 << 10
+
+
+def may_be_statistics(tensor: _Tensor) -> bool:
+    """Running statistics look like this, and normalisation moves them with no mark and no version: hold a copy.
+
+    The write is seen where the engine watches, but the normalisation may be in a region that is left untouched.
+    """
+    return (
+        tensor.dim() == 1
+        and type(tensor) is _Tensor
+        and tensor.is_floating_point()
+        and not tensor.requires_grad
+        and tensor.untyped_storage().nbytes() <= _STATISTICS_BYTES
+    )
+
+
+def before_write(value: TapedValue, tensor: _Tensor) -> None:
+    """The storage that `tensor` shows is about to be written: keep what is still needed of `value`, which is in it."""
+    if value.handles and value.live is None:
+        # Plain autograd holds this storage: it would refuse at the read if the version moved, else see the new contents
+        # (`.data`, NumPy, running statistics). So does what is held from here on.
+        value.live = alias(tensor)
+    source = value.source
+    if source is None or storage_key(source) != storage_key(tensor):
+        return
+    if value.version is not None and source._version != value.version:
+        return  # too late: it was written where nobody looked
+    if value.refs:  # somebody will need the old contents
+        value.source = copy_of_storage(source)
+        value.version = value.source._version
+    else:
+        value.source = None
+
+
+def modified_error(dtype: torch.dtype, shape: torch.Size, version: int, expected: int) -> RuntimeError:
+    """What plain autograd raises when a saved tensor was written afterwards."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{dtype} {list(shape)} is at version {version}; expected version {expected} instead. Plain PyTorch refuses "
+        "this too: do not modify a tensor in place after a differentiable operation used it."
+    )
 
 
 def changed_error(source: _Tensor, how: str) -> RuntimeError:

@@ -102,7 +102,7 @@ def test_hidden_write_inside_the_region(function: Callable[[Tensor, Tensor], Ten
 
 
 def test_hidden_write_into_a_source_at_the_end_of_the_region_is_an_error() -> None:
-    array = np.ones(16, dtype=np.float32)
+    array = np.ones((1, 16), dtype=np.float32)
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         array[:] = 1
@@ -115,7 +115,7 @@ def test_hidden_write_into_a_source_at_the_end_of_the_region_is_an_error() -> No
 
 
 def test_hidden_write_into_a_source_after_the_region_is_an_error() -> None:
-    array = np.ones(16, dtype=np.float32)
+    array = np.ones((1, 16), dtype=np.float32)
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         array[:] = 1
@@ -137,17 +137,6 @@ def test_data_written_inside_the_region() -> None:
         return z.tanh() * doubled.cos() * y
 
     assert_same(function)
-
-
-def test_data_written_after_being_saved_is_an_error() -> None:
-    def function(x: Tensor, w: Tensor) -> Tensor:
-        y = x @ w
-        z = y.sin()  # saves y
-        y.data.mul_(3)  # plain PyTorch silently reads the new contents
-        return z
-
-    replayed = run(function, replay=True)
-    assert "cannot rebuild" in str(replayed.error)
 
 
 def test_saved_value_overwritten_is_refused_as_plain_refuses_it() -> None:
@@ -172,7 +161,7 @@ def test_saved_region_output_overwritten_outside_is_refused_as_plain_refuses_it(
 @pytest.mark.parametrize("written", [False, True])
 def test_source_written_after_the_region_is_an_error_not_another_gradient(written: bool) -> None:
     """Plain PyTorch has no use for the source any more; replay has."""
-    offset = torch.ones(16)
+    offset = torch.ones(1, 16)
 
     def backward(loss: Tensor) -> None:
         if written:

@@ -1,0 +1,63 @@
+"""Sees a tensor's memory being handed out: `numpy()`, `data_ptr()` and their kin.
+
+Who has the address may write there at any moment, past the dispatcher and past version counters.  Such a tensor is
+therefore held as plain autograd holds it, and nothing that reads it is replayed.  What `.data` gives needs no watching:
+it is a tensor, and operations on it are seen.
+
+Blind spots: C++ functions that take a tensor without being registered operators, `torch.utils.dlpack.to_dlpack` (not
+`Tensor.__dlpack__`), and memory that PyTorch was given (`torch.from_numpy`), whose address was always known.  The
+checksums of a region's calibrating first call are for these; see `calibration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_HANDS_OUT_MEMORY = frozenset(
+    {
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage,
+        torch.Tensor.storage,
+        torch.Tensor.__cuda_array_interface__.__get__,
+    }
+)
+
+#: In eval mode and without gradients these take another kernel, but only while no function mode is on.
+_FAST_PATHS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
+
+
+class ExposureWatch(TorchFunctionMode):
+    """Calls `on_exposed` with each tensor whose memory is handed out; parameters excepted, which kernels only read."""
+
+    def __init__(self, on_exposed: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._on_exposed = on_exposed
+
+    def put_on(self) -> None:
+        """Put it on this thread's stack of function modes."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def take_off(self) -> None:
+        """Take it off; it must be on top."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _HANDS_OUT_MEMORY:
+            tensor = args[0]
+            if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+                self._on_exposed(tensor)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def with_fast_paths(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules of the model that compute otherwise while a function mode is on, if they are in eval mode."""
+    return [module for module in model.modules() if isinstance(module, _FAST_PATHS)]
