@@ -19,8 +19,8 @@ Invariants
 * The live tape decides what is safe; the plan is only a hint about what is worth dropping.
 * A source written after it was recorded is noticed: inside this region or a later one because the write is seen (the
   old contents are copied first if something needs them), elsewhere by its version counter (then replay refuses).
-* A dropped tensor that is written afterwards is read as plain autograd reads it: refused if its version moved, else with
-  the new contents.
+* A dropped tensor that is written afterwards is read as plain autograd reads it: refused if its version moved, else
+  with the new contents.
 * Blind spots: a write that neither goes through the dispatcher, nor moves a version counter, nor comes from memory that
   was seen to be handed out (`exposure`).  The calibrating first call of each region compares checksums to find such
   writes; see `calibration`.
