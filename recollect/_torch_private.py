@@ -107,6 +107,24 @@ def set_grad_enabled_quietly(enabled: bool) -> None:
     torch._C._set_grad_enabled(enabled)
 
 
+def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:
+    """Set version counters: of tensors that have again the contents that they had at that version."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def tensor_hooks(tensor: torch.Tensor) -> dict[str, dict[int, Any] | None]:
+    """The dictionaries of a tensor's hooks by kind, None where it never had one: there is no public list of them."""
+    return {name: getattr(tensor, name) for name in _TENSOR_HOOKS}
+
+
+def drop_tensor_hooks(tensor: torch.Tensor, kind: str) -> None:
+    """Make the tensor one that never had hooks of this kind."""
+    setattr(tensor, kind, None)
+
+
 def dispatch_depth() -> int:
     """How many dispatch modes are on this thread's stack."""
     return torch._C._len_torch_dispatch_stack()

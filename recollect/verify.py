@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from recollect import meter
 from recollect.apply import Applied, apply
 from recollect.errors import UnsupportedInput
+from recollect.measure.host_copy import CopyFile, HostCopy, difference, same_contents
 from recollect.measure.state import RandomState, TrainingState
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, device_of
 from recollect.records import Plan, Verdict
-from recollect.replay.calibration import same_bits
 from recollect.verify_regions import compare_regions
 
 _TIMING_ROUNDS = 3
@@ -90,9 +90,9 @@ def verify_applied(
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run of several steps left behind, copied to host memory."""
+    """What a run of several steps left behind, copied out of the device's memory."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, HostCopy]
     random_state: RandomState
     peak_bytes: int
     replayed_ops: int
@@ -110,14 +110,21 @@ class Trial:
         self.device = device_of(model)
         self._spec = spec
         self._planned_spec = replace(spec, around_loss=applied.step)
-        self._given = TrainingState(model, spec.optimizers)
+        self._given = TrainingState(model, spec.optimizers, also=(batch,))
+        try:
+            self._reach_steady_state()
+            self._start = TrainingState(model, spec.optimizers, also=(batch,))
+        except BaseException:
+            self.restore()
+            raise
+
+    def _reach_steady_state(self) -> None:
         # Steady state: gradients resident and optimizer state allocated, as in every step but the first.
-        for parameter in model.parameters():
+        for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for optimizer in spec.optimizers:
+        for optimizer in self._spec.optimizers:
             optimizer.step()
-        self._start = TrainingState(model, spec.optimizers)
 
     def restore(self) -> None:
         """Put the model back as it was given."""
@@ -130,31 +137,32 @@ class Trial:
             self._planned_spec.run(self.model, self.batch)
         return self.run(steps, planned=True)
 
-    def run(self, steps: int, *, planned: bool) -> Outcome:
-        """`steps` steps from the fixed state."""
+    def run(self, steps: int, *, planned: bool, inside: AbstractContextManager[None] | None = None) -> Outcome:
+        """`steps` steps from the fixed state, inside a further context."""
         self._start.restore()
         spec = self._planned_spec if planned else self._spec
         counts = self.applied.statistics
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, HostCopy] = {}
+        copies = CopyFile()
         peak_bytes = 0
-        with nullcontext() if planned else self.applied.paused():
+        with inside or nullcontext(), nullcontext() if planned else self.applied.paused():
             for step in range(1, steps + 1):
                 counts.reset()
                 resident = meter.resident_bytes(self.model, self.batch, self._spec.optimizers)
                 step_loss, peak = meter.measure_peak(lambda: spec.run(self.model, self.batch), resident, self.device)
                 peak_bytes = max(peak_bytes, peak)
-                tensors[f"loss of step {step}"] = step_loss.to("cpu", copy=True)
+                tensors[f"loss of step {step}"] = HostCopy(step_loss, copies)
                 if step < steps:
                     for parameter in self.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.zero_()
         replayed, mismatches = counts.replayed_ops, counts.mismatches + counts.unplanned_calls
         for name, parameter in self.model.named_parameters():
-            tensors[f"parameter {name}"] = parameter.detach().to("cpu", copy=True)
+            tensors[f"parameter {name}"] = HostCopy(parameter, copies)
             if parameter.grad is not None:
-                tensors[f"gradient of {name}"] = parameter.grad.to("cpu", copy=True)
+                tensors[f"gradient of {name}"] = HostCopy(parameter.grad, copies)
         for name, buffer in self.model.named_buffers():
-            tensors[f"buffer {name}"] = buffer.detach().to("cpu", copy=True)
+            tensors[f"buffer {name}"] = HostCopy(buffer, copies)
         return Outcome(
             tensors=tensors,
             random_state=RandomState(),
@@ -167,10 +175,11 @@ class Trial:
         """Median step times (planned, plain), the runs interleaved; plain is 0 unless asked for."""
         planned_ms: list[float] = []
         plain_ms: list[float] = []
-        self._start.restore()
         for _ in range(_TIMING_ROUNDS):
+            self._start.restore()
             planned_ms.append(meter.time_ms(lambda: self._planned_spec.run(self.model, self.batch), self.device))
             if plain:
+                self._start.restore()
                 with self.applied.paused():
                     plain_ms.append(meter.time_ms(lambda: self._spec.run(self.model, self.batch), self.device))
         return statistics.median(planned_ms), statistics.median(plain_ms) if plain else 0.0
@@ -179,11 +188,11 @@ class Trial:
 def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
     first = trial.run(steps, planned=False)
     second = trial.run(steps, planned=False)
-    not_reproducible = {name for name, t in first.tensors.items() if not same_bits(t, second.tensors[name])}
+    not_reproducible = {name for name, t in first.tensors.items() if not same_contents(t, second.tensors[name])}
     differing = {
-        name: _difference(t, planned.tensors.get(name))
+        name: difference(t, planned.tensors.get(name))
         for name, t in first.tensors.items()
-        if name not in not_reproducible and not same_bits(t, planned.tensors.get(name))
+        if name not in not_reproducible and not same_contents(t, planned.tensors.get(name))
     }
     rng_equal = first.random_state.equals(planned.random_state)
     step_ms, plain_ms = trial.times_ms(plain=True)
@@ -218,7 +227,7 @@ def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
 
 def _per_region(trial: Trial, planned: Outcome, steps: int) -> Verdict:
     plan = trial.plan
-    found = compare_regions(trial.model, trial.applied, lambda: trial.run(1, planned=True))
+    found = compare_regions(trial.model, trial.applied, lambda inside: trial.run(1, planned=True, inside=inside))
     step_ms, _ = trial.times_ms(plain=False)
     within = planned.peak_bytes <= plan.budget_bytes
     ok: bool | None = not found.differing and within
@@ -254,12 +263,3 @@ def _per_region(trial: Trial, planned: Outcome, steps: int) -> Verdict:
 
 def _none_of(differing: dict[str, float], *kinds: str) -> bool:
     return not any(name.startswith(kinds) or f": {kind}" in name for name in differing for kind in kinds)
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor | None) -> float:
-    if b is None or a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf")
-    if a.numel() == 0:
-        return 0.0
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    return float((a.to(wide) - b.to(wide)).abs().nan_to_num(nan=float("inf")).max())

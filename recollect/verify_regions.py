@@ -7,7 +7,8 @@ listed as unverified.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 
 from recollect._torch_private import tree_leaves, tree_map
 from recollect.apply import Applied, RegionForward
+from recollect.measure.host_copy import CopyFile, HostCopy, difference, same_contents
 from recollect.measure.state import RandomState, TrainingState
-from recollect.replay.calibration import same_bits
 
 
 @dataclass(kw_only=True)
@@ -31,9 +32,9 @@ class RegionComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnHost:
-    """A tensor argument, kept in host memory."""
+    """A tensor argument, kept outside the device's memory."""
 
-    tensor: torch.Tensor
+    contents: HostCopy
     device: torch.device
     requires_grad: bool
 
@@ -45,8 +46,12 @@ class _Call:
     random_state: RandomState
 
 
-def compare_regions(model: torch.nn.Module, applied: Applied, run_step: Callable[[], object]) -> RegionComparison:
-    """Compare the first call of each recipe; `run_step` takes a planned step, from which the inputs come."""
+def compare_regions(
+    model: torch.nn.Module, applied: Applied, run_step: Callable[[AbstractContextManager[None]], object]
+) -> RegionComparison:
+    """Compare the first call of each recipe.  `run_step` restores the model and takes a planned step inside the given
+    context, from which the inputs come.
+    """
     plan = applied.plan
     first_of_recipe: dict[int, str] = {}
     for region in plan.regions:
@@ -55,7 +60,8 @@ def compare_regions(model: torch.nn.Module, applied: Applied, run_step: Callable
             if "/" in first_of_recipe[region.recipe] and "/" not in region.key:
                 first_of_recipe[region.recipe] = region.key
     wanted = set(first_of_recipe.values())
-    calls = _capture(model, wanted, run_step)
+    calls: dict[str, _Call] = {}
+    run_step(_capturing(model, wanted, calls))
     result = RegionComparison()
     state = TrainingState(model, ())
     for key in sorted(wanted):
@@ -69,11 +75,18 @@ def compare_regions(model: torch.nn.Module, applied: Applied, run_step: Callable
     return result
 
 
-def _capture(model: torch.nn.Module, wanted: set[str], run_step: Callable[[], object]) -> dict[str, _Call]:
-    """Inputs (in host memory) of the wanted whole-module calls of one step."""
-    calls: dict[str, _Call] = {}
+@contextmanager
+def _capturing(model: torch.nn.Module, wanted: set[str], calls: dict[str, _Call]) -> Iterator[None]:
+    """Note the inputs of the wanted whole-module calls, outside the device's memory."""
     counts: dict[str, int] = {}
     handles = []
+    file = CopyFile()
+
+    def save(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return _OnHost(contents=HostCopy(leaf, file), device=leaf.device, requires_grad=leaf.requires_grad)
+
     paths = {key.rsplit("#", 1)[0] for key in wanted if "/" not in key and not key.startswith("<")}
 
     def watch(path: str, module: torch.nn.Module) -> None:
@@ -83,7 +96,7 @@ def _capture(model: torch.nn.Module, wanted: set[str], run_step: Callable[[], ob
             key = f"{path}#{counts.get(path, 0)}"
             counts[path] = counts.get(path, 0) + 1
             if key in wanted and _is_leaf_region(module):
-                arguments = tree_map(_to_host, (args, kwargs))
+                arguments = tree_map(save, (args, kwargs))
                 calls[key] = _Call(module=module, arguments=arguments, random_state=RandomState())
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -92,11 +105,10 @@ def _capture(model: torch.nn.Module, wanted: set[str], run_step: Callable[[], ob
         if path in paths:
             watch(path, module)
     try:
-        run_step()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return calls
 
 
 def _is_leaf_region(module: torch.nn.Module) -> bool:
@@ -106,12 +118,6 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
     )
 
 
-def _to_host(leaf: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return _OnHost(tensor=leaf.detach().to("cpu", copy=True), device=leaf.device, requires_grad=leaf.requires_grad)
-
-
 def _compare(key: str, call: _Call, applied: Applied, state: TrainingState, result: RegionComparison) -> bool | None:
     try:
         plain = _run(call, applied, state, planned=False)
@@ -119,21 +125,15 @@ def _compare(key: str, call: _Call, applied: Applied, state: TrainingState, resu
         planned = _run(call, applied, state, planned=True)
     except (RuntimeError, TypeError):
         return None
-    for name, tensor in plain.items():
-        if not same_bits(tensor, again[name]):
+    for name, contents in plain.items():
+        if not same_contents(contents, again.get(name)):
             result.not_reproducible.append(f"{key}: {name}")
-        elif not same_bits(tensor, planned.get(name)):
-            other = planned.get(name)
-            wide = torch.float64
-            result.differing[f"{key}: {name}"] = (
-                float((tensor.to(wide) - other.to(wide)).abs().max())
-                if other is not None and other.shape == tensor.shape and tensor.numel()
-                else float("inf")
-            )
+        elif not same_contents(contents, planned.get(name)):
+            result.differing[f"{key}: {name}"] = difference(contents, planned.get(name))
     return True
 
 
-def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) -> dict[str, torch.Tensor]:
+def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) -> dict[str, HostCopy]:
     state.restore()
     call.random_state.restore()
     inputs: list[torch.Tensor] = []
@@ -141,7 +141,8 @@ def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) 
     def back(leaf: Any) -> Any:
         if not isinstance(leaf, _OnHost):
             return leaf
-        moved = leaf.tensor.to(leaf.device, copy=True).requires_grad_(leaf.requires_grad)
+        moved = leaf.contents.load().to(leaf.device, copy=leaf.device.type != "cpu")
+        moved.requires_grad_(leaf.requires_grad)
         if not leaf.requires_grad:
             return moved
         inputs.append(moved)
@@ -156,20 +157,21 @@ def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) 
     else:
         with applied.paused():
             output = module(*args, **kwargs)
-    found: dict[str, torch.Tensor] = {}
+    file = CopyFile()
+    found: dict[str, HostCopy] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
     for index, tensor in enumerate(outputs):
-        found[f"output {index}"] = tensor.detach().to("cpu", copy=True)
+        found[f"output {index}"] = HostCopy(tensor, file)
     torch.autograd.backward(outputs, gradients)
     for index, tensor in enumerate(inputs):
         if tensor.grad is not None:
-            found[f"gradient of input {index}"] = tensor.grad.to("cpu", copy=True)
+            found[f"gradient of input {index}"] = HostCopy(tensor.grad, file)
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
-            found[f"gradient of {name}"] = parameter.grad.to("cpu", copy=True)
+            found[f"gradient of {name}"] = HostCopy(parameter.grad, file)
     for name, buffer in module.named_buffers():
-        found[f"buffer {name}"] = buffer.detach().to("cpu", copy=True)
-    found["random state"] = torch.get_rng_state()
+        found[f"buffer {name}"] = HostCopy(buffer, file)
+    found["random state"] = HostCopy(torch.get_rng_state(), file)
     return found

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -20,12 +21,12 @@ from recollect.errors import RecollectError, UnsupportedInput
 from recollect.measure.build import build_tables
 from recollect.measure.cost_cache import CostCache, NoCache
 from recollect.measure.costs import measure_costs
-from recollect.measure.leftovers import forget_fakes
+from recollect.measure.leftovers import Surroundings
 from recollect.measure.observer import Observation, Observer, round_up
 from recollect.measure.overhead import measure_overhead
 from recollect.measure.regions import choose_regions
 from recollect.measure.signatures import SignatureTable
-from recollect.measure.state import RandomState, TrainingState
+from recollect.measure.state import TrainingState
 from recollect.measure.step import (
     LossFunction,
     StepSpec,
@@ -96,15 +97,19 @@ def measure_step(
     data_dependent = False
     if not concrete:
         mode = FakeTensorMode(allow_non_fake_inputs=False)
+        surroundings = Surroundings(spec.loss)
         try:
             observer = _observe_fake(model, batch, spec, signatures, mode)
-        except RecollectError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if isinstance(error, RecollectError) or not isinstance(error, Exception):
+                if error.__traceback__ is not None:
+                    traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
+                raise
             data_dependent = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
             _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
             signatures = SignatureTable()
-        forget_fakes(mode)
+        finally:
+            surroundings.forget_fakes(mode)
     method = "fake" if observer is not None else "real"
     if observer is None:
         observer = _observe_concrete(model, batch, spec, signatures)
@@ -174,7 +179,8 @@ def fingerprint(model: torch.nn.Module) -> str:
 def _observe_fake(
     model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable, mode: FakeTensorMode
 ) -> Observer:
-    random_state = RandomState()
+    # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
+    state = TrainingState(model, spec.optimizers, also=(batch,), contents=False)
     try:
         copied, fakes = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
@@ -185,7 +191,7 @@ def _observe_fake(
             _observe(copied, fake_batch, spec, optimizers, observer)
         return observer
     finally:
-        random_state.restore()
+        state.restore()
         gc.collect()
 
 
@@ -202,7 +208,7 @@ def _hushed(logger_name: str) -> Iterator[None]:
 
 
 def _observe_concrete(model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable) -> Observer:
-    state = TrainingState(model, spec.optimizers)
+    state = TrainingState(model, spec.optimizers, also=(batch,))
     try:
         with tempfile.TemporaryFile(prefix="recollect-") as file:
             spill, unspill = _spill_to(file)

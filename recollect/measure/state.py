@@ -1,14 +1,29 @@
-"""Taking a snapshot of everything a step may change, and putting it back bit for bit."""
+"""Taking a snapshot of everything a step may change, and putting it back bit for bit.
+
+Everything reachable from the model, the optimizers and the batch through attributes and containers: tensors with their
+gradients, versions, hooks, attributes and flags; lists, dictionaries and sets; NumPy arrays; random generators.  What
+did not change is not touched, so nothing loses its identity.  Not followed: functions and their closures, module
+globals, objects of the standard library and of PyTorch other than modules and optimizers, and what lies beyond the
+first `_MOST_THINGS` things.
+"""
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
-from collections.abc import Sequence
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from recollect._torch_private import drop_tensor_hooks, set_versions, storage_key, tensor_hooks
+from recollect.errors import UnsupportedInput
+from recollect.measure.host_copy import CopyFile, HostCopy
+
+_MOST_THINGS = 200_000
+_LARGE_ARRAY_BYTES = 2**26
 
 
 class RandomState:
@@ -46,102 +61,205 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class TrainingState:
-    """Parameters, buffers, gradients, optimizer state, train/eval flags, plain attributes and random states.
+    """Parameters, buffers, gradients, optimizer state, flags, plain attributes and random states; see the module.
 
-    Copies live in host memory, so that taking a snapshot needs none of the device's.
+    Contents lie outside the device's memory (`host_copy`).
     """
 
-    def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._model = model
-        self._optimizers = optimizers
-        self._tensors = [
-            (tensor, _host_copy(tensor)) for tensor in (*model.parameters(), *model.buffers(), *_attributes(model))
-        ]
-        self._gradients = [(p, p.grad, None if p.grad is None else _host_copy(p.grad)) for p in model.parameters()]
-        self._flags = [(module, module.training) for module in model.modules()]
-        self._plain = [(module, _plain_attributes(module)) for module in model.modules()]
-        self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
-        self._states = [_copy_state(optimizer) for optimizer in optimizers]
-        self._groups = [
-            [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            for optimizer in optimizers
-        ]
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        also: Iterable[Any] = (),
+        *,
+        contents: bool = True,
+    ) -> None:
+        """`also`: further things that a step may change, such as its batch.  Without `contents`, what tensors hold is
+        not copied, and `restore` raises if that changed.
+        """
+        self._file = CopyFile() if contents else None
+        self._tensors: list[_SavedTensor] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._seen: dict[int, Any] = {}
+        self._walk([model, *optimizers, *also])
+        self._seen = {}
         self._random = RandomState()
 
     def restore(self) -> None:
-        """Put everything back; tensors keep their identity and storage."""
-        with torch.no_grad():
-            for module, own_buffers in self._buffers:
-                module._buffers.clear()
-                module._buffers.update(own_buffers)
-            for tensor, saved in self._tensors:
-                tensor.copy_(saved)
-            for parameter, gradient, saved_gradient in self._gradients:
-                parameter.grad = gradient
-                if gradient is not None and saved_gradient is not None:
-                    gradient.copy_(saved_gradient)
-        for module, training in self._flags:
-            module.training = training
-        for module, attributes in self._plain:
-            for name in [n for n in _plain_attributes(module) if n not in attributes]:
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-        for optimizer, state, groups in zip(self._optimizers, self._states, self._groups, strict=True):
-            _restore_state(optimizer, state)
-            for group, settings in zip(optimizer.param_groups, groups, strict=True):
-                for name in [n for n in group if n != "params" and n not in settings]:
-                    del group[name]
-                group.update(settings)
+        """Put everything back; tensors keep their identity and storage.
+
+        Raises:
+            UnsupportedInput: a tensor changed whose contents were not saved.
+        """
+        for container, contents in self._containers:
+            _restore_container(container, contents)
+        for saved in self._tensors:
+            saved.restore()
+        tensors, versions = _versions(self._tensors)
+        set_versions(tensors, versions)
+        for array, contents in self._arrays:
+            array[...] = contents
+        for generator, state in self._generators:
+            _set_generator_state(generator, state)
         self._random.restore()
 
-
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    copied = tensor.detach()
-    return copied.clone() if copied.device.type == "cpu" else copied.to("cpu")
-
-
-def _attributes(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Plain tensor attributes of modules (not parameters or buffers)."""
-    return [
-        value
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and name not in ("_parameters", "_buffers")
-    ]
-
-
-def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """Attributes that forward may rebind: counters, caches, flags. Containers are remembered by a shallow copy."""
-    return {
-        name: copy.copy(value) if type(value) in (list, dict, set) else value
-        for name, value in vars(module).items()
-        if name not in ("_parameters", "_buffers", "_modules", "forward") and not name.endswith("_hooks")
-    }
-
-
-def _copy_state(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-    return {
-        key: (
-            value,
-            {n: (v, _host_copy(v)) if isinstance(v, torch.Tensor) else (v, None) for n, v in value.items()}
-            if isinstance(value, dict)
-            else None,
-        )
-        for key, value in optimizer.state.items()
-    }
-
-
-def _restore_state(optimizer: torch.optim.Optimizer, saved: dict[Any, Any]) -> None:
-    for key in [k for k in optimizer.state if k not in saved]:
-        del optimizer.state[key]
-    with torch.no_grad():
-        for key, (value, entries) in saved.items():
-            optimizer.state[key] = value
-            if entries is None:
+    def _walk(self, roots: list[Any]) -> None:
+        pending = deque(roots)
+        while pending and len(self._seen) < _MOST_THINGS:
+            thing = pending.popleft()
+            if isinstance(thing, _ATOMS) or id(thing) in self._seen:
                 continue
-            for name in [n for n in value if n not in entries]:
-                del value[name]
-            for name, (entry, data) in entries.items():
-                value[name] = entry
-                if data is not None:
-                    entry.copy_(data)
+            self._seen[id(thing)] = thing
+            pending.extend(self._note(thing))
+
+    def _note(self, thing: Any) -> Iterator[Any]:
+        """Save one thing; returns what it leads to."""
+        if isinstance(thing, torch.Tensor):
+            saved = _SavedTensor(thing, self._file)
+            self._tensors.append(saved)
+            for part in (saved.gradient, saved.attributes, *saved.hooks.values()):
+                if part is not None:
+                    yield part
+        elif isinstance(thing, dict):
+            self._containers.append((thing, list(thing.items())))
+            yield from thing.values()
+            yield from (key for key in thing if isinstance(key, torch.Tensor))
+        elif isinstance(thing, list | deque):
+            self._containers.append((thing, list(thing)))
+            yield from thing
+        elif isinstance(thing, set):
+            self._containers.append((thing, set(thing)))
+            yield from thing
+        elif isinstance(thing, tuple | frozenset):
+            yield from thing
+        elif (state := _generator_state(thing)) is not None:
+            self._generators.append((thing, state))
+        elif _is_array(thing):
+            if thing.nbytes <= _LARGE_ARRAY_BYTES and thing.flags.writeable:
+                self._arrays.append((thing, thing.copy()))
+        elif _has_attributes(thing):
+            yield vars(thing)
+
+
+class _SavedTensor:
+    """A tensor: which storage it shows, what that holds, and everything that hangs on the tensor object."""
+
+    def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
+        self.tensor = tensor
+        self.contents = None if file is None else HostCopy(tensor, file)
+        self.shown = tensor.detach()
+        self.requires_grad = tensor.requires_grad
+        self.is_leaf = tensor.is_leaf
+        self.gradient = tensor.grad if tensor.is_leaf else None
+        self.attributes = vars(tensor) if hasattr(tensor, "__dict__") else None
+        self.hooks = tensor_hooks(tensor)
+        self.version = -1 if tensor.is_inference() else tensor._version
+
+    def restore(self) -> None:
+        tensor, shown = self.tensor, self.shown
+        if tensor.layout is torch.strided and not _shows(tensor, shown):
+            tensor.data = shown
+        if self.contents is not None:
+            self.contents.restore(tensor)
+        elif self.version >= 0 and tensor._version != self.version:
+            raise UnsupportedInput(
+                f"a tensor of the model, the optimizer or the batch ({tensor.dtype} {list(tensor.shape)}) was changed "
+                "while a copy of them was measured without data, so the loss function reaches past what it is given. "
+                "What the tensor held is lost: load the model again, and give a loss function that uses its own "
+                "arguments (model, batch) only."
+            )
+        if self.is_leaf:
+            if tensor.requires_grad != self.requires_grad:
+                tensor.requires_grad_(self.requires_grad)
+            if tensor.grad is not self.gradient:
+                tensor.grad = self.gradient
+        for kind, hooks in tensor_hooks(tensor).items():
+            if hooks is not None and self.hooks[kind] is None:
+                drop_tensor_hooks(tensor, kind)
+
+
+def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Both show the same memory in the same way."""
+    return (
+        storage_key(tensor) == storage_key(other)
+        and tensor.shape == other.shape
+        and tensor.stride() == other.stride()
+        and tensor.storage_offset() == other.storage_offset()
+        and tensor.dtype == other.dtype
+    )
+
+
+def _versions(saved: Iterable[_SavedTensor]) -> tuple[list[torch.Tensor], list[int]]:
+    pairs = [(one.tensor, one.version) for one in saved if one.version >= 0]
+    return [tensor for tensor, _ in pairs], [version for _, version in pairs]
+
+
+#: Hold nothing that a step could change.
+_ATOMS = (
+    int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
+)  # fmt: skip
+
+
+def _restore_container(container: Any, contents: Any) -> None:
+    """Make a container hold what it held, if it does not."""
+    if isinstance(container, dict):
+        now = list(container.items())
+        if len(now) == len(contents) and all(a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)):
+            return
+        # The base class's own methods: a subclass may do more in its own.
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        own_forward = [(key, value) for key, value in now if key == "forward"] if "_modules" in container else []
+        kind.clear(container)
+        for key, value in contents:
+            kind.__setitem__(container, key, value)
+        if "_modules" in container:  # an installed plan is not the step's doing
+            container.pop("forward", None)
+            container.update(own_forward)
+    elif isinstance(container, set):
+        if container != contents:
+            container.clear()
+            container.update(contents)
+    elif len(container) != len(contents) or not all(a is b for a, b in zip(container, contents, strict=True)):
+        container.clear()
+        container.extend(contents)
+
+
+def _generator_state(thing: Any) -> Any:
+    """The state of a random generator; None for anything else."""
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if isinstance(thing, random.Random):
+        return thing.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(thing, numpy.random.Generator):
+        return thing.bit_generator.state
+    if numpy is not None and isinstance(thing, numpy.random.RandomState):
+        return thing.get_state()
+    return None
+
+
+def _set_generator_state(thing: Any, state: Any) -> None:
+    if isinstance(thing, random.Random):
+        thing.setstate(state)
+    elif hasattr(thing, "bit_generator"):
+        thing.bit_generator.state = state
+    else:
+        thing.set_state(state)
+
+
+def _is_array(thing: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(thing, numpy.ndarray) and thing.dtype != object
+
+
+def _has_attributes(thing: Any) -> bool:
+    """An object whose attributes are part of the model's or the optimizer's state."""
+    if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | types.SimpleNamespace):
+        return True
+    home = type(thing).__module__.partition(".")[0]
+    if home in ("torch", "recollect", "numpy") or (home in sys.stdlib_module_names and home != "__main__"):
+        return False
+    return isinstance(getattr(thing, "__dict__", None), dict)

@@ -71,9 +71,11 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, torch.Tens
     """
     copied: torch.optim.Optimizer = object.__new__(type(optimizer))
     copied.__dict__.update(optimizer.__dict__)
-    for name, value in vars(copied).items():
+    for name, value in list(vars(copied).items()):
         if name.endswith("_hooks") and isinstance(value, OrderedDict):
             copied.__dict__[name] = OrderedDict()
+        elif callable(value) and hasattr(type(optimizer), name):
+            del copied.__dict__[name]  # a scheduler wraps `step`: the wrapper would step the user's own optimizer
     copied.state = defaultdict(dict)
     copied.param_groups = []
     for group in optimizer.param_groups:

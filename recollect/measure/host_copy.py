@@ -1,0 +1,189 @@
+"""Copies of tensors outside the device's memory, to compare with and to put back.
+
+A copy of a CPU tensor goes to a temporary file: on a CPU, host memory *is* the device's memory, and a snapshot of
+parameters, gradients and optimizer state in memory would double what the budget has to hold.  Copies of other tensors
+lie in host memory.  Nothing here takes more than `_CHUNK_BYTES` of memory for a dense CPU tensor.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+import torch
+
+from recollect.errors import RecollectError
+from recollect.units import format_bytes
+
+_CHUNK_BYTES = 8 * 2**20
+#: Smaller tensors are not worth a file access.
+_SMALL_BYTES = 512
+
+
+class CopyFile:
+    """A temporary file that holds copies; it goes when the last of them does."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, data: Any) -> int:
+        """Append bytes; returns where they begin. Raises `RecollectError` if there is no room."""
+        begin = self._end
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="recollect-", buffering=0)  # noqa: SIM115
+            self._file.seek(begin)
+            view = memoryview(data)
+            while len(view):
+                written = self._file.write(view)
+                view = view[written:]
+                self._end += written
+        except OSError as error:
+            raise RecollectError(
+                f"the temporary folder {tempfile.gettempdir()} has no room for {format_bytes(len(memoryview(data)))} "
+                f"({error}). Measuring keeps what it must put back there, outside the memory that the budget counts. "
+                "Make room, or name another folder in the environment variable TMPDIR."
+            ) from error
+        return begin
+
+    def read_into(self, begin: int, target: Any) -> None:
+        """Fill `target` with the bytes from `begin` on."""
+        assert self._file is not None
+        self._file.seek(begin)
+        view = memoryview(target)
+        while len(view):
+            count = self._file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise RecollectError(
+                    "a temporary file that holds what measuring must put back was cut short by something else, so the "
+                    "model's tensors cannot be restored. Do not use this model any more; load it again."
+                )
+            view = view[count:]
+
+
+class HostCopy:
+    """One tensor's contents, its metadata, and its version."""
+
+    def __init__(self, tensor: torch.Tensor, file: CopyFile) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._file = file
+        self._begin = -1
+        self._kept: torch.Tensor | None = None
+        self.stride = tensor.stride() if tensor.layout is torch.strided else None
+        data = raw_bytes(tensor)
+        if data is None or data.numel() < _SMALL_BYTES:
+            self._kept = _without_repeats(tensor).to("cpu", copy=True)
+        else:
+            self._begin = file.write(data.numpy())
+
+    def restore(self, tensor: torch.Tensor) -> None:
+        """Give `tensor`, of which this is a copy, its contents back, bit for bit."""
+        if self._kept is not None:
+            with torch.no_grad():
+                _without_repeats(tensor).copy_(self._kept)
+        else:
+            data = raw_bytes(tensor)
+            assert data is not None
+            self._file.read_into(self._begin, data.numpy())
+
+    def load(self) -> torch.Tensor:
+        """A new tensor of the same contents, in host memory."""
+        if self._kept is not None:
+            whole = self._kept.expand(self.shape) if self._kept.layout is torch.strided else self._kept
+            return whole.clone()
+        assert self.stride is not None
+        loaded = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        data = raw_bytes(loaded)
+        assert data is not None
+        self._file.read_into(self._begin, data.numpy())
+        return loaded
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """The contents in flat pieces of bounded size, in the order of `flat_chunks`."""
+        if self._kept is not None:
+            yield from flat_chunks(self.load())
+            return
+        itemsize = self.dtype.itemsize
+        total = self.shape.numel() * itemsize
+        step = _CHUNK_BYTES // itemsize * itemsize
+        for begin in range(0, total, step):
+            piece = torch.empty(min(step, total - begin) // itemsize, dtype=self.dtype)
+            data = raw_bytes(piece)
+            assert data is not None
+            self._file.read_into(self._begin + begin, data.numpy())
+            yield piece
+
+
+def same_contents(a: HostCopy, b: HostCopy | None) -> bool:
+    """Equal shape, dtype and bits; NaN equals the same NaN."""
+    return (
+        b is not None
+        and (a.shape, a.dtype) == (b.shape, b.dtype)
+        and all(bool(torch.equal(x.view(torch.uint8), y.view(torch.uint8))) for x, y in _pairs(a, b))
+    )
+
+
+def difference(a: HostCopy, b: HostCopy | None) -> float:
+    """The largest absolute difference; infinite where they cannot be compared or a NaN is in one."""
+    if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return float("inf")
+    wide = torch.complex128 if a.dtype.is_complex else torch.float64
+    largest = [(x.to(wide) - y.to(wide)).abs().nan_to_num(nan=float("inf")).max() for x, y in _pairs(a, b)]
+    return float(max(largest, default=0.0))
+
+
+def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same elements of both, in pieces of bounded size where the two are laid out alike."""
+    if a.stride == b.stride:
+        return zip(a.chunks(), b.chunks(), strict=True)
+    return iter([(a.load().reshape(-1), b.load().reshape(-1))])
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        return None
+    if tensor.layout is not torch.strided or not is_dense(tensor) or tensor.is_conj() or tensor.is_neg():
+        return None
+    flat = torch.empty(0, dtype=torch.uint8)
+    with torch.no_grad():
+        nbytes = tensor.numel() * tensor.itemsize
+        return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (nbytes,), (1,))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """The elements fill a stretch of memory without gaps or repetition, in whatever order."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, dimensions that repeat one element (from `expand`) narrowed to it: PyTorch refuses to write those."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided or 0 not in tensor.stride():
+        return tensor
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def flat_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements, flat, in pieces of bounded size: in the order of memory if the tensor is dense, else of indices."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
+    yield from flat.split(_CHUNK_BYTES // max(1, tensor.itemsize))
