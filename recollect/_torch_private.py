@@ -161,6 +161,16 @@ def current_graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def current_graph_node() -> Any:
+    """The node of the graph whose backward runs in this thread; None outside backward."""
+    return torch._C._current_autograd_node()
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Autograd made the tensor as a view, which refers to its base."""
+    return tensor._is_view()
+
+
 def is_conj_or_neg(tensor: torch.Tensor) -> bool:
     """The tensor's bytes are to be read as conjugated or negated (lazy bits)."""
     return tensor.is_conj() or tensor.is_neg()

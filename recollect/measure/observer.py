@@ -19,8 +19,10 @@ import torch
 from recollect._torch_private import (
     DispatchMode,
     WeakStorage,
+    current_graph_node,
     current_graph_task,
     is_conj_or_neg,
+    is_view,
     storage_key,
 )
 from recollect.measure.signatures import SignatureTable
@@ -81,6 +83,20 @@ class Observation:
     events: list[Event | ModuleEvent] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """Autograd's engine has just added a second gradient of one value to the first."""
+
+    since: int
+    """Index of the first event that belongs to it."""
+    old: int
+    """Storage of the first gradient."""
+    new: int
+    """Storage of the sum."""
+    key: int
+    """Where the sum's storage is."""
+
+
 class _Note:
     """What autograd holds instead of a saved tensor while watching."""
 
@@ -127,6 +143,11 @@ class Observer(DispatchMode):
         self._borrowed: dict[int, int] = {}  # slot -> notes and rebuilt tensors that still stand for it
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._watching = False
+        self._graph_task = -1
+        self._in_engine = False
+        """The running node's own operations are done: what comes now is autograd's engine adding up gradients."""
+        self._sum: _Sum | None = None
+        self._instead_of: dict[int, int] = {}  # storage of a sum -> the storage that holds it in a real step
 
     # ------------------------------------------------------------------------------------------------ the caller's side
 
@@ -144,6 +165,7 @@ class Observer(DispatchMode):
 
     def stop(self) -> None:
         """End watching."""
+        self._settle_sum()
         self._watching = False
         self.take_off()
         self._hooks.__exit__(None, None, None)
@@ -182,13 +204,21 @@ class Observer(DispatchMode):
             return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
         if self._quiet or not self._watching:
             return func(*args, **kwargs)
+        graph_task = current_graph_task()
+        if graph_task != self._graph_task:
+            self._graph_task = graph_task
+            self._in_engine = False
+            if graph_task >= 0:
+                self._follow_nodes()
         info = describe(func)
         if info.is_view:
             return func(*args, **kwargs)
+        self._settle_sum()
         tensors = tensors_in((*args, *kwargs.values()))
-        forward = not self._in_backward and not self.in_optimizer and current_graph_task() < 0
+        forward = not self._in_backward and not self.in_optimizer and graph_task < 0
         signature = self._signatures.note(func, args, kwargs)
         if not forward:
+            since = len(self.seen.events)
             result = func(*args, **kwargs)
             for tensor in tensors + [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]:
                 self._value_of(tensor)
@@ -196,6 +226,9 @@ class Observer(DispatchMode):
                 for tensor in mutated_tensors(info, args, kwargs):
                     self._overwrite(tensor)
             self._emit(EventKind.OTHER_OP, signature)
+            if self._in_engine and func is torch.ops.aten.add.Tensor and may_be_added_to(*args):
+                old, new = (self.seen.values[self._value_of(t)].storage for t in (args[0], result))
+                self._sum = _Sum(since, old, new, storage_key(result))
             return result
         return self._forward_op(func, info, types, args, kwargs, tensors, signature)
 
@@ -317,9 +350,61 @@ class Observer(DispatchMode):
         if self._borrowed[slot] == 0 and self._watching:
             self._emit(EventKind.RELEASE, slot)
 
+    # ------------------------------------------------------------------------------------------------ sums of gradients
+
+    # Where a value was used twice, autograd's engine adds its gradients. It does so in the first one's memory if nobody
+    # else refers to that, but never while a dispatch mode looks on: then the sum is a new tensor. What is written down
+    # is what happens in a real step.
+
+    def _follow_nodes(self) -> None:
+        """Have every node that this backward may run say when its own operations are done."""
+        observer = weakref.ref(self)
+
+        def say(in_engine: bool) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                this = observer()
+                if this is not None:
+                    this._in_engine = in_engine
+
+            return hook
+
+        begins, ends = say(in_engine=False), say(in_engine=True)
+        stack = [node for node in (current_graph_node(),) if node is not None]
+        followed = set(stack)
+        while stack:
+            node = stack.pop()
+            node.register_prehook(begins)
+            if node.next_functions:  # not one that adds to a parameter's gradient, and cares who else refers to it
+                node.register_hook(ends)
+            for following, _ in node.next_functions:
+                if following is not None and following not in followed:
+                    followed.add(following)
+                    stack.append(following)
+
+    def _settle_sum(self) -> None:
+        """All that the engine let go of after a sum is known: was the first gradient its own?"""
+        found = self._sum
+        if found is None:
+            return
+        self._sum = None
+        events = self.seen.events[found.since :]
+        if Event(EventKind.FREE, found.old) not in events or Event(EventKind.ALLOC, found.new) not in events:
+            return
+        events.remove(Event(EventKind.ALLOC, found.new))
+        events.remove(Event(EventKind.FREE, found.old))
+        self.seen.events[found.since :] = [
+            Event(EventKind.FREE, found.old) if event == Event(EventKind.FREE, found.new) else event for event in events
+        ]
+        self._instead_of[found.new] = found.old
+        self.seen.values[self.seen.storages[found.new].current].storage = found.old
+        if self._storage_of.get(found.key) == found.new:
+            self._storage_of[found.key] = found.old
+
     # ------------------------------------------------------------------------------------------------ tables
 
     def _emit(self, kind: EventKind, index: int = 0) -> None:
+        if self._sum is not None and kind != EventKind.FREE:
+            self._settle_sum()
         self.seen.events.append(Event(kind, index))
 
     def _counts(self, tensor: torch.Tensor) -> bool:
@@ -358,7 +443,7 @@ class Observer(DispatchMode):
                 this._storage_of.pop(key, None)
                 this._watches.pop(key, None)
                 if this._watching:
-                    this._emit(EventKind.FREE, index)
+                    this._emit(EventKind.FREE, this._instead_of.get(index, index))
 
         self._watches[key] = (weakref.ref(tensor.untyped_storage(), died), WeakStorage(tensor))
         return index
@@ -373,6 +458,18 @@ class Observer(DispatchMode):
         self.seen.values.append(RawValue(storage=storage, op=op, output=output))
         self.seen.storages[storage].current = len(self.seen.values) - 1
         return len(self.seen.values) - 1
+
+
+def may_be_added_to(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether autograd's engine would add `new` to `old` in place, if nobody else refers to `old`: each of its elements
+    has its own place in one block of memory, and it is nobody's view (a view refers to its base).
+    """
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(old.size(), old.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return not is_view(old) and storage_key(old) != storage_key(new)
 
 
 def round_up(nbytes: int, device_type: str) -> int:
