@@ -123,8 +123,9 @@ class Tape:
         mutated = mutated_tensors(info, args, kwargs) if info.mutates else []
         for tensor in mutated:
             self.about_to_write(tensor)
-        for tensor in undeclared_writes(info, args):
-            self.about_to_write(tensor)
+        if info.undeclared_writes:
+            for tensor in undeclared_writes(info, args):
+                self.about_to_write(tensor)
         result = func(*args, **kwargs)
         if info.splits_silently:
             self._split.add(storage_key(args[0]))
