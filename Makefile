@@ -3,6 +3,7 @@
 #   make train                          the demo: a real model trained in about half of its plain memory
 #   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
 #   make test    TESTS=tests/cli        all tests, or those under TESTS
+#   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
 #   make lint                           ruff and strict mypy
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
@@ -26,7 +27,12 @@ RUNS := runs
 DEMO := --model gpt --dataset python-source --memory 270MiB --batch-size 16 --steps 80 --log-every 10 --save-every 40 \
 	--reference-memory 75% --root-path $(RUNS) --mark demo
 
-.PHONY: help train test lint gpu-check clean
+# `make test` runs about a hundred random modules; a rare fault shows only among thousands.
+COUNT ?= 2000
+SEED ?= 1
+PROCESSES ?= $(shell nproc)
+
+.PHONY: help train test fuzz lint gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -36,6 +42,9 @@ train: $(VENV)/.installed-train
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from tests.replay.instructions import INSTRUCTIONS, main_of
 
 Tensor = torch.Tensor
 
@@ -42,12 +42,27 @@ class Block(nn.Module):
         return (y, (y, hidden), {"y": y}, Result(y, {"hidden": hidden}))[form % 4]
 
 
-def main_of(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, tuple):
-        return result[0]
-    return result["y"] if isinstance(result, dict) else result.main
+class Parent(nn.Module):
+    """Shares a block with the program that it is part of."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return main_of(self.block(a.sin(), form=1)) * b
+
+
+class Again(nn.Module):
+    """Calls the program that it belongs to, which is no child of it."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.__dict__["program"] = program
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.program(x.sin())
+        return main_of(result if not isinstance(result, dict) else result["last"]).exp().clamp_max(2)
 
 
 class Program(nn.Module):
@@ -55,6 +70,7 @@ class Program(nn.Module):
 
     def __init__(self, code: list[tuple[str, int, int]], rows: int, columns: int, form: int) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.code, self.rows, self.columns, self.form = code, rows, columns, form
         self.linears = nn.ModuleList(nn.Linear(columns, columns) for _ in range(2))
         self.tied = nn.Linear(columns, columns, bias=False)
@@ -63,8 +79,22 @@ class Program(nn.Module):
         self.batch_norm = nn.BatchNorm1d(columns)
         self.conv = nn.Conv1d(2, 2, 3, padding=1)
         self.frozen = nn.Linear(columns, columns).requires_grad_(False)
+        self.gru_cell = nn.GRUCell(columns, columns)
+        self.lstm = nn.LSTM(columns, columns, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(columns, columns))
+        self.parent = Parent(self.block)
+        self.again = Again(self)
         self.register_buffer("count", torch.ones(columns))
-        self.steps = 0
+        self.register_buffer("swapped", torch.ones(columns))
+        self.reset()
+
+    @property
+    def batch(self) -> Tensor:
+        return torch.randn(self.rows, self.columns, generator=torch.Generator().manual_seed(1))
+
+    def reset(self) -> None:
+        """Python state as it was at the start."""
+        self.steps = self.block.calls = self.depth = 0
 
     def forward(self, x: Tensor, *, gain: float = 1.0) -> Any:
         self.steps += 1
@@ -87,79 +117,10 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return sum((F.log_softmax(t, -1) * t.tanh()).mean() for t in tensors)  # type: ignore[return-value]
 
 
-def fresh_in_place(_: Program, a: Tensor, b: Tensor) -> Tensor:
-    y = a * 1.5
-    y[:, : y.shape[1] // 2].mul_(2)
-    y.t()[1:3].add_(0.5)
-    y.add_(b.detach())
-    return y.sigmoid_()
-
-
-def no_grad_island(model: Program, a: Tensor, b: Tensor) -> Tensor:
-    with torch.no_grad():
-        gate = model.frozen(b).sigmoid()
-        gate[0].zero_()
-    return a * gate
-
-
-def buffer_write(model: Program, a: Tensor, b: Tensor) -> Tensor:
-    y = a + model.count
-    model.count.lerp_(b.detach().mean(0), 0.1)
-    return y * model.count.clone()
-
-
-def python_branch(model: Program, a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).tanh() if model.steps % 2 else (a - b).sin()
-
-
-def chunks(_: Program, a: Tensor, b: Tensor) -> Tensor:
-    left, right = a.chunk(2, 1)
-    return torch.cat([right * b[:, : right.shape[1]], left.exp().clamp_max(3)], 1)
-
-
-def conv(model: Program, a: Tensor, _: Tensor) -> Tensor:
-    return model.conv(a.reshape(-1, 2, model.columns // 2)).view(model.rows, model.columns)
-
-
-INSTRUCTIONS: dict[str, Callable[[Program, Tensor, Tensor], Tensor]] = {
-    "linear": lambda m, a, b: m.linears[1](a),
-    "tied": lambda m, a, b: m.tied(a).relu(),
-    "sin": lambda m, a, b: a.sin(),
-    "gelu": lambda m, a, b: F.gelu(a),
-    "softmax": lambda m, a, b: F.softmax(a, -1) + b,
-    "multiply": lambda m, a, b: a * b.tanh(),
-    "subtract": lambda m, a, b: a - b,
-    "attend": lambda m, a, b: F.softmax(a @ b.t() * 0.1, -1) @ a,
-    "transpose": lambda m, a, b: a.t().contiguous().view(m.columns, m.rows).t().sin(),
-    "slice": lambda m, a, b: a[:, ::2].repeat(1, 2).tanh(),
-    "strided": lambda m, a, b: a.sin().as_strided((m.rows, m.columns), (1, m.rows)).exp().clamp_max(2),
-    "expand": lambda m, a, b: a.mean(0, keepdim=True).expand(m.rows, m.columns) * b,
-    "unbind": lambda m, a, b: torch.stack(a.unbind(0)[::-1]).sigmoid(),
-    "chunks": chunks,
-    "fresh in place": fresh_in_place,
-    "in place": lambda m, a, b: a.mul_(0.9),  # plain autograd may refuse this; then so must the engine
-    "relu in place": lambda m, a, b: F.relu((a + b), inplace=True),
-    "dropout": lambda m, a, b: F.dropout(a, 0.4),
-    "noise": lambda m, a, b: a * torch.rand_like(a),
-    "batch norm": lambda m, a, b: m.batch_norm(a),
-    "conv": conv,
-    "block": lambda m, a, b: main_of(m.block(a, scale=0.7, form=m.form + m.steps)),
-    "detach": lambda m, a, b: a.detach() * b.sin(),
-    "no grad": no_grad_island,
-    "buffer": buffer_write,
-    "branch": python_branch,
-    "cumsum": lambda m, a, b: a.cumsum(1).tanh(),
-    "sort": lambda m, a, b: a.sort(1)[0] * b,
-    "where": lambda m, a, b: torch.where(a > 0, a.exp().clamp_max(2), b),
-    "checkpoint": lambda m, a, b: checkpoint(lambda x: m.linears[1](x).sin() * b, a, use_reentrant=False),
-}
-
-
 @st.composite
 def programs(draw: st.DrawFn, *, without: tuple[str, ...] = (), rows: int = 4, columns: int = 8) -> Program:
     """A module with a few instructions; the seed of its weights is fixed."""
     names = st.sampled_from([name for name in INSTRUCTIONS if name not in without])
     operand = st.integers(0, 3)
     code = draw(st.lists(st.tuples(names, operand, operand), min_size=2, max_size=10))
-    torch.manual_seed(0)
     return Program(code, rows, columns, draw(st.integers(0, 5)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from recollect.records import Decision
 from recollect.simulate import ProfileIndex, simulate
 from recollect.solve import full_plan, minimum_budget, solve
 from recollect.solve.build import build_plan
-from tests.replay.helpers import differences, planned, snapshot
+from tests.replay.helpers import differences, planned
+from tests.replay.instructions import INSTRUCTIONS
 from tests.replay.programs import Program, loss_of, programs
+from tests.replay.steps import steps
 
 Tensor = torch.Tensor
 #: A tape holds the generator's state for each random operation that it may replay; the simulator leaves it out.
@@ -32,35 +33,6 @@ SMALL = settings(
 )
 
 
-def steps(model: Program, batch: Tensor, context: Any = None, count: int = 3) -> dict[str, Any] | str:
-    """A few SGD steps from the model's first state; what they leave, or the name of the error that they raise."""
-    torch.manual_seed(0)
-    random.seed(0)
-    model.steps = model.block.calls = 0
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found: dict[str, Any] = {}
-    try:
-        for number in range(count):
-            model.zero_grad()
-            if context is None:
-                loss = loss_of(model, batch)
-            else:
-                with context.step():
-                    loss = loss_of(model, batch)
-            loss.backward()
-            found |= {f"{number}: {name}": value for name, value in snapshot(model, loss).items()}
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter -= 0.01 * parameter.grad
-        assert (model.steps, model.block.calls % max(count, 1)) == (count, 0)
-    except RuntimeError as error:
-        return type(error).__name__
-    finally:
-        model.load_state_dict(state)
-    return found
-
-
 def check_same(plain: dict[str, Any] | str, other: dict[str, Any] | str) -> None:
     if isinstance(plain, str) or isinstance(other, str):
         assert plain == other  # what plain autograd refuses, the engine refuses too
@@ -71,11 +43,23 @@ def check_same(plain: dict[str, Any] | str, other: dict[str, Any] | str) -> None
 @settings(SMALL, max_examples=60)
 @given(programs(), st.sampled_from([("",), ("block",), ("", "block"), ("", "block", "linears.1", "batch_norm")]))
 def test_everything_dropped_without_a_plan(model: Program, paths: tuple[str, ...]) -> None:
-    batch = torch.randn(model.rows, model.columns, generator=torch.Generator().manual_seed(1))
+    batch = model.batch
     plain = steps(model, batch)
     with planned(model, *paths):
         check_same(plain, steps(model, batch))
         check_same(plain, steps(model, batch))
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_each_instruction(name: str, calibrate: bool) -> None:
+    model = Program([("sin", 0, 0), (name, 0, 1), ("sin", 0, 0), (name, 0, 1)], 4, 8, 1)
+    plain = steps(model, model.batch, count=2)
+    with planned(model, "", "block", "linears.1", "parent", "batch_norm") as installed:
+        installed.calibrate = calibrate
+        check_same(plain, steps(model, model.batch, count=2))
+    if name not in ("in place", "out argument"):  # refused by plain; nothing but what is computed from it
+        assert installed.statistics.replayed_ops > 0
 
 
 @st.composite
@@ -104,9 +88,9 @@ def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(SMALL, max_examples=25)
 @given(programs(without=("in place", "checkpoint"), rows=64, columns=128), st.data())
 def test_planned(model: Program, data: st.DataObject) -> None:
-    batch = torch.randn(model.rows, model.columns, generator=torch.Generator().manual_seed(1))
+    batch = model.batch
     plain = steps(model, batch)
-    model.steps = model.block.calls = 0
+    model.reset()
     profile = recollect.measure(model, batch, loss=loss_of)
     index = ProfileIndex(profile)
     kind = data.draw(st.sampled_from(["full", "random", "budget"]))
@@ -123,7 +107,7 @@ def test_planned(model: Program, data: st.DataObject) -> None:
         check_same(plain, steps(model, batch, applied))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        model.steps = model.block.calls = 0
+        model.reset()
         applied.statistics.reset()
 
         def step() -> None:
