@@ -3,10 +3,10 @@
     python -m tests.replay.fuzz --count 2000 --seed 1 --processes 2
     python -m tests.replay.fuzz --replay '{"code": ...}'      # one failing program again, as it was printed
 
-Every module is measured, gets a plan (a budget between the smallest and the plain peak, random decisions, or everything
-dropped), is repaired like `fit` does if its guarded step took more than predicted, and is then run several steps in both
-ways.  Counted as failures: any loss, gradient, parameter, buffer, random state or Python counter that differs; an error
-that plain does not raise (and the reverse); a measured peak above the budget after repair.
+Every module is measured, gets a plan (a budget between the smallest and the plain peak, random decisions, or all that
+can be dropped), is repaired like `fit` does if its guarded step took more than predicted, and is then run several steps
+in both ways.  Counted as failures: any loss, gradient, parameter, buffer, random state or Python counter that differs;
+an error that plain does not raise (and the reverse); a measured peak above the budget after repair.
 """
 
 from __future__ import annotations
@@ -184,6 +184,11 @@ def cheap_measuring() -> None:
     costs._time_ms = lambda *_, **__: 0.01  # type: ignore[assignment]
 
 
+def silence() -> None:
+    """The profiler's library writes a line at each start; failures come back as text, not through stderr."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def work(job: tuple[int, int]) -> list[Outcome]:
     """`count` modules drawn from `number`."""
     number, count = job
@@ -257,7 +262,8 @@ def main() -> int:
         for number in range(-(-options.count // size))
     ]
     outcomes: list[Outcome] = []
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes, initializer=silence, maxtasksperchild=8) as pool:
         for done in pool.imap_unordered(work, jobs):
             outcomes += done
             bad = sum(outcome.failed for outcome in outcomes)

@@ -62,6 +62,12 @@ def test_each_instruction(name: str, calibrate: bool) -> None:
         assert installed.statistics.replayed_ops > 0
 
 
+#: Refused by plain autograd; or measured with a real step, whose margin and hooks the exact counts below leave out; or
+#: an operation that fails, which measuring does not count. `make fuzz` has them all.
+INEXACT = ("in place", "checkpoint", "failed attempt", "raw kernel", "numpy write", "data dependent", "own hooks",
+           "save on cpu", "lstm", "sparse")  # fmt: skip
+
+
 @st.composite
 def decisions(draw: st.DrawFn, index: ProfileIndex) -> list[Decision]:
     found: list[Decision] = []
@@ -86,7 +92,7 @@ def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_cheap_measuring")
 @settings(SMALL, max_examples=25)
-@given(programs(without=("in place", "checkpoint"), rows=64, columns=128), st.data())
+@given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_planned(model: Program, data: st.DataObject) -> None:
     batch = model.batch
     plain = steps(model, batch)
