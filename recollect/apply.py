@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from recollect.errors import PlanMismatch, UnsupportedInput
+from recollect.live_plan import LivePlan
 from recollect.measure.profiler import fingerprint
-from recollect.measure.step import StepSpec, check_model
+from recollect.measure.step import StepSpec, check_model, describe_batch
 from recollect.records import Plan, Profile, Verdict
 from recollect.replay.cursor import LOSS, ROOT
 from recollect.replay.exposure import with_fast_paths
-from recollect.replay.recipe import LiveRecipe
 from recollect.replay.session import Installed
 from recollect.replay.statistics import Statistics
 
@@ -58,21 +58,59 @@ def _identity(thing: Any) -> Any:
     return thing
 
 
+class RootForward(RegionForward):
+    """The forward of the model itself: has the plan of the arguments' shapes put in force first."""
+
+    def __init__(self, model: torch.nn.Module, applied: Applied) -> None:
+        super().__init__(model, ROOT, applied._installed)
+        self._applied = applied
+        self._running = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward."""
+        if self._running or not (torch.is_grad_enabled() and self._installed.enabled):
+            return super().__call__(*args, **kwargs)
+        self._running = True
+        try:
+            self._applied._model_called(args, kwargs)
+            if not self._applied.installed:
+                return self.original(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._running = False
+
+
+class PlansByShape(Protocol):
+    """Knows the plan for a batch; see `recollect.shapes`."""
+
+    def plan_for(self, batch: Any) -> LivePlan:
+        """The plan for a batch, made now if there is none yet."""
+
+    def note_call(self, args: Any, kwargs: Any) -> None:
+        """The model is called with these arguments, for the batch that `plan_for` was last asked about."""
+
+    def plan_for_call(self, args: Any, kwargs: Any) -> LivePlan:
+        """The plan for a call of the model whose batch nobody told."""
+
+
 class Applied:
     """A plan in force on a model.  Leaving it as a context, or `remove`, restores the model."""
 
     def __init__(self, model: torch.nn.Module, plan: Plan, spec: StepSpec, profile: Profile | None = None) -> None:
         self.plan = plan
+        """The plan for the batch that was given; see `plan_in_force`."""
         self.profile = profile
         """What the plan was solved from; None for a plan from a file."""
         self.verdict: Verdict | None = None
         """What the guarded run found; None until something ran it."""
         self._model = model
         self._spec = spec
-        self._installed = Installed(recipes=_live_recipes(plan), fast_paths=with_fast_paths(model))
+        self._own = self._live = LivePlan.of(plan)
+        self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
-        if not plan.is_plain:
-            self._install()
+        self._shapes: PlansByShape | None = None
+        self._batch_is_known = False
+        self._put_in_force(self._own)
 
     @property
     def statistics(self) -> Statistics:
@@ -81,8 +119,13 @@ class Applied:
 
     @property
     def installed(self) -> bool:
-        """Whether anything is installed on the model."""
-        return bool(self._modules)
+        """Whether regions of the model run under a plan: False while the plan in force drops nothing."""
+        return bool(self._modules) and bool(self._live.region_paths)
+
+    @property
+    def plan_in_force(self) -> Plan | None:
+        """The plan of the last batch; None if that had none, so that all that is provably replayable was dropped."""
+        return self._live.plan
 
     @property
     def refused(self) -> dict[str, set[int]]:
@@ -90,18 +133,72 @@ class Applied:
         return {key: set(positions) for key, positions in self._installed.refused.items() if positions}
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """The loss on a batch, under the plan, what runs outside the model included."""
-        with self.step():
+        """The loss on a batch, under the plan for its shape, what runs outside the model included.
+
+        After `fit`, a batch whose shape has no plan yet is measured and solved first.
+
+        Raises:
+            BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
+        """
+        with self.step(batch):
             return self._spec.run_loss(model, batch)
 
+    def prepare(self, batch: Any) -> None:
+        """Make the plan for batches of this shape now, if there is none yet (after `fit`; else this does nothing).
+
+        `loss` and `step(batch)` do so by themselves.
+
+        Raises:
+            BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
+        """
+        if self._shapes is not None and self._is_active():
+            self._shapes.plan_for(batch)
+
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """A context for the forward of model and loss (backward may be inside or outside)."""
-        if self._modules and self._installed.enabled and torch.is_grad_enabled():
-            with self._installed.region(LOSS):
-                yield
-        else:
+    def step(self, batch: Any = None) -> Iterator[None]:
+        """A context for the forward of model and loss (backward may be inside or outside).
+
+        With `batch`, the plan for its shape is in force inside, made first if there is none yet.  Without, the model
+        recognises its arguments' shapes; where they were never planned, all that is provably replayable is dropped.
+        """
+        if not self._is_active():
             yield
+            return
+        before = self._batch_is_known
+        if batch is not None:
+            self._put_in_force(self._plan_for(batch))
+            self._batch_is_known = True
+        try:
+            if self.installed:
+                with self._installed.region(LOSS):
+                    yield
+            else:
+                yield
+        finally:
+            self._batch_is_known = before
+
+    def adapt(self, shapes: PlansByShape) -> None:
+        """From now on, `shapes` has the plan for each batch."""
+        self._shapes = shapes
+        self._put_in_force(self._live)
+
+    def _is_active(self) -> bool:
+        return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
+
+    def _plan_for(self, batch: Any) -> LivePlan:
+        if self._shapes is not None:
+            return self._shapes.plan_for(batch)
+        if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
+            return self._own
+        return LivePlan.dropping_everything(self.plan.region_paths)
+
+    def _model_called(self, args: Any, kwargs: Any) -> None:
+        if self._shapes is None:
+            return
+        if self._batch_is_known:
+            self._shapes.note_call(args, kwargs)
+        else:
+            self._put_in_force(self._shapes.plan_for_call(args, kwargs))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -113,8 +210,21 @@ class Applied:
         finally:
             self._installed.enabled = before
 
+    @contextmanager
+    def removed(self) -> Iterator[None]:
+        """Inside, nothing is installed, so that another plan can be."""
+        self._take_off()
+        try:
+            yield
+        finally:
+            self._put_in_force(self._live)
+
     def remove(self) -> None:
         """Restore the model. Graphs that were built under the plan stay valid."""
+        self._take_off()
+        self._shapes = None
+
+    def _take_off(self) -> None:
         for module in self._modules:
             forward = vars(module).get("forward")
             if isinstance(forward, RegionForward):
@@ -132,18 +242,33 @@ class Applied:
     ) -> None:
         self.remove()
 
-    def _install(self) -> None:
-        modules = dict(self._model.named_modules())
-        for path in self.plan.region_paths:
-            if ("" if path == ROOT else path) not in modules:
-                raise PlanMismatch(
-                    f"the plan has a region {path!r}, but {type(self._model).__name__} has no module of that name. "
-                    "The plan is of another model. Measure and solve for this one."
-                )
-        for path in self.plan.region_paths:
-            module = modules["" if path == ROOT else path]
-            module.__dict__["forward"] = RegionForward(module, path, self._installed)
-            self._modules.append(module)
+    def _put_in_force(self, live: LivePlan) -> None:
+        """Let regions follow `live`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
+        they need.
+        """
+        paths = live.region_paths or ((ROOT,) if self._shapes is not None else ())
+        wanted = [self._module(path) for path in paths]
+        if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
+            self._take_off()
+            for path, module in zip(paths, wanted, strict=True):
+                root = path == ROOT
+                forward = RootForward(module, self) if root else RegionForward(module, path, self._installed)
+                module.__dict__["forward"] = forward
+                self._modules.append(module)
+            self._installed.fast_paths = with_fast_paths(self._model)
+        self._live = live
+        self._installed.recipes = live.recipes
+        self._installed.refused = live.refused
+        self._installed.calibrated = live.calibrated
+
+    def _module(self, path: str) -> torch.nn.Module:
+        try:
+            return self._model.get_submodule("" if path == ROOT else path)
+        except AttributeError:
+            raise PlanMismatch(
+                f"the plan has a region {path!r}, but {type(self._model).__name__} has no module of that name. "
+                "The plan is of another model. Measure and solve for this one."
+            ) from None
 
 
 def apply(
@@ -176,7 +301,3 @@ def apply(
         )
     return Applied(model, plan, spec or StepSpec(), profile)
 
-
-def _live_recipes(plan: Plan) -> dict[str, LiveRecipe | None]:
-    live = [LiveRecipe(recipe) for recipe in plan.recipes]
-    return {region.key: live[region.recipe] if region.recipe >= 0 else None for region in plan.regions}

@@ -109,7 +109,7 @@ class Trial:
         self.plan = applied.plan
         self.device = device_of(model)
         self._spec = spec
-        self._planned_spec = replace(spec, around_loss=applied.step)
+        self._planned_spec = replace(spec, around_loss=lambda: applied.step(batch))
         self._given = TrainingState(model, spec.optimizers, also=(batch,))
         try:
             self._reach_steady_state()

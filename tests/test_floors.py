@@ -24,9 +24,12 @@ FLOORS = {
     "replay": 2,
     "meter": 2,
     "budget": 2,
+    "step_shape": 2,
+    "live_plan": 3,
     "apply": 3,
     "verify": 3,
     "verify_regions": 3,
+    "shapes": 4,
     "planner": 4,
     "": 4,  # the façade, recollect/__init__.py
     "train": 5,

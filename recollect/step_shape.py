@@ -1,0 +1,125 @@
+"""What a plan depends on, in a form that can be compared: the batch's shapes, the model's state, the settings in force.
+
+Two steps with equal `StepShape`s run the same operations on tensors of the same sizes, as far as that can be told
+without running them.  What a model decides by its data, or by its own Python attributes, is not in it; the live tape
+notices that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recollect._torch_private import storage_key, tree_leaves
+
+_DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """See the module."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    """Of each tensor of the batch, in order."""
+    numbers: Hashable
+    """Strides and bytes of these tensors, and whole numbers that are in the batch beside them."""
+    kind: Hashable
+    """What does not change with the size of a batch: its structure, dtypes and flags, the model's modules and
+    parameters, the optimizers' parameters, PyTorch's settings."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors of the batch."""
+        return sum(math.prod(size) for size in self.sizes)
+
+    def growth_from(self, other: StepShape) -> float:
+        """How many times larger than `other`'s a tensor of this batch is, at most; 1 where none is."""
+        pairs = zip(self.sizes, other.sizes, strict=True)
+        return max([1.0, *(math.prod(a) / max(1, math.prod(b)) for a, b in pairs)])
+
+
+def step_shape(model: torch.nn.Module, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepShape:
+    """The shape of a training step on `batch`, as things are now."""
+    shape = arguments_shape(batch)
+    state = model_state(model), optimizer_state(optimizers), settings_in_force(model)
+    return StepShape(shape.sizes, shape.numbers, (shape.kind, state))
+
+
+def arguments_shape(thing: Any) -> StepShape:
+    """The shape of nested containers and objects alone.
+
+    Whole numbers and text count by value where they stand alone (a length, a flag, a mode), by type inside lists (what
+    belongs to single samples); floats count by type, as they rarely decide what is computed and often change.
+    """
+    sizes: list[tuple[int, ...]] = []
+    numbers: list[Hashable] = []
+    kind: list[Hashable] = []
+    storages: dict[int, int] = {}
+    for name, leaf, alone in _leaves(thing, "", True, _DEPTH):
+        if isinstance(leaf, torch.Tensor):
+            sizes.append(tuple(leaf.shape))
+            kind.append((name, leaf.dtype, leaf.device, leaf.requires_grad, leaf.layout, leaf.dim()))
+            if leaf.layout is torch.strided:
+                number = storages.setdefault(storage_key(leaf), len(storages))
+                numbers.append((leaf.stride(), leaf.untyped_storage().nbytes(), number))
+        elif alone and type(leaf) is int:
+            numbers.append((name, leaf))
+            kind.append(name)
+        elif leaf is None or isinstance(leaf, bool) or (alone and isinstance(leaf, str)):
+            kind.append((name, leaf))
+        else:
+            kind.append((name, type(leaf)))
+    return StepShape(tuple(sizes), tuple(numbers), tuple(kind))
+
+
+def model_state(model: torch.nn.Module) -> Hashable:
+    """Which modules there are, which of them train, and the shapes, dtypes and `requires_grad` of the parameters."""
+    modules = tuple((name, type(module), module.training) for name, module in model.named_modules())
+    parameters = tuple((p.shape, p.dtype, p.requires_grad) for p in model.parameters())
+    return modules, parameters
+
+
+def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
+    """How many parameters each group of each optimizer has."""
+    return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
+
+
+def settings_in_force(model: torch.nn.Module) -> Hashable:
+    """PyTorch's settings that decide which kernels run."""
+    return (
+        ambient_autocast(model),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
+
+
+def ambient_autocast(model: torch.nn.Module) -> torch.dtype | None:
+    """The dtype of an autocast context that is open now for the model's device."""
+    device_type = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _leaves(thing: Any, name: str, alone: bool, depth: int) -> Iterator[tuple[str, Any, bool]]:
+    if isinstance(thing, torch.Tensor) or depth == 0:
+        yield name, thing, alone
+    elif isinstance(thing, Mapping):
+        for key, value in thing.items():
+            yield from _leaves(value, f"{name}.{key}", alone, depth - 1)
+    elif isinstance(thing, list | tuple):
+        # The arguments of a call are a tuple; what is in a list belongs to samples.
+        alone = alone and isinstance(thing, tuple)
+        yield f"{name}[]", type(thing), alone
+        for place, value in enumerate(thing):
+            yield from _leaves(value, f"{name}.{place}", alone, depth - 1)
+    elif isinstance(getattr(thing, "__dict__", None), dict) and not isinstance(thing, torch.nn.Module | type):
+        yield name, type(thing), alone
+        for key, value in vars(thing).items():
+            yield from _leaves(value, f"{name}.{key}", alone, depth - 1)
+    else:
+        for leaf in tree_leaves(thing):
+            yield name, leaf, alone
