@@ -103,12 +103,15 @@ class Applied:
         """What the plan was solved from; None for a plan from a file."""
         self.verdict: Verdict | None = None
         """What the guarded run found; None until something ran it."""
+        self.guarded_peak_bytes: int | None = None
+        """Measured peak of the last run that `fit` made to see whether the plan holds."""
         self._model = model
         self._spec = spec
         self._own = self._live = LivePlan.of(plan)
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
-        self._shapes: PlansByShape | None = None
+        self.shapes: PlansByShape | None = None
+        """Plans for batches of other shapes; None unless `fit` made this."""
         self._batch_is_known = False
         self._put_in_force(self._own)
 
@@ -118,13 +121,25 @@ class Applied:
         return self._installed.statistics
 
     @property
+    def live(self) -> LivePlan:
+        """What is in force."""
+        return self._live
+
+    @property
+    def is_running(self) -> bool:
+        """A planned forward is open in some thread."""
+        return bool(self._installed.sessions)
+
+    @property
     def installed(self) -> bool:
         """Whether regions of the model run under a plan: False while the plan in force drops nothing."""
         return bool(self._modules) and bool(self._live.region_paths)
 
     @property
     def plan_in_force(self) -> Plan | None:
-        """The plan of the last batch; None if that had none, so that all that is provably replayable was dropped."""
+        """The plan of the last batch; None if that had none: because its shape was never planned, so that all that is
+        provably replayable was dropped, or because it is so small that nothing needs to be dropped.
+        """
         return self._live.plan
 
     @property
@@ -151,8 +166,8 @@ class Applied:
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
-        if self._shapes is not None and self._is_active():
-            self._shapes.plan_for(batch)
+        if self.shapes is not None and self._is_active():
+            self.shapes.plan_for(batch)
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -179,26 +194,26 @@ class Applied:
 
     def adapt(self, shapes: PlansByShape) -> None:
         """From now on, `shapes` has the plan for each batch."""
-        self._shapes = shapes
+        self.shapes = shapes
         self._put_in_force(self._live)
 
     def _is_active(self) -> bool:
         return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
 
     def _plan_for(self, batch: Any) -> LivePlan:
-        if self._shapes is not None:
-            return self._shapes.plan_for(batch)
+        if self.shapes is not None:
+            return self.shapes.plan_for(batch)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
         return LivePlan.dropping_everything(self.plan.region_paths)
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
-        if self._shapes is None:
+        if self.shapes is None:
             return
         if self._batch_is_known:
-            self._shapes.note_call(args, kwargs)
+            self.shapes.note_call(args, kwargs)
         else:
-            self._put_in_force(self._shapes.plan_for_call(args, kwargs))
+            self._put_in_force(self.shapes.plan_for_call(args, kwargs))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -222,7 +237,7 @@ class Applied:
     def remove(self) -> None:
         """Restore the model. Graphs that were built under the plan stay valid."""
         self._take_off()
-        self._shapes = None
+        self.shapes = None
 
     def _take_off(self) -> None:
         for module in self._modules:
@@ -246,7 +261,7 @@ class Applied:
         """Let regions follow `live`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
         they need.
         """
-        paths = live.region_paths or ((ROOT,) if self._shapes is not None else ())
+        paths = live.region_paths or ((ROOT,) if self.shapes is not None else ())
         wanted = [self._module(path) for path in paths]
         if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
             self._take_off()
@@ -300,4 +315,3 @@ def apply(
             "Measure and solve for this model."
         )
     return Applied(model, plan, spec or StepSpec(), profile)
-

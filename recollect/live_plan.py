@@ -14,7 +14,7 @@ class LivePlan:
     """See the module."""
 
     plan: Plan | None
-    """None: no plan is known, and everything that is provably replayable is dropped."""
+    """None: there is none, and either everything that is provably replayable is dropped, or nothing."""
     recipes: Mapping[str, LiveRecipe | None]
     """By region key, see `Installed.recipes`."""
     region_paths: tuple[str, ...]
@@ -40,3 +40,8 @@ class LivePlan:
     def dropping_everything(cls, region_paths: tuple[str, ...]) -> LivePlan:
         """No plan: the live tape drops what it proves replayable."""
         return cls(plan=None, recipes={}, region_paths=region_paths)
+
+    @classmethod
+    def dropping_nothing(cls) -> LivePlan:
+        """No plan, because none is needed: the model runs as plain PyTorch."""
+        return cls(plan=None, recipes={}, region_paths=())

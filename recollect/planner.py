@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,13 +18,12 @@ from recollect.errors import BudgetInfeasible, UnsupportedInput
 from recollect.measure.profiler import measure_step
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, device_of
 from recollect.records import Plan, Profile
+from recollect.shapes import GradCheckpoint, Shapes
 from recollect.solve import full_plan, plain_plan, solve
 from recollect.units import format_bytes
 from recollect.verify import Trial, verify_applied
 
 _log = logging.getLogger(__name__)
-
-GradCheckpoint = Literal["auto", "full", "off"]
 
 #: A guarded run and a new solve for each; the first one usually holds.
 _MOST_ROUNDS = 6
@@ -74,13 +74,34 @@ def fit(
         autocast=autocast,
         clip_norm=clip_norm,
     )
+    begin = time.perf_counter()
     applied = find_plan(model, batch, spec, budget, grad_checkpoint)
     try:
+        _adapt(model, batch, applied, spec, grad_checkpoint, (time.perf_counter() - begin) * 1e3)
         applied.verdict = verify_applied(model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes)
     except BaseException:
         applied.remove()
         raise
     return applied
+
+
+def _adapt(
+    model: torch.nn.Module,
+    batch: Any,
+    applied: Applied,
+    spec: StepSpec,
+    grad_checkpoint: GradCheckpoint,
+    planning_ms: float,
+) -> None:
+    """Have batches of other shapes planned, too, for the same budget."""
+    budget_bytes = applied.plan.budget_bytes
+
+    def plan_guarded(other: Any, other_spec: StepSpec) -> Applied:
+        return find_plan(model, other, other_spec, budget_bytes, grad_checkpoint, within_budget=True)
+
+    shapes = Shapes(model, applied, spec, budget_bytes, grad_checkpoint, plan_guarded, planning_ms)
+    shapes.add(batch, applied)
+    applied.adapt(shapes)
 
 
 def find_plan(
@@ -89,8 +110,14 @@ def find_plan(
     spec: StepSpec,
     budget: int | str | None = None,
     grad_checkpoint: GradCheckpoint = "auto",
+    *,
+    within_budget: bool = False,
 ) -> Applied:
     """`fit` without the proof: a plan whose guarded run kept the budget, installed on the model.
+
+    Args:
+        within_budget: never run a step that is predicted to need more than the budget, not even to learn which budget
+            would be enough.
 
     Raises:
         BudgetInfeasible, UnsupportedInput: as `fit`.
@@ -105,7 +132,7 @@ def find_plan(
             infeasible = None
         except BudgetInfeasible as error:
             # The budget that the error names shall be one that runs: try it, if the device has that much.
-            if error.required_bytes > resolve_budget("auto", device):
+            if within_budget or error.required_bytes > resolve_budget("auto", device):
                 raise
             plan = _choose(profile, error.required_bytes, grad_checkpoint)
             infeasible = error
@@ -142,6 +169,7 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
     try:
         outcome = trial.guarded()
         measured_bytes, mismatches = outcome.peak_bytes, outcome.mismatches
+        applied.guarded_peak_bytes = measured_bytes
     except torch.OutOfMemoryError:
         measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
     except RuntimeError:

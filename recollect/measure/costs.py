@@ -72,8 +72,9 @@ class Costs:
     """Time spent on finding times."""
 
 
-def measure_costs(calls: Sequence[Call], device: torch.device, cache: CostCache) -> Costs:
-    """Time, scratch and output sizes of each call, from the cache where it knows them.
+def measure_costs(calls: Sequence[Call], device: torch.device, cache: CostCache, *, timed: bool = True) -> Costs:
+    """Time, scratch and output sizes of each call, from the cache where it knows them.  Without `timed`, times that
+    the cache does not know are zero; give no cache then.
 
     Leaves every random generator as it was.
     """
@@ -84,7 +85,7 @@ def measure_costs(calls: Sequence[Call], device: torch.device, cache: CostCache)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measured = _measure([calls[index] for index in unknown], device, result) if unknown else {}
+            measured = _measure([calls[index] for index in unknown], device, result, timed) if unknown else {}
     finally:
         random_state.restore()
     for place, cost in measured.items():
@@ -100,13 +101,13 @@ def measure_costs(calls: Sequence[Call], device: torch.device, cache: CostCache)
     return result
 
 
-def _measure(calls: Sequence[Call], device: torch.device, result: Costs) -> dict[int, Cost]:
+def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: bool) -> dict[int, Cost]:
     """The cost of each call, by its place; calls that cannot be run alone have none."""
     begin = time.perf_counter()
     alone = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
     middle = time.perf_counter()
-    best: dict[int, float] = {}
-    for round_number in range(_ROUNDS):
+    best = {} if timed else dict.fromkeys(alone, 0.0)
+    for round_number in range(_ROUNDS if timed else 0):
         for index, call in enumerate(calls):
             if index not in alone or (round_number > 0 and best.get(index, 0.0) > _LONG_RUN_MS):
                 continue

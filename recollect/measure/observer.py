@@ -149,6 +149,11 @@ class Observer(DispatchMode):
         self._sum: _Sum | None = None
         self._instead_of: dict[int, int] = {}  # storage of a sum -> the storage that holds it in a real step
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # As for `replay.session.Session`: without it every operation pays for a wrapper that only torch.compile needs.
+        return False
+
     # ------------------------------------------------------------------------------------------------ the caller's side
 
     def add_baseline(self, tensor: torch.Tensor, component: str) -> None:

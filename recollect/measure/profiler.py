@@ -86,9 +86,15 @@ def measure(
 
 
 def measure_step(
-    model: torch.nn.Module, batch: Any, spec: StepSpec, *, concrete: bool = False, cost_cache: bool = True
+    model: torch.nn.Module,
+    batch: Any,
+    spec: StepSpec,
+    *,
+    concrete: bool = False,
+    cost_cache: bool = True,
+    untimed: bool = False,
 ) -> Profile:
-    """`measure` for a `StepSpec`; `concrete` skips the fake run."""
+    """`measure` for a `StepSpec`; `concrete` skips the fake run, `untimed` all measuring of times (they are zero)."""
     began = time.perf_counter()
     check_model(model)
     device = device_of(model)
@@ -117,11 +123,13 @@ def measure_step(
     observed = time.perf_counter()
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
-    costs = measure_costs(signatures.calls, device, CostCache(device) if cost_cache else NoCache())
+    costs = measure_costs(
+        signatures.calls, device, CostCache(device) if cost_cache and not untimed else NoCache(), timed=not untimed
+    )
     if method == "fake":
         _use_real_sizes(seen, costs.output_bytes, device)
     costed = time.perf_counter()
-    mode_ms, tape_ms = measure_overhead()
+    mode_ms, tape_ms = (0.0, 0.0) if untimed else measure_overhead()
     mechanism_ms = (time.perf_counter() - costed) * 1e3
     baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
     for storage in seen.storages:
