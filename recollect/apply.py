@@ -75,7 +75,8 @@ class RootForward(RegionForward):
             self._applied._model_called(args, kwargs)
             if not self._applied.installed:
                 return self.original(*args, **kwargs)
-            return super().__call__(*args, **kwargs)
+            with self._applied._noticing_mismatches():
+                return super().__call__(*args, **kwargs)
         finally:
             self._running = False
 
@@ -91,6 +92,9 @@ class PlansByShape(Protocol):
 
     def plan_for_call(self, args: Any, kwargs: Any) -> LivePlan:
         """The plan for a call of the model whose batch nobody told."""
+
+    def note_mismatch(self) -> None:
+        """The forward that just ended did not follow the plan that was last asked for."""
 
 
 class Applied:
@@ -185,7 +189,7 @@ class Applied:
             self._batch_is_known = True
         try:
             if self.installed:
-                with self._installed.region(LOSS):
+                with self._noticing_mismatches(), self._installed.region(LOSS):
                     yield
             else:
                 yield
@@ -206,6 +210,15 @@ class Applied:
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
         return LivePlan.dropping_everything(self.plan.region_paths)
+
+    @contextmanager
+    def _noticing_mismatches(self) -> Iterator[None]:
+        counts = self._installed.statistics
+        outermost = not self.is_running
+        before = counts.mismatches + counts.unplanned_calls
+        yield
+        if outermost and self.shapes is not None and counts.mismatches + counts.unplanned_calls > before:
+            self.shapes.note_mismatch()
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
         if self.shapes is None:

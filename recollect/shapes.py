@@ -144,7 +144,6 @@ class Shapes:
         self._references: list[_Reference] = []  # the latest last
         self._kinds: dict[Hashable, Hashable] = {}
         self._current: _Entry | None = None
-        self._seen_mismatches = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -162,7 +161,6 @@ class Shapes:
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
         """
-        self._count_mismatches()
         shape = self._shape_of(batch)
         entry = self._entries.get(shape)
         if entry is None or self._is_due(entry):
@@ -190,7 +188,6 @@ class Shapes:
 
     def plan_for_call(self, args: Any, kwargs: Any) -> LivePlan:
         """The plan for a call of the model whose batch nobody told."""
-        self._count_mismatches()
         call = self._shape_of((args, kwargs))
         self._current = self._calls.get(call)
         if self._current is not None:
@@ -198,6 +195,12 @@ class Shapes:
         if any(r.call is not None and self._is_ample(call, r.call, r) for r in self._references):
             return LivePlan.dropping_nothing()
         return self._unplanned()
+
+    def note_mismatch(self) -> None:
+        """The forward that just ended did not follow the plan that was last asked for."""
+        if self._current is not None:
+            self._current.mismatched_steps += 1
+            self.statistics.mismatched_steps += 1
 
     def _shape_of(self, batch: Any) -> StepShape:
         """Its `kind`, which is long, is one object for all equal ones."""
@@ -216,14 +219,6 @@ class Shapes:
     def _can_measure(self) -> bool:
         """Scratch is measured with PyTorch's profiler, of which a process can run one; and not inside a forward."""
         return not profiler_is_running() and not self._applied.is_running
-
-    def _count_mismatches(self) -> None:
-        counts = self._applied.statistics
-        now = counts.mismatches + counts.unplanned_calls
-        if now > self._seen_mismatches and self._current is not None:
-            self._current.mismatched_steps += 1
-            self.statistics.mismatched_steps += 1
-        self._seen_mismatches = now
 
     def _is_due(self, entry: _Entry) -> bool:
         """Whether to plan a known shape again."""

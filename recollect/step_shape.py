@@ -113,11 +113,11 @@ def _leaves(thing: Any, name: str, alone: bool, depth: int) -> Iterator[tuple[st
     elif isinstance(thing, list | tuple):
         # The arguments of a call are a tuple; what is in a list belongs to samples.
         alone = alone and isinstance(thing, tuple)
-        yield f"{name}[]", type(thing), alone
+        yield f"{name}:{type(thing).__qualname__}", None, alone
         for place, value in enumerate(thing):
             yield from _leaves(value, f"{name}.{place}", alone, depth - 1)
     elif isinstance(getattr(thing, "__dict__", None), dict) and not isinstance(thing, torch.nn.Module | type):
-        yield name, type(thing), alone
+        yield f"{name}:{type(thing).__qualname__}", None, alone
         for key, value in vars(thing).items():
             yield from _leaves(value, f"{name}.{key}", alone, depth - 1)
     else:

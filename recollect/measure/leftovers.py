@@ -32,7 +32,11 @@ _FOREIGN = frozenset({"torch", "numpy", "recollect", "_pytest", "pytest", "plugg
 
 
 class Surroundings:
-    """What the namespaces around a model held before a fake run."""
+    """What the namespaces around a model held before a fake run.
+
+    From here to `forget_fakes` everything that exists already is set aside from garbage collection, so that looking for
+    what the run left behind takes milliseconds however large the process is.
+    """
 
     def __init__(self, loss: Callable[..., Any] | None = None) -> None:
         self._dicts: dict[int, tuple[Any, dict[Any, Any]]] = {}  # of a namespace: its owner, and what it held
@@ -46,6 +50,14 @@ class Surroundings:
                 self._note_namespace(module, vars(module))
                 for thing in list(vars(module).values()):
                     self._note_thing(thing, name)
+        self._froze = gc.get_freeze_count() == 0  # thawing would undo what the user froze
+        if self._froze:
+            gc.freeze()
+
+    def _thaw(self) -> None:
+        if self._froze:
+            gc.unfreeze()
+            self._froze = False
 
     def forget_fakes(self, mode: FakeTensorMode) -> None:
         """Take every fake tensor of `mode` out of where it was left.
@@ -54,8 +66,11 @@ class Surroundings:
             UnsupportedInput: one sits in a place that cannot be put back as it was.
         """
         gc.collect()
-        if not _alive(mode):
+        alive = bool(_alive(mode))
+        self._thaw()
+        if not alive:
             return
+        gc.collect()
         for cache in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
             if _reaches_fake(cache, mode, _DEPTH):
                 cache.cache_clear()
