@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -386,10 +386,19 @@ def test_another_dtype(budget_bytes: int) -> None:
 
 
 def test_autocast_around_the_step(case: Case) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        case.assert_gradients_are_plain(batch_of(MIDDLE))
+    batch = batch_of(MIDDLE)
+
+    def under_autocast(loss: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss()
+
+    with case.applied.paused():
+        plain = gradients(case.model, lambda: under_autocast(lambda: next_word_loss(case.model, batch)))
+    planned = gradients(case.model, lambda: under_autocast(lambda: case.loss(batch)))
+    assert differences(plain, planned) == []
     assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
-    case.assert_gradients_are_plain(batch_of(MIDDLE))
+    case.assert_gradients_are_plain(batch)
+    assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
 
 
 class LowRank(nn.Module):
