@@ -24,7 +24,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -114,6 +114,22 @@ class _Entry:
     def added_ms(self) -> float:
         plan = self.live.plan
         return plan.predicted_step_ms - plan.plain_step_ms if plan is not None else 0.0
+
+
+class _InOpenAutocast(StepSpec):
+    """A step inside an autocast context that stays open around it, run as if the context were opened for each step.
+
+    PyTorch forgets the weights that it has cast when the outermost context closes, which is then the user's; what the
+    runs for planning cast must not be found by the user's own step, nor by each other.  A context that stays open over
+    several forwards forgets them, too, when one of these has to be planned.
+    """
+
+    def run_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        torch.clear_autocast_cache()
+        try:
+            return super().run_loss(model, batch)
+        finally:
+            torch.clear_autocast_cache()
 
 
 class Shapes:
@@ -282,11 +298,15 @@ class Shapes:
     def _step_spec(self) -> StepSpec:
         """The step as it runs now: an open autocast context counts as the step's own."""
         ambient = ambient_autocast(self._model)
-        return self._spec if ambient is None else replace(self._spec, autocast=ambient)
+        if ambient is None:
+            return self._spec
+        settings = {one.name: getattr(self._spec, one.name) for one in fields(self._spec)}
+        return _InOpenAutocast(**{**settings, "autocast": ambient})
 
     def _guarded(self, shape: StepShape, batch: Any) -> _Entry:
+        spec = self._step_spec()
         with self._applied.removed(), _no_ambient_autocast(self._model):
-            applied = self._plan_guarded(batch, self._step_spec())
+            applied = self._plan_guarded(batch, spec)
             applied.remove()
         self.statistics.guarded += 1
         return self._confirmed(shape, applied)
@@ -322,8 +342,9 @@ class Shapes:
         return None
 
     def _unguarded(self, shape: StepShape, batch: Any, reference: _Reference, begin: float) -> _Entry:
+        spec = self._step_spec()
         with self._applied.paused(), _no_ambient_autocast(self._model):
-            profile = measure_reshaped(self._model, batch, self._step_spec(), reference.profile)
+            profile = measure_reshaped(self._model, batch, spec, reference.profile)
         same = self._reference(shape.kind, profile)
         if profile.method != "fake" or same is None:  # another branch, perhaps by the batch's size
             return self._guarded(shape, batch)

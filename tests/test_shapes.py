@@ -397,6 +397,9 @@ def test_autocast_around_the_step(case: Case) -> None:
     planned = gradients(case.model, lambda: under_autocast(lambda: case.loss(batch)))
     assert differences(plain, planned) == []
     assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
+    longer = batch_of(LONG)
+    under_autocast(lambda: case.loss(longer)).backward()
+    assert (case.counts.guarded, case.counts.solved + case.counts.reused + case.counts.plain) == (1, 1)
     case.assert_gradients_are_plain(batch)
     assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
 
