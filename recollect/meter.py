@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from recollect._torch_private import cuda_process_bytes, profiler_memory_events, storage_key, tree_leaves
+from recollect._torch_private import (
+    cuda_process_bytes,
+    profiler_is_running,
+    profiler_memory_events,
+    storage_key,
+    tree_leaves,
+)
+from recollect.errors import UnsupportedInput
 
 Result = TypeVar("Result")
 
@@ -60,6 +67,7 @@ def measure_peak(
     """
     if torch.device(device).type == "cuda":
         return _measure_peak_cuda(fn, torch.device(device))
+    refuse_second_profiler()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -69,6 +77,15 @@ def measure_peak(
         level += nbytes
         peak = max(peak, level)
     return result, resident_bytes + peak
+
+
+def refuse_second_profiler() -> None:
+    """Raise `UnsupportedInput` if a profiler records in this process: starting another would end it."""
+    if profiler_is_running():
+        raise UnsupportedInput(
+            "torch.profiler is recording in this process, and memory on a CPU is measured with that profiler, of which "
+            "only one can run. Measure, fit and verify before the profiler starts; planned steps may be profiled."
+        )
 
 
 def _measure_peak_cuda(fn: Callable[[], Result], device: torch.device) -> tuple[Result, int]:

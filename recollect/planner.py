@@ -17,6 +17,7 @@ from recollect.budget import resolve_budget
 from recollect.errors import BudgetInfeasible, UnsupportedInput
 from recollect.measure.profiler import measure_step
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, device_of
+from recollect.out_of_memory import is_out_of_memory
 from recollect.records import Plan, Profile
 from recollect.shapes import GradCheckpoint, Shapes
 from recollect.solve import full_plan, plain_plan, solve
@@ -124,7 +125,7 @@ def find_plan(
     """
     device = device_of(model)
     budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
-    profile = measure_step(model, batch, spec)
+    profile = measure_step(model, batch, spec, budget_bytes=budget_bytes)
     infeasible: BudgetInfeasible | None = None
     for _ in range(_MOST_ROUNDS):
         try:
@@ -170,19 +171,19 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
         outcome = trial.guarded()
         measured_bytes, mismatches = outcome.peak_bytes, outcome.mismatches
         applied.guarded_peak_bytes = measured_bytes
-    except torch.OutOfMemoryError:
-        measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
-    except RuntimeError:
-        if not applied.refused:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
+        elif applied.refused:  # replay would have been wrong, and calibration said where
+            measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
+        else:
             raise
-        # Replay would have been wrong, and calibration said where.
-        measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
     finally:
         trial.restore()
     if mismatches and profile.method == "fake":  # first: positions that were refused are not this profile's either
         _log.info("%d region calls ran other operations than measured; measuring with a real step", mismatches)
         applied.remove()
-        return measure_step(model, batch, spec, concrete=True)
+        return measure_step(model, batch, spec, concrete=True, budget_bytes=plan.budget_bytes)
     if applied.refused:
         _log.info("calibration refused operations in %d regions; solving again", len(applied.refused))
         return _without(profile, applied.refused)

@@ -71,6 +71,8 @@ class Signature:
     """Time of one run in milliseconds (minimum of several)."""
     scratch_bytes: int = 0
     """Most memory it holds inside, beyond its inputs and outputs."""
+    note: str = ""
+    """Where the figures are estimates: why. Empty if the operation was run alone as it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ FLOORS = {
     "measure": 2,
     "replay": 2,
     "meter": 2,
+    "out_of_memory": 2,
     "budget": 2,
     "step_shape": 2,
     "live_plan": 3,

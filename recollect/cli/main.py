@@ -20,11 +20,18 @@ from recollect.cli import commands
 from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
 from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
+from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
 from recollect.train.naming import did_you_mean
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+_OUT_OF_MEMORY = (
+    "the device had no more memory ({what}), although the budget was kept as far as it was measured, so something else "
+    "takes memory there, or the process may have less than the budget (a container's limit, ulimit). Give a smaller "
+    "--memory, or free memory on the device; a training run goes on with --resume auto."
+)
 
 COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
     command.name: (command, function)
@@ -76,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _tell("interrupted", 128 + signal.SIGINT)
     except Exception as problem:
+        if is_out_of_memory(problem):
+            return _tell(_OUT_OF_MEMORY.format(what=f"{type(problem).__name__}: {problem}"), EXIT_FAILED)
         traceback.print_exc()
         what = f"{type(problem).__name__}: {problem}"
         return _tell(f"failed while running `recollect {shlex.join(arguments)}`: {what}", EXIT_FAILED)

@@ -9,13 +9,19 @@ be run on such data is given the time and scratch zero; so is one that a made-up
 ATen, and backward kernels that read a workspace which only their own forward can fill (oneDNN's RNN gets it from one).
 
 What a machine has measured once is remembered by `cost_cache`.
+
+Within the budget: made-up arguments are copies beside the model.  An optimizer's foreach operation over all parameters
+would double its state; where that does not fit, it is run on the first of its tensors and the figures scaled.  What
+does not fit at all is estimated from operations of the same name, else from all.  Such figures carry a note and are
+not cached.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +34,10 @@ from recollect._torch_private import (
     set_grad_enabled_quietly,
 )
 from recollect.measure.cost_cache import Cost, CostCache
+from recollect.measure.share import argument_bytes, share_within
 from recollect.measure.signatures import Call, TensorSpec
 from recollect.measure.state import RandomState
+from recollect.meter import refuse_second_profiler
 from recollect.records import Signature
 from recollect.replay.ops import result_tensors
 
@@ -72,33 +80,75 @@ class Costs:
     """Time spent on finding times."""
 
 
-def measure_costs(calls: Sequence[Call], device: torch.device, cache: CostCache, *, timed: bool = True) -> Costs:
-    """Time, scratch and output sizes of each call, from the cache where it knows them.  Without `timed`, times that
-    the cache does not know are zero; give no cache then.
+def measure_costs(
+    calls: Sequence[Call],
+    device: torch.device,
+    cache: CostCache,
+    *,
+    timed: bool = True,
+    room_bytes: int | None = None,
+    result_bytes: Mapping[int, int] | None = None,
+) -> Costs:
+    """Time, scratch and output sizes of each call, from the cache where it knows them.
+
+    Args:
+        calls: what to measure.
+        device: where.
+        cache: what is known, and what is to be remembered.
+        timed: False leaves times that the cache does not know at zero; give no cache then.
+        room_bytes: memory that measuring may take; None: as much as it needs.
+        result_bytes: by the call's number, memory that its results take.
 
     Leaves every random generator as it was.
     """
+    result_bytes = result_bytes or {}
     found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
-    unknown = [index for index in range(len(calls)) if index not in found]
+    shares = {
+        index: share_within(call, result_bytes.get(index, 0), room_bytes)
+        for index, call in enumerate(calls)
+        if index not in found
+    }
+    to_run = {index: share.call for index, share in shares.items() if share.call is not None}
     result = Costs()
     random_state = RandomState()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measured = _measure([calls[index] for index in unknown], device, result, timed) if unknown else {}
+            measured = _measure(list(to_run.values()), device, result, timed) if to_run else {}
     finally:
         random_state.restore()
-    for place, cost in measured.items():
-        found[unknown[place]] = cost
-        cache.put(calls[unknown[place]], cost)
+    for place, index in enumerate(to_run):
+        if place in measured:
+            found[index] = shares[index].scaled(measured[place])
+            if not shares[index].note:
+                cache.put(calls[index], measured[place])
     cache.save()
-    nothing = Cost(0.0, 0, ())
-    result.signatures = tuple(
-        Signature(name=str(call.func), ms=cost.ms, scratch_bytes=cost.scratch_bytes)
-        for call, cost in ((call, found.get(index, nothing)) for index, call in enumerate(calls))
-    )
     result.output_bytes = {index: cost.output_bytes for index, cost in found.items()}
+    sizes = [argument_bytes(call) + result_bytes.get(index, 0) for index, call in enumerate(calls)]
+    names = [str(call.func) for call in calls]
+    estimated = {i: _estimate(i, names, sizes, found) for i, share in shares.items() if share.call is None}
+    costs = {**dict.fromkeys(range(len(calls)), Cost(0.0, 0, ())), **found, **estimated}
+    result.signatures = tuple(
+        Signature(
+            name=name,
+            ms=costs[index].ms,
+            scratch_bytes=costs[index].scratch_bytes,
+            note=shares[index].note if index in shares else "",
+        )
+        for index, name in enumerate(names)
+    )
     return result
+
+
+def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Mapping[int, Cost]) -> Cost:
+    """What an operation that cannot be run alone may cost, by its size and what others cost for theirs."""
+    alike = [other for other in known if names[other] == names[index] and sizes[other]]
+    rivals = alike or [other for other in known if sizes[other]]
+    if not rivals:
+        return Cost(0.0, 0, ())
+    ms = statistics.median(known[other].ms / sizes[other] for other in rivals) * sizes[index]
+    scratch = max((known[other].scratch_bytes / sizes[other] for other in alike), default=0.0) * sizes[index]
+    return Cost(round(ms, 6), int(scratch), ())
 
 
 def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: bool) -> dict[int, Cost]:
@@ -152,6 +202,10 @@ def _storage_sizes(result: Any) -> tuple[int, ...]:
 
 def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
     outputs: dict[int, tuple[int, ...]] = {}
+    args: Any
+    kwargs: Any
+    result: Any
+    refuse_second_profiler()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for index, call in enumerate(calls):
             try:
@@ -159,9 +213,10 @@ def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
                 with torch.profiler.record_function(f"{_PREFIX}{index}"):
                     result = _run(call, args, kwargs)
                 outputs[index] = _storage_sizes(result)
-                del result
             except Exception:
                 continue
+            finally:
+                args = kwargs = result = None  # before the next call's arguments are made
     ranges = profiler_ranges(profile, _PREFIX)
     events = profiler_memory_events(profile)
     position = 0
@@ -181,6 +236,9 @@ def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
 
 def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, Alone]:
     found: dict[int, Alone] = {}
+    args: Any
+    kwargs: Any
+    result: Any
     for index, call in enumerate(calls):
         try:
             args, kwargs = _make_up(call)
@@ -188,9 +246,10 @@ def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, Alon
             result = _run(call, args, kwargs)
             scratch = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
             found[index] = Alone(scratch_bytes=scratch, output_bytes=_storage_sizes(result))
-            del result
         except Exception:
             continue
+        finally:
+            args = kwargs = result = None
     return found
 
 

@@ -17,8 +17,6 @@ from recollect.errors import RecollectError
 from recollect.units import format_bytes
 
 _CHUNK_BYTES = 8 * 2**20
-#: Smaller tensors are not worth a file access.
-_SMALL_BYTES = 512
 
 
 class CopyFile:
@@ -77,7 +75,7 @@ class HostCopy:
         self._kept: torch.Tensor | None = None
         self.stride = tensor.stride() if tensor.layout is torch.strided else None
         data = raw_bytes(tensor)
-        if data is None or data.numel() < _SMALL_BYTES:
+        if data is None or data.numel() == 0:
             self._kept = _without_repeats(tensor).to("cpu", copy=True)
         else:
             self._begin = file.write(data.numpy())

@@ -225,7 +225,9 @@ class Observer(DispatchMode):
         if not forward:
             since = len(self.seen.events)
             result = func(*args, **kwargs)
-            for tensor in tensors + [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]:
+            results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
+            self._signatures.note_result(signature, tensors, results)
+            for tensor in tensors + results:
                 self._value_of(tensor)
             if not self._in_backward:  # a backward inside forward: what it writes, replay in backward would see written
                 for tensor in mutated_tensors(info, args, kwargs):
@@ -273,6 +275,8 @@ class Observer(DispatchMode):
             random_state_bytes=self._random_state_bytes if info.is_random else 0,
         )
         result = func(*args, **kwargs)
+        results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
+        self._signatures.note_result(signature, tensors, results)
         for tensor in moved:
             self._overwrite(tensor)
         for position, tensor in enumerate(written.values()):

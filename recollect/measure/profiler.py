@@ -7,12 +7,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from recollect.errors import RecollectError, UnsupportedInput
 from recollect.measure.build import build_tables
 from recollect.measure.cost_cache import CostCache, NoCache
 from recollect.measure.costs import measure_costs
+from recollect.measure.host_copy import CopyFile
 from recollect.measure.leftovers import Surroundings
 from recollect.measure.observer import Observation, Observer, round_up
 from recollect.measure.overhead import measure_overhead
@@ -37,6 +37,7 @@ from recollect.measure.step import (
     device_of,
 )
 from recollect.measure.structural_copy import copy_batch, copy_model, copy_optimizer
+from recollect.meter import resident_bytes
 from recollect.records import COMPONENTS, Profile
 from recollect.replay.cursor import ROOT
 
@@ -93,8 +94,11 @@ def measure_step(
     concrete: bool = False,
     cost_cache: bool = True,
     untimed: bool = False,
+    budget_bytes: int | None = None,
 ) -> Profile:
-    """`measure` for a `StepSpec`; `concrete` skips the fake run, `untimed` all measuring of times (they are zero)."""
+    """`measure` for a `StepSpec`; `concrete` skips the fake run, `untimed` all measuring of times (they are zero).
+    Operations that cannot be run alone within `budget_bytes`, beside what the model holds, are estimated, and say so.
+    """
     began = time.perf_counter()
     check_model(model)
     device = device_of(model)
@@ -124,7 +128,12 @@ def measure_step(
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
     costs = measure_costs(
-        signatures.calls, device, CostCache(device) if cost_cache and not untimed else NoCache(), timed=not untimed
+        signatures.calls,
+        device,
+        CostCache(device) if cost_cache and not untimed else NoCache(),
+        timed=not untimed,
+        room_bytes=None if budget_bytes is None else budget_bytes - resident_bytes(model, batch, spec.optimizers),
+        result_bytes=signatures.result_bytes,
     )
     if method == "fake":
         _use_real_sizes(seen, costs.output_bytes, device)
@@ -218,41 +227,38 @@ def _hushed(logger_name: str) -> Iterator[None]:
 def _observe_concrete(model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable) -> Observer:
     state = TrainingState(model, spec.optimizers, also=(batch,))
     try:
-        with tempfile.TemporaryFile(prefix="recollect-") as file:
-            spill, unspill = _spill_to(file)
-            observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
-            _give_gradients(model)
-            try:
-                _observe(model, batch, spec, list(spec.optimizers), observer)
-            except RuntimeError as error:
-                if "saved tensor hooks" not in str(error):
-                    raise
-                raise UnsupportedInput(
-                    "the model uses torch.func (grad, vjp, jacrev, hessian) in its forward. PyTorch forbids "
-                    "saved-tensor hooks there, and without them what autograd saves cannot be seen or dropped. Use "
-                    "torch.autograd.grad instead, or train this model without a budget."
-                ) from error
-            return observer
+        spill, unspill = _spill_to(CopyFile())
+        observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
+        _give_gradients(model)
+        try:
+            _observe(model, batch, spec, list(spec.optimizers), observer)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise UnsupportedInput(
+                "the model uses torch.func (grad, vjp, jacrev, hessian) in its forward. PyTorch forbids "
+                "saved-tensor hooks there, and without them what autograd saves cannot be seen or dropped. Use "
+                "torch.autograd.grad instead, or train this model without a budget."
+            ) from error
+        return observer
     finally:
         state.restore()
 
 
-def _spill_to(
-    file: IO[bytes],
-) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.UntypedStorage]]:
+def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.UntypedStorage]]:
+    """Whole storages to a file and back, without a further copy in memory on the way."""
+
     def spill(tensor: torch.Tensor) -> Any:
-        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         storage = tensor.untyped_storage()
-        flat.set_(storage, 0, (storage.nbytes(),), (1,))
-        offset = file.seek(0, 2)
-        file.write(flat.cpu().numpy().tobytes())
-        return offset, storage.nbytes(), tensor.device
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
+        return file.write(flat.cpu().numpy()), storage.nbytes(), tensor.device
 
     def unspill(place: Any) -> torch.UntypedStorage:
-        offset, nbytes, device = place
-        file.seek(offset)
-        data = torch.frombuffer(bytearray(file.read(nbytes)), dtype=torch.uint8) if nbytes else torch.empty(0)
-        return data.to(device).clone().untyped_storage()
+        begin, nbytes, device = place
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes:
+            file.read_into(begin, data.numpy())
+        return data.to(device).untyped_storage()
 
     return spill, unspill
 

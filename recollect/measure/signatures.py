@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from recollect._torch_private import storage_key
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -36,6 +38,8 @@ class SignatureTable:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.result_bytes: dict[int, int] = {}
+        """By call: bytes of the storages that it made."""
         self._index: dict[Any, int] = {}
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -52,6 +56,13 @@ class SignatureTable:
             index = self._index[key] = len(self.calls)
             self.calls.append(call)
         return index
+
+    def note_result(self, index: int, arguments: list[torch.Tensor], result: list[torch.Tensor]) -> None:
+        """Note how much memory the call took for what it returned."""
+        if index not in self.result_bytes:
+            given = {storage_key(t) for t in arguments if t.layout is torch.strided}
+            made = {storage_key(t): t for t in result if t.layout is torch.strided}
+            self.result_bytes[index] = sum(t.untyped_storage().nbytes() for k, t in made.items() if k not in given)
 
 
 def _spec(argument: Any) -> Any:

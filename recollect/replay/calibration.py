@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Checksum = tuple[int, int, int]
 
 
-#: Words in a row of the checksum's layout.
+#: Words in a row of the checksum's layout, and rows that are summed at a time (1 MB).
 _ROW = 61
+_PIECE_ROWS = 2**12
 
 
 class Calibrator:
@@ -157,18 +158,21 @@ def checksum(tensor: torch.Tensor) -> Checksum:
         storage = tensor.untyped_storage()
         words = torch.empty(0, dtype=torch.uint8, device=storage.device)
         words.set_(storage, 0, (storage.nbytes(),), (1,))
-        tail = storage.nbytes() % 4
-        if tail:
-            words = torch.nn.functional.pad(words, (0, 4 - tail))
         if words.data_ptr() % 4:
             words = words.clone()
-        numbers = words.view(torch.int32)
-        whole = numbers.numel() // _ROW * _ROW
-        grid, rest = numbers[:whole].view(-1, _ROW), numbers[whole:].to(torch.int64)
-        rows, columns = grid.sum(1, dtype=torch.int64), grid.sum(0, dtype=torch.int64)
-        columns[: rest.numel()] += rest
-        rows = torch.cat([rows, rest.sum()[None]])
-        return int(rows.sum()), int((rows * _places(rows)).sum()), int((columns * _places(columns)).sum())
+        tail = words[storage.nbytes() // 4 * 4 :].sum(dtype=torch.int64)
+        numbers = words[: storage.nbytes() // 4 * 4].view(torch.int32)
+        plain = by_row = torch.zeros((), dtype=torch.int64, device=storage.device)
+        columns = torch.zeros(_ROW, dtype=torch.int64, device=storage.device)
+        for first, piece in enumerate(numbers.split(_ROW * _PIECE_ROWS)):  # the sums need twice a piece's memory
+            whole = piece.numel() // _ROW * _ROW
+            grid, rest = piece[:whole].view(-1, _ROW), piece[whole:].to(torch.int64)
+            rows = torch.cat([grid.sum(1, dtype=torch.int64), rest.sum()[None]])
+            plain = plain + rows.sum()
+            by_row = by_row + (rows * (_places(rows) + first * _PIECE_ROWS)).sum()
+            columns += grid.sum(0, dtype=torch.int64)
+            columns[: rest.numel()] += rest
+        return int(plain + tail), int(by_row), int((columns * _places(columns)).sum())
 
 
 def _places(numbers: torch.Tensor) -> torch.Tensor:

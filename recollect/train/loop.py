@@ -19,6 +19,7 @@ import recollect
 from recollect.budget import resolve_budget
 from recollect.errors import RecollectError, UnsupportedInput
 from recollect.meter import measure_peak, resident_bytes
+from recollect.out_of_memory import is_out_of_memory
 from recollect.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from recollect.train.config import TrainConfig
 from recollect.train.models import ModelSource
@@ -199,10 +200,20 @@ class _Loop:
         return highest_peak_bytes
 
     def _step(self, batch: Any) -> Tensor:
-        self.work.optimizer.zero_grad(set_to_none=False)
-        loss = self.applied.loss(self.work.model, batch)
-        loss.backward()
-        self.work.optimizer.step()
+        try:
+            self.work.optimizer.zero_grad(set_to_none=False)
+            loss = self.applied.loss(self.work.model, batch)
+            loss.backward()
+            self.work.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingFailed(
+                f"a step ran out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}), "
+                f"though its predicted peak of {format_bytes(self.applied.plan.predicted_peak_bytes)} within the "
+                f"budget of {format_bytes(self.work.budget_bytes)}: the device has less than that to give, or "
+                f"something else took it. Go on from the last checkpoint with --resume auto and a smaller --memory."
+            ) from error
         return loss.detach()
 
     def _logged_step(self, batch: Any, done: int, total_steps: int, watch: _Stopwatch) -> StepReport:
