@@ -28,9 +28,13 @@ class LivePlan:
     def of(cls, plan: Plan, like: LivePlan | None = None) -> LivePlan:
         """The plan, resolved; `like` is a plan for the same operations, whose calibration counts for this one."""
         resolved = [LiveRecipe(recipe) for recipe in plan.recipes]
+        recipes = {r.key: resolved[r.recipe] if r.recipe >= 0 else None for r in plan.regions}
+        for group in plan.groups:
+            for place, region in enumerate(plan.regions[group.first : group.first + group.count]):
+                recipes[region.key] = LiveRecipe(plan.recipes[region.recipe], group, place)
         return cls(
             plan=plan,
-            recipes={r.key: resolved[r.recipe] if r.recipe >= 0 else None for r in plan.regions},
+            recipes=recipes,
             region_paths=() if plan.is_plain else plan.region_paths,
             refused=like.refused if like else {},
             calibrated=like.calibrated if like else set(),

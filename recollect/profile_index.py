@@ -6,19 +6,22 @@ F1, below `simulate`, which walks a step with these look-ups.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recollect.records import EventKind, KeepSet, Profile
+from recollect.records import Decision, EventKind, KeepSet, Profile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegionFacts:
-    """What a region's tape allows, whatever is decided.  Values and operations are global indices."""
+    """What a tape over a region (or over several that follow each other) allows, whatever is decided.  Values and
+    operations are global indices.
+    """
 
     index: int
+    """The region; the first, if there are several."""
     own: frozenset[int]
-    """Values that the region made."""
+    """Values that the tape's operations made."""
     keepable: frozenset[int]
     """Own values that can be held as a replay source: not overwritten later."""
     droppable: frozenset[int]
@@ -53,10 +56,10 @@ class ProfileIndex:
                 owner = profile.slots[event.a].region
             if owner >= 0:
                 self.events_of_region[owner].append(time)
-        self.facts = tuple(self._facts(index) for index in range(len(profile.regions)))
-        self._fixed_slots = {s for f in self.facts for s in self.slots_of_region[f.index]} - {
-            s for f in self.facts for s in f.slots
-        }
+        self.facts = tuple(self._facts(index, 1) for index in range(len(profile.regions)))
+        self._group_facts: dict[tuple[int, int], RegionFacts] = {}
+        self.fixed_slots = frozenset(range(len(profile.slots))) - {s for f in self.facts for s in f.slots}
+        """Slots that no decision for a single region concerns."""
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
 
     def backward_event(self) -> int:
@@ -86,14 +89,36 @@ class ProfileIndex:
         record = self.profile.values[value]
         return record.op - self.profile.regions[self.region_of_op[record.op]].first_op, record.output
 
+    def group_facts(self, first: int, count: int) -> RegionFacts:
+        """What one tape over `count` regions from `first` allows."""
+        if count == 1:
+            return self.facts[first]
+        found = self._group_facts.get((first, count))
+        if found is None:
+            found = self._group_facts[first, count] = self._facts(first, count)
+        return found
+
     def keep_values(self, region: int, keep: KeepSet) -> frozenset[int]:
         """The values that a keep set names; names that do not exist or are not optional are ignored."""
         return frozenset(value for value in self.facts[region].optional if self.local(value) in keep)
 
+    def kept_values(self, facts: RegionFacts, first: int, decisions: Sequence[Decision]) -> frozenset[int]:
+        """`keep_values` for one tape over several regions, with a decision for each (None there: all are kept)."""
+        kept = set()
+        for value in facts.optional:
+            decision = decisions[self.region_of_op[self.profile.values[value].op] - first]
+            if decision is None or self.local(value) in decision:
+                kept.add(value)
+        return frozenset(kept)
+
     def needed_ops(self, region: int, keep: KeepSet) -> frozenset[int]:
         """Operations that are replayed at least once when every droppable slot outside `keep` is dropped."""
-        facts = self.facts[region]
-        held = self.keep_values(region, keep)
+        return self.rebuilding_ops(self.facts[region], self.keep_values(region, keep))
+
+    def rebuilding_ops(self, facts: RegionFacts, held: frozenset[int]) -> frozenset[int]:
+        """Operations that a tape replays at least once when every droppable slot whose value is not `held` is
+        dropped.
+        """
         needed: set[int] = set()
         stack = [v for s in facts.slots if (v := self.profile.slots[s].value) not in held]
         while stack:
@@ -107,10 +132,10 @@ class ProfileIndex:
             )
         return frozenset(needed)
 
-    def _facts(self, index: int) -> RegionFacts:
+    def _facts(self, index: int, count: int) -> RegionFacts:
         profile = self.profile
-        region = profile.regions[index]
-        ops = range(region.first_op, region.first_op + region.op_count)
+        last = profile.regions[index + count - 1]
+        ops = range(profile.regions[index].first_op, last.first_op + last.op_count)
         own = frozenset(v for op in ops for v in profile.ops[op].outputs)
         keepable = frozenset(v for v in own if not profile.values[v].overwritten)
         droppable: set[int] = set()
@@ -126,7 +151,8 @@ class ProfileIndex:
         # A saved value that is overwritten later is what plain autograd would see (or refuse): it must stay.
         slots = tuple(
             s
-            for s in self.slots_of_region[index]
+            for region in range(index, index + count)
+            for s in self.slots_of_region[region]
             if (v := profile.slots[s].value) in droppable and not profile.values[v].overwritten
         )
         return RegionFacts(index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots)
@@ -146,9 +172,9 @@ class ProfileIndex:
                 acquire = event.a
             elif event.kind == EventKind.FREE:
                 release = event.a
-            elif event.kind == EventKind.SAVE and event.a in self._fixed_slots:
+            elif event.kind == EventKind.SAVE and event.a in self.fixed_slots:
                 acquire = profile.values[profile.slots[event.a].value].storage
-            elif event.kind == EventKind.RELEASE and event.a in self._fixed_slots:
+            elif event.kind == EventKind.RELEASE and event.a in self.fixed_slots:
                 release = profile.values[profile.slots[event.a].value].storage
             elif event.kind == EventKind.OP:
                 spikes[time] = profile.signatures[profile.ops[event.a].signature].scratch_bytes

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recollect import codec
+from recollect.nesting import Nest
 
 #: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
 COMPONENTS = ("parameters", "buffers", "gradients", "optimizer_state", "batch", "activation")
@@ -269,6 +270,17 @@ class PlannedRegion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Consecutive regions that share one tape: what passes between them is dropped and rebuilt, too."""
+
+    first: int
+    """Index of the first region, in `Profile.regions` and `Plan.regions`."""
+    count: int
+    nest: Nest
+    """What replay holds at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """A decision for every region, with what it is predicted to cost."""
 
@@ -293,6 +305,8 @@ class Plan:
     recipes: tuple[Recipe, ...]
     region_paths: tuple[str, ...]
     """Module paths that are regions."""
+    groups: tuple[Group, ...]
+    """Regions that share tapes, in order; empty unless the budget is below what one level of replay needs."""
     model: str
     fingerprint: str
     """See `Profile.fingerprint`."""
@@ -317,6 +331,7 @@ class Plan:
         _require(len(set(keys)) == len(keys), "regions name one region twice")
         for region in self.regions:
             _require(-1 <= region.recipe < len(self.recipes), f"{region.key} names recipe {region.recipe}")
+        _check_groups(self)
         for place, recipe in enumerate(self.recipes):
             count = len(recipe.op_names)
             _require(all(0 <= op < count for op in recipe.replay), f"recipes[{place}].replay names no operation")
@@ -397,6 +412,24 @@ class Verdict:
 def _require(holds: bool, trouble: str) -> None:
     if not holds:
         raise ValueError(trouble)
+
+
+def _check_groups(plan: Plan) -> None:
+    end = 0
+    for place, group in enumerate(plan.groups):
+        _require(group.first >= end and group.count >= 1, f"groups[{place}] does not follow the one before")
+        end = group.first + group.count
+        _require(end <= len(plan.regions), f"groups[{place}] names no region")
+        recipes = [region.recipe for region in plan.regions[group.first : end]]
+        _require(all(recipe >= 0 for recipe in recipes), f"groups[{place}] has an untouched region")
+        nest = group.nest
+        _require(len(nest.depths) == len(nest.cuts), f"groups[{place}].nest has cuts without depth")
+        _require(list(nest.cuts) == sorted(set(nest.cuts)), f"groups[{place}].nest has cuts out of order")
+        _require(
+            all(0 <= region < group.count and position >= 0 for region, position in nest.cuts)
+            and all(depth >= 0 for depth in nest.depths),
+            f"groups[{place}].nest names no place in its regions",
+        )
 
 
 def _check_sizes(profile: Profile) -> None:

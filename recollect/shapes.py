@@ -36,7 +36,7 @@ from recollect.live_plan import LivePlan
 from recollect.measure.reshaped import measure_reshaped, operations
 from recollect.measure.step import StepSpec, device_of
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Plan, Profile
+from recollect.records import Decision, Group, Plan, Profile
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
 from recollect.step_shape import StepShape, ambient_autocast, step_shape
@@ -405,20 +405,22 @@ class Shapes:
             (e for e in self._entries.values() if e.kind == shape.kind and e.live.plan and not e.live.plan.is_plain),
             key=lambda entry: abs(entry.elements - shape.elements),
         )
-        found: dict[tuple[Decision, ...], None] = {}
+        found: dict[tuple[tuple[Decision, ...], tuple[Group, ...]], None] = {}
         for entry in near:
             assert entry.live.plan is not None
             decisions = decisions_of(entry.live.plan, index.profile)
             if decisions is not None:
-                found[tuple(decisions)] = None
+                found[tuple(decisions), entry.live.plan.groups] = None
             if len(found) == _NEIGHBOURS:
                 break
-        return [build_plan(index, decisions, self._budget_bytes) for decisions in found]
+        return [build_plan(index, decisions, self._budget_bytes, groups=groups) for decisions, groups in found]
 
 
 def decisions_of(plan: Plan, profile: Profile) -> list[Decision] | None:
     """The plan's decisions for the regions of another profile; None if it has other regions or operations."""
     recipes = {region.key: plan.recipes[region.recipe] if region.recipe >= 0 else None for region in plan.regions}
+    if plan.groups and [region.key for region in plan.regions] != [region.key for region in profile.regions]:
+        return None
     decisions: list[Decision] = []
     for key, names in operations(profile):
         if key not in recipes:

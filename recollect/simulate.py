@@ -20,144 +20,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, EventKind, Profile
-
-
-@dataclass(slots=True)
-class _Moment:
-    """What one event does to one region: storages acquired and let go, a spike, a lasting change of memoised bytes."""
-
-    acquired: list[int] = field(default_factory=list)
-    released: list[int] = field(default_factory=list)
-    memo_delta: int = 0
-    spike: int = 0
-    """Highest memoised level within the event, above the level before it."""
-
-
-class _RegionMachine:
-    """The replay engine's bookkeeping for one region, in bytes.  Mirrors `recollect.replay`; see there for why."""
-
-    def __init__(self, index: ProfileIndex, region: int, decision: Decision) -> None:
-        self._index = index
-        profile = self._profile = index.profile
-        facts = self._facts = index.facts[region]
-        self.replayed_ops: list[int] = []
-        self._memo: dict[int, int] = {}  # value -> bytes
-        self._memo_total = 0
-        self._refs: Counter[int] = Counter()
-        self._held: frozenset[int] = frozenset()
-        self._needed: frozenset[int] = frozenset()
-        self._dropped: frozenset[int] = frozenset()
-        self._sources: set[int] = set()
-        self._done: set[int] = set()
-        if decision is not None:
-            self._held = index.keep_values(region, decision)
-            self._needed = index.needed_ops(region, decision)
-            self._dropped = frozenset(s for s in facts.slots if profile.slots[s].value not in self._held)
-            for slot in self._dropped:
-                self._refs[profile.slots[slot].value] += 1
-            for op in self._needed:
-                for value in set(profile.ops[op].inputs):
-                    self._refs[value] += 1
-
-    def is_source(self, value: int) -> bool:
-        """The tape reads this value instead of rebuilding it."""
-        return value not in self._facts.own or value in self._held or value not in self._facts.droppable
-
-    def handle(self, kind: EventKind, a: int) -> _Moment:
-        moment = _Moment()
-        profile = self._profile
-        if kind == EventKind.OP:
-            if a in self._needed:
-                moment.memo_delta = profile.ops[a].random_state_bytes
-                self._memo_total += moment.memo_delta
-                for value in profile.ops[a].inputs:
-                    if value not in self._sources and self.is_source(value) and not self._index.is_free(value):
-                        self._sources.add(value)
-                        moment.acquired.append(profile.values[value].storage)
-            return moment
-        value = profile.slots[a].value
-        if a not in self._dropped:
-            if a in self._facts.slots:
-                if kind == EventKind.SAVE:
-                    moment.acquired.append(profile.values[value].storage)
-                elif kind == EventKind.RELEASE:
-                    moment.released.append(profile.values[value].storage)
-            return moment
-        before = self._memo_total
-        if kind == EventKind.UNPACK:
-            self._need(value, moment, before)
-        elif kind == EventKind.RELEASE:
-            self._unref(value, moment)
-        moment.memo_delta = self._memo_total - before
-        return moment
-
-    def _available(self, value: int) -> bool:
-        return value in self._memo or self.is_source(value)
-
-    def _need(self, value: int, moment: _Moment, before: int) -> None:
-        if self._available(value):
-            return
-        todo: set[int] = set()
-        stack = [value]
-        while stack:
-            u = stack.pop()
-            op = self._profile.values[u].op
-            if self._available(u) or op in todo:
-                continue
-            todo.add(op)
-            stack.extend(self._profile.ops[op].inputs)
-        for op in sorted(todo):
-            self._run(op, moment, before)
-
-    def _run(self, op: int, moment: _Moment, before: int) -> None:
-        profile, index = self._profile, self._index
-        record = profile.ops[op]
-        for value in record.mutates:
-            if value in self._memo and self._refs[value] == 1:  # only this operation wants it: write in place
-                self._memo_total -= self._memo.pop(value)
-                self._refs[value] -= 1
-        new = {value: index.nbytes(value) for value in record.outputs}
-        self._memo_total += sum(new.values())
-        scratch = profile.signatures[record.signature].scratch_bytes
-        # While a random operation runs again, the generator's present state is put aside beside the recorded one.
-        moment.spike = max(moment.spike, self._memo_total + scratch + record.random_state_bytes - before)
-        self._memo_total -= record.random_state_bytes
-        self._memo.update(new)
-        self._done.add(op)
-        self.replayed_ops.append(op)
-        for value in record.outputs:
-            if self._refs[value] == 0 or self.is_source(value):  # a held sibling is not held twice
-                self._memo_total -= self._memo.pop(value)
-        for value in set(record.inputs):
-            if self._refs[value] > 0:
-                self._unref(value, moment)
-
-    def _unref(self, value: int, moment: _Moment) -> None:
-        stack = [value]
-        while stack:
-            u = stack.pop()
-            self._refs[u] -= 1
-            if self._refs[u] > 0:
-                continue
-            if u in self._memo:
-                self._memo_total -= self._memo.pop(u)
-            if u in self._sources:
-                self._sources.discard(u)
-                moment.released.append(self._profile.values[u].storage)
-            op = self._profile.values[u].op
-            if (
-                op in self._needed
-                and op not in self._done
-                and all(self._refs[o] == 0 for o in self._profile.ops[op].outputs)
-            ):
-                self._done.add(op)  # nobody wants its results any more
-                self._memo_total -= self._profile.ops[op].random_state_bytes
-                stack.extend(set(self._profile.ops[op].inputs))
+from recollect.records import Decision, EventKind, Group, Profile
+from recollect.tape_model import TapeModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,17 +47,20 @@ class RegionCurve:
     """Replay and the tape's own cost: what the decision adds to the step."""
 
 
-def _overhead_ms(profile: Profile, region: int, replayed: Sequence[int], needed: int) -> tuple[float, float]:
-    replay_ms = sum(profile.signatures[profile.ops[op].signature].ms for op in replayed)
-    if needed == 0:
+def _overhead_ms(profile: Profile, regions: Sequence[int], machine: TapeModel) -> tuple[float, float]:
+    """Time of the replayed operations, and all that the tape over `regions` adds to the step."""
+    replay_ms = sum(profile.signatures[profile.ops[op].signature].ms for op in machine.replayed_ops)
+    if not machine.needed:
         return replay_ms, 0.0
-    mode_ms = profile.mode_ms_per_op * profile.regions[region].op_count
-    return replay_ms, profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * needed)
+    mode_ms = profile.mode_ms_per_op * sum(profile.regions[region].op_count for region in regions)
+    # The tape's cost per operation is of one recording and one replay: further replays pay it again.
+    taped = max(len(machine.needed), len(machine.replayed_ops))
+    return replay_ms, profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * taped)
 
 
 def region_curve(index: ProfileIndex, region: int, decision: Decision) -> RegionCurve:
     """The memory and time that `decision` adds for `region`, beyond what is fixed (see the module's docstring)."""
-    machine = _RegionMachine(index, region, decision)
+    machine = TapeModel(index, region, [decision])
     profile = index.profile
     deltas: Counter[int] = Counter()
     spikes: list[tuple[int, int]] = []
@@ -229,7 +100,7 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision) -> Region
                 change(a, storage, +1)
                 if b < len(profile.events):
                     change(b, storage, -1)
-    replay_ms, overhead_ms = _overhead_ms(profile, region, machine.replayed_ops, len(machine._needed))
+    replay_ms, overhead_ms = _overhead_ms(profile, [region], machine)
     return RegionCurve(
         deltas=tuple(sorted((t, d) for t, d in deltas.items() if d)),
         spikes=tuple(spikes),
@@ -265,13 +136,33 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
     return [offset + level + index.fixed_spikes.get(time, 0) for time, level in enumerate(index.fixed_levels)]
 
 
-def simulate(index: ProfileIndex, decisions: Sequence[Decision]) -> Simulation:
-    """Walk the step with one decision per region (`None`: untouched).
+def _machines(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequence[Group]) -> list[TapeModel]:
+    """Each region's tape."""
+    machines: list[TapeModel] = []
+    grouped = {group.first: group for group in groups}
+    while len(machines) < len(decisions):
+        first = len(machines)
+        group = grouped.get(first)
+        count = group.count if group else 1
+        machine = TapeModel(index, first, decisions[first : first + count], group.nest if group else None)
+        machines += [machine] * count
+    return machines
+
+
+def _regions_of(machines: Sequence[TapeModel]) -> list[tuple[list[int], TapeModel]]:
+    found: dict[int, tuple[list[int], TapeModel]] = {}
+    for region, machine in enumerate(machines):
+        found.setdefault(id(machine), ([], machine))[0].append(region)
+    return list(found.values())
+
+
+def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequence[Group] = ()) -> Simulation:
+    """Walk the step with one decision per region (`None`: untouched); regions of a group share one tape.
 
     A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
     """
     profile = index.profile
-    machines = [_RegionMachine(index, region, decision) for region, decision in enumerate(decisions)]
+    machines = _machines(index, decisions, groups)
     held: Counter[int] = Counter()
     level = memo = 0
     peak = peak_memo = peak_scratch = -1
@@ -306,10 +197,11 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision]) -> Simulation:
             owner = index.region_of_op[a] if kind == EventKind.OP else profile.slots[a].region
             if phase == "backward":
                 where_region = owner
-            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index._fixed_slots:
+            machine = machines[owner]
+            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in machine.slots:
                 storage = profile.values[profile.slots[a].value].storage
                 (acquired if kind == EventKind.SAVE else released).append(storage)
-            moment = machines[owner].handle(kind, a)
+            moment = machine.handle(kind, a)
             acquired += moment.acquired
             released += moment.released
             memo += moment.memo_delta
@@ -345,8 +237,8 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision]) -> Simulation:
     step_ms = profile.plain_step_ms
     replay_total = 0.0
     replayed: list[int] = []
-    for region, machine in enumerate(machines):
-        replay_ms, overhead_ms = _overhead_ms(profile, region, machine.replayed_ops, len(machine._needed))
+    for regions, machine in _regions_of(machines):
+        replay_ms, overhead_ms = _overhead_ms(profile, regions, machine)
         replay_total += replay_ms
         step_ms += overhead_ms
         replayed += machine.replayed_ops

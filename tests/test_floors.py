@@ -15,8 +15,10 @@ FLOORS = {
     "units": 0,
     "errors": 0,
     "codec": 0,  # turns any frozen dataclass into JSON and back; knows none of the records that use it
+    "nesting": 0,
     "records": 0,
     "profile_index": 1,
+    "tape_model": 1,
     "simulate": 1,
     "solve": 1,
     "_torch_private": 2,

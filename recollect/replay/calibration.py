@@ -29,13 +29,12 @@ _PIECE_ROWS = 2**12
 
 
 class Calibrator:
-    """Watches one region call.  `refused` collects positions of operations that must not be replayed in this region."""
+    """Watches the region calls of one tape.  What must not be replayed is noted in its region's `refused`."""
 
-    def __init__(self, refused: set[int], verified: set[str]) -> None:
-        self._refused = refused
+    def __init__(self, verified: set[str]) -> None:
         self._verified = verified  # operators that passed, shared by all regions
         self._checksums: dict[TapedValue, Checksum] = {}
-        self._readers: dict[TapedValue, list[int]] = {}  # positions of operations that read the value
+        self._readers: dict[TapedValue, list[TapedOp]] = {}  # operations that read the value
         self._copies: dict[int, torch.Tensor] = {}
         self._input_checksums: list[Checksum] = []
 
@@ -53,14 +52,15 @@ class Calibrator:
         if expected is None or value.uninitialised or checksum(tensor) == expected:
             return True
         if value.op is not None:
-            self._refused.add(value.op.position)
-        self._refused.update(self._readers.get(value, ()))
+            value.op.region.refused.add(value.op.position)
+        for op in self._readers.get(value, ()):
+            op.region.refused.add(op.position)
         return False
 
     def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The operation is about to run for the first time."""
         for value in op.inputs:
-            self._readers.setdefault(value, []).append(op.position)
+            self._readers.setdefault(value, []).append(op)
         if not self._is_suspect(op):
             return
         tensors = tensors_in((*args, *kwargs.values()))
@@ -77,7 +77,7 @@ class Calibrator:
         if same:
             self._verified.add(op.info.name)
         else:
-            self._refused.add(op.position)
+            op.region.refused.add(op.position)
         return same
 
     def _is_suspect(self, op: TapedOp) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from recollect._torch_private import find_overload
-from recollect.records import Recipe
+from recollect.records import Group, Recipe
 
 
 class LiveRecipe:
     """What a tape needs to follow a plan, in the form that is fastest to ask."""
 
-    __slots__ = ("drop", "funcs", "keep", "length", "record")
+    __slots__ = ("drop", "funcs", "group", "keep", "length", "place", "record")
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, group: Group | None = None, place: int = 0) -> None:
+        self.group = group
+        """The regions with which this one shares a tape; None: it has its own."""
+        self.place = place
+        """Its place among them."""
         # An operator that this PyTorch lacks is None: the live tape then leaves the plan at that operation, safely.
         self.funcs: tuple[Any, ...] = tuple(find_overload(name) for name in recipe.op_names)
         self.length = len(self.funcs)

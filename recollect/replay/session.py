@@ -30,6 +30,7 @@ from recollect._torch_private import (
     top_saved_tensor_hooks,
 )
 from recollect.errors import UnsupportedInput
+from recollect.records import Group
 from recollect.replay.calibration import Calibrator
 from recollect.replay.cursor import LOSS, RegionCursor
 from recollect.replay.exposure import ExposureWatch
@@ -111,6 +112,7 @@ class Session(DispatchMode):
             self._watch = ExposureWatch(self._expose)
         self._cursor = RegionCursor()
         self._tape: Tape | None = None
+        self._next: tuple[Group | None, int] = (None, 0)  # the region that would go on with this tape
         self._active = False
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
@@ -129,19 +131,19 @@ class Session(DispatchMode):
 
     def enter(self, path: str) -> None:
         """A region call begins."""
-        self._end_tape()
         self._frames.append((self._active, self._beneath()))
         self._cursor.push(path)
         self._begin()
 
     def exit(self) -> None:
         """The innermost region call ends (also on an exception)."""
-        self._end_tape()
         self._cursor.pop()
         was_active, _ = self._frames.pop()
         self._switch(was_active)
         if self._cursor.depth:
             self._begin()
+        else:
+            self._end_tape()
 
     def _begin(self) -> None:
         installed = self._installed
@@ -149,21 +151,29 @@ class Session(DispatchMode):
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
         if untouched or self._is_others_business() or torch.compiler.is_compiling() or _is_capturing():
+            self._end_tape()
             if self._frames[-1][1] == self._beneath():
                 self._switch(False)
             return
         if self._frames[-1][1] == self._beneath():
             self._switch(True)
         if not self._active:
+            self._end_tape()
             return
         if recipe is None:
             installed.statistics.unplanned_calls += 1
-        refused = installed.refused.setdefault(key, set())
-        calibrator = None
-        if installed.calibrate and key not in installed.calibrated:
-            installed.calibrated.add(key)
-            calibrator = Calibrator(refused, installed.verified)
-        self._tape = Tape(recipe, installed.statistics, refused, installed.pending, calibrator)
+        group = recipe.group if recipe is not None else None
+        place = recipe.place if recipe is not None else 0
+        if self._tape is None or group is None or (group, place) != self._next:
+            self._end_tape()
+            calibrator = None
+            if installed.calibrate and key not in installed.calibrated:
+                calibrator = Calibrator(installed.verified)
+            nest = group.nest if group is not None else None
+            self._tape = Tape(installed.statistics, installed.pending, nest, calibrator)
+        installed.calibrated.add(key)
+        self._next = group, place + 1
+        self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
 
     def _is_others_business(self) -> bool:
         """Somebody else's saved-tensor hooks are in force, or such hooks are forbidden (`torch.func.grad`).

@@ -1,4 +1,4 @@
-"""The tape of one region: what ran, and how to run part of it again.
+"""The tape of one region, or of several that follow each other: what ran, and how to run part of it again.
 
 Forward
 -------
@@ -12,7 +12,10 @@ Backward
 --------
 Reading a handle runs the missing operations, oldest first, below autograd; results that somebody still refers to are
 memoised.  Releasing a handle, or having run an operation, gives the references back, and what reaches zero is freed.
-So each operation runs at most once, and memory falls as backward goes on.  `recollect.simulate` counts exactly this.
+So each operation runs at most once, and memory falls as backward goes on.  `recollect.tape_model` counts exactly this.
+
+Where the plan's nest divides the tape into leaves, only what the nest holds for the leaf that is read is memoised; the
+rest is dropped again when this replay has used it, and its operations stay on the tape to run again.
 
 Invariants
 ----------
@@ -29,6 +32,7 @@ Invariants
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +46,7 @@ from recollect._torch_private import (
     set_grad_enabled_quietly,
     storage_key,
 )
+from recollect.nesting import Nest
 from recollect.replay import safety
 from recollect.replay.calibration import Calibrator
 from recollect.replay.ops import OpInfo, mutated_tensors, result_tensors, tensors_in, undeclared_writes
@@ -51,8 +56,10 @@ from recollect.replay.statistics import Statistics
 from recollect.replay.values import (
     Handle,
     Kept,
+    Passing,
     Ref,
     TapedOp,
+    TapedRegion,
     TapedValue,
     before_write,
     can_rebuild,
@@ -75,19 +82,19 @@ class Tape:
 
     def __init__(
         self,
-        recipe: LiveRecipe | None,
         statistics: Statistics,
-        refused: set[int],
         pending: Pending,
+        nest: Nest | None = None,
         calibrator: Calibrator | None = None,
     ) -> None:
-        self._recipe = recipe
-        self._on_plan = recipe is not None
         self._statistics = statistics
-        self._refused = refused
         self._pending = pending
+        self._nest = nest if nest is not None and nest.cuts else None
         self._calibrator = calibrator
-        self._position = 0
+        self._region: TapedRegion | None = None
+        self._place = 0  # of the region among the tape's
+        self._position = 0  # of the next operation in it
+        self._leaf = 0  # of the next operation
         self._current: dict[int, TapedValue] = {}  # storage address -> what it holds now
         self._held: list[TapedValue] = []  # sources taken while recording
         self._movable: list[TapedValue] = []  # of those, what may be running statistics, not copied yet
@@ -96,6 +103,17 @@ class Tape:
         self._streams: dict[int, int] = {}
         self._lock = threading.RLock()
 
+    def begin_region(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
+        """What runs from now on belongs to a region call with this recipe (None: drop what is provably replayable)."""
+        self._region = TapedRegion(recipe, refused)
+        self._place = recipe.place if recipe is not None else 0
+        self._go_to(0)
+
+    def _go_to(self, position: int) -> None:
+        self._position = position
+        if self._nest is not None:
+            self._leaf = self._nest.leaf_at(self._place, position)
+
     # ------------------------------------------------------------------------------------------------ forward
 
     def dispatch(
@@ -103,20 +121,21 @@ class Tape:
     ) -> Any:
         """Run one (non-view) operation of the region and note what it does."""
         position = self._position
-        self._position = position + 1
-        recipe = self._recipe
+        region = self._region
+        assert region is not None
         record = True
-        if self._on_plan:
+        if region.on_plan:
+            recipe = region.recipe
             assert recipe is not None
             if position < recipe.length and recipe.funcs[position] is func:
                 record = recipe.record[position]
             else:
-                self._on_plan = False
+                region.on_plan = False
                 self._statistics.mismatches += 1
                 self._copy_movable()
-        if position in self._refused:
+        if position in region.refused:
             record = False
-        op = self._record(position, func, info, types, args, kwargs) if record else None
+        op = self._record(region, func, info, types, args, kwargs) if record else None
         calibrator = self._calibrator
         if calibrator is not None and op is not None:
             calibrator.before(op, args, kwargs)
@@ -133,11 +152,12 @@ class Tape:
         if calibrator is not None and op is not None and not calibrator.after(op, args, kwargs, result):
             self._statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
+        self._go_to(position + 1)
         return result
 
     def _record(
         self,
-        position: int,
+        region: TapedRegion,
         func: Any,
         info: OpInfo,
         types: Sequence[type],
@@ -153,7 +173,7 @@ class Tape:
         exposed = self._pending.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
             return None
-        op = TapedOp(position, func, info)
+        op = TapedOp(region, self._position, len(self._ops), self._leaf, func, info)
         op.grad = torch.is_grad_enabled()
         if info.is_random:
             op.generator = safety.call_generator(args, kwargs, device)
@@ -182,12 +202,14 @@ class Tape:
         """An argument with tensors replaced by references to values; values that are sources get held."""
         if isinstance(argument, _Tensor):
             value = self._sight(argument)
-            if value.source is None and (value.op is None or self._is_kept(value)) and not value.uninitialised:
+            value.last_leaf = self._leaf
+            kept = value.op is None or value.op.region.keeps(value)
+            if kept and value.source is None and not value.uninitialised:
                 value.source = alias(argument)
                 self._held.append(value)
                 if may_be_statistics(argument):
                     self._movable.append(value)
-                    if not self._on_plan:
+                    if self._region is None or not self._region.on_plan:
                         self._copy_movable()
             inputs[value] = None
             return Ref(value, argument)
@@ -201,15 +223,6 @@ class Tape:
             if value.source is not None:
                 value.source = copy_of_storage(value.source)
         self._movable = []
-
-    def _is_kept(self, value: TapedValue) -> bool:
-        op = value.op
-        return (
-            self._on_plan
-            and op is not None
-            and self._recipe is not None
-            and (op.position, value.output) in self._recipe.keep
-        )
 
     def _sight(self, tensor: _Tensor) -> TapedValue:
         """The value that a tensor's storage holds now; what the region did not make is external."""
@@ -271,18 +284,17 @@ class Tape:
         if self._calibrator is not None and not self._calibrator.unchanged(value, tensor):
             del self._current[storage_key(tensor)]
             return Kept(tensor)
-        if self._on_plan:
-            assert self._recipe is not None
-            if (value.op.position, value.output) not in self._recipe.drop:
-                return Kept(tensor)
+        if not value.op.region.drops(value):
+            return Kept(tensor)
         if not self._same_stream(tensor) or not can_rebuild(value):
             self._statistics.kept_unsafe += 1
             return Kept(tensor)
         with self._lock:
             demand(value)
             value.handles += 1
+            value.last_leaf = self._leaf
         self._statistics.dropped_slots += 1
-        return Handle(self, Ref(value, tensor), tensor)
+        return Handle(self, Ref(value, tensor), tensor, self._leaf)
 
     def _same_stream(self, tensor: _Tensor) -> bool:
         """Replay runs on the stream of the node that reads, which is right only if the region used one stream."""
@@ -292,7 +304,7 @@ class Tape:
         return self._streams.setdefault(tensor.device.index, stream) == stream
 
     def seal(self) -> None:
-        """The region ended: let go of everything that no handle needs."""
+        """The tape's last region ended: let go of everything that no handle needs."""
         with self._lock:
             for value in self._held:
                 if value.refs == 0:
@@ -314,7 +326,7 @@ class Tape:
             self._ops = []
             self._current = {}
             self._split = set()
-            self._recipe = None
+            self._region = None
 
     # ------------------------------------------------------------------------------------------------ backward
 
@@ -323,7 +335,7 @@ class Tape:
         handle.check_version()
         value = handle.ref.value
         with self._lock, below_autograd():
-            storage = self._need(value) if value.live is None else value.live.untyped_storage()
+            storage = self._need(value, handle.leaf) if value.live is None else value.live.untyped_storage()
             return handle.ref.build(storage)
 
     def release(self, value: TapedValue) -> None:
@@ -334,7 +346,7 @@ class Tape:
                 value.live = None
             unref([value])
 
-    def _need(self, wanted: TapedValue) -> torch.UntypedStorage:
+    def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)
         if storage is not None:
             return storage
@@ -350,33 +362,45 @@ class Tape:
                         "autograd saved it (for example through .data or NumPy), which the plan did not know. Measure "
                         "the model again, or keep this part out of the plan."
                     )
-                if op.position not in todo:
-                    todo[op.position] = op
+                if op.order not in todo:
+                    todo[op.order] = op
                     stack.extend(op.inputs)
-        for position in sorted(todo):
-            self._run(todo[position])
+        passing = Passing(leaf, Counter(value for op in todo.values() for value in op.inputs))
+        for order in sorted(todo):
+            self._run(todo[order], passing)
         storage = contents(wanted)
         assert storage is not None
         return storage
+
+    def _stays(self, value: TapedValue, leaf: int) -> bool:
+        """What a replay for `leaf` makes is memoised: somebody still wants it, and the nest holds it for the leaf."""
+        if value.refs == 0 or value.source is not None:
+            return False
+        assert value.op is not None
+        return self._nest is None or self._nest.holds(value.op.leaf, value.last_leaf, leaf)
 
     def _is_changed(self, value: TapedValue) -> bool:
         """While calibrating: somebody wrote into a source, unseen."""
         source = value.source
         return self._calibrator is not None and source is not None and not self._calibrator.unchanged(value, source)
 
-    def _run(self, op: TapedOp) -> None:
+    def _run(self, op: TapedOp, passing: Passing) -> None:
         self._statistics.replayed_ops += 1
+        stays = {value: self._stays(value, passing.leaf) for value in op.outputs}
+        finished = all(stays[value] or value.refs == 0 or value.source is not None for value in op.outputs)
         storages: dict[TapedValue, torch.UntypedStorage] = {}
         written = written_refs(op)
         for value in op.inputs:
-            held = contents(value)
+            held = passing.storages[value] if value in passing.storages else contents(value)
             assert held is not None
             if self._is_changed(value):
                 assert value.source is not None
                 raise changed_error(value.source, "behind PyTorch's back (for example through NumPy)")
-            if value in written:
-                if value.memo is not None and value.refs == 1:
-                    value.memo = None  # only this operation wants it: write in place
+            if value in written:  # in place if only this operation wants it
+                if value in passing.storages and passing.readers[value] == 1:
+                    del passing.storages[value]
+                elif value.memo is not None and value.refs == 1 and finished:
+                    value.memo = None
                 else:
                     held = held.clone()
             storages[value] = held
@@ -397,7 +421,7 @@ class Tape:
         results = result_tensors(result)
         written_values = list(written)
         for value in op.outputs:
-            if value.refs == 0 or value.source is not None:
+            if not stays[value] and (passing.readers[value] == 0 or value.source is not None):
                 continue
             if value.output >= 0:
                 storage = results[value.output].untyped_storage()
@@ -408,7 +432,12 @@ class Tape:
                     f"replaying {op.info.name} gave a storage of {storage.nbytes()} bytes instead of {value.nbytes}: "
                     "the operation is not a function of its inputs. Please report this operation."
                 )
-            value.memo = storage
-        inputs = list(op.inputs)
-        op.forget()
-        unref(inputs)
+            if stays[value]:
+                value.memo = storage
+            else:
+                passing.storages[value] = storage
+        inputs = op.inputs
+        if finished:
+            op.forget()
+            unref(list(inputs))
+        passing.was_read_by_one_more(inputs)

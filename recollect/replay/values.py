@@ -6,12 +6,15 @@ yet to be replayed, holds one on every value that it wants; what reaches zero is
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recollect._torch_private import WeakStorage, alias, below_autograd, storage_key, version_counter, with_lazy_bits
 from recollect.replay.ops import OpInfo
+from recollect.replay.recipe import LiveRecipe
 
 if TYPE_CHECKING:
     from recollect.replay.tape import Tape
@@ -22,8 +25,8 @@ _Tensor = torch.Tensor
 class TapedValue:
     """What one storage holds between two writes."""
 
-    __slots__ = ("__weakref__", "address", "handles", "live", "memo", "nbytes", "op", "output", "refs", "source",
-                 "uninitialised", "version")  # fmt: skip
+    __slots__ = ("__weakref__", "address", "handles", "last_leaf", "live", "memo", "nbytes", "op", "output", "refs",
+                 "source", "uninitialised", "version")  # fmt: skip
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
         self.address = address
@@ -35,6 +38,7 @@ class TapedValue:
         self.memo: torch.UntypedStorage | None = None  # replayed contents
         self.refs = 0  # handles, and operations not yet replayed, that want it
         self.handles = 0  # of those, the handles
+        self.last_leaf = 0  # of the tape's leaves, the last that uses it
         self.uninitialised = False
         self.live: _Tensor | None = None  # written after it was dropped: what plain autograd would read
 
@@ -59,14 +63,39 @@ class Ref:
         return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
 
 
+class TapedRegion:
+    """One region call on a tape."""
+
+    __slots__ = ("on_plan", "recipe", "refused")
+
+    def __init__(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
+        self.recipe = recipe
+        self.on_plan = recipe is not None  # its operations have been the plan's so far
+        self.refused = refused  # positions of operations that calibration found unfit, in any call of this region
+
+    def keeps(self, value: TapedValue) -> bool:
+        """The plan has one of this region's values held."""
+        return self._is_in(self.recipe.keep if self.recipe is not None else (), value)
+
+    def drops(self, value: TapedValue) -> bool:
+        """The plan has it dropped; without a plan, everything is."""
+        return not self.on_plan or self._is_in(self.recipe.drop if self.recipe is not None else (), value)
+
+    def _is_in(self, names: Collection[tuple[int, int]], value: TapedValue) -> bool:
+        return self.on_plan and value.op is not None and (value.op.position, value.output) in names
+
+
 class TapedOp:
     """One operation that can be run again."""
 
-    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "outputs",
-                 "position", "random_state")  # fmt: skip
+    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "leaf", "order",
+                 "outputs", "position", "random_state", "region")  # fmt: skip
 
-    def __init__(self, position: int, func: Any, info: OpInfo) -> None:
-        self.position = position
+    def __init__(self, region: TapedRegion, position: int, order: int, leaf: int, func: Any, info: OpInfo) -> None:
+        self.region = region
+        self.position = position  # in its region
+        self.order = order  # on its tape
+        self.leaf = leaf  # of the tape's nest
         self.func = func
         self.info = info
         self.args: tuple[Any, ...] = ()
@@ -89,14 +118,33 @@ class TapedOp:
         self.random_state = None
 
 
+class Passing:
+    """What one replay passes through: results that it needs on its way and that are not memoised."""
+
+    __slots__ = ("leaf", "readers", "storages")
+
+    def __init__(self, leaf: int, readers: Counter[TapedValue]) -> None:
+        self.leaf = leaf  # for which this replay is
+        self.readers = readers  # of each value, how many of its operations are yet to read it
+        self.storages: dict[TapedValue, torch.UntypedStorage] = {}
+
+    def was_read_by_one_more(self, values: tuple[TapedValue, ...]) -> None:
+        """An operation that reads `values` has run."""
+        for value in values:
+            self.readers[value] -= 1
+            if self.readers[value] == 0:
+                self.storages.pop(value, None)
+
+
 class Handle:
     """What autograd holds instead of a dropped tensor."""
 
-    __slots__ = ("counter", "ref", "tape", "version")
+    __slots__ = ("counter", "leaf", "ref", "tape", "version")
 
-    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor) -> None:
+    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
         self.tape = tape
         self.ref = ref
+        self.leaf = leaf  # of the tape's nest, in which it was saved
         self.counter = version_counter(tensor)
         self.version = tensor._version
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, KeepSet, KeptValue, Plan, PlannedRegion, Recipe
-from recollect.simulate import Simulation, region_curve, simulate
+from recollect.profile_index import ProfileIndex, RegionFacts
+from recollect.records import Decision, Group, KeptValue, Plan, PlannedRegion, Recipe
+from recollect.simulate import Simulation, simulate
 
 _OVERWRITTEN = "overwritten later"
 _NO_WAY_BACK = "made from a value that is overwritten later or must be kept"
@@ -18,18 +19,20 @@ def build_plan(
     budget_bytes: int,
     added_ms_bound: float = 0.0,
     plain: Simulation | None = None,
+    groups: Sequence[Group] = (),
 ) -> Plan:
     """The plan that follows `decisions`; it may need more than the budget, which is only recorded."""
     profile = index.profile
     plain = plain or simulate(index, [None] * len(profile.regions))
-    planned = simulate(index, decisions)
+    planned = simulate(index, decisions, groups)
     recipes: dict[Recipe, int] = {}
-    regions = []
-    for region, decision in enumerate(decisions):
-        number = -1
-        if decision is not None and index.needed_ops(region, decision):
-            number = recipes.setdefault(_recipe(index, region, decision), len(recipes))
-        regions.append(PlannedRegion(key=profile.regions[region].key, recipe=number))
+    numbers = [-1] * len(decisions)
+    for first, count in [*((g.first, g.count) for g in groups), *((r, 1) for r in _ungrouped(decisions, groups))]:
+        tape = _tape(index, first, decisions[first : first + count])
+        if count > 1 or tape.needed:
+            for region in range(first, first + count):
+                numbers[region] = recipes.setdefault(_recipe(tape, region), len(recipes))
+    regions = [PlannedRegion(key=r.key, recipe=number) for r, number in zip(profile.regions, numbers, strict=True)]
     # Rounded to a picosecond, so that plans of equal operations in another order are equally fast.
     step_ms, plain_ms = round(planned.step_ms, 9), round(plain.step_ms, 9)
     return Plan(
@@ -46,6 +49,7 @@ def build_plan(
         regions=tuple(regions),
         recipes=tuple(recipes),
         region_paths=profile.region_paths,
+        groups=tuple(groups),
         model=profile.model,
         fingerprint=profile.fingerprint,
         batch=profile.batch,
@@ -54,49 +58,77 @@ def build_plan(
     )
 
 
-def _recipe(index: ProfileIndex, region: int, keep: KeepSet) -> Recipe:
+def _ungrouped(decisions: Sequence[Decision], groups: Sequence[Group]) -> list[int]:
+    """Regions with a decision and a tape of their own."""
+    grouped = {region for group in groups for region in range(group.first, group.first + group.count)}
+    return [r for r, decision in enumerate(decisions) if decision is not None and r not in grouped]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tape:
+    """What the tape of a region, or of a group of regions, keeps and replays."""
+
+    index: ProfileIndex
+    facts: RegionFacts
+    kept: frozenset[int]
+    needed: frozenset[int]
+    read: frozenset[int]
+    """Values that replay reads."""
+    saved: frozenset[int]
+    """Values that are saved and may be dropped."""
+
+
+def _tape(index: ProfileIndex, first: int, decisions: Sequence[Decision]) -> _Tape:
+    profile = index.profile
+    facts = index.group_facts(first, len(decisions))
+    kept = index.kept_values(facts, first, decisions)
+    needed = index.rebuilding_ops(facts, kept)
+    return _Tape(
+        index,
+        facts,
+        kept,
+        needed,
+        read=frozenset(value for op in needed for value in profile.ops[op].inputs),
+        saved=frozenset(profile.slots[slot].value for slot in facts.slots),
+    )
+
+
+def _recipe(tape: _Tape, region: int) -> Recipe:
+    """The part of a tape that is about one of its regions."""
+    index, facts = tape.index, tape.facts
     profile = index.profile
     record = profile.regions[region]
-    facts = index.facts[region]
-    kept = index.keep_values(region, keep)
-    needed = index.needed_ops(region, keep)
-    saved = {profile.slots[slot].value for slot in facts.slots}
-    read = {value for op in needed for value in profile.ops[op].inputs}
+    ops = range(record.first_op, record.first_op + record.op_count)
+    own = {value for op in ops for value in profile.ops[op].outputs}
+    needed = [op for op in ops if op in tape.needed]
+    saved, kept = tape.saved & own, tape.kept & own
     dropped = saved - kept
-    sources = {v for v in read if v not in facts.own or v in kept or v not in facts.droppable}
-    held = {profile.values[v].storage for v in sources | (saved & kept) | _fixed_savings(index, region)}
-    curve = region_curve(index, region, keep)
+    read = {value for op in needed for value in profile.ops[op].inputs}
+    sources = {v for v in read if v not in facts.own or v in tape.kept or v not in facts.droppable}
+    slots = set(facts.slots)
+    fixed = {profile.slots[slot].value for slot in index.slots_of_region[region] if slot not in slots}
+    held = {profile.values[v].storage for v in sources | (saved & kept) | fixed}
     return Recipe(
         class_id=record.class_id,
-        op_names=tuple(
-            profile.signatures[profile.ops[op].signature].name
-            for op in range(record.first_op, record.first_op + record.op_count)
-        ),
-        keep=tuple(sorted(index.local(v) for v in kept if v in saved or v in read)),
+        op_names=tuple(profile.signatures[profile.ops[op].signature].name for op in ops),
+        keep=tuple(sorted(index.local(v) for v in kept & (saved | tape.read))),
         drop=tuple(sorted(index.local(v) for v in dropped)),
-        replay=tuple(sorted(op - record.first_op for op in needed)),
+        replay=tuple(op - record.first_op for op in needed),
         held_bytes=sum(profile.storages[s].nbytes for s in held if not index.is_baseline(s)),
         dropped_bytes=sum(
             profile.storages[s].nbytes
             for s in {profile.values[v].storage for v in dropped} - held
             if not index.is_baseline(s)
         ),
-        replay_ms=round(curve.replay_ms, 9),
-        kept_for_safety=_kept_for_safety(index, region),
+        replay_ms=round(sum(profile.signatures[profile.ops[op].signature].ms for op in needed), 9),
+        kept_for_safety=_kept_for_safety(index, fixed & own),
     )
 
 
-def _fixed_savings(index: ProfileIndex, region: int) -> set[int]:
-    """Values that autograd saves in the region and that no decision may drop."""
-    free = set(index.facts[region].slots)
-    return {index.profile.slots[slot].value for slot in index.slots_of_region[region] if slot not in free}
-
-
-def _kept_for_safety(index: ProfileIndex, region: int) -> tuple[KeptValue, ...]:
+def _kept_for_safety(index: ProfileIndex, fixed: Iterable[int]) -> tuple[KeptValue, ...]:
     profile = index.profile
-    facts = index.facts[region]
     kept = []
-    for value in sorted(_fixed_savings(index, region) & facts.own):
+    for value in sorted(fixed):
         op = profile.ops[profile.values[value].op]
         reason = op.keep_reason or (_OVERWRITTEN if profile.values[value].overwritten else _NO_WAY_BACK)
         if not index.is_free(value):

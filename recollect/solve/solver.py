@@ -13,7 +13,10 @@ from recollect.solve.bound import added_ms_bound
 from recollect.solve.build import build_plan
 from recollect.solve.columns import ColumnSource
 from recollect.solve.generate import Pool, untimed
+from recollect.solve.nested import NestedPlan, NestedPlans
 
+#: Plans below one level are looked at where a plan of one level adds at least this share of what its smallest one adds.
+_NESTED_SHARE = 0.9
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
 
@@ -49,10 +52,35 @@ class Solver:
 
     def minimum_budget(self) -> tuple[int, str]:
         """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+        found = self._smallest_at_one_level()
+        smallest = min([found, *(c.simulation for c in self._nested)], key=lambda walked: walked.peak_bytes)
+        return smallest.peak_bytes, smallest.peak_where
+
+    def _smallest_at_one_level(self) -> Simulation:
+        """The step with the smallest peak that needs no nest."""
         if not any(facts.slots for facts in self.index.facts):
-            return self._plain.peak_bytes, self._plain.peak_where
-        required, decisions = self._structure.smallest
-        return required, simulate(self.index, decisions).peak_where
+            return self._plain
+        return self._smallest
+
+    @cached_property
+    def _smallest(self) -> Simulation:
+        return simulate(self.index, self._structure.smallest[1])
+
+    @cached_property
+    def _nested(self) -> list[NestedPlan]:
+        """Plans below one level.
+
+        Those that add much less time than the smallest plan of one level are left out: with them, time could rise with
+        the budget where they are not looked at (see `_solve`).
+        """
+        if not any(facts.slots for facts in self.index.facts):
+            return []
+        least_ms = _NESTED_SHARE * (self._smallest.step_ms - self._plain.step_ms)
+        return [
+            candidate
+            for candidate in NestedPlans(self.index).all()
+            if candidate.simulation.step_ms - self._plain.step_ms >= least_ms
+        ]
 
     def solve(self, budget_bytes: int) -> Plan:
         """The fastest plan whose predicted peak is within the budget.
@@ -62,14 +90,34 @@ class Solver:
         """
         if self._plain.peak_bytes <= budget_bytes:
             return self.plain(budget_bytes)
-        required, where = self.minimum_budget()
-        if budget_bytes < required:
-            raise BudgetInfeasible(required, budget_bytes, where)
         if budget_bytes not in self._solved:
             self._solved[budget_bytes] = self._not_slower(self._solve(budget_bytes))
         return self._solved[budget_bytes]
 
     def _solve(self, budget_bytes: int) -> Plan:
+        one_level = self._smallest_at_one_level()
+        if budget_bytes >= one_level.peak_bytes:
+            plan = self._solve_at_one_level(budget_bytes)
+            added_ms = plan.predicted_step_ms - plan.plain_step_ms
+            if added_ms < _NESTED_SHARE * (one_level.step_ms - self._plain.step_ms):
+                return plan
+            nested = self._fastest_nested(budget_bytes)
+            return plan if nested is None or nested.predicted_step_ms >= plan.predicted_step_ms else nested
+        found = self._fastest_nested(budget_bytes)
+        if found is None:
+            required, where = self.minimum_budget()
+            raise BudgetInfeasible(required, budget_bytes, where)
+        return found
+
+    def _fastest_nested(self, budget_bytes: int) -> Plan | None:
+        """The fastest plan below one level that fits. Its only bound is the plain step."""
+        fitting = [c for c in self._nested if c.simulation.peak_bytes <= budget_bytes]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda c: (c.simulation.step_ms, c.simulation.peak_bytes))
+        return build_plan(self.index, best.decisions, budget_bytes, 0.0, self._plain, best.groups)
+
+    def _solve_at_one_level(self, budget_bytes: int) -> Plan:
         pool = self._pool
         relaxation = pool.master.relaxed(budget_bytes)
         bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
