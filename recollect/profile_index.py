@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recollect.records import Decision, EventKind, KeepSet, Profile
+from recollect.records import Decision, Event, EventKind, KeepSet, Profile
+
+_OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +51,7 @@ class ProfileIndex:
             self.slots_of_region[slot.region].append(slot_index)
         self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
         for time, event in enumerate(profile.events):
-            owner = -1
-            if event.kind == EventKind.OP:
-                owner = self.region_of_op[event.a]
-            elif event.kind in (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE):
-                owner = profile.slots[event.a].region
+            owner = self.owner(event)
             if owner >= 0:
                 self.events_of_region[owner].append(time)
         self.facts = tuple(self._facts(index, 1) for index in range(len(profile.regions)))
@@ -66,6 +64,15 @@ class ProfileIndex:
         """When backward begins: the moment at which everything held from forward is held; 0 without backward."""
         kinds = (time for time, event in enumerate(self.profile.events) if event.kind == EventKind.BACKWARD)
         return next(kinds, 0)
+
+    def owner(self, event: Event) -> int:
+        """The region whose tape has a part in an event; -1 if none has."""
+        kind, a = event
+        if kind == EventKind.OP:
+            return self.region_of_op[a]
+        if kind == EventKind.EXIT:
+            return a
+        return self.profile.slots[a].region if kind in _OF_SLOTS else -1
 
     def producer_region(self, value: int) -> int:
         """Index of the region that made a value; -1 if none did."""

@@ -305,7 +305,7 @@ class Plan:
     recipes: tuple[Recipe, ...]
     region_paths: tuple[str, ...]
     """Module paths that are regions."""
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...] = ()
     """Regions that share tapes, in order; empty unless the budget is below what one level of replay needs."""
     model: str
     fingerprint: str

@@ -136,6 +136,10 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
     return [offset + level + index.fixed_spikes.get(time, 0) for time, level in enumerate(index.fixed_levels)]
 
 
+#: Events in which a tape has a part.
+_OF_A_TAPE = frozenset({EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT})
+
+
 def _machines(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequence[Group]) -> list[TapeModel]:
     """Each region's tape."""
     machines: list[TapeModel] = []
@@ -193,8 +197,8 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
             phase = "backward"
         elif kind == EventKind.OPTIMIZER:
             phase = "optimizer"
-        elif kind != EventKind.OTHER_OP:
-            owner = index.region_of_op[a] if kind == EventKind.OP else profile.slots[a].region
+        if kind in _OF_A_TAPE:
+            owner = index.owner(event)
             if phase == "backward":
                 where_region = owner
             machine = machines[owner]

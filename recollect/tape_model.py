@@ -25,6 +25,9 @@ class Moment:
     """Highest memoised level within the event, above the level before it."""
 
 
+_NOTHING = Moment()
+
+
 class TapeModel:
     """One tape: that of one region, or of several that follow each other (`decisions` has one for each)."""
 
@@ -51,6 +54,8 @@ class TapeModel:
         self._dropped: frozenset[int] = frozenset()
         self._sources: set[int] = set()
         self._done: set[int] = set()
+        self._last_region = first + len(decisions) - 1
+        self._released: list[int] | None = []  # values of slots let go while the tape was recording
         self._position = [0] * len(decisions)
         self._leaf_of_op: dict[int, int] = {}
         self._leaf_of_slot: dict[int, int] = {}
@@ -70,27 +75,23 @@ class TapeModel:
         return value not in self._facts.own or value in self._held or value not in self._facts.droppable
 
     def handle(self, kind: EventKind, a: int) -> Moment:
-        """What the event does: OP, SAVE, UNPACK or RELEASE of an operation or slot of this tape's regions."""
-        moment = Moment()
+        """What the event does: OP, SAVE, UNPACK, RELEASE or EXIT of this tape's regions."""
         profile = self._profile
+        if kind == EventKind.EXIT:
+            return self._seal() if a == self._last_region else _NOTHING
         if kind == EventKind.OP:
             if self._nest is not None:
                 self._ran(a)
-            if a in self.needed:
-                moment.memo_delta = profile.ops[a].random_state_bytes
-                self._memo_total += moment.memo_delta
-                for value in profile.ops[a].inputs:
-                    if value not in self._sources and self.is_source(value) and not self._index.is_free(value):
-                        self._sources.add(value)
-                        moment.acquired.append(profile.values[value].storage)
-            return moment
+            return self._record(a) if a in self.needed else _NOTHING
+        if a not in self.slots:
+            return _NOTHING
         value = profile.slots[a].value
+        moment = Moment()
         if a not in self._dropped:
-            if a in self.slots:
-                if kind == EventKind.SAVE:
-                    moment.acquired.append(profile.values[value].storage)
-                elif kind == EventKind.RELEASE:
-                    moment.released.append(profile.values[value].storage)
+            if kind == EventKind.SAVE:
+                moment.acquired.append(profile.values[value].storage)
+            elif kind == EventKind.RELEASE:
+                moment.released.append(profile.values[value].storage)
             return moment
         before = self._memo_total
         if kind == EventKind.SAVE:
@@ -100,8 +101,30 @@ class TapeModel:
                 self._last_leaf[value] = max(leaf, self._last_leaf.get(value, 0))
         elif kind == EventKind.UNPACK:
             self._need(value, self._leaf_of_slot.get(a, 0), moment, before)
+        elif kind == EventKind.RELEASE and self._released is not None:
+            self._released.append(value)
         elif kind == EventKind.RELEASE:
             self._unref(value, moment)
+        moment.memo_delta = self._memo_total - before
+        return moment
+
+    def _record(self, op: int) -> Moment:
+        """The operation is written to the tape: its sources are held from now on."""
+        moment = Moment(memo_delta=self._profile.ops[op].random_state_bytes)
+        self._memo_total += moment.memo_delta
+        for value in self._profile.ops[op].inputs:
+            if value not in self._sources and self.is_source(value) and not self._index.is_free(value):
+                self._sources.add(value)
+                moment.acquired.append(self._profile.values[value].storage)
+        return moment
+
+    def _seal(self) -> Moment:
+        """The tape's last region has ended."""
+        moment = Moment()
+        before = self._memo_total
+        for value in self._released or ():
+            self._unref(value, moment)
+        self._released = None
         moment.memo_delta = self._memo_total - before
         return moment
 

@@ -100,6 +100,7 @@ class Tape:
         self._movable: list[TapedValue] = []  # of those, what may be running statistics, not copied yet
         self._ops: list[TapedOp] = []
         self._split: set[int] = set()  # storages whose parts have version counters of their own
+        self._released: list[TapedValue] | None = []  # while recording: a later saving may want the same again
         self._streams: dict[int, int] = {}
         self._lock = threading.RLock()
 
@@ -306,6 +307,8 @@ class Tape:
     def seal(self) -> None:
         """The tape's last region ended: let go of everything that no handle needs."""
         with self._lock:
+            unref(self._released or [])
+            self._released = None
             for value in self._held:
                 if value.refs == 0:
                     value.source = None
@@ -344,7 +347,10 @@ class Tape:
             value.handles -= 1
             if not value.handles:
                 value.live = None
-            unref([value])
+            if self._released is not None:
+                self._released.append(value)
+            else:
+                unref([value])
 
     def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)

@@ -27,8 +27,10 @@ from recollect.solve.pricing import Prices, PricingModel
 _ENUMERATE_AT_MOST = 3000
 #: Points of the sweep over the price of held bytes, for each class.
 _SWEEP_AT_MOST = 24
-#: Columns evaluated in one descent.
+#: Columns evaluated in one descent, at most, and operations walked for them: what a longer region could gain is found
+#: below one level (`nested`).
 _DESCENT_AT_MOST = 240
+_DESCENT_OPS_AT_MOST = 40_000
 #: Budgets at which columns are generated, between the smallest peak and the plain one.
 _LADDER = (0.01, 0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
 #: Regions of a class from which a descent is tried in one round, until one finds something: for the smallest peak,
@@ -166,7 +168,7 @@ class Pool:
 
         kept: frozenset[int] = frozenset()
         best = measure(kept)
-        left = _DESCENT_AT_MOST
+        left = self._tries(region)
         while left > 0:
             stride = max(1, len(useful) // left)
             tries = [(measure(kept | {value}), kept | {value}) for value in useful[::stride] if value not in kept]
@@ -175,6 +177,11 @@ class Pool:
                 return
             best, kept = min(tries, key=lambda t: t[0])
             yield keep_set(index, kept)
+
+    def _tries(self, region: int) -> int:
+        """Columns that one descent may evaluate."""
+        op_count = self.source.index.profile.regions[region].op_count
+        return min(_DESCENT_AT_MOST, 1 + _DESCENT_OPS_AT_MOST // max(1, op_count))
 
     def _generate(self, budget_bytes: int | None) -> None:
         """Column generation at one budget, or for the smallest peak."""
@@ -232,7 +239,7 @@ class Pool:
         kept = frozenset(useful) if start.decision is None else index.keep_values(start.region, start.decision)
         best = self.cost(start, prices)
         found: Decision = None
-        left = _DESCENT_AT_MOST
+        left = self._tries(start.region)
         improved = True
         while improved and left > 0:
             improved = False

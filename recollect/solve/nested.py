@@ -69,13 +69,10 @@ class NestedPlans:
         saving = {self._index.region_of_op[op] for op, nbytes in enumerate(self._saved_bytes) if nbytes}
         count = max(1, len(saving))
         counts = {count}
-        while count > 2:
-            count //= 2
-            counts.add(count)
-        count = max(1, len(saving))
-        while 2 * count <= min(_MOST_LEAVES, len(profile.ops)):
-            count *= 2
-            counts.add(count)
+        while 2 * min(counts) ** 2 > count and min(counts) > 2:  # fewer than the root of it: leaves too large to pay
+            counts.add(min(counts) // 2)
+        while 2 * max(counts) <= min(_MOST_LEAVES, len(profile.ops)):
+            counts.add(2 * max(counts))
         return sorted(counts - {1})
 
     def _with_cuts(self, cuts: Sequence[int]) -> Iterator[NestedPlan]:
@@ -86,7 +83,7 @@ class NestedPlans:
             if spacing <= _WIDEST:
                 yield self._walk(cuts, held, leaf_count)
             for arity in _ARITIES:
-                if spacing > arity:
+                if spacing >= arity**2:
                     yield self._walk(cuts, held, arity)
             if spacing >= leaf_count:
                 return

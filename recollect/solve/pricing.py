@@ -109,7 +109,7 @@ class PricingModel:
         times: dict[int, dict[EventKind, int]] = {}
         for time in self.index.events_of_region[self.region]:
             kind, a = profile.events[time]
-            if kind != EventKind.OP and a in slots:
+            if kind not in (EventKind.OP, EventKind.EXIT) and a in slots:
                 times.setdefault(profile.slots[a].value, {}).setdefault(kind, time)
         result = {}
         for value, found in times.items():

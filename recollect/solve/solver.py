@@ -52,11 +52,11 @@ class Solver:
 
     def minimum_budget(self) -> tuple[int, str]:
         """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
-        found = self._smallest_at_one_level()
+        found = self.smallest_at_one_level()
         smallest = min([found, *(c.simulation for c in self._nested)], key=lambda walked: walked.peak_bytes)
         return smallest.peak_bytes, smallest.peak_where
 
-    def _smallest_at_one_level(self) -> Simulation:
+    def smallest_at_one_level(self) -> Simulation:
         """The step with the smallest peak that needs no nest."""
         if not any(facts.slots for facts in self.index.facts):
             return self._plain
@@ -95,7 +95,7 @@ class Solver:
         return self._solved[budget_bytes]
 
     def _solve(self, budget_bytes: int) -> Plan:
-        one_level = self._smallest_at_one_level()
+        one_level = self.smallest_at_one_level()
         if budget_bytes >= one_level.peak_bytes:
             plan = self._solve_at_one_level(budget_bytes)
             added_ms = plan.predicted_step_ms - plan.plain_step_ms

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import recollect
 from recollect import meter
-from recollect.measure import costs, profiler
 from recollect.records import Decision
 from recollect.simulate import ProfileIndex, simulate
 from recollect.solve import full_plan, minimum_budget, solve
@@ -81,13 +80,6 @@ def decisions(draw: st.DrawFn, index: ProfileIndex) -> list[Decision]:
 
 def is_random(name: str) -> bool:
     return any(word in name for word in ("dropout", "rand", "bernoulli"))
-
-
-@pytest.fixture
-def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times do not matter here, only bytes."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda: (0.001, 0.001))
-    monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 
 @pytest.mark.usefixtures("_cheap_measuring")

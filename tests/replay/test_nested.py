@@ -1,0 +1,205 @@
+"""Below one level: shared tapes and nests on random programs, as the simulator says, and depth against held memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import recollect
+from recollect import meter
+from recollect.nesting import Nest, tree_nest
+from recollect.profile_index import ProfileIndex
+from recollect.records import Decision, Group, Plan, Profile
+from recollect.simulate import simulate
+from recollect.solve import Solver
+from recollect.solve.build import build_plan
+from tests.replay.programs import Program, loss_of, programs
+from tests.replay.test_random_modules import RANDOM_STATE_BYTES, SMALL, check_same, is_random, steps
+
+
+@st.composite
+def nested_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decision], tuple[Group, ...]]:
+    """Any decisions, with any consecutive regions in groups, any leaves and any tree."""
+    regions = index.profile.regions
+    groups: list[Group] = []
+    first = 0
+    while first < len(regions):
+        count = draw(st.integers(1, len(regions) - first))
+        ops = [(region, position) for region in range(count) for position in range(regions[first + region].op_count)]
+        cuts = sorted(draw(st.sets(st.sampled_from(ops[1:]), max_size=12))) if len(ops) > 1 else []
+        at_top = [draw(st.booleans()) for _ in cuts]
+        groups.append(Group(first=first, count=count, nest=tree_nest(cuts, at_top, draw(st.integers(2, 4)))))
+        first += count
+    decisions: list[Decision] = []
+    for group in groups:
+        facts = index.group_facts(group.first, group.count)
+        optional = sorted(facts.optional)
+        kept = draw(st.lists(st.sampled_from(optional), unique=True)) if optional and draw(st.booleans()) else []
+        for region in range(group.first, group.first + group.count):
+            decisions.append(frozenset(index.local(v) for v in kept if index.producer_region(v) == region))
+    alone = {
+        g.first for g in groups if g.count == 1 and not index.needed_ops(g.first, decisions[g.first] or frozenset())
+    }
+    return decisions, tuple(g for g in groups if g.first not in alone)
+
+
+@pytest.mark.usefixtures("_cheap_measuring")
+@settings(SMALL, max_examples=60)
+@given(programs(without=("in place", "checkpoint"), rows=64, columns=128), st.data())
+def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
+    batch = torch.randn(model.rows, model.columns, generator=torch.Generator().manual_seed(1))
+    plain = steps(model, batch)
+    model.steps = model.block.calls = 0
+    profile = recollect.measure(model, batch, loss=loss_of)
+    index = ProfileIndex(profile)
+    decisions, groups = data.draw(nested_decisions(index))
+    simulated = simulate(index, decisions, groups)
+    plan = build_plan(index, decisions, 2**40, groups=groups)
+    plan.check()
+    with recollect.apply(model, plan) as applied:
+        check_same(plain, steps(model, batch, applied))
+        check_same(plain, steps(model, batch, applied))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        model.steps = model.block.calls = 0
+        applied.statistics.reset()
+
+        def step() -> None:
+            with applied.step():
+                loss = loss_of(model, batch)
+            loss.backward()
+
+        _, peak_bytes = meter.measure_peak(step, meter.resident_bytes(model, batch))
+    counts = applied.statistics
+    assert (counts.mismatches, counts.unplanned_calls) == (0, 0)
+    assert counts.replayed_ops == len(simulated.replayed_ops)
+    drawn = sum(is_random(profile.signatures[op.signature].name) for op in profile.ops)
+    assert peak_bytes <= plan.predicted_peak_bytes + 256 + drawn * RANDOM_STATE_BYTES
+    assert peak_bytes >= 0.94 * plan.predicted_peak_bytes
+
+
+def test_a_nest_holds_what_its_subtrees_pass_on() -> None:
+    nest = tree_nest([(0, n) for n in range(1, 8)], [False, False, False, True, False, False, False], 2)
+    assert nest.depths == (2, 1, 2, 0, 2, 1, 2)
+    assert nest.leaf_count == 8
+    assert [nest.leaf_at(0, n) for n in (0, 1, 7, 9)] == [0, 1, 7, 7]
+    assert nest.leaf_at(1, 0) == 7
+    # Made in one leaf and used up to another: the leaves for which replay holds it.
+    held = {(1, 2): {0, 1, 2, 3}, (0, 1): {0, 1}, (3, 4): set(range(8)), (2, 2): {2}, (4, 6): {4, 5, 6, 7}}
+    for (first, last), leaves in held.items():
+        assert {leaf for leaf in range(8) if nest.holds(first, last, leaf)} == leaves
+    assert tree_nest([(0, n) for n in range(1, 6)], [False] * 5, 9).depths == (1,) * 5
+    assert Nest().holds(0, 0, 0)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class ResidualMLP(nn.Module):
+    def __init__(self, depth: int, width: int = 8) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).pow(2).mean()  # type: ignore[no-any-return]
+
+
+class RNN(nn.Module):
+    """A loop in Python: all its steps are one region."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.enter, self.turn, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x[0])
+        for moment in x:
+            state = torch.tanh(self.enter(moment) + self.turn(state))
+        return self.head(state).pow(2).mean()  # type: ignore[no-any-return]
+
+
+def above_baseline(profile: Profile, plan: Plan) -> int:
+    return plan.predicted_peak_bytes - profile.baseline_bytes
+
+
+def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
+    """Bit for bit the plain gradients, the predicted peak to the byte, and each operation as often as predicted."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    plain_loss = model(batch)
+    plain_loss.backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with recollect.apply(model, plan) as applied:
+        for _ in range(2):  # the first step calibrates
+            model.zero_grad(set_to_none=False)
+            applied.statistics.reset()
+            resident = meter.resident_bytes(model, batch)
+
+            def step() -> Tensor:
+                loss = applied.loss(model, batch)
+                loss.backward()
+                return loss
+
+            loss, peak_bytes = meter.measure_peak(step, resident)
+            assert torch.equal(loss, plain_loss)
+            assert all(
+                torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True) if p.grad is not None
+            )
+        assert (applied.statistics.mismatches, applied.statistics.kept_unsafe) == (0, 0)
+    assert abs(peak_bytes - plan.predicted_peak_bytes) <= 256
+
+
+@pytest.mark.usefixtures("_cheap_measuring")
+def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(512, 8)
+    passing_bytes = batch.nbytes  # what goes from layer to layer
+    smallest = {}
+    for depth in (50, 100, 200):
+        model = ResidualMLP(depth)
+        profile = recollect.measure(model, batch)
+        solver = Solver(profile)
+        smallest[depth] = solver.minimum_budget()[0] - profile.baseline_bytes
+    # Twice the depth, one more value held.
+    assert all(smallest[2 * depth] - smallest[depth] <= passing_bytes + 64 for depth in (50, 100))
+    # About the square root, for at most one more run of each operation.
+    forward_ops = {op for region in profile.regions for op in range(region.first_op, region.first_op + region.op_count)}
+    budget = profile.baseline_bytes + smallest[50] + 4 * 14 * passing_bytes
+    middle = solver.solve(budget)
+    replayed = simulate(solver.index, *decided(middle)).replayed_ops
+    assert len(replayed) <= 2 * len(forward_ops)
+    check_step(model, batch, middle)
+    lowest = solver.solve(profile.baseline_bytes + smallest[200])
+    check_step(model, batch, lowest)
+
+
+@pytest.mark.usefixtures("_cheap_measuring")
+def test_200_steps_of_a_loop_in_one_region() -> None:
+    torch.manual_seed(0)
+    smallest = {}
+    for length in (100, 200):
+        batch = torch.randn(length, 64, 16)
+        model = RNN()
+        profile = recollect.measure(model, batch)
+        solver = Solver(profile)
+        smallest[length] = solver.minimum_budget()[0] - profile.baseline_bytes
+    assert smallest[200] - smallest[100] <= 2 * batch[0].nbytes
+    check_step(model, batch, solver.solve(solver.minimum_budget()[0]))
+
+
+def decided(plan: Plan) -> tuple[list[Decision], tuple[Group, ...]]:
+    """A plan's decisions, as `simulate` wants them."""
+    keep = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
+    return list(keep), plan.groups
