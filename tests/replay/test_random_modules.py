@@ -117,7 +117,7 @@ def test_planned(model: Program, data: st.DataObject) -> None:
     counts = applied.statistics
     assert (counts.mismatches, counts.unplanned_calls) == (0, 0)
     decided = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
-    assert counts.replayed_ops == len(simulate(index, decided).replayed_ops)
+    assert counts.replayed_ops == len(simulate(index, decided, plan.groups).replayed_ops)
     drawn = sum(is_random(profile.signatures[op.signature].name) for op in profile.ops)
     # Never above the prediction; a few programs (sorting, in-place) stay one or two values below it.
     assert peak_bytes <= plan.predicted_peak_bytes + 256 + drawn * RANDOM_STATE_BYTES
