@@ -32,10 +32,12 @@ from typing import Any
 
 import torch
 
+from recollect.measure.layouts import Layouts
+
 _log = logging.getLogger(__name__)
 
 #: Raised when what an entry means changes.
-_FORMAT = "recollect.operation-costs/1"
+_FORMAT = "recollect.operation-costs/2"
 _MOST_ENTRIES = 20_000
 _MOST_FILES = 16
 _OFF = ("off", "0", "false", "no")
@@ -49,8 +51,8 @@ class Cost:
     """Shortest time of several runs."""
     scratch_bytes: int
     """Most memory held inside, beyond inputs and outputs."""
-    output_bytes: tuple[int, ...]
-    """Size of each result's storage; 0 for what is not a tensor."""
+    layouts: Layouts
+    """How each result lies in memory."""
 
 
 class CostCache:
@@ -84,7 +86,7 @@ class CostCache:
             other = merged.pop(key, cost)
             # The machine was busy in the slower of two measurements; scratch errs to the safe side.
             scratch_bytes = max(cost.scratch_bytes, other.scratch_bytes)
-            merged[key] = Cost(min(cost.ms, other.ms), scratch_bytes, cost.output_bytes)
+            merged[key] = Cost(min(cost.ms, other.ms), scratch_bytes, cost.layouts)
         self._known = dict(list(merged.items())[-_MOST_ENTRIES:])
         self._new = {}
         try:
@@ -94,7 +96,7 @@ class CostCache:
             _log.info("the costs of operations cannot be kept in %s (%s)", self._path, error)
 
     def _document(self, known: Mapping[str, Cost]) -> str:
-        costs = {key: [c.ms, c.scratch_bytes, list(c.output_bytes)] for key, c in known.items()}
+        costs = {key: [c.ms, c.scratch_bytes, c.layouts] for key, c in known.items()}
         text = json.dumps(costs, separators=(",", ":"))
         head = {"format": _FORMAT, "environment": self._environment, "checksum": _checksum(text)}
         return f"{json.dumps(head)}\n{text}\n"
@@ -117,22 +119,27 @@ class CostCache:
 
 
 class NoCache(CostCache):
-    """Knows nothing and remembers nothing."""
+    """Knows nothing beforehand, and writes nothing."""
 
     def __init__(self) -> None:
         self._path = None
         self._known = {}
         self._new = {}
 
+    def put(self, call: object, cost: Cost) -> None:
+        """Know it until this object is gone."""
+        self._known[_key(call)] = cost
+
 
 def _cost(entry: Any) -> Cost:
-    ms, scratch_bytes, output_bytes = entry
-    sizes = (scratch_bytes, *output_bytes)
+    ms, scratch_bytes, layouts = entry
+    # A layout's second number may be -1.
+    sizes = (scratch_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))
     if not isinstance(ms, float | int) or not math.isfinite(ms) or ms < 0:
         raise ValueError("a time in it is no time")
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("a size in it is no size")
-    return Cost(float(ms), scratch_bytes, tuple(output_bytes))
+    return Cost(float(ms), scratch_bytes, tuple(tuple(layout) for layout in layouts))
 
 
 def _key(call: object) -> str:

@@ -34,12 +34,12 @@ from recollect._torch_private import (
     set_grad_enabled_quietly,
 )
 from recollect.measure.cost_cache import Cost, CostCache
+from recollect.measure.layouts import Layouts, layouts_of
 from recollect.measure.share import argument_bytes, share_within
 from recollect.measure.signatures import Call, TensorSpec
 from recollect.measure.state import RandomState
 from recollect.meter import refuse_second_profiler
 from recollect.records import Signature
-from recollect.replay.ops import result_tensors
 
 _ROUNDS = 3
 _LONG_RUN_MS = 60.0
@@ -62,8 +62,7 @@ class Alone:
     """What running one operation alone showed."""
 
     scratch_bytes: int
-    output_bytes: tuple[int, ...]
-    """Size of each result's storage; 0 for what is not a tensor."""
+    layouts: Layouts
 
 
 @dataclass(kw_only=True)
@@ -71,9 +70,8 @@ class Costs:
     """What every call costs, and what finding that out took."""
 
     signatures: tuple[Signature, ...] = ()
-    output_bytes: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """By the call's number, the real sizes of its results. A fake kernel may not know those (oneDNN's RNN decides its
-    workspace while it runs)."""
+    layouts: dict[int, Layouts] = field(default_factory=dict)
+    """By the call's number, how its results lie in memory."""
     scratch_ms: float = 0.0
     """Time spent on finding scratch and sizes."""
     times_ms: float = 0.0
@@ -123,7 +121,7 @@ def measure_costs(
             if not shares[index].note:
                 cache.put(calls[index], measured[place])
     cache.save()
-    result.output_bytes = {index: cost.output_bytes for index, cost in found.items()}
+    result.layouts = {index: cost.layouts for index, cost in found.items()}
     sizes = [argument_bytes(call) + result_bytes.get(index, 0) for index, call in enumerate(calls)]
     names = [str(call.func) for call in calls]
     estimated = {i: _estimate(i, names, sizes, found) for i, share in shares.items() if share.call is None}
@@ -167,7 +165,7 @@ def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: 
     result.scratch_ms = (middle - begin) * 1e3
     result.times_ms = (time.perf_counter() - middle) * 1e3
     return {
-        index: Cost(round(best[index], 6), found.scratch_bytes, found.output_bytes)
+        index: Cost(round(best[index], 6), found.scratch_bytes, found.layouts)
         for index, found in alone.items()
         if index in best
     }
@@ -196,12 +194,8 @@ def _time_ms(call: Call, device: torch.device, repeats: int) -> float | None:
         return None
 
 
-def _storage_sizes(result: Any) -> tuple[int, ...]:
-    return tuple(t.untyped_storage().nbytes() if isinstance(t, torch.Tensor) else 0 for t in result_tensors(result))
-
-
 def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
-    outputs: dict[int, tuple[int, ...]] = {}
+    outputs: dict[int, Layouts] = {}
     args: Any
     kwargs: Any
     result: Any
@@ -212,7 +206,7 @@ def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
                 args, kwargs = _make_up(call)
                 with torch.profiler.record_function(f"{_PREFIX}{index}"):
                     result = _run(call, args, kwargs)
-                outputs[index] = _storage_sizes(result)
+                outputs[index] = layouts_of(result, (*args, *kwargs.values()))
             except Exception:
                 continue
             finally:
@@ -230,7 +224,7 @@ def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
             level += events[position][1]
             peak = max(peak, level)
             position += 1
-        found[index] = Alone(scratch_bytes=max(0, peak - max(level, 0)), output_bytes=outputs[index])
+        found[index] = Alone(scratch_bytes=max(0, peak - max(level, 0)), layouts=outputs[index])
     return found
 
 
@@ -245,7 +239,7 @@ def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, Alon
             torch.cuda.reset_peak_memory_stats(device)
             result = _run(call, args, kwargs)
             scratch = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
-            found[index] = Alone(scratch_bytes=scratch, output_bytes=_storage_sizes(result))
+            found[index] = Alone(scratch_bytes=scratch, layouts=layouts_of(result, (*args, *kwargs.values())))
         except Exception:
             continue
         finally:

@@ -9,7 +9,7 @@ lifetimes in the plain step and in any plan.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from recollect._torch_private import (
     is_view,
     storage_key,
 )
+from recollect.measure.layouts import Layouts, laid_out, layouts_of
 from recollect.measure.signatures import SignatureTable
 from recollect.records import Event, EventKind
 from recollect.replay import safety
@@ -126,7 +127,9 @@ class Observer(DispatchMode):
         device_type: str,
         spill: Callable[[torch.Tensor], Any] | None = None,
         unspill: Callable[[Any], torch.UntypedStorage] | None = None,
+        layouts: Mapping[str, Layouts] | None = None,
     ) -> None:
+        """`layouts`: how the results of some operations really lie in memory, by the signature's key."""
         super().__init__()
         self.seen = Observation()
         self.in_optimizer = False
@@ -138,6 +141,9 @@ class Observer(DispatchMode):
         self._random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
         self._spill = spill
         self._unspill = unspill
+        self._corrections = layouts or {}
+        self.layouts: dict[str, Layouts] = {}
+        """How the results of each signature lay, by its key."""
         self._storage_of: dict[int, int] = {}
         self._watches: dict[int, tuple[weakref.ref[Any], WeakStorage]] = {}
         self._borrowed: dict[int, int] = {}  # slot -> notes and rebuilt tensors that still stand for it
@@ -224,7 +230,7 @@ class Observer(DispatchMode):
         signature = self._signatures.note(func, args, kwargs)
         if not forward:
             since = len(self.seen.events)
-            result = func(*args, **kwargs)
+            result = self._call(func, args, kwargs, signature)
             results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
             self._signatures.note_result(signature, tensors, results)
             for tensor in tensors + results:
@@ -238,6 +244,16 @@ class Observer(DispatchMode):
                 self._sum = _Sum(since, old, new, storage_key(result))
             return result
         return self._forward_op(func, info, types, args, kwargs, tensors, signature)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
+        """Run it; where its kernel is known to lay its results out otherwise than a real one, lay them out anew."""
+        result = func(*args, **kwargs)
+        key = self._signatures.keys[signature]
+        if (layouts := self._corrections.get(key)) is not None:
+            result = laid_out(result, layouts)
+        if key not in self.layouts:
+            self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
+        return result
 
     def _forward_op(
         self,
@@ -274,7 +290,7 @@ class Observer(DispatchMode):
             keep_reason=reason,
             random_state_bytes=self._random_state_bytes if info.is_random else 0,
         )
-        result = func(*args, **kwargs)
+        result = self._call(func, args, kwargs, signature)
         results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
         self._signatures.note_result(signature, tensors, results)
         for tensor in moved:

@@ -19,10 +19,12 @@ from recollect._torch_private import DataDependentOutputException, DynamicOutput
 from recollect.errors import RecollectError, UnsupportedInput
 from recollect.measure.build import build_tables
 from recollect.measure.cost_cache import CostCache, NoCache
-from recollect.measure.costs import measure_costs
+from recollect.measure.costs import Costs, measure_costs
+from recollect.measure.forward_check import ran_otherwise
 from recollect.measure.host_copy import CopyFile
+from recollect.measure.layouts import Layouts, corrections
 from recollect.measure.leftovers import Surroundings
-from recollect.measure.observer import Observation, Observer, round_up
+from recollect.measure.observer import Observer
 from recollect.measure.overhead import measure_overhead
 from recollect.measure.regions import choose_regions
 from recollect.measure.signatures import SignatureTable
@@ -45,6 +47,10 @@ _log = logging.getLogger(__name__)
 
 #: A profile whose shapes depend on the data states this margin: another batch may need that much more.
 _DATA_DEPENDENT_MARGIN = 0.05
+
+#: The first run finds which results lie in memory otherwise than a fake kernel says, the second one uses that; a third
+#: is for operations that only the second one ran.
+_MOST_FAKE_RUNS = 4
 
 
 def measure(
@@ -102,41 +108,47 @@ def measure_step(
     began = time.perf_counter()
     check_model(model)
     device = device_of(model)
-    signatures = SignatureTable()
+    cache = CostCache(device) if cost_cache and not untimed else NoCache()
+    room_bytes = None if budget_bytes is None else budget_bytes - resident_bytes(model, batch, spec.optimizers)
+
+    def price(table: SignatureTable) -> Costs:
+        return measure_costs(
+            table.calls, device, cache, timed=not untimed, room_bytes=room_bytes, result_bytes=table.result_bytes
+        )
+
     observer: Observer | None = None
     data_dependent = False
-    if not concrete:
-        mode = FakeTensorMode(allow_non_fake_inputs=False)
-        surroundings = Surroundings(spec.loss)
-        try:
-            observer = _observe_fake(model, batch, spec, signatures, mode)
-        except BaseException as error:
-            if isinstance(error, RecollectError) or not isinstance(error, Exception):
-                if error.__traceback__ is not None:
-                    traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
-                raise
-            data_dependent = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-            _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
-            signatures = SignatureTable()
-        finally:
-            surroundings.forget_fakes(mode)
+    observing_s = scratch_ms = times_ms = 0.0
+    layouts: dict[str, Layouts] = {}
+    for _ in range(0 if concrete else _MOST_FAKE_RUNS):
+        signatures = SignatureTable()
+        begin = time.perf_counter()
+        observer, data_dependent = _observe_fake(model, batch, spec, signatures, layouts)
+        observing_s += time.perf_counter() - begin
+        if observer is None:
+            break
+        costs = price(signatures)
+        scratch_ms, times_ms = scratch_ms + costs.scratch_ms, times_ms + costs.times_ms
+        wrong = corrections(observer.layouts, {signatures.keys[i]: found for i, found in costs.layouts.items()})
+        if not wrong:
+            break
+        _log.info("%d fake kernels lay their results out otherwise than the real ones; observing again", len(wrong))
+        layouts |= wrong
+    begin = time.perf_counter()
+    if observer is not None and ran_otherwise(observer.seen, model, batch, spec):
+        _log.info("a real forward runs other operations than the fake one; measuring with a real step")
+        observer = None
     method = "fake" if observer is not None else "real"
     if observer is None:
+        signatures = SignatureTable()
         observer = _observe_concrete(model, batch, spec, signatures)
+    observing_s += time.perf_counter() - begin
     seen = observer.seen
-    observed = time.perf_counter()
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
-    costs = measure_costs(
-        signatures.calls,
-        device,
-        CostCache(device) if cost_cache and not untimed else NoCache(),
-        timed=not untimed,
-        room_bytes=None if budget_bytes is None else budget_bytes - resident_bytes(model, batch, spec.optimizers),
-        result_bytes=signatures.result_bytes,
-    )
-    if method == "fake":
-        _use_real_sizes(seen, costs.output_bytes, device)
+    if method == "real":
+        costs = price(signatures)
+        scratch_ms, times_ms = scratch_ms + costs.scratch_ms, times_ms + costs.times_ms
     costed = time.perf_counter()
     mode_ms, tape_ms = (0.0, 0.0) if untimed else measure_overhead()
     mechanism_ms = (time.perf_counter() - costed) * 1e3
@@ -147,9 +159,9 @@ def measure_step(
     tables = build_tables(seen, region_paths, costs.signatures)
     activation_bytes = sum(s.nbytes for s in seen.storages if s.component == "activation")
     measuring_ms = {
-        "observing": (observed - began) * 1e3,
-        "scratch": costs.scratch_ms,
-        "times": costs.times_ms,
+        "observing": observing_s * 1e3,
+        "scratch": scratch_ms,
+        "times": times_ms,
         "mechanism": mechanism_ms,
     }
     measuring_ms["tables"] = max(0.0, (time.perf_counter() - began) * 1e3 - sum(measuring_ms.values()))
@@ -175,16 +187,6 @@ def measure_step(
     )
 
 
-def _use_real_sizes(seen: Observation, output_bytes: Mapping[int, tuple[int, ...]], device: torch.device) -> None:
-    """Correct storages whose size a fake kernel could not know (oneDNN's RNN decides its workspace while it runs)."""
-    for op in seen.ops:
-        sizes = output_bytes.get(op.signature, ())
-        for value in op.outputs:
-            record = seen.values[value]
-            if 0 <= record.output < len(sizes) and sizes[record.output]:
-                seen.storages[record.storage].nbytes = round_up(sizes[record.output], device.type)
-
-
 def fingerprint(model: torch.nn.Module) -> str:
     """Digest of the names, shapes and dtypes of parameters and buffers, and of which parameters train."""
     lines = [type(model).__name__]
@@ -194,19 +196,40 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def _observe_fake(
-    model: torch.nn.Module, batch: Any, spec: StepSpec, signatures: SignatureTable, mode: FakeTensorMode
-) -> Observer:
+    model: torch.nn.Module,
+    batch: Any,
+    spec: StepSpec,
+    signatures: SignatureTable,
+    layouts: Mapping[str, Layouts],
+) -> tuple[Observer | None, bool]:
+    """What was observed, None if the fake run failed; and whether it did because shapes depend on the data."""
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    surroundings = Surroundings(spec.loss)
+    observer = Observer(signatures, device_of(model).type, layouts=layouts)
+    try:
+        _observe_copy(model, batch, spec, observer, mode)
+    except BaseException as error:
+        if isinstance(error, RecollectError) or not isinstance(error, Exception):
+            if error.__traceback__ is not None:
+                traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
+            raise
+        _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
+        return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+    finally:
+        surroundings.forget_fakes(mode)
+    return observer, False
+
+
+def _observe_copy(model: torch.nn.Module, batch: Any, spec: StepSpec, observer: Observer, mode: FakeTensorMode) -> None:
     # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
     state = TrainingState(model, spec.optimizers, also=(batch,), contents=False)
     try:
         copied, fakes = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
         optimizers = [copy_optimizer(optimizer, fakes) for optimizer in spec.optimizers]
-        observer = Observer(signatures, device_of(model).type)
         with mode, _hushed("torch._subclasses.fake_tensor"):
             _give_gradients(copied)
             _observe(copied, fake_batch, spec, optimizers, observer)
-        return observer
     finally:
         state.restore()
         gc.collect()

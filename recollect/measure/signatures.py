@@ -38,9 +38,11 @@ class SignatureTable:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.keys: list[str] = []
+        """What tells each call from others, the same in every table."""
         self.result_bytes: dict[int, int] = {}
         """By call: bytes of the storages that it made."""
-        self._index: dict[Any, int] = {}
+        self._index: dict[str, int] = {}
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The call's number, a new one if it was not seen before."""
@@ -50,11 +52,12 @@ class SignatureTable:
             kwargs=tuple((name, _spec(a)) for name, a in kwargs.items()),
             grad_enabled=torch.is_grad_enabled(),
         )
-        key = (str(func), repr(call.args), repr(call.kwargs), call.grad_enabled)
+        key = repr(call)
         index = self._index.get(key)
         if index is None:
             index = self._index[key] = len(self.calls)
             self.calls.append(call)
+            self.keys.append(key)
         return index
 
     def note_result(self, index: int, arguments: list[torch.Tensor], result: list[torch.Tensor]) -> None:

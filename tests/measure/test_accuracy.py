@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import recollect
 from recollect import meter
-from recollect._torch_private import profiler_memory_events
-from recollect.measure import costs, profiler
+from recollect._torch_private import FakeTensor, profiler_memory_events
+from recollect.measure import costs, forward_check, profiler
 from recollect.profile_index import ProfileIndex
 from recollect.records import EventKind
 from recollect.simulate import simulate
@@ -54,13 +54,15 @@ def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def allocated_in_backward(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]:
-    """All bytes that the plain step's backward ever takes, predicted and measured."""
+    """All bytes that the plain step's backward ever takes, inside operations too, predicted and measured."""
     profile = recollect.measure(model, batch, **options)
     begin = ProfileIndex(profile).backward_event()
-    predicted = sum(profile.storages[e.a].nbytes for e in profile.events[begin:] if e.kind == EventKind.ALLOC)
+    after = profile.events[begin:]
+    predicted = sum(profile.storages[e.a].nbytes for e in after if e.kind == EventKind.ALLOC)
+    predicted += sum(profile.signatures[e.a].scratch_bytes for e in after if e.kind == EventKind.OTHER_OP)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    loss = model(batch)
+    loss = options.get("loss", lambda m, b: m(b))(model, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         loss.backward()
     return predicted, sum(nbytes for _, nbytes in profiler_memory_events(profiled) if nbytes > 0)
@@ -105,4 +107,51 @@ def test_a_backward_inside_forward_adds_in_place_too() -> None:
         return (batch[0] * model.weight[0]).sum()
 
     predicted, measured = plain_peaks(Fan(lambda h: h * 2 + h * 3 + h * 4), torch.randn(SIDE, SIDE), loss=loss)
+    assert abs(predicted - measured) <= NUMBERS_BYTES
+
+
+class LooksAtItsInput(nn.Module):
+    """Leaves out work where its mask has nothing to mask; on a tensor without data it cannot know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(SIDE, SIDE))
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += x.sum()
+        h = x @ self.weight
+        if isinstance(mask, FakeTensor) or not mask.all():
+            h = torch.where(mask, h.exp(), 0.0) * h
+        return h.sin().sum()
+
+
+def test_a_model_that_takes_another_way_without_data_is_measured_by_a_real_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward_check, "_ASKING", (__name__.partition(".")[0],))
+    model = LooksAtItsInput()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    batch = (torch.randn(SIDE, SIDE), torch.ones(SIDE, 1, dtype=torch.bool))
+    torch.set_rng_state(before)
+    profile = recollect.measure(model, batch)
+    assert profile.method == "real"
+    assert "aten.exp.default" not in {profile.signatures[op.signature].name for op in profile.ops}
+    assert (model.calls, model.seen.item()) == (0, 0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_fake_kernel_that_lays_its_result_out_otherwise_is_corrected() -> None:
+    # The fake kernel of layer norm's backward keeps the strides of the gradient that it gets; the real one does not,
+    # so that only the fake `reshape` before it, in the linear layer's backward, would copy.
+    model = nn.Sequential(nn.Linear(SIDE, SIDE), nn.LayerNorm(SIDE))
+    weight = torch.randn(4, SIDE, SIDE)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch).transpose(1, 2) * batch[:4]).sum()
+
+    predicted, measured = allocated_in_backward(model, weight, loss=loss)
     assert abs(predicted - measured) <= NUMBERS_BYTES

@@ -35,7 +35,7 @@ def only_file(folder: Path) -> Path:
 def fill(folder: Path, count: int = 3) -> Path:
     known = CostCache(CPU)
     for number in range(count):
-        known.put(f"call {number}", Cost(1.5 + number, 10 * number, (4, 0)))
+        known.put(f"call {number}", Cost(1.5 + number, 10 * number, ((4, 0), ())))
     known.save()
     return only_file(folder)
 
@@ -97,7 +97,7 @@ def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_put_comes_back(folder: Path) -> None:
     fill(folder)
     known = CostCache(CPU)
-    assert known.get("call 2") == Cost(3.5, 20, (4, 0))
+    assert known.get("call 2") == Cost(3.5, 20, ((4, 0), ()))
     assert known.get("call 3") is None
 
 
@@ -153,7 +153,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         path.write_text("")
     elif how == "other version":
-        path.write_text(text.replace("operation-costs/1", "operation-costs/0"))
+        path.write_text(text.replace("operation-costs/2", "operation-costs/0"))
     elif how == "other machine":
         path.write_text(text.replace('"threads": "', '"threads": "7'))
     elif how == "deeply nested":
@@ -195,12 +195,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(folder: Path) -> None:
 
 def test_two_measurements_leave_the_shorter_time_and_the_larger_scratch(folder: Path) -> None:
     first, second = CostCache(CPU), CostCache(CPU)
-    first.put("call", Cost(2.0, 10, (1,)))
+    first.put("call", Cost(2.0, 10, ((1,),)))
     first.save()
-    second.put("call", Cost(3.0, 20, (1,)))
+    second.put("call", Cost(3.0, 20, ((1,),)))
     second.put("other", Cost(1.0, 0, ()))
     second.save()
-    assert CostCache(CPU).get("call") == Cost(2.0, 20, (1,))
+    assert CostCache(CPU).get("call") == Cost(2.0, 20, ((1,),))
     assert CostCache(CPU).get("other") == Cost(1.0, 0, ())
 
 
@@ -229,7 +229,7 @@ from pathlib import Path
 from recollect.measure.cost_cache import Cost, CostCache
 for number in range(20):
     known = CostCache(torch.device("cpu"), Path(sys.argv[1]))
-    known.put(f"writer {sys.argv[2]} call {number}", Cost(1.0, 0, (number,)))
+    known.put(f"writer {sys.argv[2]} call {number}", Cost(1.0, 0, ((number,),)))
     known.save()
 """
 
@@ -241,7 +241,7 @@ def test_several_processes_never_leave_half_a_file(folder: Path) -> None:
             assert len(only_whole(folder)) >= 1
     assert [process.returncode for process in writers] == [0, 0]
     known = CostCache(CPU)
-    assert sum(known.get(f"writer {w} call {n}") == Cost(1.0, 0, (n,)) for w in range(2) for n in range(20)) >= 20
+    assert sum(known.get(f"writer {w} call {n}") == Cost(1.0, 0, ((n,),)) for w in range(2) for n in range(20)) >= 20
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
 

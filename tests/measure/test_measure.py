@@ -16,7 +16,7 @@ from torch import nn
 
 import recollect
 from recollect import UnsupportedInput, meter
-from recollect._torch_private import FakeTensor, FakeTensorMode
+from recollect._torch_private import FakeTensor
 from recollect.measure import measure_step
 from recollect.measure.state import RandomState
 from recollect.measure.step import StepSpec
@@ -296,8 +296,8 @@ def _observe_and_forget(model: nn.Module, batch: Tensor) -> None:
     from recollect.measure import profiler
     from recollect.measure.signatures import SignatureTable
 
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
-    observer = profiler._observe_fake(model, batch, StepSpec(), SignatureTable(), mode)
+    observer, _ = profiler._observe_fake(model, batch, StepSpec(), SignatureTable(), {})
+    assert observer is not None
     assert observer.seen.ops
     del observer
     gc.collect()
