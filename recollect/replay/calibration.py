@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recollect._torch_private import below_autograd, set_grad_enabled_quietly
-from recollect.replay.ops import result_tensors, tensors_in
+from recollect.replay.ops import OpInfo, result_tensors, tensors_in
 
 if TYPE_CHECKING:
     from recollect.replay.values import TapedOp, TapedValue
@@ -79,6 +79,21 @@ class Calibrator:
         else:
             op.region.refused.add(op.position)
         return same
+
+    def look_at(self, info: OpInfo, args: tuple[Any, ...]) -> list[tuple[int, torch.Tensor, Checksum]]:
+        """Position, tensor and checksum of each tensor argument that the operation should leave alone."""
+        declared = {place for place, _ in info.mutates}
+        return [
+            (place, tensor, checksum(tensor))
+            for place, argument in enumerate(args)
+            if place not in declared
+            for tensor in tensors_in((argument,))
+            if tensor.layout is torch.strided and type(tensor) is torch.Tensor
+        ]
+
+    def changed_since(self, looked_at: list[tuple[int, torch.Tensor, Checksum]]) -> list[tuple[int, torch.Tensor]]:
+        """Those whose contents are other than they were."""
+        return [(place, tensor) for place, tensor, before in looked_at if checksum(tensor) != before]
 
     def _is_suspect(self, op: TapedOp) -> bool:
         return op.info.needs_calibration and op.info.name not in self._verified

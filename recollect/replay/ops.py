@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,9 +98,12 @@ class OpInfo:
     """Writes every element of its first argument without reading it."""
     splits_silently: bool
     """Returns parts of its argument that autograd takes for new tensors: one may be written while another is saved."""
+    is_foreign: bool
+    """Not PyTorch's own: nothing is known about it but its schema."""
     undeclared_writes: tuple[int, ...]
+    """Positions of arguments that it writes although its schema does not say so."""
     training_flag: int
-    """Position of the flag that switches `undeclared_writes` on; -1 if there are none."""
+    """Position of the flag that switches `undeclared_writes` on; -1 if they always happen."""
     blocker: str
     """Why it may never be replayed; empty if it may."""
     blocker_on_cuda: str
@@ -122,7 +126,7 @@ def _describe(func: Any) -> OpInfo:
     if not isinstance(func, OpOverload):  # a higher-order operator: opaque
         return OpInfo(
             name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False, is_full_writer=False,
-            splits_silently=False, undeclared_writes=(), training_flag=-1,
+            splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
             blocker="a higher-order operator", blocker_on_cuda="",
             needs_calibration=True,
         )  # fmt: skip
@@ -159,6 +163,7 @@ def _describe(func: Any) -> OpInfo:
         is_uninitialised=uninitialised,
         is_full_writer=base in _FULL_WRITERS,
         splits_silently=base in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
+        is_foreign=func.namespace not in ("aten", "prims", "prim"),
         undeclared_writes=writes,
         training_flag=flag,
         blocker=blocker,
@@ -180,9 +185,15 @@ def mutated_tensors(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]:
     """Tensors that the call writes although the operation's schema does not say so."""
-    if not info.undeclared_writes or not args[info.training_flag]:
+    if not info.undeclared_writes or (info.training_flag >= 0 and not args[info.training_flag]):
         return []
-    return tensors_in([args[place] for place in info.undeclared_writes])
+    return tensors_in([args[place] for place in info.undeclared_writes if place < len(args)])
+
+
+def learn_undeclared_writes(func: Any, places: Iterable[int]) -> None:
+    """An operation was caught writing these arguments: from now on that is known, to later calls and measurements."""
+    info = describe(func)
+    _INFO[func] = replace(info, undeclared_writes=tuple(sorted({*info.undeclared_writes, *places})), training_flag=-1)
 
 
 def tensors_in(arguments: Any) -> list[torch.Tensor]:

@@ -48,8 +48,15 @@ from recollect._torch_private import (
 )
 from recollect.nesting import Nest
 from recollect.replay import safety
-from recollect.replay.calibration import Calibrator
-from recollect.replay.ops import OpInfo, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from recollect.replay.calibration import Calibrator, checksum
+from recollect.replay.ops import (
+    OpInfo,
+    learn_undeclared_writes,
+    mutated_tensors,
+    result_tensors,
+    tensors_in,
+    undeclared_writes,
+)
 from recollect.replay.pending import Pending
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
@@ -62,6 +69,7 @@ from recollect.replay.values import (
     TapedRegion,
     TapedValue,
     before_write,
+    belongs_to_others,
     can_rebuild,
     changed_error,
     contents,
@@ -146,7 +154,10 @@ class Tape:
         if info.undeclared_writes:
             for tensor in undeclared_writes(info, args):
                 self.about_to_write(tensor)
+        watched = calibrator.look_at(info, args) if calibrator is not None and op is None and info.is_foreign else []
         result = func(*args, **kwargs)
+        if calibrator is not None and watched:
+            self._written_unseen(func, calibrator.changed_since(watched))
         if info.splits_silently:
             self._split.add(storage_key(args[0]))
         self._register(op, info, mutated, result)
@@ -181,7 +192,7 @@ class Tape:
             if op.generator is None:
                 return None
             op.random_state = op.generator.get_state()
-        if info.undeclared_writes and args[info.training_flag]:
+        if info.undeclared_writes and info.training_flag >= 0 and args[info.training_flag]:
             # Running statistics are updated in forward, once: replay gets None in their place.
             args = tuple(None if place in info.undeclared_writes else a for place, a in enumerate(args))
         inputs: dict[TapedValue, None] = {}
@@ -249,6 +260,23 @@ class Tape:
         with self._lock:
             before_write(old, tensor)
 
+    def _written_unseen(self, func: Any, changed: list[tuple[int, _Tensor]]) -> None:
+        """An operation that is not PyTorch's own wrote arguments that its schema does not mark: learn it.
+
+        What was computed from the old contents can still be rebuilt, unless they had to be read again: that is an error
+        when backward asks, this once.
+        """
+        if changed:
+            learn_undeclared_writes(func, [place for place, _ in changed])
+        for _, tensor in changed:
+            old = self._current.pop(storage_key(tensor), None)
+            if old is None:
+                continue
+            if old.handles:
+                old.live = alias(tensor)
+            if old.source is not None:
+                old.source = old.op = None
+
     def _register(self, op: TapedOp | None, info: OpInfo, mutated: list[_Tensor], result: Any) -> None:
         if op is None:
             # What it made is unknown to the tape: seen again, it is external. Written storages were forgotten above.
@@ -314,6 +342,8 @@ class Tape:
                     value.source = None
                 elif value.source is not None:
                     value.version = value.source._version
+                    if self._calibrator is None and belongs_to_others(value.source):
+                        value.checksum = checksum(value.source)
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
                         value.source = value.op = None
                     else:
@@ -390,6 +420,11 @@ class Tape:
         source = value.source
         return self._calibrator is not None and source is not None and not self._calibrator.unchanged(value, source)
 
+    def _is_changed_elsewhere(self, value: TapedValue) -> bool:
+        """Memory that is not PyTorch's was written since the region ended. Looked at once, at its first use."""
+        expected, value.checksum = value.checksum, None
+        return expected is not None and value.source is not None and checksum(value.source) != expected
+
     def _run(self, op: TapedOp, passing: Passing) -> None:
         self._statistics.replayed_ops += 1
         stays = {value: self._stays(value, passing.leaf) for value in op.outputs}
@@ -399,7 +434,7 @@ class Tape:
         for value in op.inputs:
             held = passing.storages[value] if value in passing.storages else contents(value)
             assert held is not None
-            if self._is_changed(value):
+            if self._is_changed(value) or self._is_changed_elsewhere(value):
                 assert value.source is not None
                 raise changed_error(value.source, "behind PyTorch's back (for example through NumPy)")
             if value in written:  # in place if only this operation wants it

@@ -25,8 +25,8 @@ _Tensor = torch.Tensor
 class TapedValue:
     """What one storage holds between two writes."""
 
-    __slots__ = ("__weakref__", "address", "handles", "last_leaf", "live", "memo", "nbytes", "op", "output", "refs",
-                 "source", "uninitialised", "version")  # fmt: skip
+    __slots__ = ("__weakref__", "address", "checksum", "handles", "last_leaf", "live", "memo", "nbytes", "op", "output",
+                 "refs", "source", "uninitialised", "version")  # fmt: skip
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
         self.address = address
@@ -35,6 +35,7 @@ class TapedValue:
         self.output = 0
         self.source: _Tensor | None = None  # held alias
         self.version: int | None = None  # the source's version when the region ended
+        self.checksum: tuple[int, int, int] | None = None  # of a source in memory that is not PyTorch's
         self.memo: torch.UntypedStorage | None = None  # replayed contents
         self.refs = 0  # handles, and operations not yet replayed, that want it
         self.handles = 0  # of those, the handles
@@ -259,6 +260,12 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
         return copy
+
+
+def belongs_to_others(tensor: _Tensor) -> bool:
+    """Its memory was given to PyTorch (`torch.from_numpy`, `torch.frombuffer`): the giver may write there, unseen."""
+    storage = tensor.untyped_storage()
+    return storage.device.type == "cpu" and not storage.resizable()
 
 
 #: More channels than any normalisation has.
