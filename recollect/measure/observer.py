@@ -135,6 +135,8 @@ class Observer(DispatchMode):
         self.in_optimizer = False
         self._in_backward = False
         self._quiet = 0
+        self._busy = False  # inside our own code, which asks for storages, too
+        self._exposed: set[int] = set()  # storages whose memory was handed out
         self._signatures = signatures
         self._device_type = device_type
         # A CUDA generator's state is a few bytes of host memory.
@@ -187,6 +189,12 @@ class Observer(DispatchMode):
         with self:
             yield
 
+    def expose(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory is handed out: from now on it may be written at any moment, unseen."""
+        forward = self._watching and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
+        if forward and not self._quiet and not self._busy and self._counts(tensor):
+            self._exposed.add(self.seen.values[self._overwrite(tensor)].storage)
+
     def begin_backward(self) -> None:
         """Backward begins now."""
         self._in_backward = True
@@ -215,6 +223,13 @@ class Observer(DispatchMode):
             return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
         if self._quiet or not self._watching:
             return func(*args, **kwargs)
+        was_busy, self._busy = self._busy, True
+        try:
+            return self._dispatch(func, types, args, kwargs)
+        finally:
+            self._busy = was_busy
+
+    def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graph_task = current_graph_task()
         if graph_task != self._graph_task:
             self._graph_task = graph_task
@@ -272,6 +287,8 @@ class Observer(DispatchMode):
             reason = "its random state cannot be recorded"
         moved = undeclared_writes(info, args)  # running statistics, which replay leaves out
         inputs = [value for t in tensors if (value := self._value_of(t)) >= 0 and not any(t is m for m in moved)]
+        if not reason and any(self.seen.values[value].storage in self._exposed for value in inputs):
+            reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
         if not reason:
             for tensor in tensors:
                 value = self._value_of(tensor)
@@ -315,6 +332,13 @@ class Observer(DispatchMode):
         return result
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        was_busy, self._busy = self._busy, True
+        try:
+            return self._note(tensor)
+        finally:
+            self._busy = was_busy
+
+    def _note(self, tensor: torch.Tensor) -> Any:
         if (
             not self._counts(tensor)
             or tensor.layout is not torch.strided

@@ -42,6 +42,7 @@ from recollect.measure.structural_copy import copy_batch, copy_model, copy_optim
 from recollect.meter import resident_bytes
 from recollect.records import COMPONENTS, Profile
 from recollect.replay.cursor import ROOT
+from recollect.replay.exposure import watching_exposure, with_fast_paths
 
 _log = logging.getLogger(__name__)
 
@@ -322,7 +323,8 @@ def _observe(
         with _watching_modules(model, observer):
             observer.start()
             try:
-                loss = spec.run_loss(model, batch)
+                with watching_exposure(with_fast_paths(model), observer.expose):
+                    loss = spec.run_loss(model, batch)
                 observer.begin_backward()
                 loss.backward()
                 observer.begin_optimizer()

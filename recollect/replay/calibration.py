@@ -10,6 +10,7 @@ Two kinds of mistrust, both answered on real data and written down per region, s
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ class Calibrator:
     def __init__(self, verified: set[str]) -> None:
         self._verified = verified  # operators that passed, shared by all regions
         self._checksums: dict[TapedValue, Checksum] = {}
+        self._dropped: dict[TapedValue, weakref.ref[torch.UntypedStorage]] = {}
         self._readers: dict[TapedValue, list[TapedOp]] = {}  # operations that read the value
         self._copies: dict[int, torch.Tensor] = {}
         self._input_checksums: list[Checksum] = []
@@ -56,6 +58,19 @@ class Calibrator:
         for op in self._readers.get(value, ()):
             op.region.refused.add(op.position)
         return False
+
+    def dropped(self, value: TapedValue, tensor: torch.Tensor) -> None:
+        """Autograd saved the value, and it is dropped."""
+        self._dropped[value] = weakref.ref(tensor.untyped_storage())
+
+    def written_since(self, value: TapedValue) -> torch.UntypedStorage | None:
+        """The storage that the dropped value was in, if it is still there and was written: what plain would read."""
+        reference = self._dropped.get(value)
+        storage = reference() if reference is not None else None
+        if storage is None:
+            return None
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return None if self.unchanged(value, whole) else storage
 
     def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The operation is about to run for the first time."""

@@ -11,7 +11,8 @@ checksums of a region's calibrating first call are for these; see `calibration`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,13 @@ class ExposureWatch(TorchFunctionMode):
             if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
                 self._on_exposed(tensor)
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def watching_exposure(
+    fast_paths: Sequence[torch.nn.Module], on_exposed: Callable[[torch.Tensor], None]
+) -> AbstractContextManager[Any]:
+    """`ExposureWatch` as a context; nothing while one of `fast_paths` is in eval mode."""
+    return ExposureWatch(on_exposed) if all(module.training for module in fast_paths) else nullcontext()
 
 
 def with_fast_paths(model: torch.nn.Module) -> list[torch.nn.Module]:

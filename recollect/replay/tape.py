@@ -322,6 +322,8 @@ class Tape:
             demand(value)
             value.handles += 1
             value.last_leaf = self._leaf
+        if self._calibrator is not None:
+            self._calibrator.dropped(value, tensor)
         self._statistics.dropped_slots += 1
         return Handle(self, Ref(value, tensor), tensor, self._leaf)
 
@@ -368,8 +370,10 @@ class Tape:
         handle.check_version()
         value = handle.ref.value
         with self._lock, below_autograd():
-            storage = self._need(value, handle.leaf) if value.live is None else value.live.untyped_storage()
-            return handle.ref.build(storage)
+            storage = value.live.untyped_storage() if value.live is not None else None
+            if storage is None and self._calibrator is not None:
+                storage = self._calibrator.written_since(value)
+            return handle.ref.build(self._need(value, handle.leaf) if storage is None else storage)
 
     def release(self, value: TapedValue) -> None:
         """A handle died."""
