@@ -1,6 +1,6 @@
 """Exceptions of recollect.
 
-A leaf: it imports nothing of the package, so that every floor can raise them.
+Every floor can raise them: of the package, only the leaves that format bytes are imported.
 
     RecollectError
     |-- BudgetInfeasible      no plan fits the budget; carries the smallest one that would
@@ -13,6 +13,9 @@ Every message has three beats: what was found, why it cannot go on, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from recollect.components import format_parts, parts_of_peak
 from recollect.units import format_bytes
 
 
@@ -27,20 +30,26 @@ class BudgetInfeasible(RecollectError):
         required_bytes: the smallest budget, in bytes, that recollect can run.
         budget_bytes: the budget that was asked for.
         where: what sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
+        breakdown: what the smallest budget consists of, as in `Plan.breakdown`; empty if unknown.
     """
 
-    def __init__(self, required_bytes: int, budget_bytes: int, where: str) -> None:
+    def __init__(
+        self, required_bytes: int, budget_bytes: int, where: str, breakdown: Mapping[str, int] | None = None
+    ) -> None:
+        self.breakdown = dict(breakdown or {})
+        parts = format_parts(parts_of_peak(self.breakdown, where))
         self.required_bytes = required_bytes
         self.budget_bytes = budget_bytes
         self.where = where
         super().__init__(
             f"the budget of {format_bytes(budget_bytes)} is too small: even with everything recomputed that can be, "
-            f"this step needs {format_bytes(required_bytes)} ({required_bytes} bytes), set by {where}. "
+            f"this step needs {format_bytes(required_bytes)} ({required_bytes} bytes), set by {where}"
+            f"{f': {parts}' if self.breakdown else ''}. "
             f"Give at least {required_bytes} bytes, or use a smaller batch or model."
         )
 
-    def __reduce__(self) -> tuple[type[BudgetInfeasible], tuple[int, int, str]]:
-        return type(self), (self.required_bytes, self.budget_bytes, self.where)
+    def __reduce__(self) -> tuple[type[BudgetInfeasible], tuple[int, int, str, dict[str, int]]]:
+        return type(self), (self.required_bytes, self.budget_bytes, self.where, self.breakdown)
 
 
 class PlanMismatch(RecollectError):

@@ -159,7 +159,7 @@ def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint
         return solve(profile, budget_bytes)
     plan = (full_plan if grad_checkpoint == "full" else plain_plan)(profile, budget_bytes)
     if plan.predicted_peak_bytes > budget_bytes:
-        raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where)
+        raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where, plan.breakdown)
     return plan
 
 

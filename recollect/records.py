@@ -32,6 +32,11 @@ from recollect.nesting import Nest
 #: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
 COMPONENTS = ("parameters", "buffers", "gradients", "optimizer_state", "batch", "activation")
 
+#: Python objects in host memory that a planned step holds: for each operation that may be replayed, and for each value
+#: that is dropped. Upper estimates, measured with tracemalloc; not part of the budget.
+TAPED_OP_HOST_BYTES = 1600
+DROPPED_VALUE_HOST_BYTES = 1400
+
 #: A region's keep set: (operation's position in the region, output's index) of each value that is held instead of
 #: replayed. ``None`` instead of a keep set leaves the region untouched: it runs as plain PyTorch.
 KeepSet = frozenset[tuple[int, int]]
@@ -342,6 +347,13 @@ class Plan:
             _require(recipe.held_bytes >= 0 and recipe.dropped_bytes >= 0, f"recipes[{place}] has negative bytes")
 
     @property
+    def tape_host_bytes(self) -> int:
+        """Host memory that the tapes' own Python objects take, at most: beside the budget, not within it."""
+        planned = [self.recipes[region.recipe] for region in self.regions if region.recipe >= 0]
+        taped, dropped = sum(len(r.replay) for r in planned), sum(len(r.drop) for r in planned)
+        return taped * TAPED_OP_HOST_BYTES + dropped * DROPPED_VALUE_HOST_BYTES
+
+    @property
     def is_plain(self) -> bool:
         """True when nothing is dropped: applying the plan installs nothing."""
         return all(region.recipe < 0 for region in self.regions)
@@ -398,6 +410,8 @@ class Verdict:
     """Operations replayed in one step, counted by the engine."""
     mismatches: int
     """Region calls whose operations were not those of the plan (handled safely, but not as planned)."""
+    tape_host_bytes: int = 0
+    """Host memory that the tapes' own Python objects took, at most, by the operations and values that were counted."""
 
     def save(self, path: str | Path) -> None:
         """Write the verdict as JSON."""

@@ -21,7 +21,7 @@ from recollect.errors import UnsupportedInput
 from recollect.measure.host_copy import CopyFile, HostCopy, difference, same_contents
 from recollect.measure.state import RandomState, TrainingState
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, device_of
-from recollect.records import Plan, Verdict
+from recollect.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES, Plan, Verdict
 from recollect.verify_regions import compare_regions
 
 _TIMING_ROUNDS = 3
@@ -97,6 +97,7 @@ class Outcome:
     peak_bytes: int
     replayed_ops: int
     mismatches: int
+    tape_host_bytes: int
 
 
 class Trial:
@@ -156,6 +157,7 @@ class Trial:
                     for parameter in self.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.zero_()
+        tape_bytes = counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_VALUE_HOST_BYTES
         replayed, mismatches = counts.replayed_ops, counts.mismatches + counts.unplanned_calls
         for name, parameter in self.model.named_parameters():
             tensors[f"parameter {name}"] = HostCopy(parameter, copies)
@@ -169,6 +171,7 @@ class Trial:
             peak_bytes=peak_bytes,
             replayed_ops=replayed,
             mismatches=mismatches,
+            tape_host_bytes=tape_bytes,
         )
 
     def times_ms(self, *, plain: bool) -> tuple[float, float]:
@@ -222,6 +225,7 @@ def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
         overhead_ratio=step_ms / plain_ms - 1 if plain_ms else 0.0,
         replayed_ops=planned.replayed_ops,
         mismatches=planned.mismatches,
+        tape_host_bytes=planned.tape_host_bytes,
     )
 
 
@@ -258,6 +262,7 @@ def _per_region(trial: Trial, planned: Outcome, steps: int) -> Verdict:
         overhead_ratio=step_ms / plain_ms - 1 if plain_ms else 0.0,
         replayed_ops=planned.replayed_ops,
         mismatches=planned.mismatches,
+        tape_host_bytes=planned.tape_host_bytes,
     )
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "recollect"
 #: The floor of each module or subpackage of recollect.
 FLOORS = {
     "units": 0,
+    "components": 0,
     "errors": 0,
     "codec": 0,  # turns any frozen dataclass into JSON and back; knows none of the records that use it
     "nesting": 0,

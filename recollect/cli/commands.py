@@ -12,10 +12,12 @@ from typing import Any
 import recollect
 from recollect.budget import resolve_budget
 from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import StepSpec
 from recollect.planner import find_plan
-from recollect.records import Plan, Verdict
+from recollect.records import Plan, Profile, Verdict
+from recollect.solve import Solver, next_useful_bytes
 from recollect.train import Reporter, TrainConfig, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
 from recollect.train.files import replacing
@@ -43,14 +45,20 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
     _require_folder(options.output)
     work = build(options, source)
     spec = StepSpec(loss=work.loss, optimizers=(work.optimizer,))
-    solved = find_plan(work.model, work.batch(0), spec, work.budget_bytes).plan
+    with find_plan(work.model, work.batch(0), spec, work.budget_bytes) as applied:
+        solved, profile = applied.plan, applied.profile
+    assert profile is not None  # find_plan has measured
+    more_bytes = next_useful_bytes(Solver(profile), solved)
     if options.output is not None:
         with replacing(Path(options.output)) as temporary:
             solved.save(temporary)
     if options.json:
-        print(json.dumps(plan_figures(solved)))
+        measuring_ms = dict(profile.measuring_ms)
+        print(json.dumps({**plan_figures(solved), "next_useful_bytes": more_bytes, "measuring_ms": measuring_ms}))
     else:
         print(format_plan(solved))
+        print(format_peak(solved, more_bytes))
+        print(f"        measured in {format_measuring(profile)}")
         if options.output is not None:
             print(f"written to {options.output}")
     return 0
@@ -108,9 +116,34 @@ def plan_figures(solved: Plan) -> dict[str, Any]:
     return {
         **{name: getattr(solved, name) for name in names},
         "breakdown": dict(solved.breakdown),
+        "parts_of_peak": parts_of_peak(solved.breakdown, solved.peak_where),
+        "tape_host_bytes": solved.tape_host_bytes,
         "regions": len(solved.regions),
         "planned_regions": sum(region.recipe >= 0 for region in solved.regions),
     }
+
+
+def format_peak(solved: Plan, more_bytes: int | None) -> str:
+    """What the peak consists of, and what more memory would buy, for people."""
+    parts = format_parts(parts_of_peak(solved.breakdown, solved.peak_where))
+    lines = [f"        peak at {solved.peak_where}: {parts}"]
+    if solved.tape_host_bytes:
+        lines.append(
+            f"        beside it, up to {format_bytes(solved.tape_host_bytes)} of Python objects in host memory"
+        )
+    if more_bytes is not None:
+        added = format_bytes(more_bytes - solved.budget_bytes)
+        lines.append(f"        more memory saves time from {format_bytes(more_bytes)} on ({added} more)")
+    elif not solved.is_plain:
+        lines.append("        more memory saves no time")
+    return "\n".join(lines)
+
+
+def format_measuring(profile: Profile) -> str:
+    """How long measuring took, for people."""
+    total_ms = sum(profile.measuring_ms.values())
+    alone_ms = profile.measuring_ms.get("scratch", 0.0) + profile.measuring_ms.get("times", 0.0)
+    return f"{total_ms / 1e3:.1f} s, {alone_ms / max(total_ms, 1e-9):.0%} of it on operations run alone"
 
 
 def format_verdict(verdict: Verdict) -> str:

@@ -87,6 +87,7 @@ class Installed:
         finally:
             if session.is_over:
                 self.sessions.pop(thread, None)
+                session.close()
 
 
 def unpack(packed: Any) -> Any:
@@ -128,6 +129,11 @@ class Session(DispatchMode):
     def is_over(self) -> bool:
         """No region call is open."""
         return self._cursor.depth == 0
+
+    def close(self) -> None:
+        """Let go of what refers back to the session, so that it is freed without garbage collection."""
+        if not self._active:
+            del self._watch, self._hooks, self._pack_hook
 
     def enter(self, path: str) -> None:
         """A region call begins."""

@@ -52,9 +52,13 @@ class Solver:
 
     def minimum_budget(self) -> tuple[int, str]:
         """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
-        found = self.smallest_at_one_level()
-        smallest = min([found, *(c.simulation for c in self._nested)], key=lambda walked: walked.peak_bytes)
+        smallest = self.smallest()
         return smallest.peak_bytes, smallest.peak_where
+
+    def smallest(self) -> Simulation:
+        """The step with the smallest peak."""
+        found = self.smallest_at_one_level()
+        return min([found, *(c.simulation for c in self._nested)], key=lambda walked: walked.peak_bytes)
 
     def smallest_at_one_level(self) -> Simulation:
         """The step with the smallest peak that needs no nest."""
@@ -106,7 +110,7 @@ class Solver:
         found = self._fastest_nested(budget_bytes)
         if found is None:
             required, where = self.minimum_budget()
-            raise BudgetInfeasible(required, budget_bytes, where)
+            raise BudgetInfeasible(required, budget_bytes, where, self.smallest().breakdown)
         return found
 
     def _fastest_nested(self, budget_bytes: int) -> Plan | None:
