@@ -186,9 +186,9 @@ class TapeModel:
         moment.spike = max(moment.spike, self._memo_total + scratch + record.random_state_bytes - before)
         self.replayed_ops.append(op)
         for value, nbytes in new.items():
-            if stays[value]:
+            if stays[value] and value not in self._memo:
                 self._memo[value] = nbytes
-            elif self._readers[value] > 0 and not self.is_source(value):
+            elif self._readers[value] > 0 and not self._available(value):
                 self._passing[value] = nbytes
             else:  # nobody wants it, or it is held already
                 self._memo_total -= nbytes

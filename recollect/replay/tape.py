@@ -466,6 +466,8 @@ class Tape:
         results = result_tensors(result)
         written_values = list(written)
         for value in op.outputs:
+            if value.memo is not None:
+                continue  # from an earlier run, after which another result was still wanted
             if not stays[value] and (passing.readers[value] == 0 or value.source is not None):
                 continue
             if value.output >= 0:

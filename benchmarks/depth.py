@@ -1,0 +1,152 @@
+"""How little memory a deep chain can train in: plans below one level of replay against depth.
+
+    python benchmarks/depth.py
+
+A residual MLP (one module a layer) and a recurrent network written as a Python loop (all steps in one region), of
+doubling depth.  For each, the smallest peak of every kind of plan, above parameters, gradients and batch:
+
+* plain, and one level: every region fully dropped, what passes between regions held;
+* square root: the smallest plan that replays no operation more than once more than one level does (at most twice the
+  operations of forward in all);
+* smallest: whatever it takes.
+
+The peak is measured by the profiler's memory events, gradients are compared bit for bit with the plain step's, and the
+time is the ratio of medians of interleaved steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+import recollect
+from recollect import meter
+from recollect.profile_index import ProfileIndex
+from recollect.records import Plan, Profile
+from recollect.simulate import simulate
+from recollect.solve import Solver
+from recollect.solve.build import build_plan
+from recollect.solve.nested import NestedPlans
+
+DEPTHS = (50, 100, 200, 400)
+ROUNDS = 7
+
+
+class Residual(nn.Module):
+    """One layer of the residual MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class ResidualMLP(nn.Module):
+    """`depth` layers, and a scalar loss."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).pow(2).mean()  # type: ignore[no-any-return]
+
+
+class RNN(nn.Module):
+    """A loop over the first dimension of its input, and a scalar loss."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter, self.turn, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x[0])
+        for moment in x:
+            state = torch.tanh(self.enter(moment) + self.turn(state))
+        return self.head(state).pow(2).mean()  # type: ignore[no-any-return]
+
+
+def plans(profile: Profile) -> dict[str, Plan]:
+    """The smallest plan of each kind."""
+    index = ProfileIndex(profile)
+    solver = Solver(profile)
+    nested = list(NestedPlans(index).all())
+    one_level = solver.solve(solver.smallest_at_one_level().peak_bytes)
+    at_most = 2 * len(profile.ops)
+    root = min((c for c in nested if len(c.simulation.replayed_ops) <= at_most), key=lambda c: c.simulation.peak_bytes)
+    return {
+        "plain": solver.plain(2**50),
+        "one level": one_level,
+        "square root": build_plan(index, root.decisions, root.simulation.peak_bytes, groups=root.groups),
+        "smallest": solver.solve(solver.minimum_budget()[0]),
+    }
+
+
+def replays(profile: Profile, plan: Plan) -> int:
+    """Operations replayed in one step, as predicted."""
+    keep = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
+    return len(simulate(ProfileIndex(profile), keep, plan.groups).replayed_ops)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Copies of all gradients."""
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def step_ms(model: nn.Module, batch: Tensor, applied: recollect.Applied | None) -> float:
+    """One forward and backward."""
+    model.zero_grad(set_to_none=False)
+    begin = time.perf_counter()
+    (applied.loss(model, batch) if applied is not None else model(batch)).backward()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def row(name: str, depth: int, model: nn.Module, batch: Tensor, profile: Profile, kind: str, plan: Plan) -> str:
+    """One line of the table."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step_ms(model, batch, None)
+    plain = gradients(model)
+    with recollect.apply(model, plan) as applied:
+        step_ms(model, batch, applied)  # calibrates
+        resident = meter.resident_bytes(model, batch)
+        _, peak_bytes = meter.measure_peak(lambda: step_ms(model, batch, applied), resident)
+        equal = all(torch.equal(a, b) for a, b in zip(plain, gradients(model), strict=True))
+        planned_ms, plain_ms = [], []
+        for _ in range(ROUNDS):
+            planned_ms.append(step_ms(model, batch, applied))
+            with applied.paused():
+                plain_ms.append(step_ms(model, batch, None))
+    kib = 1024
+    return (
+        f"| {name} | {depth} | {kind} | {(plan.predicted_peak_bytes - profile.baseline_bytes) / kib:,.1f} | "
+        f"{(peak_bytes - profile.baseline_bytes) / kib:,.1f} | {replays(profile, plan) / len(profile.ops):.2f} | "
+        f"{statistics.median(planned_ms) / statistics.median(plain_ms):.2f} | {'yes' if equal else 'NO'} |"
+    )
+
+
+def main() -> None:
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {ROUNDS} interleaved rounds")
+    print()
+    print("| model | depth | plan | predicted KiB | measured KiB | replays per operation | time / plain | bit-equal |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in ("residual MLP", "RNN loop"):
+        for depth in DEPTHS:
+            torch.manual_seed(0)
+            model: nn.Module = ResidualMLP(depth, 64) if name == "residual MLP" else RNN(64)
+            batch = torch.randn(1024, 64) if name == "residual MLP" else torch.randn(depth, 512, 64)
+            profile = recollect.measure(model, batch)
+            for kind, plan in plans(profile).items():
+                print(row(name, depth, model, batch, profile, kind, plan), flush=True)
+
+
+if __name__ == "__main__":
+    main()
