@@ -62,9 +62,10 @@ def test_each_instruction(name: str, calibrate: bool) -> None:
 
 
 #: Refused by plain autograd; or measured with a real step, whose margin and hooks the exact counts below leave out; or
-#: an operation that fails, which measuring does not count. `make fuzz` has them all.
+#: an operation that fails, which measuring does not count; or a product, whose backward takes another way on tensors
+#: without data (a guarded run corrects that). `make fuzz` has them all.
 INEXACT = ("in place", "checkpoint", "failed attempt", "raw kernel", "numpy write", "data dependent", "own hooks",
-           "save on cpu", "lstm", "sparse")  # fmt: skip
+           "save on cpu", "lstm", "sparse", "unfold", "cumprod")  # fmt: skip
 
 
 @st.composite
