@@ -125,6 +125,12 @@ def drop_tensor_hooks(tensor: torch.Tensor, kind: str) -> None:
     setattr(tensor, kind, None)
 
 
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """Size of a tensor's storage, asked for without any function mode noticing: asking hands nothing out."""
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage().nbytes()
+
+
 def dispatch_depth() -> int:
     """How many dispatch modes are on this thread's stack."""
     return torch._C._len_torch_dispatch_stack()

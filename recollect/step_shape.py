@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from recollect._torch_private import storage_key, tree_leaves
+from recollect._torch_private import storage_bytes, storage_key, tree_leaves
 
 _DEPTH = 4
 
@@ -65,7 +65,7 @@ def arguments_shape(thing: Any) -> StepShape:
             kind.append((name, leaf.dtype, leaf.device, leaf.requires_grad, leaf.layout, leaf.dim()))
             if leaf.layout is torch.strided:
                 number = storages.setdefault(storage_key(leaf), len(storages))
-                numbers.append((leaf.stride(), leaf.untyped_storage().nbytes(), number))
+                numbers.append((leaf.stride(), storage_bytes(leaf), number))
         elif alone and type(leaf) is int:
             numbers.append((name, leaf))
             kind.append(name)

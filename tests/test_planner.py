@@ -14,6 +14,7 @@ from torch import nn
 import recollect
 from recollect import BudgetInfeasible, UnsupportedInput, meter, planner
 from recollect.records import Plan, Profile
+from recollect.replay.session import Session
 from recollect.replay.tape import Tape
 from recollect.verify import Outcome, Trial
 
@@ -314,3 +315,12 @@ def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(m
     marked = planner._without(repaired, {key: {0, beyond}})
     changed = [place for place, op in enumerate(marked.ops) if op.keep_reason.startswith("calibration")]
     assert changed == [repaired.regions[2].first_op]
+
+
+def test_recognising_a_batch_hands_no_memory_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nothing that reads the batch would be replayed, and a tight budget would be exceeded."""
+    exposed: list[Tensor] = []
+    monkeypatch.setattr(Session, "_expose", lambda self, tensor: exposed.append(tensor))
+    with recollect.fit(Net(), BATCH, budget="1GiB", grad_checkpoint="full") as applied:
+        applied.loss(applied._model, BATCH).backward()
+    assert exposed == []
