@@ -14,7 +14,7 @@ from torch import nn
 import recollect
 from recollect import BudgetInfeasible, UnsupportedInput, meter, planner
 from recollect.records import Plan, Profile
-from recollect.replay.session import Session
+from recollect.replay.pending import Pending
 from recollect.replay.tape import Tape
 from recollect.verify import Outcome, Trial
 
@@ -320,7 +320,7 @@ def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(m
 def test_recognising_a_batch_hands_no_memory_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nothing that reads the batch would be replayed, and a tight budget would be exceeded."""
     exposed: list[Tensor] = []
-    monkeypatch.setattr(Session, "_expose", lambda self, tensor: exposed.append(tensor))
+    monkeypatch.setattr(Pending, "expose", lambda self, tensor: exposed.append(tensor))
     with recollect.fit(Net(), BATCH, budget="1GiB", grad_checkpoint="full") as applied:
         applied.loss(applied._model, BATCH).backward()
     assert exposed == []
