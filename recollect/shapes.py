@@ -344,7 +344,7 @@ class Shapes:
     def _unguarded(self, shape: StepShape, batch: Any, reference: _Reference, begin: float) -> _Entry:
         spec = self._step_spec()
         with self._applied.paused(), _no_ambient_autocast(self._model):
-            profile = measure_reshaped(self._model, batch, spec, reference.profile)
+            profile = measure_reshaped(self._model, batch, spec, reference.profile, self._budget_bytes)
         same = self._reference(shape.kind, profile)
         if profile.method != "fake" or same is None:  # another branch, perhaps by the batch's size
             return self._guarded(shape, batch)
@@ -356,6 +356,8 @@ class Shapes:
             required_bytes = error.required_bytes - profile.margin_bytes
             if required_bytes - profile.correction_bytes > self._budget_bytes:
                 raise BudgetInfeasible(required_bytes, self._budget_bytes, error.where) from None
+            return self._guarded(shape, batch)
+        if _estimated(profile) - _estimated(reference.profile):  # they could not be run alone within the budget
             return self._guarded(shape, batch)
         if plan.is_plain:
             self.statistics.plain += 1
@@ -434,6 +436,10 @@ def decisions_of(plan: Plan, profile: Profile) -> list[Decision] | None:
 
 def _activation_bytes(profile: Profile) -> int:
     return sum(storage.nbytes for storage in profile.storages if storage.component == "activation")
+
+
+def _estimated(profile: Profile) -> set[str]:
+    return {signature.name for signature in profile.signatures if signature.note}
 
 
 def _no_ambient_autocast(model: torch.nn.Module) -> torch.autocast:

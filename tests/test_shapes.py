@@ -78,7 +78,7 @@ def budget_bytes(reference: Profile) -> int:
     """What the longest batch can just do with: 15 % of the way from its smallest peak to its plain one."""
     model = Transformer()
     spec = StepSpec(loss=next_word_loss, optimizers=(torch.optim.AdamW(model.parameters()),))
-    solver = Solver(measure_reshaped(model, batch_of(LONG), spec, reference))
+    solver = Solver(measure_reshaped(model, batch_of(LONG), spec, reference, 2**40))
     smallest, plain = solver.minimum_budget()[0], solver.plain(0).plain_peak_bytes
     return smallest + (plain - smallest) * 15 // 100
 
@@ -100,7 +100,7 @@ def test_measuring_again_in_short_gives_the_same_peaks_as_in_full(reference: Pro
     spec = StepSpec(loss=next_word_loss, optimizers=(torch.optim.AdamW(model.parameters()),), clip_norm=1.0)
     whole, short = (
         measure_step(model, batch_of(length), spec),
-        measure_reshaped(model, batch_of(length), spec, reference),
+        measure_reshaped(model, batch_of(length), spec, reference, 2**40),
     )
     short.check()
     assert short.measuring_ms["times"] < 1
@@ -120,7 +120,7 @@ def test_measuring_in_short_knows_when_it_is_another_step(reference: Profile) ->
     spec = StepSpec(loss=next_word_loss)
     profile = measure_step(other, batch_of(MIDDLE), spec, untimed=True)
     assert complete(profile, reference) is None
-    assert measure_reshaped(other, batch_of(MIDDLE), spec, reference).mode_ms_per_op > 0  # in full
+    assert measure_reshaped(other, batch_of(MIDDLE), spec, reference, 2**40).mode_ms_per_op > 0  # in full
 
 
 def test_other_lengths_are_planned_before_they_run(case: Case) -> None:
@@ -220,7 +220,7 @@ def test_where_the_margin_does_not_fit_the_plan_is_run_under_the_meter(reference
     case = Case(Transformer(), budget_bytes)
     case.applied.remove()
     spec = StepSpec(loss=next_word_loss, optimizers=(case.optimizer,))
-    smallest = Solver(measure_reshaped(case.model, batch_of(LONG), spec, reference)).minimum_budget()[0]
+    smallest = Solver(measure_reshaped(case.model, batch_of(LONG), spec, reference, 2**40)).minimum_budget()[0]
     case = Case(Transformer(), smallest + 2000)
     state = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     assert case.peak(batch_of(LONG)) <= smallest + 2000

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from recollect.replay.exposure import ExposureWatch
 from recollect.step_shape import StepShape, step_shape
 
 x, y = torch.zeros(4, 8), torch.zeros(4, 8)
@@ -93,6 +94,17 @@ def test_the_model_and_the_settings_count() -> None:
         changed()
     model[1] = nn.Identity()
     changed()
+
+
+def test_looking_does_not_count_as_handing_out_memory() -> None:
+    """The engine takes a tensor whose storage somebody asked for as written."""
+    exposed: list[torch.Tensor] = []
+    watch = ExposureWatch(exposed.append)
+    with watch:
+        shape_of((x, y.t()))
+        assert exposed == []
+        x.untyped_storage()
+    assert len(exposed) == 1
 
 
 def test_growth_is_that_of_the_tensor_that_grew_most() -> None:

@@ -17,14 +17,21 @@ from recollect.measure.step import StepSpec
 from recollect.records import Event, EventKind, Op, Profile, Signature, Storage
 
 
-def measure_reshaped(model: torch.nn.Module, batch: Any, spec: StepSpec, reference: Profile) -> Profile:
-    """The profile of a step on `batch`; measured in full where the step is not the reference's at another size."""
+def measure_reshaped(
+    model: torch.nn.Module, batch: Any, spec: StepSpec, reference: Profile, budget_bytes: int
+) -> Profile:
+    """The profile of a step on `batch`; measured in full where the step is not the reference's at another size.
+
+    Measuring stays within `budget_bytes`, as `measure_step` does.
+    """
     if reference.method == "fake":
-        forward = measure_step(model, batch, replace(spec, optimizers=(), clip_norm=None), untimed=True)
+        without_optimizer = replace(spec, optimizers=(), clip_norm=None)
+        room_bytes = budget_bytes - reference.baseline["optimizer_state"]
+        forward = measure_step(model, batch, without_optimizer, untimed=True, budget_bytes=room_bytes)
         completed = complete(forward, reference)
         if completed is not None:
             return completed
-    return measure_step(model, batch, spec)
+    return measure_step(model, batch, spec, budget_bytes=budget_bytes)
 
 
 def operations(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
