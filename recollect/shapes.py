@@ -395,11 +395,11 @@ class Shapes:
             return plan, False
         if plain.predicted_peak_bytes <= budget_bytes:
             return plain, False
-        if self._lost_ms <= self._solving_ms:
-            fitting = [p for p in self._neighbours(solver.index, shape) if p.predicted_peak_bytes <= budget_bytes]
-            if fitting:
-                return min(fitting, key=lambda plan: plan.predicted_step_ms), True
-        return solver.solve(budget_bytes), False
+        rivals = [p for p in self._neighbours(solver.index, shape) if p.predicted_peak_bytes <= budget_bytes]
+        is_solved = not rivals or self._lost_ms > self._solving_ms
+        if is_solved:
+            rivals.append(solver.solve(budget_bytes))
+        return min(rivals, key=lambda plan: plan.predicted_step_ms), not is_solved
 
     def _neighbours(self, index: ProfileIndex, shape: StepShape) -> list[Plan]:
         """Plans for this profile that follow the decisions of shapes of similar size."""
