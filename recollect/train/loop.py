@@ -61,6 +61,13 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
         return None
     _introduce(config, source, work, folder, reporter)
     applied = _fit(config, work, first_step)
+    incomplete = work.order.first_incomplete(first_step, total_steps)
+    if incomplete is not None:  # whether that fits is better known now than at the end of an epoch
+        try:
+            applied.prepare(work.batch(incomplete))
+        except BaseException:
+            applied.remove()
+            raise
     verdict = applied.verdict
     assert verdict is not None  # fit has judged what it returns
     reporter.say(format_plan(applied.plan))
@@ -136,9 +143,10 @@ def _check_identity(checkpoint: Checkpoint, identity: dict[str, object]) -> None
 
 def _fit(config: TrainConfig, work: Workload, first_step: int) -> recollect.Applied:
     reference = config.reference_memory
+    is_full = len(work.order.indices(first_step)) == config.batch_size
     return recollect.fit(
         work.model,
-        work.batch(first_step),
+        work.batch(first_step if is_full else 0),
         budget=work.budget_bytes,
         loss=work.loss,
         optimizer=work.optimizer,
@@ -221,6 +229,7 @@ class _Loop:
         other.
         """
         work = self.work
+        self.applied.prepare(batch)  # planning runs the profiler, and so does the meter on a CPU: one at a time
         resident = resident_bytes(work.model, batch, work.optimizer)
         started = time.perf_counter()
         loss, peak_bytes = measure_peak(lambda: self._step(batch), resident, work.device)
@@ -237,7 +246,7 @@ class _Loop:
             epoch=work.order.epoch_of(done - 1),
             loss=value,
             step_ms=step_ms,
-            samples_per_second=self.config.batch_size / step_ms * 1000,
+            samples_per_second=len(work.order.indices(done - 1)) / step_ms * 1000,
             memory_now_bytes=resident_bytes(work.model, batch, work.optimizer),
             peak_bytes=peak_bytes,
             budget_bytes=work.budget_bytes,

@@ -90,10 +90,17 @@ def test_the_order_depends_on_seed_and_step_alone() -> None:
     assert jumped(3) != jumped(4)
 
 
-def test_every_batch_is_full() -> None:
+def test_the_last_batch_of_an_epoch_may_be_incomplete_but_for_a_single_sample() -> None:
     order = BatchOrder(sample_count=11, batch_size=4, seed=0)
-    assert order.steps_per_epoch == 2
-    assert all(len(order.indices(step)) == 4 for step in range(6))
+    assert order.steps_per_epoch == 3
+    assert [len(order.indices(step)) for step in range(6)] == [4, 4, 3, 4, 4, 3]
+    assert sorted(index for step in range(3) for index in order.indices(step)) == list(range(11))
+    assert [order.first_incomplete(first, 9) for first in (0, 2, 3, 8)] == [2, 2, 5, 8]
+    assert order.first_incomplete(0, 2) is None
+    single = BatchOrder(sample_count=9, batch_size=4, seed=0)
+    assert single.steps_per_epoch == 2
+    assert [len(single.indices(step)) for step in range(4)] == [4, 4, 4, 4]
+    assert single.first_incomplete(0, 100) is None
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:

@@ -91,11 +91,27 @@ def test_the_loss_falls_and_the_model_is_better_afterwards(capsys: pytest.Captur
     assert document["loss_after"] < 0.8 * document["loss_before"]
 
 
-def test_epochs_count_full_batches() -> None:
+def test_epochs_end_with_an_incomplete_batch() -> None:
     words = ["--model", "tests.train.user_code:own_loss_model", "--dataset", "tests.train.user_code:numbers"]
-    assert main(["train", *words, "--batch-size", "20", "--epochs", "2", "--log-every", "1", "--mark", "m"]) == 0
+    words += ["--batch-size", "25", "--epochs", "2", "--log-every", "1", "--grad-checkpoint", "full"]
+    assert main(["train", *words, "--mark", "m"]) == 0
     logged = metrics(Path("runs/tests.train.user_code-numbers/m"))
     assert [(line["step"], line["epoch"]) for line in logged] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
+    sizes = [line["samples_per_second"] * line["step_ms"] / 1000 for line in logged]
+    assert [round(size) for size in sizes] == [25, 25, 14, 25, 25, 14]
+
+
+def test_a_run_that_goes_on_with_an_incomplete_batch_ends_with_the_same_weights() -> None:
+    words = ["--model", "tests.train.user_code:own_loss_model", "--dataset", "tests.train.user_code:numbers"]
+    words += ["--batch-size", "25", "--grad-checkpoint", "full"]
+    assert main(["train", *words, "--steps", "4", "--mark", "whole"]) == 0
+    assert main(["train", *words, "--steps", "2", "--mark", "parts"]) == 0
+    assert main(["train", *words, "--steps", "4", "--mark", "parts", "--resume", "auto"]) == 0
+    whole, parts = (
+        load_file(f"runs/tests.train.user_code-numbers/{mark}/model.safetensors") for mark in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from recollect.train.data.facts import TrainingData
 class BatchOrder:
     """Which samples make up which step's batch.
 
-    Each epoch is a fresh permutation of all samples, drawn from (seed, epoch) alone. Every batch has the same size: the
-    last, incomplete batch of an epoch is left out.
+    Each epoch is a fresh permutation of all samples, drawn from (seed, epoch) alone. The last batch of an epoch may be
+    incomplete; one of a single sample is left out, because BatchNorm cannot train on it.
     """
 
     def __init__(self, *, sample_count: int, batch_size: int, seed: int) -> None:
@@ -35,8 +35,9 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in one epoch."""
-        return self._sample_count // self._batch_size
+        """Batches in one epoch."""
+        full, rest = divmod(self._sample_count, self._batch_size)
+        return full + (1 if rest > 1 else 0)
 
     def epoch_of(self, step: int) -> int:
         """The epoch that step ``step`` (the first is 0) belongs to."""
@@ -52,6 +53,13 @@ class BatchOrder:
             self._epoch = epoch
         start = (step % self.steps_per_epoch) * self._batch_size
         return self._permutation[start : start + self._batch_size]
+
+    def first_incomplete(self, first_step: int, total_steps: int) -> int | None:
+        """The first step from `first_step` up to `total_steps` whose batch is not full; None if there is none."""
+        last_of_epoch = (self.epoch_of(first_step) + 1) * self.steps_per_epoch - 1
+        if last_of_epoch >= total_steps or len(self.indices(last_of_epoch)) == self._batch_size:
+            return None
+        return last_of_epoch
 
 
 def load_batch(data: TrainingData, indices: list[int], device: torch.device) -> Any:
