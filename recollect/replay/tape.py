@@ -48,7 +48,7 @@ from recollect._torch_private import (
 )
 from recollect.nesting import Nest
 from recollect.replay import safety
-from recollect.replay.calibration import Calibrator, checksum
+from recollect.replay.calibration import Calibrator, mark_of
 from recollect.replay.ops import (
     OpInfo,
     learn_undeclared_writes,
@@ -339,13 +339,14 @@ class Tape:
         with self._lock:
             unref(self._released or [])
             self._released = None
+            movable = set(self._movable)
             for value in self._held:
                 if value.refs == 0:
                     value.source = None
                 elif value.source is not None:
                     value.version = value.source._version
-                    if self._calibrator is None and belongs_to_others(value.source):
-                        value.checksum = checksum(value.source)
+                    if self._calibrator is None and (value in movable or belongs_to_others(value.source)):
+                        value.mark = mark_of(value.source)
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
                         value.source = value.op = None
                     else:
@@ -425,9 +426,9 @@ class Tape:
         return self._calibrator is not None and source is not None and not self._calibrator.unchanged(value, source)
 
     def _is_changed_elsewhere(self, value: TapedValue) -> bool:
-        """Memory that is not PyTorch's was written since the region ended. Looked at once, at its first use."""
-        expected, value.checksum = value.checksum, None
-        return expected is not None and value.source is not None and checksum(value.source) != expected
+        """Memory that may be written unseen was, since the region ended. Looked at once, at its first use."""
+        expected, value.mark = value.mark, None
+        return expected is not None and value.source is not None and mark_of(value.source) != expected
 
     def _run(self, op: TapedOp, passing: Passing) -> None:
         self._statistics.replayed_ops += 1
@@ -440,7 +441,7 @@ class Tape:
             assert held is not None
             if self._is_changed(value) or self._is_changed_elsewhere(value):
                 assert value.source is not None
-                raise changed_error(value.source, "behind PyTorch's back (for example through NumPy)")
+                raise changed_error(value.source, "behind PyTorch's back (for example through NumPy, or by BatchNorm)")
             if value in written:  # in place if only this operation wants it
                 if value in passing.storages and passing.readers[value] == 1:
                     del passing.storages[value]

@@ -25,7 +25,7 @@ _Tensor = torch.Tensor
 class TapedValue:
     """What one storage holds between two writes."""
 
-    __slots__ = ("__weakref__", "address", "checksum", "handles", "last_leaf", "live", "memo", "nbytes", "op", "output",
+    __slots__ = ("__weakref__", "address", "handles", "last_leaf", "live", "mark", "memo", "nbytes", "op", "output",
                  "refs", "source", "uninitialised", "version")  # fmt: skip
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
@@ -35,7 +35,7 @@ class TapedValue:
         self.output = 0
         self.source: _Tensor | None = None  # held alias
         self.version: int | None = None  # the source's version when the region ended
-        self.checksum: tuple[int, int, int] | None = None  # of a source in memory that is not PyTorch's
+        self.mark: object = None  # by which to know the contents of a source that may be written unseen
         self.memo: torch.UntypedStorage | None = None  # replayed contents
         self.refs = 0  # handles, and operations not yet replayed, that want it
         self.handles = 0  # of those, the handles

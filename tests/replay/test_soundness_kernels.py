@@ -168,7 +168,7 @@ def test_memory_from_numpy_written_before_backward_is_an_error() -> None:
 
     assert run(function, replay=True, calls=2, backward=backward).error is None
     error = run(function, replay=True, calibrate=False, backward=backward).error
-    assert "behind PyTorch's back (for example through NumPy)" in str(error)
+    assert "behind PyTorch's back (for example through NumPy" in str(error)
 
 
 def test_handed_out_memory_is_kept_and_the_plan_says_why() -> None:

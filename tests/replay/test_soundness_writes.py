@@ -176,6 +176,38 @@ def test_statistics_read_in_one_region_and_moved_by_batch_norm_in_another() -> N
         assert applied.statistics.replayed_ops > 0
 
 
+def test_statistics_moved_between_forward_and_backward_are_an_error_if_the_plan_did_not_know() -> None:
+    """A training forward without gradients, between the step's forward and its backward: nothing watches it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor, moves: bool = False) -> Tensor:
+            assert self.norm.running_var is not None
+            if moves:
+                return self.norm(x)
+            return (self.linear(x) * self.norm.running_var.add(1).exp()).sin()
+
+    batch = torch.randn(4, 8)
+    model = Net()
+    plan = full_plan(recollect.measure(model, batch, loss=lambda m, x: m(x).sum()), 2**30)
+    with recollect.apply(model, plan) as applied:
+        for moved in (False, True, False):
+            with applied.step():
+                loss = model(batch).sum()
+            if moved:
+                with torch.no_grad():
+                    model(batch, moves=True)
+                with pytest.raises(RuntimeError, match="or by BatchNorm"):
+                    loss.backward()
+            else:
+                loss.backward()
+        assert applied.statistics.replayed_ops > 0
+
+
 def test_the_next_forward_moves_what_a_pending_backward_needs() -> None:
     """Two forwards, then two backwards: the second forward writes what the first graph's replay reads."""
 
