@@ -6,6 +6,7 @@ All were used with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Nothing else in the pack
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -125,9 +126,15 @@ def drop_tensor_hooks(tensor: torch.Tensor, kind: str) -> None:
     setattr(tensor, kind, None)
 
 
+def no_function_modes() -> AbstractContextManager[None]:
+    """Inside, neither function modes nor subclasses see what is called."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
 def storage_bytes(tensor: torch.Tensor) -> int:
     """Size of a tensor's storage, asked for without any function mode noticing: asking hands nothing out."""
-    with torch._C.DisableTorchFunction():
+    with no_function_modes():
         return tensor.untyped_storage().nbytes()
 
 

@@ -317,10 +317,10 @@ def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(m
     assert changed == [repaired.regions[2].first_op]
 
 
-def test_recognising_a_batch_hands_no_memory_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recognising_a_batch_hands_no_memory_out(peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nothing that reads the batch would be replayed, and a tight budget would be exceeded."""
     exposed: list[Tensor] = []
     monkeypatch.setattr(Pending, "expose", lambda self, tensor: exposed.append(tensor))
-    with recollect.fit(Net(), BATCH, budget="1GiB", grad_checkpoint="full") as applied:
+    with recollect.fit(Net(), BATCH, budget=peaks[0]) as applied:
         applied.loss(applied._model, BATCH).backward()
     assert exposed == []

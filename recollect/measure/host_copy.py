@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import IO, Any
 
 import torch
 
+from recollect._torch_private import below_autograd, no_function_modes
 from recollect.errors import RecollectError
 from recollect.units import format_bytes
 
 _CHUNK_BYTES = 8 * 2**20
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 class CopyFile:
@@ -74,11 +77,14 @@ class HostCopy:
         self._begin = -1
         self._kept: torch.Tensor | None = None
         self.stride = tensor.stride() if tensor.layout is torch.strided else None
-        data = raw_bytes(tensor)
-        if data is None or data.numel() == 0:
-            self._kept = _without_repeats(tensor).to("cpu", copy=True)
-        else:
-            self._begin = file.write(data.numpy())
+        # A copy may be taken in the middle of a planned forward, which must not take it for one of its operations.
+        plain = type(tensor) in _PLAIN_TYPES
+        with no_function_modes() if plain else nullcontext(), below_autograd() if plain else nullcontext():
+            data = raw_bytes(tensor)
+            if data is None or data.numel() == 0:
+                self._kept = _without_repeats(tensor).to("cpu", copy=True)
+            else:
+                self._begin = file.write(data.numpy())
 
     def restore(self, tensor: torch.Tensor) -> None:
         """Give `tensor`, of which this is a copy, its contents back, bit for bit."""
@@ -145,7 +151,7 @@ def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
     """The memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+    if type(tensor) not in _PLAIN_TYPES or tensor.device.type != "cpu":
         return None
     if tensor.layout is not torch.strided or not is_dense(tensor) or tensor.is_conj() or tensor.is_neg():
         return None

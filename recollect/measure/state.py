@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from recollect._torch_private import drop_tensor_hooks, set_versions, storage_key, tensor_hooks
+from recollect._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
 from recollect.errors import UnsupportedInput
 from recollect.measure.host_copy import CopyFile, HostCopy
 
@@ -33,7 +33,8 @@ class RandomState:
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy: Any = numpy.random.get_state() if numpy is not None else None
-        self._torch = torch.get_rng_state().numpy().tobytes()  # not a tensor: the budget counts those on a CPU
+        with no_function_modes():
+            self._torch = torch.get_rng_state().numpy().tobytes()  # not a tensor: the budget counts those on a CPU
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
