@@ -1,0 +1,51 @@
+"""Every model of the suite at its tiny size: predicted peaks, kept budgets, and the bits of the plain step."""
+
+from __future__ import annotations
+
+import pytest
+
+from recollect import planner
+from recollect.measure import costs, profiler
+from recollect.measure.profiler import measure_step
+from recollect.measure.step import StepSpec
+from recollect.planner import find_plan
+from recollect.solve.solver import Solver
+from tests.suite import SUITE, build
+from tests.suite.running import train
+
+pytest.importorskip("transformers")
+
+STEPS = 2
+#: Of the plain peak that was predicted without a real step.
+WORST_ERROR = 0.0005
+
+
+@pytest.fixture(autouse=True)
+def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times do not matter here, only bytes and bits."""
+    monkeypatch.setattr(profiler, "measure_overhead", lambda: (0.001, 0.001))
+    monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(name)
+    profile = measure_step(case.model, case.batch, StepSpec(loss=case.loss, optimizers=case.optimizers()))
+    solver = Solver(profile)
+    plain = train(build(name), STEPS)
+    plain_bytes = solver.plain(2**62).predicted_peak_bytes - profile.margin_bytes
+    assert abs(plain_bytes / plain.peak_bytes - 1) <= WORST_ERROR
+
+    smallest_bytes, _ = solver.minimum_budget()
+    budget_bytes = (smallest_bytes + plain.peak_bytes) // 2
+    monkeypatch.setattr(planner, "measure_step", lambda *_, **__: profile)  # it is measured already
+    case = build(name)
+    spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
+    with find_plan(case.model, case.batch, spec, budget_bytes) as applied:
+        applied.statistics.reset()
+        planned = train(case, STEPS, loss=lambda: applied.loss(case.model, case.batch))
+    assert planned.peak_bytes <= budget_bytes
+    assert plain.differences(planned) == []
+    assert (applied.statistics.mismatches, applied.statistics.unplanned_calls) == (0, 0)
+    if budget_bytes < plain.peak_bytes:
+        assert applied.statistics.replayed_ops > 0
