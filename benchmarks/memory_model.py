@@ -275,7 +275,9 @@ def optimizer_table(rows: list[Row]) -> list[str]:
         "",
         "## The plain step: other forms of the optimizer, and PyTorch's MemTracker",
         "",
-        f"| model | AdamW foreach, MiB | error | MemTracker, error | {' | '.join(f'{k}, MiB | error' for k in kinds)} |",
+        "| model | AdamW foreach, MiB | error | MemTracker, error | "
+        + " | ".join(f"{kind}, MiB | error" for kind in kinds)
+        + " |",
         "|" + "---|" * (4 + 2 * len(kinds)),
     ]
     for row in done:
@@ -388,7 +390,8 @@ def main() -> None:
         "# Predicted against measured peak memory",
         "",
         f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, PyTorch {torch.__version__}, suite "
-        f'size "{arguments.size}"; `python benchmarks/memory_model.py`; {(time.perf_counter() - begin) / 60:.0f} minutes.',
+        f'size "{arguments.size}"; {(time.perf_counter() - begin) / 60:.0f} minutes; '
+        "`python benchmarks/memory_model.py`.",
         "",
     ]
     notes = [

@@ -20,7 +20,7 @@ from recollect.apply import Applied, apply
 from recollect.errors import UnsupportedInput
 from recollect.measure.host_copy import CopyFile, HostCopy, difference, same_contents
 from recollect.measure.state import RandomState, TrainingState
-from recollect.measure.step import LossFunction, StepSpec, as_optimizers, device_of
+from recollect.measure.step import LossFunction, StepSpec, as_optimizers, device_of, give_gradients
 from recollect.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES, Plan, Verdict
 from recollect.verify_regions import compare_regions
 
@@ -121,9 +121,7 @@ class Trial:
 
     def _reach_steady_state(self) -> None:
         # Steady state: gradients resident and optimizer state allocated, as in every step but the first.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        give_gradients(self.model)
         for optimizer in self._spec.optimizers:
             optimizer.step()
 

@@ -82,7 +82,7 @@ class HostCopy:
         with no_function_modes() if plain else nullcontext(), below_autograd() if plain else nullcontext():
             data = raw_bytes(tensor)
             if data is None or data.numel() == 0:
-                self._kept = _without_repeats(tensor).to("cpu", copy=True)
+                self._kept = _without_repeats(tensor).detach().to("cpu", copy=True)
             else:
                 self._begin = file.write(data.numpy())
 
@@ -175,8 +175,10 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, dimensions that repeat one element (from `expand`) narrowed to it: PyTorch refuses to write those."""
+    if tensor.layout is not torch.strided:
+        return tensor  # a write through `detach` would not reach it
     tensor = tensor.detach()
-    if tensor.layout is not torch.strided or 0 not in tensor.stride():
+    if 0 not in tensor.stride():
         return tensor
     for dimension, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dimension] > 1:

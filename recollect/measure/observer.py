@@ -166,8 +166,7 @@ class Observer(DispatchMode):
 
     def add_baseline(self, tensor: torch.Tensor, component: str) -> None:
         """Count the tensor's storage as alive during the whole step."""
-        key = storage_key(tensor)
-        if key not in self._storage_of and self._counts(tensor):
+        if self._counts(tensor) and storage_key(tensor) not in self._storage_of:
             self._new_storage(tensor, component)
 
     def start(self) -> None:
@@ -254,7 +253,13 @@ class Observer(DispatchMode):
                 for tensor in mutated_tensors(info, args, kwargs):
                     self._overwrite(tensor)
             self._emit(EventKind.OTHER_OP, signature)
-            if self._in_engine and func is torch.ops.aten.add.Tensor and may_be_added_to(*args):
+            if (
+                self._in_engine
+                and func is torch.ops.aten.add.Tensor
+                and self._counts(args[0])
+                and self._counts(result)
+                and may_be_added_to(*args)
+            ):
                 old, new = (self.seen.values[self._value_of(t)].storage for t in (args[0], result))
                 self._sum = _Sum(since, old, new, storage_key(result))
             return result
@@ -518,7 +523,7 @@ def may_be_added_to(old: torch.Tensor, new: torch.Tensor) -> bool:
         if stride != expected:
             return False
         expected *= size
-    return not is_view(old) and storage_key(old) != storage_key(new)
+    return not is_view(old) and (new.layout is not torch.strided or storage_key(old) != storage_key(new))
 
 
 def round_up(nbytes: int, device_type: str) -> int:

@@ -37,6 +37,7 @@ from recollect.measure.step import (
     check_model,
     describe_batch,
     device_of,
+    give_gradients,
 )
 from recollect.measure.structural_copy import copy_batch, copy_model, copy_optimizer
 from recollect.meter import resident_bytes
@@ -229,7 +230,7 @@ def _observe_copy(model: torch.nn.Module, batch: Any, spec: StepSpec, observer: 
         fake_batch = copy_batch(batch, mode)
         optimizers = [copy_optimizer(optimizer, fakes) for optimizer in spec.optimizers]
         with mode, _hushed("torch._subclasses.fake_tensor"):
-            _give_gradients(copied)
+            give_gradients(copied)
             _observe(copied, fake_batch, spec, optimizers, observer)
     finally:
         state.restore()
@@ -253,7 +254,7 @@ def _observe_concrete(model: torch.nn.Module, batch: Any, spec: StepSpec, signat
     try:
         spill, unspill = _spill_to(CopyFile())
         observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
-        _give_gradients(model)
+        give_gradients(model)
         try:
             _observe(model, batch, spec, list(spec.optimizers), observer)
         except RuntimeError as error:
@@ -285,13 +286,6 @@ def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[
         return data.to(device).untyped_storage()
 
     return spill, unspill
-
-
-def _give_gradients(model: torch.nn.Module) -> None:
-    """Gradients are resident from the start of forward, as in every step but the first."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def _observe(

@@ -148,6 +148,26 @@ def _is_compiled_in_place(module: torch.nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def give_gradients(model: torch.nn.Module) -> None:
+    """Zero gradients where there are none: they are resident from the start of forward, as in every step but the first.
+
+    Those of embeddings that ask for sparse ones are sparse, and empty.
+    """
+    sparse = {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}
+    for parameter in model.parameters():
+        if not parameter.requires_grad or parameter.grad is not None:
+            continue
+        if id(parameter) in sparse:
+            parameter.grad = torch.sparse_coo_tensor(
+                torch.empty(1, 0, dtype=torch.long, device=parameter.device),
+                parameter.new_empty(0, *parameter.shape[1:]),
+                parameter.shape,
+                check_invariants=False,
+            )
+        else:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def device_of(model: torch.nn.Module) -> torch.device:
     """The device of the model's parameters."""
     return next(model.parameters()).device

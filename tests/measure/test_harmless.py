@@ -568,3 +568,18 @@ def test_an_interrupted_snapshot_leaves_the_model_as_it_was(harmless: Callable[.
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted(model, batch, applied, spec)
+
+
+def test_a_sparse_gradient_is_put_back() -> None:
+    embedding = nn.Embedding(6, 3, sparse=True)
+    embedding(torch.tensor([1, 1])).sum().backward()
+    gradient = embedding.weight.grad
+    assert gradient is not None
+    before = gradient.to_dense()
+    state = TrainingState(embedding, ())
+    embedding(torch.tensor([2, 4])).sum().backward()
+    assert not torch.equal(gradient.to_dense(), before)
+    state.restore()
+    assert embedding.weight.grad is gradient
+    assert torch.equal(gradient.to_dense(), before)
+    assert gradient._nnz() == 2

@@ -37,6 +37,7 @@ SUITE: dict[str, Callable[[Size], Case]] = {
     "tied": other.tied,
     "parametrized": other.parametrized,
     "fourier": other.fourier,
+    "sparse-embedding": other.sparse_embedding,
     "two-losses": other.two_losses,
     "backward-inside": other.backward_inside,
 }

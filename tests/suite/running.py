@@ -10,7 +10,7 @@ import torch
 
 from recollect import meter
 from recollect.measure.state import RandomState
-from recollect.measure.step import StepSpec
+from recollect.measure.step import StepSpec, give_gradients
 from recollect.replay.calibration import same_bits
 from tests.suite.case import Case, OptimizerKind
 
@@ -39,9 +39,7 @@ class Outcome:
 
 def settle(case: Case, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
     """Gradients are resident and optimizer state is allocated, as in every step but the first."""
-    for parameter in case.model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+    give_gradients(case.model)
     for optimizer in optimizers:
         optimizer.step()
 
