@@ -215,12 +215,18 @@ def work(job: tuple[int, int]) -> list[Outcome]:
     return outcomes
 
 
+def show_failures(outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.failed:
+            print(f"FAILED {json.dumps(outcome.spec)}")
+            print(
+                f"  {outcome.unequal and 'unequal: ' + outcome.unequal}{outcome.over_budget}{outcome.error}", flush=True
+            )
+
+
 def report(outcomes: list[Outcome], seconds: float) -> int:
-    """Print failures and one summary line; the exit code."""
+    """Print the figures and one summary line; the exit code."""
     failed = [outcome for outcome in outcomes if outcome.failed]
-    for outcome in failed:
-        print(f"FAILED {json.dumps(outcome.spec)}")
-        print(f"  {outcome.unequal and 'unequal: ' + outcome.unequal}{outcome.over_budget}{outcome.error}", flush=True)
     measured = [outcome for outcome in outcomes if outcome.method]
     ratios = sorted(outcome.ratio_before for outcome in measured) or [1.0]
     for outcome in sorted(measured, key=lambda o: -o.ratio_before)[:3]:
@@ -255,17 +261,20 @@ def main() -> int:
     if options.replay:
         torch.set_num_threads(1)
         cheap_measuring()
-        return report([check(json.loads(options.replay))], time.monotonic() - start)
+        outcomes: list[Outcome] = [check(json.loads(options.replay))]
+        show_failures(outcomes)
+        return report(outcomes, time.monotonic() - start)
     size = max(1, min(25, options.count // options.processes))
     jobs = [
         (options.seed * 100_003 + number, min(size, options.count - number * size))
         for number in range(-(-options.count // size))
     ]
-    outcomes: list[Outcome] = []
+    outcomes = []
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, initializer=silence, maxtasksperchild=8) as pool:
         for done in pool.imap_unordered(work, jobs):
             outcomes += done
+            show_failures(done)
             bad = sum(outcome.failed for outcome in outcomes)
             print(f"{len(outcomes)} of {options.count} modules, {bad} failed", file=sys.stderr, flush=True)
     return report(outcomes, time.monotonic() - start)
