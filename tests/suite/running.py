@@ -39,6 +39,8 @@ class Outcome:
 
 def settle(case: Case, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
     """Gradients are resident and optimizer state is allocated, as in every step but the first."""
+    for parameter in case.model.parameters():
+        parameter.grad = None
     give_gradients(case.model)
     for optimizer in optimizers:
         optimizer.step()
