@@ -36,7 +36,7 @@ def _llama_sizes(size: Size) -> dict[str, Any]:
     common = {"vocab_size": _VOCABULARY, "max_position_embeddings": 256}
     if size == "tiny":
         return common | {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 2,
         }  # fmt: skip
     return common | {
@@ -59,7 +59,7 @@ def bert(size: Size) -> Case:
     from transformers import BertConfig, BertForMaskedLM
 
     tokens = _tokens(size, (4, 24), (16, 128))
-    width, layers = (32, 2) if size == "tiny" else (128, 4)
+    width, layers = (32, 3) if size == "tiny" else (128, 4)
     config = BertConfig(
         vocab_size=_VOCABULARY,
         hidden_size=width,
