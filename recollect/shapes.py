@@ -4,13 +4,13 @@ What decides about a plan is compared before each step (`step_shape`).  For a sh
 
 * Where the model, its mode or the settings are new too (an adapter, eval mode, another dtype), a plan is made as `fit`
   makes one: measured, solved, run once under the meter, repaired.
-* Where only sizes are new, the step is measured anew without data (`measure_reshaped`), so that every size and lifetime
-  is known exactly.  If the plain step fits, nothing is dropped.  Else the decisions of shapes of similar size are tried
-  by simulation, which takes milliseconds; the fastest that fits is reused.  A plan is solved for where none fits, and
-  where reusing has by now cost more time than solving takes: so at most as much time goes into solving as was lost by
-  not solving.
+* Where only sizes are new, the step is measured anew (`measure_reshaped`), without data if that is possible, so that
+  every size and lifetime is known exactly.  If the plain step fits, nothing is dropped.  Else the decisions of shapes
+  of similar size are tried by simulation, which takes milliseconds; the fastest that fits is reused.  A plan is solved
+  for where none fits, and where reusing has by now cost more time than solving takes: so at most as much time goes into
+  solving as was lost by not solving.
 * No run under the meter confirms such a plan, so a margin is kept, and what repair had to add elsewhere is added here.
-  Where the budget leaves no room for the margin, there is such a run.
+  Where the budget leaves no room for the margin, or a region is recomputed for the first time, there is such a run.
 * A batch so small that its plain step must fit several times over is not even measured.
 
 A step whose operations were not those of its plan is counted; the shape is planned again before its next step, and
@@ -269,7 +269,7 @@ class Shapes:
             if self._is_ample(shape, reference.shape, reference):
                 self.statistics.ample += 1
                 return _Entry(live=LivePlan.dropping_nothing(), kind=shape.kind, elements=shape.elements)
-            if reference.profile.method != "fake":
+            if reference.profile.data_dependent:
                 return self._guarded(shape, batch)
             return self._unguarded(shape, batch, reference, begin)
         finally:
@@ -329,6 +329,11 @@ class Shapes:
             ),
         )
         known = self._reference(shape.kind, profile)
+        if known is not None:  # the same operations: what was calibrated there counts here, and the other way round
+            known.live.calibrated.update(live.calibrated)
+            for key, positions in live.refused.items():
+                known.live.refused.setdefault(key, set()).update(positions)
+            live.calibrated, live.refused = known.live.calibrated, known.live.refused
         others = [one for one in self._references if one is not known]
         self._references = [*others[1 - MOST_KINDS :], reference]
         return _Entry(live=live, kind=shape.kind, elements=shape.elements, is_data_dependent=profile.data_dependent)
@@ -346,7 +351,7 @@ class Shapes:
         with self._applied.paused(), _no_ambient_autocast(self._model):
             profile = measure_reshaped(self._model, batch, spec, reference.profile, self._budget_bytes)
         same = self._reference(shape.kind, profile)
-        if profile.method != "fake" or same is None:  # another branch, perhaps by the batch's size
+        if same is None or profile.method != same.profile.method:  # another branch, perhaps by the batch's size
             return self._guarded(shape, batch)
         reference = same
         profile = self._with_margin(profile, reference)
@@ -358,6 +363,8 @@ class Shapes:
                 raise BudgetInfeasible(required_bytes, self._budget_bytes, error.where) from None
             return self._guarded(shape, batch)
         if _estimated(profile) - _estimated(reference.profile):  # they could not be run alone within the budget
+            return self._guarded(shape, batch)
+        if _recomputing(plan) - reference.live.calibrated:  # a first call checks its replay, which takes memory
             return self._guarded(shape, batch)
         if plan.is_plain:
             self.statistics.plain += 1
@@ -436,6 +443,11 @@ def decisions_of(plan: Plan, profile: Profile) -> list[Decision] | None:
 
 def _activation_bytes(profile: Profile) -> int:
     return sum(storage.nbytes for storage in profile.storages if storage.component == "activation")
+
+
+def _recomputing(plan: Plan) -> set[str]:
+    """Keys of the regions that the plan recomputes something in."""
+    return {region.key for region in plan.regions if region.recipe >= 0}
 
 
 def _estimated(profile: Profile) -> set[str]:

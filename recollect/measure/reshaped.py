@@ -22,12 +22,18 @@ def measure_reshaped(
 ) -> Profile:
     """The profile of a step on `batch`; measured in full where the step is not the reference's at another size.
 
-    Measuring stays within `budget_bytes`, as `measure_step` does.
+    Measuring stays within `budget_bytes`, as `measure_step` does.  A step that had to be run for real to be measured is
+    run for real again.
     """
-    if reference.method == "fake":
-        without_optimizer = replace(spec, optimizers=(), clip_norm=None)
-        room_bytes = budget_bytes - reference.baseline["optimizer_state"]
-        forward = measure_step(model, batch, without_optimizer, untimed=True, budget_bytes=room_bytes)
+    if not reference.data_dependent:
+        forward = measure_step(
+            model,
+            batch,
+            replace(spec, optimizers=(), clip_norm=None),
+            concrete=reference.method == "real",
+            untimed=True,
+            budget_bytes=budget_bytes - reference.baseline["optimizer_state"],
+        )
         completed = complete(forward, reference)
         if completed is not None:
             return completed
@@ -46,7 +52,7 @@ def complete(profile: Profile, reference: Profile) -> Profile | None:
     theirs, tail = _backward_and_optimizer(reference)
     names = [profile.signatures[signature].name for signature in others]
     if (
-        profile.method != "fake"
+        profile.method != reference.method
         or operations(profile) != operations(reference)
         or names != [reference.signatures[signature].name for signature in theirs]
     ):
