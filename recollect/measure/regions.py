@@ -6,6 +6,7 @@ never at names or classes of particular libraries:
 
 * a call at least half of whose operations lie in repeated direct child calls (two or more of one class, each with at
   least `_FEWEST_OPS` operations) is a container: its children are looked at instead;
+* so is a call around such a container, if it is not itself repeated: a model that calls its encoder of many layers;
 * so is a call with more than `_MOST_OPS` operations that has children worth being a region;
 * any other call with at least `_FEWEST_OPS` operations is a region.
 
@@ -59,13 +60,30 @@ def _calls(observation: Observation) -> list[_Call]:
     return top
 
 
-def _choose(call: _Call, class_of: dict[str, str], chosen: set[str]) -> None:
-    worthwhile = [child for child in call.children if child.ops >= _FEWEST_OPS]
-    kinds = Counter(class_of.get(child.path, "") for child in worthwhile)
-    repeated_ops = sum(child.ops for child in worthwhile if kinds[class_of.get(child.path, "")] >= 2)
-    repeats = 2 * repeated_ops >= call.ops
-    if worthwhile and (repeats or call.ops > _MOST_OPS):
+def _choose(call: _Call, class_of: dict[str, str], chosen: set[str], *, repeated: bool = False) -> None:
+    worthwhile = _worthwhile(call)
+    if worthwhile and (_is_container(call, class_of, look_inside=not repeated) or call.ops > _MOST_OPS):
+        kinds = _kinds(worthwhile, class_of)
         for child in worthwhile:
-            _choose(child, class_of, chosen)
+            _choose(child, class_of, chosen, repeated=kinds[class_of.get(child.path, "")] >= 2)
     elif call.ops >= _FEWEST_OPS:
         chosen.add(call.path)
+
+
+def _is_container(call: _Call, class_of: dict[str, str], *, look_inside: bool) -> bool:
+    worthwhile = _worthwhile(call)
+    kinds = _kinds(worthwhile, class_of)
+    repeated_ops = sum(child.ops for child in worthwhile if kinds[class_of.get(child.path, "")] >= 2)
+    if worthwhile and 2 * repeated_ops >= call.ops:
+        return True
+    return look_inside and any(
+        2 * child.ops >= call.ops and _is_container(child, class_of, look_inside=True) for child in worthwhile
+    )
+
+
+def _worthwhile(call: _Call) -> list[_Call]:
+    return [child for child in call.children if child.ops >= _FEWEST_OPS]
+
+
+def _kinds(calls: list[_Call], class_of: dict[str, str]) -> Counter[str]:
+    return Counter(class_of.get(call.path, "") for call in calls)
