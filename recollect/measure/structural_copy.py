@@ -17,7 +17,14 @@ from recollect._torch_private import FakeTensorMode, default_foreach, tree_map
 
 
 def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.Module, dict[int, torch.Tensor]]:
-    """A deep copy whose tensors are fake, tied weights still tied; and the fake of each tensor by the original's id."""
+    """A deep copy whose tensors are fake, tied weights still tied; and the fake of each tensor by the original's id.
+
+    Raises:
+        TypeError: a part of the model cannot be copied without its data.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name or 'the model'} is a TorchScript module, which copies its data in C++")
     fakes: dict[int, torch.Tensor] = {}
     # deepcopy looks an object up in its memo before copying: naming every tensor's fake there keeps data out.
     memo: dict[int, Any] = {}

@@ -160,7 +160,7 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gru = nn.GRU(8, 12, num_layers=2, batch_first=True, dropout=0.2, bidirectional=True)
+        self.gru = nn.GRU(8, 12, batch_first=True, bidirectional=True)
         self.head = nn.Linear(24, 8)
 
     def forward(self, x: Tensor) -> Any:
@@ -169,12 +169,17 @@ class Recurrent(nn.Module):
 
 
 class Scripted(nn.Module):
+    """Warmed up: TorchScript compiles other gradient formulas after its first call, with other rounding, plan or not."""
+
     def __init__(self) -> None:
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
             self.inner = torch.jit.script(mlp())
         self.outer = mlp()
+        for _ in range(3):
+            self(floats(6, 8)).sum().backward()
+        self.zero_grad(set_to_none=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x).sin())
@@ -220,7 +225,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "jit.script": (Scripted, floats(6, 8)),
     "EmbeddingBag": (Bag, tokens(6, 4)),
     "MultiheadAttention": (Attention, floats(3, 5, 8)),
-    "GRU": (Recurrent, floats(3, 5, 8)),
+    "GRU": (Recurrent, floats(3, 4, 8)),
     "Transformer": (
         lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
         (floats(3, 5, 8), floats(3, 4, 8, seed=1)),
@@ -237,6 +242,8 @@ def test_any_module_trains_as_plain(name: str) -> None:
         return kind()
 
     loss: Loss = loss_of
-    trained = same_training(make, [batch, batch], loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained = same_training(make, [batch, batch], loss)
     assert trained.dropped_bytes > 0
     assert trained.mismatches == 0

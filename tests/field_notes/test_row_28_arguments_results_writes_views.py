@@ -66,13 +66,13 @@ RETURNED = ("tuple", "dict", "dataclass")
 
 
 class Net(nn.Module):
-    """A block for every way in and every way out."""
+    """Half of the ways in and out, a block for each; the models with and without views have the others' half."""
 
     def __init__(self, written: bool, viewed: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.scale = nn.Parameter(torch.ones(()))
-        ways = itertools.product(GIVEN, RETURNED)
+        ways = list(itertools.product(GIVEN, RETURNED))[viewed ^ written :: 2]
         self.blocks = nn.ModuleList(Block(given, returned, written, viewed) for given, returned in ways)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_gradients_equal(written: bool, viewed: bool) -> None:
     trained = same_training(lambda: Net(written, viewed), BATCHES)
     assert trained.mismatches == 0
     recomputed = {region.key for region in trained.plan.regions if region.recipe >= 0}
-    assert {f"blocks.{n}#0" for n in range(len(GIVEN) * len(RETURNED))} <= recomputed, "a block was kept whole"
+    assert {f"blocks.{n}#0" for n in range(6)} <= recomputed, "a block was kept whole"
     assert trained.dropped_bytes > 0
 
 
