@@ -12,6 +12,7 @@ from typing import Any
 import recollect
 from recollect.budget import resolve_budget
 from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.cli.plan_table import format_table, plan_rows
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import StepSpec
@@ -56,7 +57,8 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
         measuring_ms = dict(profile.measuring_ms)
         print(json.dumps({**plan_figures(solved), "next_useful_bytes": more_bytes, "measuring_ms": measuring_ms}))
     else:
-        print(format_plan(solved))
+        print(f"model   {solved.model}, batch {solved.batch}, {solved.optimizer}, on {solved.device}")
+        print("\n".join(filter(None, (format_plan(solved), format_table(solved)))))
         print(format_peak(solved, more_bytes))
         print(f"        measured in {format_measuring(profile)}")
         if options.output is not None:
@@ -120,6 +122,7 @@ def plan_figures(solved: Plan) -> dict[str, Any]:
         "tape_host_bytes": solved.tape_host_bytes,
         "regions": len(solved.regions),
         "planned_regions": sum(region.recipe >= 0 for region in solved.regions),
+        "recipes": plan_rows(solved),
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 import recollect
 from recollect.cli.main import main
-from recollect.records import Plan
+from recollect.cli.plan_table import format_table, plan_rows
+from recollect.records import KeptValue, Plan
 from recollect.replay.session import Session
 from recollect.solve import Solver
 from tests.field_notes.training import adamw
@@ -119,18 +121,44 @@ def test_what_is_dropped_is_really_not_held(solver: Solver) -> None:
     assert plain - planned == dropped > 0
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 TINY = ["--model", "gpt-tiny", "--batch-size", "4"]
 
 
 def test_the_command_line_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *TINY, "--memory", "2800KiB"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (header,) = (n for n, line in enumerate(lines) if line.split()[:1] == ["regions"])
-    assert lines[header].split() == ["regions", "calls", "saved", "added"]
-    assert any("blocks." in line and "KiB" in line and "ms" in line for line in lines[header + 1 :])
-    assert main(["plan", *TINY, "--memory", "2800KiB", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert sum(row["calls"] for row in document["recipes"]) == document["planned_regions"]
-    for row in document["recipes"]:
-        assert row["dropped_bytes"] > 0
-        assert row["replay_ms"] >= 0
+    assert main(["plan", *TINY, "--memory", "2800KiB", "--output", "plan.json"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    plan = Plan.load("plan.json")
+    recomputed = [region.key.partition("#")[0] for region in plan.regions if region.recipe >= 0]
+    first, last = lines.index(["regions", "calls", "saved", "added"]) + 1, lines.index(["written", "to", "plan.json"])
+    table = lines[first:last]
+    assert recomputed
+    assert all(any(path in " ".join(line) for line in table) for path in recomputed)
+    assert ["left", "alone", str(len(plan.regions) - len(recomputed))] in table
+    # The lines add up to the plan's own figures.
+    (whole,) = (line for line in table if line[0] == "all")
+    assert whole[1] == str(len(recomputed))
+    assert float(whole[-2]) == round(plan.predicted_step_ms - plan.plain_step_ms, 2)
+    parts = [float(line[-2]) for line in table if line[-1] == "ms" and line[0] != "all"]
+    assert sum(parts) == pytest.approx(float(whole[-2]), abs=0.005 * len(table))
+
+
+def test_what_is_kept_is_shown_with_its_reason(solver: Solver) -> None:
+    plan = solver.solve(solver.minimum_budget()[0])
+    number = next(region.recipe for region in plan.regions if region.recipe >= 0)
+    kept = KeptValue(op="mine.kernel.default", reason="mine operations are not replayed", nbytes=2048)
+    recipes = list(plan.recipes)
+    recipes[number] = replace(recipes[number], kept_for_safety=(kept,))
+    calls = sum(region.recipe == number for region in plan.regions)
+    table = format_table(replace(plan, recipes=tuple(recipes)))
+    assert f"{calls * 2}.0 KiB of mine.kernel.default (mine operations are not replayed)" in table
+    (row,) = (row for row in plan_rows(replace(plan, recipes=tuple(recipes))) if row["kept_for_safety"])
+    assert row["dropped_bytes"] == calls * plan.recipes[number].dropped_bytes
+
+
+def test_nothing_recomputed_has_no_table(solver: Solver) -> None:
+    assert format_table(solver.plain(2**40)) == ""

@@ -169,7 +169,7 @@ class Recurrent(nn.Module):
 
 
 class Scripted(nn.Module):
-    """Warmed up: TorchScript compiles other gradient formulas after its first call, with other rounding, plan or not."""
+    """Warmed up: after its first call TorchScript compiles other gradient formulas, of other rounding, plan or not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,74 @@
+"""What each region of a plan saves and what that costs: as a table for people and as plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from recollect.records import Plan
+from recollect.units import format_bytes
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """A row for each recipe: the regions that share it, and its figures, which are of all their calls together."""
+    regions: dict[int, list[str]] = {}
+    for region in plan.regions:
+        if region.recipe >= 0:
+            regions.setdefault(region.recipe, []).append(region.key)
+    return [
+        {
+            "regions": keys,
+            "calls": len(keys),
+            "dropped_bytes": len(keys) * plan.recipes[number].dropped_bytes,
+            "replay_ms": round(len(keys) * plan.recipes[number].replay_ms, 9),
+            "kept_for_safety": [
+                {"op": kept.op, "reason": kept.reason, "bytes": len(keys) * kept.nbytes}
+                for kept in plan.recipes[number].kept_for_safety
+            ],
+        }
+        for number, keys in regions.items()
+    ]
+
+
+def format_table(plan: Plan) -> str:
+    """The table; empty if nothing is recomputed."""
+    rows = plan_rows(plan)
+    if not rows:
+        return ""
+    replay_ms = sum(row["replay_ms"] for row in rows)
+    added_ms = plan.predicted_step_ms - plan.plain_step_ms
+    saved = sum(row["dropped_bytes"] for row in rows)
+    calls = sum(row["calls"] for row in rows)
+    table = [("regions", "calls", "saved", "added")]
+    table += [
+        (_names(row["regions"]), str(row["calls"]), format_bytes(row["dropped_bytes"]), f"{row['replay_ms']:.2f} ms")
+        for row in sorted(rows, key=lambda row: -row["dropped_bytes"])
+    ]
+    # What is not the first replay: writing operations down, and replaying again where regions share a tape.
+    table.append(("recording, repeats", "", "", f"{added_ms - replay_ms:.2f} ms"))
+    table.append(("all", str(calls), format_bytes(saved), f"{added_ms:.2f} ms"))
+    if len(plan.regions) > calls:
+        table.append(("left alone", str(len(plan.regions) - calls), "", ""))
+    widths = [max(len(line[column]) for line in table) for column in range(4)]
+    lines = [
+        f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}".rstrip()
+        for line in table
+    ]
+    return "\n".join(lines + _kept_lines(rows))
+
+
+def _kept_lines(rows: list[dict[str, Any]]) -> list[str]:
+    kept: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for entry in row["kept_for_safety"]:
+            kept[entry["op"], entry["reason"]] += entry["bytes"]
+    return [
+        f"  kept, whatever the budget: {format_bytes(nbytes)} of {op} ({reason})"
+        for (op, reason), nbytes in kept.most_common()
+    ]
+
+
+def _names(keys: list[str]) -> str:
+    """The regions' module paths, without the numbers of calls and segments; a long list by its ends."""
+    paths = list(dict.fromkeys(key.partition("#")[0] for key in keys))
+    return f"{paths[0]} ... {paths[-1]}" if len(paths) > 2 else ", ".join(paths)
