@@ -58,9 +58,11 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
         print(json.dumps({**plan_figures(solved), "next_useful_bytes": more_bytes, "measuring_ms": measuring_ms}))
     else:
         print(f"model   {solved.model}, batch {solved.batch}, {solved.optimizer}, on {solved.device}")
-        print("\n".join(filter(None, (format_plan(solved), format_table(solved)))))
+        print(format_plan(solved))
         print(format_peak(solved, more_bytes))
         print(f"        measured in {format_measuring(profile)}")
+        if not solved.is_plain:
+            print(format_table(solved))
         if options.output is not None:
             print(f"written to {options.output}")
     return 0
