@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import recollect
 from recollect import Applied, Plan, UnsupportedInput
+from recollect.apply import RegionForward
 from recollect.cli.main import main
 from tests.field_notes.training import adamw, differences, train
 
@@ -99,9 +100,11 @@ def test_the_whole_model_in_a_file_or_copied_has_no_plan() -> None:
     with recollect.fit(model, BATCHES[0], loss=lambda m, b: m(b).sum(), grad_checkpoint="full") as applied:
         assert applied.installed
         for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-            assert not any("forward" in vars(module) for module in copied.modules())
+            assert not any(isinstance(vars(m).get("forward"), RegionForward) for m in copied.modules())
             assert list(copied.state_dict()) == list(model.state_dict())
             assert torch.equal(copied(BATCHES[1]), model(BATCHES[1]))
+            nn.init.zeros_(copied[3].weight)  # its own weights, not the planned model's
+            assert not torch.equal(copied(BATCHES[1]), model(BATCHES[1]))
 
 
 def test_what_the_trainer_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
