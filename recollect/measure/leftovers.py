@@ -189,7 +189,8 @@ def _namespace(thing: Any) -> dict[str, Any] | None:
 
 def _class_namespace(owner: type) -> dict[str, Any]:
     """The dictionary behind a class's read-only view of it, which is what garbage collection knows."""
-    (namespace,) = [o for o in gc.get_referents(vars(owner)) if type(o) is dict]
+    # A subclass of dict for the classes of ctypes, in some versions of Python.
+    (namespace,) = [o for o in gc.get_referents(vars(owner)) if isinstance(o, dict)]
     return namespace
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import random
@@ -583,3 +584,18 @@ def test_a_sparse_gradient_is_put_back() -> None:
     assert embedding.weight.grad is gradient
     assert torch.equal(gradient.to_dense(), before)
     assert gradient._nnz() == 2
+
+
+class OfCtypes(ctypes.Structure):
+    """Its class keeps its attributes in no plain dictionary (on Python 3.11), as do those of any library in C."""
+
+    _fields_ = [("number", ctypes.c_int)]
+
+
+def test_classes_of_ctypes_beside_the_model_are_no_obstacle() -> None:
+    model = nn.Linear(4, 4)
+    before = dict(vars(OfCtypes))
+    with recollect.fit(model, torch.ones(2, 4), loss=lambda m, b: m(b).sum()) as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok is True
+    assert dict(vars(OfCtypes)) == before
