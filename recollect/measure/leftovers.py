@@ -25,6 +25,8 @@ from recollect.errors import UnsupportedInput
 _log = logging.getLogger(__name__)
 
 _DEPTH = 4
+#: Objects looked at, to find out whether something can be reached.
+_MOST_HOLDERS = 5000
 _CONTAINERS = (dict, list, tuple, set)
 _ABSENT: Any = object()
 #: Python packages whose globals no model's forward changes.
@@ -50,6 +52,7 @@ class Surroundings:
                 self._note_namespace(module, vars(module))
                 for thing in list(vars(module).values()):
                     self._note_thing(thing, name)
+        self._made: set[int] | None = None  # ids of what the run made; None: cannot be told
         self._froze = gc.get_freeze_count() == 0  # thawing would undo what the user froze
         if self._froze:
             gc.freeze()
@@ -67,6 +70,8 @@ class Surroundings:
         """
         gc.collect()
         alive = bool(_alive(mode))
+        if alive and self._froze:
+            self._made = {id(thing) for thing in gc.get_objects()}
         self._thaw()
         if not alive:
             return
@@ -174,8 +179,33 @@ class Surroundings:
                 del cell.cell_contents
             else:
                 cell.cell_contents = contents
-        elif functions := _functions_over(cell):
-            yield f"a variable in the closure of {functions[0].__qualname__}"
+        else:
+            functions = _functions_over(cell)
+            for function in functions:
+                if self._can_be_reached(function, {id(functions)}):
+                    yield f"a variable in the closure of {function.__qualname__}"
+
+    def _can_be_reached(self, thing: Any, ignored: set[int]) -> bool:
+        """Whether something that the run did not make leads to it.  An autograd graph whose backward never came may
+        keep itself alive for ever, but nobody can compute with what is in it.
+        """
+        if self._made is None:
+            return True
+        seen = {id(thing)}
+        stack = [thing]
+        while stack and len(seen) < _MOST_HOLDERS:
+            part = stack.pop()
+            for holder in gc.get_referrers(part):
+                if id(holder) in ignored | seen | {id(stack)}:
+                    continue
+                if isinstance(holder, types.FrameType | types.GeneratorType):  # this search itself
+                    continue
+                if id(holder) not in self._made:
+                    return True
+                seen.add(id(holder))
+                stack.append(holder)
+            del part
+        return bool(stack)
 
 
 def _namespace(thing: Any) -> dict[str, Any] | None:
