@@ -31,7 +31,7 @@ from recollect.solve import Solver
 from recollect.solve.build import build_plan
 from recollect.solve.nested import NestedPlans
 
-DEPTHS = (50, 100, 200, 400)
+DEPTHS = (50, 100, 200)
 ROUNDS = 7
 
 
