@@ -15,7 +15,7 @@ from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, Verify
 from recollect.cli.plan_table import format_table, plan_rows
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
-from recollect.measure.step import StepSpec
+from recollect.measure.step import StepSpec, describe_batch
 from recollect.planner import find_plan
 from recollect.records import Plan, Profile, Verdict
 from recollect.solve import Solver, next_useful_bytes
@@ -93,6 +93,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     else:
         print(format_plan(solved))
         print(format_verdict(verdict))
+        print(batch_note(solved, describe_batch(batch)), end="")
     return 0 if verdict.ok else 1
 
 
@@ -149,6 +150,13 @@ def format_measuring(profile: Profile) -> str:
     total_ms = sum(profile.measuring_ms.values())
     alone_ms = profile.measuring_ms.get("scratch", 0.0) + profile.measuring_ms.get("times", 0.0)
     return f"{total_ms / 1e3:.1f} s, {alone_ms / max(total_ms, 1e-9):.0%} of it on operations run alone"
+
+
+def batch_note(solved: Plan, batch: str) -> str:
+    """A line if the plan was made for another batch: its peak may then be exceeded, which is no fault of the plan."""
+    if batch == solved.batch:
+        return ""
+    return f"  note        the plan is for batches of {solved.batch}: for this one, {batch}, it promises no peak\n"
 
 
 def format_verdict(verdict: Verdict) -> str:

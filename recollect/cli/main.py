@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from recollect import __version__
 from recollect.cli import commands
 from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
 from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
@@ -108,19 +109,23 @@ def _tell(problem: object, exit_code: int) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     parser = Parser(prog="recollect", description="Train any PyTorch model inside the memory you have.")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command, _ in COMMANDS.values():
         command.add_to(subparsers)
     if not arguments:
         parser.print_help(sys.stderr)
         return EXIT_BAD_INPUT
+    if arguments == ["--version"]:
+        print(f"recollect {__version__}")
+        return 0
     if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
         raise UnsupportedInput(
             f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], COMMANDS)} "
             f"Commands are: {', '.join(COMMANDS)}."
         )
     if arguments[0] not in COMMANDS:
-        refuse_unknown_flags([word for word in arguments if word not in ("-h", "--help")], ["--help"])
+        refuse_unknown_flags([word for word in arguments if word not in ("-h", "--help")], ["--help", "--version"])
         parser.print_help()
         return 0
     command, function = COMMANDS[arguments[0]]

@@ -41,8 +41,8 @@ def format_table(plan: Plan) -> str:
     calls = sum(row["calls"] for row in rows)
     table = [("regions", "calls", "saved", "added")]
     table += [
-        (_names(row["regions"]), str(row["calls"]), format_bytes(row["dropped_bytes"]), f"{row['replay_ms']:.2f} ms")
-        for row in sorted(rows, key=lambda row: -row["dropped_bytes"])
+        (label, str(line[0]), format_bytes(int(line[1])), f"{line[2]:.2f} ms")
+        for label, line in sorted(_lines(plan).items(), key=lambda entry: -entry[1][1])
     ]
     # What is not the first replay: writing operations down, and replaying again where regions share a tape.
     table.append(("recording, repeats", "", "", f"{added_ms - replay_ms:.2f} ms"))
@@ -68,7 +68,31 @@ def _kept_lines(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _names(keys: list[str]) -> str:
-    """The regions' module paths, without the numbers of calls and segments; a long list by its ends."""
-    paths = list(dict.fromkeys(key.partition("#")[0] for key in keys))
+def _lines(plan: Plan) -> dict[str, tuple[int, int, float]]:
+    """Calls, bytes and milliseconds by what people call it: blocks by their recipe, other code by where it is."""
+    paths: dict[int | str, list[str]] = {}
+    figures: dict[int | str, tuple[int, int, float]] = {}
+    for region in plan.regions:
+        if region.recipe < 0:
+            continue
+        recipe = plan.recipes[region.recipe]
+        path = region.key.partition("#")[0]
+        kind = _OWN_CODE.get(path, region.recipe)
+        paths.setdefault(kind, []).append(path)
+        calls, saved, added = figures.get(kind, (0, 0, 0.0))
+        figures[kind] = (calls + 1, saved + recipe.dropped_bytes, added + recipe.replay_ms)
+    named = [(kind if isinstance(kind, str) else _names(paths[kind]), kind) for kind in figures]
+    labels = [label for label, _ in named]
+    # Two calls of one module may have two recipes.
+    unique = {kind: label if labels.count(label) == 1 else f"{label} ({kind})" for label, kind in named}
+    return {unique[kind]: line for kind, line in figures.items()}
+
+
+#: The pseudo-regions, for people.
+_OWN_CODE = {"<loss>": "the loss", "<model>": "between blocks"}
+
+
+def _names(paths: list[str]) -> str:
+    """The regions' module paths; a long list by its ends."""
+    paths = list(dict.fromkeys(paths))
     return f"{paths[0]} ... {paths[-1]}" if len(paths) > 2 else ", ".join(paths)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import recollect
+from recollect.cli.commands import batch_note
 from recollect.cli.main import main
 from recollect.records import Plan
 
@@ -28,6 +30,8 @@ def test_a_plan_is_written_and_can_be_verified(capsys: pytest.CaptureFixture[str
     assert "budget of 2.7 MiB" in out
     assert "written to plan.json" in out
     plan = Plan.load("plan.json")
+    assert batch_note(plan, plan.batch) == ""
+    assert "for batches of int64[4x65]: for this one, int64[8x65]" in batch_note(plan, "int64[8x65]")
     assert plan.budget_bytes == 2800 * 1024
     assert plan.predicted_peak_bytes <= plan.budget_bytes < plan.plain_peak_bytes
     main(["verify", *TINY, "--plan", "plan.json", "--reference-memory", "1GiB", "--steps", "1", "--json"])
@@ -54,6 +58,11 @@ def test_lists(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert any(line.split()[0] == name for line in capsys.readouterr().out.splitlines())
     assert main([command, "--json"]) == 0
     assert name in json.loads(capsys.readouterr().out)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"recollect {recollect.__version__}\n"
 
 
 def run_process(*words: str) -> subprocess.CompletedProcess[str]:

@@ -83,9 +83,13 @@ MODELS: Registry[ModelSource] = Registry(
         source.name: source
         for source in (
             _gpt("gpt", "causal transformer, 6 blocks of width 128", width=128, layers=6, heads=4, sequence_length=256),
-            _gpt("gpt-tiny", "the same with 2 blocks of width 32", width=32, layers=2, heads=2, sequence_length=64),
+            _gpt(
+                "gpt-tiny", "causal transformer, 2 blocks of width 32", width=32, layers=2, heads=2, sequence_length=64
+            ),
             _resnet("resnet", "ResNet-20 for small images", width=16, blocks=3),
-            _resnet("resnet-tiny", "the same with one block per stage, width 8", width=8, blocks=1),
+            _resnet(
+                "resnet-tiny", "residual network for small images, one block per stage, width 8", width=8, blocks=1
+            ),
             _lstm("lstm", "2 recurrent layers of width 128", width=128, layers=2, sequence_length=104),
             _lstm("lstm-tiny", "1 recurrent layer of width 16", width=16, layers=1, sequence_length=26),
         )
