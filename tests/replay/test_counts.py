@@ -166,7 +166,8 @@ def test_an_ample_budget_installs_nothing() -> None:
     with recollect.fit(model, batch, budget="1GiB") as applied:
         assert applied.plan.is_plain
         assert not applied.installed
-        assert "forward" not in vars(model)
+        # Only the model itself is watched, for batches of other shapes.
+        assert all("forward" not in vars(module) for module in model.modules() if module is not model)
         model(batch).backward()
         assert applied.statistics.taped_ops == 0
 
