@@ -18,6 +18,8 @@ ARGS ?=
 TESTS ?= tests
 # The tests' models are so small that a second thread costs more than it brings, above all on a busy machine.
 TEST_THREADS ?= 1
+# Test processes, and how the tests are shared among them.
+TEST_PROCESSES ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +43,7 @@ train: $(VENV)/.installed-train
 	$(BIN)/recollect train $(DEMO) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)
