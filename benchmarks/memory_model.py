@@ -332,8 +332,8 @@ def summary(rows: list[Row]) -> list[str]:
     ours = [abs(row.cells[0].error) for row in rows if row.mem_tracker and row.cells]
     lines = [
         f"* {len([row for row in rows if row.cells])} models, {len(cells)} cells, {len(planned)} of them plans.",
-        f"* Error before repair: median {100 * statistics.median(before):.4f} %, worst {100 * before[-1]:.3f} %.",
-        f"* Error after repair: median {100 * statistics.median(after):.4f} %, worst {100 * after[-1]:.3f} %.",
+        f"* Error before repair: median {100 * statistics.median(before):.4f} %, worst {100 * before[-1]:.4f} %.",
+        f"* Error after repair: median {100 * statistics.median(after):.4f} %, worst {100 * after[-1]:.4f} %.",
         f"* Plans over their budget: {len(over_before)} before repair (worst by "
         f"{max((c.measured - c.budget for c in over_before), default=0)} bytes), {len(over)} after.",
         f"* Plans with bits other than the plain step's: {len(unequal)}.",
