@@ -56,7 +56,7 @@ class RunSummary:
 
 
 def format_plan(plan: Plan) -> str:
-    """What was decided, in two lines."""
+    """What was decided, in two or three lines."""
     planned = [plan.recipes[region.recipe] for region in plan.regions if region.recipe >= 0]
     peaks = (
         f"predicted peak {format_bytes(plan.predicted_peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
@@ -66,9 +66,13 @@ def format_plan(plan: Plan) -> str:
     if not planned:
         return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
     dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
+    nested = (
+        "\n        the budget is below one level of recomputation: what passes between regions is recomputed, too, some of "
+        "it several times"
+    )
     return (
         f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
-        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}"
+        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{nested if plan.groups else ''}"
     )
 
 

@@ -16,6 +16,7 @@ from recollect.records import Decision, Group, Plan, Profile
 from recollect.simulate import simulate
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
+from recollect.train.summary import format_plan
 from tests.replay.programs import Program, loss_of, programs
 from tests.replay.test_random_modules import INEXACT, RANDOM_STATE_BYTES, SMALL, check_same, is_random, steps
 
@@ -182,6 +183,7 @@ def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     assert len(replayed) <= 2 * len(forward_ops)
     check_step(model, batch, middle)
     lowest = solver.solve(profile.baseline_bytes + smallest[200])
+    assert "below one level of recomputation" in format_plan(lowest)
     check_step(model, batch, lowest)
 
 
