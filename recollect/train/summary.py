@@ -67,8 +67,8 @@ def format_plan(plan: Plan) -> str:
         return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
     dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
     nested = (
-        "\n        the budget is below one level of recomputation: what passes between regions is recomputed, too, some "
-        "of it several times"
+        "\n        the budget is below one level of recomputation: what passes between regions is recomputed, too, "
+        "some of it several times"
     )
     return (
         f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
