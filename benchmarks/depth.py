@@ -17,7 +17,9 @@ time is the ratio of medians of interleaved steps.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,47 +33,12 @@ from recollect.solve import Solver
 from recollect.solve.build import build_plan
 from recollect.solve.nested import NestedPlans
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.chains import RNN, ResidualMLP
+
 DEPTHS = (50, 100, 200)
 ROUNDS = 7
-
-
-class Residual(nn.Module):
-    """One layer of the residual MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
-
-
-class ResidualMLP(nn.Module):
-    """`depth` layers, and a scalar loss."""
-
-    def __init__(self, depth: int, width: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
-        self.head = nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x).pow(2).mean()  # type: ignore[no-any-return]
-
-
-class RNN(nn.Module):
-    """A loop over the first dimension of its input, and a scalar loss."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.enter, self.turn, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = torch.zeros_like(x[0])
-        for moment in x:
-            state = torch.tanh(self.enter(moment) + self.turn(state))
-        return self.head(state).pow(2).mean()  # type: ignore[no-any-return]
 
 
 def plans(profile: Profile) -> dict[str, Plan]:

@@ -170,11 +170,12 @@ class Session(DispatchMode):
             installed.statistics.unplanned_calls += 1
         group = recipe.group if recipe is not None else None
         place = recipe.place if recipe is not None else 0
-        if self._tape is None or group is None or (group, place) != self._next:
+        uncalibrated = installed.calibrate and key not in installed.calibrated
+        goes_on = self._tape is not None and group is not None and (group, place) == self._next
+        # Another plan may have calibrated the group's first region and not this one.
+        if self._tape is None or not goes_on or (uncalibrated and not self._tape.is_calibrating):
             self._end_tape()
-            calibrator = None
-            if installed.calibrate and key not in installed.calibrated:
-                calibrator = Calibrator(installed.verified)
+            calibrator = Calibrator(installed.verified) if uncalibrated else None
             nest = group.nest if group is not None else None
             self._tape = Tape(installed.statistics, installed.pending, nest, calibrator)
         installed.calibrated.add(key)

@@ -112,6 +112,11 @@ class Tape:
         self._streams: dict[int, int] = {}
         self._lock = threading.RLock()
 
+    @property
+    def is_calibrating(self) -> bool:
+        """Its operations are checked as they run."""
+        return self._calibrator is not None
+
     def begin_region(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
         """What runs from now on belongs to a region call with this recipe (None: drop what is provably replayable)."""
         self._region = TapedRegion(recipe, refused)

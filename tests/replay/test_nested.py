@@ -12,11 +12,14 @@ import recollect
 from recollect import meter
 from recollect.nesting import Nest, tree_nest
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Group, Plan, Profile
+from recollect.records import Decision, Group, Plan
+from recollect.replay.recipe import LiveRecipe
+from recollect.replay.tape import Tape
 from recollect.simulate import simulate
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
 from recollect.train.summary import format_plan
+from tests.chains import RNN, ResidualMLP
 from tests.replay.programs import Program, loss_of, programs
 from tests.replay.test_random_modules import INEXACT, RANDOM_STATE_BYTES, SMALL, check_same, is_random, steps
 
@@ -96,45 +99,6 @@ def test_a_nest_holds_what_its_subtrees_pass_on() -> None:
     assert Nest().holds(0, 0, 0)
 
 
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-class ResidualMLP(nn.Module):
-    def __init__(self, depth: int, width: int = 8) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
-        self.head = nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x).pow(2).mean()  # type: ignore[no-any-return]
-
-
-class RNN(nn.Module):
-    """A loop in Python: all its steps are one region."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.enter, self.turn, self.head = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = torch.zeros_like(x[0])
-        for moment in x:
-            state = torch.tanh(self.enter(moment) + self.turn(state))
-        return self.head(state).pow(2).mean()  # type: ignore[no-any-return]
-
-
-def above_baseline(profile: Profile, plan: Plan) -> int:
-    return plan.predicted_peak_bytes - profile.baseline_bytes
-
-
 def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
     """Bit for bit the plain gradients, the predicted peak to the byte, and each operation as often as predicted."""
     for parameter in model.parameters():
@@ -205,3 +169,29 @@ def decided(plan: Plan) -> tuple[list[Decision], tuple[Group, ...]]:
     """A plan's decisions, as `simulate` wants them."""
     keep = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
     return list(keep), plan.groups
+
+
+@pytest.mark.usefixtures("_cheap_measuring")
+def test_regions_of_a_group_that_another_plan_never_ran_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for other shapes share what is calibrated: the group's first region may be, and the others not."""
+    model, batch = ResidualMLP(6), torch.randn(64, 8)
+    profile = recollect.measure(model, batch)
+    plan = Solver(profile).solve(Solver(profile).minimum_budget()[0])
+    assert plan.groups
+    watched: set[str] = set()
+    begin = Tape.begin_region
+
+    def noting(tape: Tape, recipe: LiveRecipe | None, refused: set[int]) -> None:
+        begin(tape, recipe, refused)
+        if tape.is_calibrating and recipe is not None and recipe.group is not None:
+            watched.add(plan.regions[recipe.group.first + recipe.place].key)
+
+    monkeypatch.setattr(Tape, "begin_region", noting)
+    first, *others = [region.key for region in plan.regions]
+    with recollect.apply(model, plan) as applied:
+        applied.live.calibrated.add(first)
+        applied.loss(model, batch).backward()
+        assert watched == set(others)
+        watched.clear()
+        applied.loss(model, batch).backward()
+        assert watched == set()
