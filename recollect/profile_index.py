@@ -50,6 +50,7 @@ class ProfileIndex:
         for slot_index, slot in enumerate(profile.slots):
             self.slots_of_region[slot.region].append(slot_index)
         self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
+        self._backward_event = next((t for t, event in enumerate(profile.events) if event.kind == EventKind.BACKWARD), 0)
         for time, event in enumerate(profile.events):
             owner = self.owner(event)
             if owner >= 0:
@@ -62,8 +63,7 @@ class ProfileIndex:
 
     def backward_event(self) -> int:
         """When backward begins: the moment at which everything held from forward is held; 0 without backward."""
-        kinds = (time for time, event in enumerate(self.profile.events) if event.kind == EventKind.BACKWARD)
-        return next(kinds, 0)
+        return self._backward_event
 
     def owner(self, event: Event) -> int:
         """The region whose tape has a part in an event; -1 if none has."""

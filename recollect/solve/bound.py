@@ -20,14 +20,15 @@ def added_ms_bound(pool: Pool, prices: Prices, budget_bytes: int) -> float:
     spare = sum(price * (budget_bytes - source.base[time]) for time, price in prices.private.items())
     total = -spare
     magnitude = abs(spare)
-    for class_id, regions in pool.members.items():
-        for region in regions:
-            if class_id in pool.enumerated or not pool.models[region].enabled:
+    for class_id, members in pool.members.items():
+        for regions in pool.alike(members, prices):
+            region = regions[0]
+            if class_id in pool.enumerated or not pool.may_drop(region):
                 cost = min(
                     pool.cost(source.column(region, decision), prices) for decision in pool.master.decisions[class_id]
                 )
             else:
-                cost = pool.models[region].best(prices)[0]
-            total += cost
-            magnitude += abs(cost)
+                cost = pool.model(region).best(prices)[0]
+            total += len(regions) * cost
+            magnitude += len(regions) * abs(cost)
     return max(0.0, total - 1e-9 * magnitude)  # rounding of floats, against ourselves

@@ -2,50 +2,101 @@
 
 The memory of a column is what `simulate.region_curve` says; nothing here predicts memory anew.  It is kept in two
 parts: *private* bytes, which add up over regions, and *shared* holdings, storages that another region may hold too and
-that are in memory once.
+that are in memory once.  Regions whose part of the timeline looks the same (`patterns`) share one evaluation.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
 
 from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, KeepSet
 from recollect.simulate import fixed_peaks, region_curve
+from recollect.solve.patterns import Timeline, timelines
+
+_Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Shape:
+    """One decision for all regions of a pattern: times are ranks, storages are places (see `patterns`)."""
+
+    overhead_ms: float
+    held_bytes: int
+    deltas: tuple[tuple[int, int], ...]
+    """(rank, private bytes): changes of level."""
+    extras: Mapping[int, int]
+    """Rank of a moment in which the level is higher for an instant, and by how much."""
+    shared: tuple[tuple[int, int, int, bool], ...]
+    """(place, first rank, rank after the last, whether the moment of that rank still sees it)."""
+    levels: tuple[int, ...]
+    """Private bytes after the moment of each rank."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Column:
     """One decision for one region, evaluated."""
 
     region: int
     decision: Decision
-    overhead_ms: float
-    held_bytes: int
-    """Bytes that it holds when backward begins, shared ones included: for breaking ties."""
-    deltas: Mapping[int, int]
-    """Private bytes: change of level at each event."""
-    extras: Mapping[int, int]
-    """Events in which the column rises, for an instant, above its level after the event, and by how much."""
-    shared: tuple[tuple[int, int, int], ...]
-    """(storage, first event, event after the last) of each shared holding."""
-    _times: list[int] = field(default_factory=list)
-    _levels: list[int] = field(default_factory=list)
-    _seen: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    shape: Shape
+    timeline: Timeline
+
+    @property
+    def overhead_ms(self) -> float:
+        """What the decision adds to the step."""
+        return self.shape.overhead_ms
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it holds when backward begins, shared ones included: for breaking ties."""
+        return self.shape.held_bytes
+
+    @cached_property
+    def delta_arrays(self) -> tuple[_Array, _Array]:
+        """Times and private bytes of the changes of level."""
+        moments = self.timeline.moments
+        return (
+            np.array([moments[rank] for rank, _ in self.shape.deltas], dtype=np.int64),
+            np.array([nbytes for _, nbytes in self.shape.deltas], dtype=np.float64),
+        )
+
+    @cached_property
+    def extra_arrays(self) -> tuple[_Array, _Array]:
+        """Times and bytes of the moments in which the column rises, for an instant, above its level after them."""
+        moments = self.timeline.moments
+        return (
+            np.array([moments[rank] for rank in self.shape.extras], dtype=np.int64),
+            np.array(list(self.shape.extras.values()), dtype=np.float64),
+        )
+
+    @cached_property
+    def shared(self) -> tuple[tuple[int, int, int], ...]:
+        """(storage, first event, event after the last) of each shared holding."""
+        moments, storages = self.timeline.moments, self.timeline.storages
+        return tuple(
+            (storages[place], moments[first], moments[end] + sees_end) for place, first, end, sees_end in self.shape.shared
+        )
 
     def at(self, time: int) -> tuple[int, tuple[int, ...]]:
         """Within event `time`: highest private bytes, and the shared storages held."""
-        found = self._seen.get(time)
-        if found is None:
-            place = bisect_right(self._times, time)
-            level = self._levels[place - 1] if place else 0
-            storages = tuple(s for s, start, end in self.shared if start <= time < end)
-            found = self._seen[time] = (level + self.extras.get(time, 0), storages)
-        return found
+        rank, exactly = self.timeline.place(time)
+        if rank < 0:
+            return 0, ()
+        level = self.shape.levels[rank]
+        if exactly:
+            level += self.shape.extras.get(rank, 0)
+        if not self.shape.shared:
+            return level, ()
+        return level, tuple(storage for storage, start, end in self.shared if start <= time < end)
 
 
 class ColumnSource:
@@ -55,61 +106,87 @@ class ColumnSource:
         self.index = index
         self.base = fixed_peaks(index)
         self.holders = _holders(index)
+        self.timelines = timelines(index, self.holders)
+        self._base = np.array(self.base, dtype=np.float64)
         self._columns: list[dict[Decision, Column]] = [{} for _ in index.profile.regions]
+        self._shapes: dict[tuple[int, Decision], Shape] = {}
         self._middle = index.backward_event()
 
     def column(self, region: int, decision: Decision) -> Column:
         """The column of `decision` in `region`; a decision that replays nothing is the same as None."""
         found = self._columns[region].get(decision)
         if found is None:
-            found = self._columns[region][decision] = self._make(region, decision)
+            timeline = self.timelines[region]
+            shape = self._shapes.get((timeline.pattern, decision))
+            if shape is None:
+                shape = self._shapes[timeline.pattern, decision] = self._evaluate(region, decision, timeline)
+            found = Column(region=region, decision=decision, shape=shape, timeline=timeline)
+            self._columns[region][decision] = found
         return found
 
-    def _make(self, region: int, decision: Decision) -> Column:
+    def _evaluate(self, region: int, decision: Decision, timeline: Timeline) -> Shape:
         curve = region_curve(self.index, region, decision)
+        end_of_step = len(self.base)
+        moments = timeline.moments
+        places = {storage: place for place, storage in enumerate(timeline.storages)}
+
+        def rank_of(time: int) -> int:
+            rank = bisect_left(moments, time)
+            assert rank < len(moments), "a region's curve changes only at the region's moments"
+            assert moments[rank] == time, "a region's curve changes only at the region's moments"
+            return rank
+
         deltas = Counter(dict(curve.deltas))
         shared = [hold for hold in curve.holds if len(self.holders[hold[0]]) > 1]
         for storage, start, end in shared:
             nbytes = self.index.profile.storages[storage].nbytes
             deltas[start] -= nbytes
             deltas[end] += nbytes
-        deltas.pop(len(self.base), None)
+        deltas.pop(end_of_step, None)
         spikes = dict(curve.spikes)
-        # A storage let go at the event of a spike is still there during the spike.
-        shared = [(storage, start, end + (end in spikes)) for storage, start, end in shared]
-        extras = {t: spike - deltas[t] for t, spike in spikes.items()}
-        held = sum(delta for t, delta in curve.deltas if t <= self._middle)
-        changes = {t: delta for t, delta in sorted(deltas.items()) if delta}
-        return Column(
-            region=region,
-            decision=decision,
+        changes = {rank_of(t): delta for t, delta in sorted(deltas.items()) if delta}
+        levels = accumulate(changes.get(rank, 0) for rank in range(len(moments)))
+        return Shape(
             overhead_ms=curve.overhead_ms,
-            held_bytes=held,
-            deltas=changes,
-            extras=extras,
-            shared=tuple(shared),
-            _times=list(changes),
-            _levels=list(accumulate(changes.values())),
+            held_bytes=sum(delta for t, delta in curve.deltas if t <= self._middle),
+            deltas=tuple(changes.items()),
+            extras={rank_of(t): spike - deltas[t] for t, spike in spikes.items()},
+            # A storage let go at the event of a spike is still there during the spike.
+            shared=tuple((places[s], rank_of(start), rank_of(end), end in spikes) for s, start, end in shared),
+            levels=tuple(levels),
         )
 
     def peaks(self, chosen: Iterable[tuple[Column, float]]) -> list[float]:
         """Highest bytes within every event for columns taken with weights (1 for a plan; fractions in a relaxation)."""
-        changes = [0.0] * (len(self.base) + 1)
-        extras: Counter[int] = Counter()
+        count = len(self.base)
+        times, sizes, extra_times, extra_sizes = [], [], [], []
         holds: dict[int, list[tuple[int, int, int, float]]] = {}
         for column, weight in chosen:
-            for time, delta in column.deltas.items():
-                changes[time] += weight * delta
-            for time, extra in column.extras.items():
-                extras[time] += weight * extra  # type: ignore[assignment]  # Counter of floats
+            when, nbytes = column.delta_arrays
+            times.append(when)
+            sizes.append(nbytes * weight)
+            if column.shape.extras:
+                when, nbytes = column.extra_arrays
+                extra_times.append(when)
+                extra_sizes.append(nbytes * weight)
             for storage, start, end in column.shared:
                 holds.setdefault(storage, []).append((start, end, column.region, weight))
+        changes = _sums(times, sizes, count + 1)
         for storage, intervals in holds.items():
-            nbytes = self.index.profile.storages[storage].nbytes
+            nbytes_of_storage = self.index.profile.storages[storage].nbytes
             for time, change in _union_changes(intervals):
-                changes[time] += change * nbytes
-        levels = accumulate(changes[:-1])
-        return [base + level + extras.get(t, 0) for t, (base, level) in enumerate(zip(self.base, levels, strict=True))]
+                changes[time] += change * nbytes_of_storage
+        peaks: list[float] = (
+            self._base + np.cumsum(changes[:count]) + _sums(extra_times, extra_sizes, count)
+        ).tolist()
+        return peaks
+
+
+def _sums(times: list[_Array], sizes: list[_Array], count: int) -> _Array:
+    """Sum of the sizes at each time from 0 to `count` - 1."""
+    if not times:
+        return np.zeros(count)
+    return np.bincount(np.concatenate(times), weights=np.concatenate(sizes), minlength=count)
 
 
 def _union_changes(intervals: list[tuple[int, int, int, float]]) -> list[tuple[int, float]]:

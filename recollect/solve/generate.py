@@ -14,7 +14,7 @@ among the same columns, so a larger budget is never slower, and a frontier costs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 
@@ -55,11 +55,12 @@ class Pool:
     """The pool of the same profile without measured times (`untimed`): its columns are on offer here, too. None: this
     is that pool, and columns are only generated for the smallest peak."""
     master: Master = field(init=False)
-    models: list[PricingModel] = field(init=False)
     members: dict[int, list[int]] = field(init=False)
     """Class to its regions."""
     enumerated: set[int] = field(default_factory=set)
     """Classes of which every keep set is on offer."""
+    _shared: frozenset[int] = field(init=False)
+    _models: dict[int, PricingModel] = field(init=False)
     smallest: tuple[int, list[Decision]] = field(init=False)
     """The smallest peak in bytes, and its decisions, among the columns of `structure`: no measured time has a part in
     it, so that two measurements of one model name the same smallest budget."""
@@ -67,8 +68,8 @@ class Pool:
     def __post_init__(self) -> None:
         index = self.source.index
         self.master = Master(self.source)
-        shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
-        self.models = [PricingModel(index, region, shared) for region in range(len(index.profile.regions))]
+        self._shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
+        self._models = {}
         self.members = {}
         for region, record in enumerate(index.profile.regions):
             self.members.setdefault(record.class_id, []).append(region)
@@ -77,7 +78,7 @@ class Pool:
         larger = {
             class_id: regions
             for class_id, regions in self.members.items()
-            if class_id not in self.enumerated and any(self.models[region].enabled for region in regions)
+            if class_id not in self.enumerated and any(self.may_drop(region) for region in regions)
         }
         if self.structure is None and larger:
             self._generate(None)  # from few columns and again from many: descents end elsewhere
@@ -97,10 +98,32 @@ class Pool:
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
 
+    def may_drop(self, region: int) -> bool:
+        """There is something that a decision could drop."""
+        return bool(self.source.index.facts[region].slots)
+
+    def model(self, region: int) -> PricingModel:
+        """The region's pricing problem."""
+        found = self._models.get(region)
+        if found is None:
+            found = self._models[region] = PricingModel(self.source.index, region, self._shared)
+        return found
+
+    def alike(self, regions: Iterable[int], prices: Prices) -> list[list[int]]:
+        """The regions in groups whose decisions all cost the same at these prices."""
+        times = list(prices.private)
+        with_parts = {region for _, _, region in prices.shared}
+        groups: dict[Hashable, list[int]] = {}
+        for region in regions:
+            timeline = self.source.timelines[region]
+            key = (timeline.pattern, tuple(timeline.place(time) for time in times), region if region in with_parts else -1)
+            groups.setdefault(key, []).append(region)
+        return list(groups.values())
+
     def _open(self, class_id: int, regions: list[int]) -> None:
         """The first decisions of a class."""
         index = self.source.index
-        if not any(self.models[region].enabled for region in regions):
+        if not any(self.may_drop(region) for region in regions):
             return
         useful = useful_values(index, regions[0])
         if len(regions) << len(useful) <= _ENUMERATE_AT_MOST:
@@ -131,7 +154,7 @@ class Pool:
         The hull's vertices by bisection of slopes (Eisner & Severance 1976).
         """
         middle = self.source.index.backward_event()
-        model = self.models[region]
+        model = self.model(region)
 
         def point(price: float, weight: float) -> tuple[float, int, Decision]:
             shared = {(middle, storage, region): price for storage in model.shared}
@@ -199,15 +222,9 @@ class Pool:
             if class_id in self.enumerated:
                 continue
             known = list(self.master.decisions[class_id])
-            seen: set[tuple[float, Decision]] = set()
             loose: list[tuple[float, int, Column]] = []
-            for region in regions:
-                if not self.models[region].enabled:
-                    continue
-                bound, decision = self.models[region].best(prices)
-                if (round(bound, 9), decision) in seen:
-                    continue
-                seen.add((round(bound, 9), decision))
+            for region, *_ in self.alike(filter(self.may_drop, regions), prices):
+                bound, decision = self.model(region).best(prices)
                 new |= self._offer(class_id, decision)
                 cost, place = min((self.cost(self.source.column(region, d), prices), i) for i, d in enumerate(known))
                 slack = cost - bound

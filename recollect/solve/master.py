@@ -10,7 +10,7 @@ A storage that two regions may hold counts once: the row has a variable for it, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from operator import le
@@ -28,6 +28,7 @@ _MOMENTS_PER_ROUND = 12
 _Levels = tuple[int, ...]
 #: (place of the moment, storage) of shared storages held.
 _Links = frozenset[tuple[int, int]]
+_NO_LINKS: _Links = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,10 @@ class Master:
     """Greatest common divisor of all sizes: bytes are counted in it."""
     _classes: list[int] = field(init=False)
     _stretches: list[int] = field(init=False)
+    _places: list[list[tuple[int, bool]]] = field(init=False)
+    """Region, moment: where the moment is in the region's timeline."""
     _vectors: list[list[list[tuple[int, tuple[int, ...]]]]] = field(init=False)
-    """Region, decision, moment: what the column says at the moment."""
+    """Region, decision, moment: what the column says at the moment; for the regions that were looked up."""
     _holding: list[dict[int, set[int]]] = field(default_factory=list)
     """Moment to shared storage to the regions that have a column which holds it."""
 
@@ -89,6 +92,7 @@ class Master:
             self.decisions.setdefault(class_id, {None: None})
         self._stretches = _stretches(self.source)
         self._vectors = [[] for _ in self._classes]
+        self._places = [[] for _ in self._classes]
         plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
         self.add_moments(plain, 0)
 
@@ -165,48 +169,69 @@ class Master:
             links.append(_Link(storage, [self.moments[place] for place in places], of_region))
         return links
 
-    def _refresh(self) -> None:
-        """Look up the columns and moments that are new."""
-        self._holding += [{} for _ in self.moments[len(self._holding) :]]
-        for region, class_id in enumerate(self._classes):
-            vectors = self._vectors[region]
-            for place, decision in enumerate(self.decisions[class_id]):
-                if place == len(vectors):
-                    vectors.append([])
-                vector = vectors[place]
-                if len(vector) < len(self.moments):
-                    column = self.source.column(region, decision)
-                    for moment in range(len(vector), len(self.moments)):
-                        found = column.at(self.moments[moment])
-                        vector.append(found)
-                        for storage in found[1]:
-                            self._holding[moment].setdefault(storage, set()).add(region)
+    def _look_up(self, region: int) -> list[list[tuple[int, tuple[int, ...]]]]:
+        """What each of the region's columns says at each moment."""
+        vectors = self._vectors[region]
+        for place, decision in enumerate(self.decisions[self._classes[region]]):
+            if place == len(vectors):
+                vectors.append([])
+            vector = vectors[place]
+            if len(vector) < len(self.moments):
+                column = self.source.column(region, decision)
+                for moment in range(len(vector), len(self.moments)):
+                    found = column.at(self.moments[moment])
+                    vector.append(found)
+                    for storage in found[1]:
+                        self._holding[moment].setdefault(storage, set()).add(region)
+        return vectors
 
     def _groups(self, *, pruned: bool) -> list[_Group]:
         """Regions with equal coefficients together; if `pruned`, without columns that another equals or beats."""
-        self._refresh()
-        storages = self.source.index.profile.storages
-        alike: dict[tuple[int, tuple[_Levels, ...], tuple[_Links, ...]], list[int]] = {}
-        for region, class_id in enumerate(self._classes):
-            all_levels, all_linked = [], []
-            for vector in self._vectors[region]:
-                linked: list[tuple[int, int]] = []
-                levels = [level for level, _ in vector]
-                for place, (_, held) in enumerate(vector):
-                    for storage in held:
-                        if len(self._holding[place][storage]) > 1:
-                            linked.append((place, storage))
-                        else:
-                            levels[place] += storages[storage].nbytes
-                all_levels.append(tuple(levels))
-                all_linked.append(frozenset(linked))
-            alike.setdefault((class_id, tuple(all_levels), tuple(all_linked)), []).append(region)
+        self._holding += [{} for _ in self.moments[len(self._holding) :]]
+        # Regions with one pattern, in which the moments fall on the same places, have the same columns.
+        same: dict[Hashable, list[int]] = {}
+        for region, (timeline, places) in enumerate(zip(self.source.timelines, self._places, strict=True)):
+            places += [timeline.place(time) for time in self.moments[len(places) :]]
+            same.setdefault((timeline.pattern, tuple(places)), []).append(region)
+        with_shared: list[int] = []
+        alike: dict[Hashable, tuple[list[int], list[_Levels], list[_Links]]] = {}
+        for key, regions in same.items():
+            vectors = self._look_up(regions[0])
+            if any(held for vector in vectors for _, held in vector):
+                with_shared += regions
+            else:
+                levels = [tuple(level for level, _ in vector) for vector in vectors]
+                alike[key] = regions, levels, [_NO_LINKS] * len(levels)
+        for region in with_shared:
+            self._look_up(region)
+        for region in with_shared:
+            levels, linked = self._coefficients(region)
+            key = (self._classes[region], tuple(levels), tuple(linked))
+            alike.setdefault(key, ([], levels, linked))[0].append(region)
         groups = []
-        for (class_id, class_levels, class_linked), regions in alike.items():
-            columns = [self.source.column(regions[0], decision) for decision in self.decisions[class_id]]
-            group = _Group(regions, columns, list(class_levels), list(class_linked))
+        for regions, levels, linked in sorted(alike.values(), key=lambda entry: entry[0][0]):
+            decisions = self.decisions[self._classes[regions[0]]]
+            columns = [self.source.column(regions[0], decision) for decision in decisions]
+            group = _Group(regions, columns, levels, linked)
             groups.append(_undominated(group) if pruned else group)
         return groups
+
+    def _coefficients(self, region: int) -> tuple[list[_Levels], list[_Links]]:
+        """For each column of a region: bytes, and what is shared, at each moment."""
+        storages = self.source.index.profile.storages
+        all_levels, all_linked = [], []
+        for vector in self._vectors[region]:
+            linked: list[tuple[int, int]] = []
+            levels = [level for level, _ in vector]
+            for place, (_, held) in enumerate(vector):
+                for storage in held:
+                    if len(self._holding[place][storage]) > 1:
+                        linked.append((place, storage))
+                    else:
+                        levels[place] += storages[storage].nbytes
+            all_levels.append(tuple(levels))
+            all_linked.append(frozenset(linked))
+        return all_levels, all_linked
 
     def relaxed(self, budget_bytes: int | None) -> Relaxation | None:
         """The linear relaxation, over the moments of all its own violations; None if even it has no solution."""

@@ -11,6 +11,7 @@ from recollect.records import Decision, Plan, Profile
 from recollect.simulate import Simulation, simulate
 from recollect.solve.bound import added_ms_bound
 from recollect.solve.build import build_plan
+from recollect.solve.choice import Choice
 from recollect.solve.columns import ColumnSource
 from recollect.solve.generate import Pool, untimed
 from recollect.solve.nested import NestedPlan, NestedPlans
@@ -142,23 +143,22 @@ class Solver:
     def _lighten(self, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
         """An equally fast plan: untouched where that is free, otherwise holding fewer bytes where that is free."""
         source, master = self._pool.source, self._pool.master
-        result = list(decisions)
+        choice = Choice(source, decisions)
         for region, record in enumerate(self.profile.regions):
-            now = source.column(region, result[region])
+            now = choice.columns[region]
+            if now.decision is None:
+                continue
             rivals = [source.column(region, decision) for decision in master.decisions[record.class_id]]
             better = [
                 column
                 for column in rivals
                 if column.overhead_ms <= now.overhead_ms
-                and now.decision is not None
                 and (column.decision is None or column.held_bytes < now.held_bytes)
             ]
             for column in sorted(better, key=lambda c: (c.decision is not None, c.held_bytes)):
-                trial = [*result[:region], column.decision, *result[region + 1 :]]
-                if max(source.peaks(master.chosen(trial))) <= budget_bytes:
-                    result = trial
+                if choice.exchange(column, budget_bytes):
                     break
-        return result
+        return [column.decision for column in choice.columns]
 
 
 def solve(profile: Profile, budget_bytes: int) -> Plan:
