@@ -54,6 +54,12 @@ class WeakStorage:
         free(self._pointer)
 
 
+#: A detached alias of a strided tensor that shares its version counter, made without any mode seeing it: `detach()`
+#: would be dispatched to the very mode that watches a region, at every saving.  Not inside `__torch_dispatch__`, see
+#: `alias`.
+alias_outside_dispatch: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass
+
+
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """A detached alias that shares the version counter.
 
@@ -62,6 +68,12 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(_ADINPLACE, False):
         return tensor.detach()
+
+
+def plain_call(func: Any) -> Callable[..., Any]:
+    """What calling an operator overload comes to, without the Python method around it."""
+    call: Callable[..., Any] = func._op if isinstance(func, OpOverload) else func
+    return call
 
 
 def version_counter(tensor: torch.Tensor) -> torch.Tensor:

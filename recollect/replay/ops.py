@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from recollect._torch_private import OpOverload
+from recollect._torch_private import OpOverload, plain_call
 
 #: Operations that write arguments which their schema does not mark: the positions of those arguments, and of the flag
 #: that says whether they write. When they do, replay passes None: outputs are bit for bit the same and the running
@@ -86,6 +86,9 @@ _KNOWN_GOOD = frozenset(
 class OpInfo:
     """Facts of one operator overload."""
 
+    func: Any
+    call: Callable[..., Any]
+    """How to call it with the least ado."""
     name: str
     is_view: bool
     """Returns an alias and writes nothing (or is not a tensor operation at all): never taped, never counted."""
@@ -109,26 +112,34 @@ class OpInfo:
     blocker_on_cuda: str
     needs_calibration: bool
     """Not on the known-good list: replay it once and compare, before trusting it."""
+    is_quiet: bool = field(init=False)
+    """It changes nothing that a tape knows: neither writes nor splits anything, and is PyTorch's own."""
+
+    def __post_init__(self) -> None:
+        loud = self.mutates or self.undeclared_writes or self.splits_silently or self.is_foreign
+        object.__setattr__(self, "is_quiet", not loud)
 
 
-_INFO: dict[Any, OpInfo] = {}
+#: By the operator's `id`, as hashing an operator is a Python call; the facts hold the operator, so that no other can
+#: get its number.
+_INFO: dict[int, OpInfo] = {}
+known_facts = _INFO.get
 
 
 def describe(func: Any) -> OpInfo:
     """Facts about an operator overload (cached)."""
-    info = _INFO.get(func)
+    info = _INFO.get(id(func))
     if info is None:
-        info = _INFO[func] = _describe(func)
+        info = _INFO[id(func)] = _describe(func)
     return info
 
 
 def _describe(func: Any) -> OpInfo:
     if not isinstance(func, OpOverload):  # a higher-order operator: opaque
         return OpInfo(
-            name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False, is_full_writer=False,
-            splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
-            blocker="a higher-order operator", blocker_on_cuda="",
-            needs_calibration=True,
+            func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
+            is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
+            blocker="a higher-order operator", blocker_on_cuda="", needs_calibration=True,
         )  # fmt: skip
     schema = func._schema
     name = str(func)
@@ -143,19 +154,13 @@ def _describe(func: Any) -> OpInfo:
     uninitialised = name in _UNINITIALISED
     if func.namespace not in ("aten", "prims"):
         blocker = f"{func.namespace} operations are not replayed"
-    elif base in (
-        "set_",
-        "resize_",
-        "resize_as_",
-        "_cudnn_rnn",
-        "_cudnn_init_dropout_state",
-        "_resize_output_",
-        "_efficientzerotensor",
-    ):
+    elif base in _STATEFUL:
         blocker = "the operation changes state that the tape cannot see"
     else:
         blocker = ""
     return OpInfo(
+        func=func,
+        call=plain_call(func),
         name=name,
         is_view=(not mutates and returns_alias) or func.namespace == "prim",
         mutates=mutates,
@@ -193,7 +198,7 @@ def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]
 def learn_undeclared_writes(func: Any, places: Iterable[int]) -> None:
     """An operation was caught writing these arguments: from now on that is known, to later calls and measurements."""
     info = describe(func)
-    _INFO[func] = replace(info, undeclared_writes=tuple(sorted({*info.undeclared_writes, *places})), training_flag=-1)
+    _INFO[id(func)] = replace(info, undeclared_writes=tuple(sorted({*info.undeclared_writes, *places})), training_flag=-1)
 
 
 def tensors_in(arguments: Any) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ from recollect.records import Group
 from recollect.replay.calibration import Calibrator
 from recollect.replay.cursor import LOSS, RegionCursor
 from recollect.replay.exposure import ExposureWatch
-from recollect.replay.ops import OpInfo, describe, mutated_tensors, undeclared_writes
+from recollect.replay.ops import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from recollect.replay.pending import Pending
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.statistics import Statistics
@@ -260,10 +260,12 @@ class Session(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        info = known_facts(id(func)) or describe(func)
+        if info.is_view or (
+            info.is_quiet and self._tape is not None and current_graph_task() < 0 and self._tape.passes(func)
+        ):
+            return info.call(*args, **kwargs) if kwargs else info.call(*args)
         kwargs = kwargs or {}
-        info = describe(func)
-        if info.is_view:
-            return func(*args, **kwargs)
         was_busy, self._busy = self._busy, True
         try:
             return self._run(func, info, types, args, kwargs)

@@ -128,6 +128,22 @@ class Tape:
         if self._nest is not None:
             self._leaf = self._nest.leaf_at(self._place, position)
 
+    def passes(self, func: Any) -> bool:
+        """Whether the operation that comes now is one that the plan has no use for; if so, the tape is past it.
+
+        For operations that change nothing the tape knows (`OpInfo.is_quiet`).  What it makes is unknown to the tape and
+        external when it is seen again, as with any operation that is not written down.  Its results cannot be taken for
+        a value of the tape: every such value reserves the address of its storage.
+        """
+        region = self._region
+        if self._nest is not None or self._calibrator is not None or region is None or not region.on_plan:
+            return False
+        recipe = region.recipe
+        if recipe is None or recipe.passes[self._position] is not func:
+            return False
+        self._position += 1
+        return True
+
     # ------------------------------------------------------------------------------------------------ forward
 
     def dispatch(

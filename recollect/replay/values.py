@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recollect._torch_private import WeakStorage, alias, below_autograd, storage_key, version_counter, with_lazy_bits
+from recollect._torch_private import (
+    WeakStorage,
+    alias,
+    alias_outside_dispatch,
+    below_autograd,
+    storage_key,
+    version_counter,
+    with_lazy_bits,
+)
 from recollect.replay.ops import OpInfo
 from recollect.replay.recipe import LiveRecipe
 
@@ -166,7 +174,9 @@ class Kept:
     def __init__(self, tensor: _Tensor) -> None:
         # An output that its own node saves has that node as grad_fn: held as it is, the two would keep each other alive
         # for ever in a graph that never sees a backward.
-        self.tensor = alias(tensor)
+        # A subclass is aliased as its own kind.
+        plain = type(tensor) is _Tensor or type(tensor) is torch.nn.Parameter
+        self.tensor = alias_outside_dispatch(_Tensor, tensor) if plain else alias(tensor)
         self.version = tensor._version
 
     def read(self) -> _Tensor:
