@@ -50,7 +50,8 @@ class ProfileIndex:
         for slot_index, slot in enumerate(profile.slots):
             self.slots_of_region[slot.region].append(slot_index)
         self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
-        self._backward_event = next((t for t, event in enumerate(profile.events) if event.kind == EventKind.BACKWARD), 0)
+        kinds = [event.kind for event in profile.events]
+        self._backward_event = kinds.index(EventKind.BACKWARD) if EventKind.BACKWARD in kinds else 0
         for time, event in enumerate(profile.events):
             owner = self.owner(event)
             if owner >= 0:

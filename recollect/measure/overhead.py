@@ -1,15 +1,20 @@
 """What the mechanism itself costs on this machine, per operation: so that plans are not drawn up as if it were free.
 
-A region's mode is measured where it is paid: between operations that stream a megabyte through the caches, so that
-Python finds its own code and objects cold each time.  Writing down and replaying cannot be told there from what the
-operations themselves do to the caches, so that is measured on operations of one element, and scaled by what the cold
-caches made of the mode.
+Forward is measured as a model pays for it: before each operation other data streams through the caches, so that Python
+finds its own code and objects cold.  In a loop of tiny operations the same takes a third of the time.  Backward cannot
+be interrupted that way; what replay adds there is measured in such a loop, and scaled by what cold caches made of
+forward.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from recollect.measure.state import RandomState
@@ -17,40 +22,48 @@ from recollect.records import Recipe
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.session import Installed
 
-_OPS = 24
-_ELEMENTS = 1 << 18
-_ROUNDS = 15
+_OPS = 16
+_ROUNDS = 9
 _KEY = "<overhead>"
-#: The most that cold caches make of the time of the same Python code.
-_MOST_SCALE = 8.0
+#: More than a core's own caches hold.
+_STREAMED_BYTES = 4 << 20
 
 
 def measure_overhead(device: torch.device | str = "cpu") -> tuple[float, float]:
-    """Milliseconds per operation: of running in a planned region, and further of being taped and replayed.
-
-    Shortest times of interleaved rounds, less that of the plain chain.
-    """
+    """Milliseconds per operation: of running in a planned region, and further of being taped and replayed."""
     random_state = RandomState()
-    passing = _installed()
-    taped = Installed(recipes={}, calibrate=False)
-    best: dict[str, float] = {}
+    passing, taped = _installed(), Installed(recipes={}, calibrate=False)
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "plain": nullcontext,
+        "mode": lambda: passing.region(_KEY),
+        "tape": lambda: taped.region(_KEY),
+    }
+    weight = torch.full((1,), 0.5, device=device, requires_grad=True)
+    gradient = torch.ones_like(weight)
+    streamed = np.ones(_STREAMED_BYTES // 8)
+    cold: dict[str, list[float]] = {name: [] for name in contexts}
+    hot: dict[str, list[float]] = {name: [] for name in contexts}
+    backward: dict[str, list[float]] = {name: [] for name in contexts}
     with torch.enable_grad():
-        for size, elements, kinds in (
-            ("large", _ELEMENTS, {"plain": None, "mode": passing}),
-            ("small", 1, {"plain": None, "mode": passing, "tape": taped}),
-        ):
-            weight = torch.full((elements,), 0.5, device=device, requires_grad=True)
-            for _ in range(_ROUNDS):
-                for kind, installed in kinds.items():
-                    name = f"{size} {kind}"
-                    best[name] = min(best.get(name, float("inf")), _run_ms(weight, installed))
+        for _ in range(_ROUNDS):
+            for name, context in contexts.items():
+                with context():
+                    _chain(weight, cold[name], streamed)
+                with context():
+                    result = _chain(weight, hot[name], None)
+                begin = time.perf_counter()
+                result.backward(gradient)
+                backward[name].append((time.perf_counter() - begin) * 1e3 / _OPS)
+                weight.grad = None
     random_state.restore()
-    mode_ms = max(0.0, best["large mode"] - best["large plain"]) / _OPS
-    small_mode_ms = max(1e-6, best["small mode"] - best["small plain"]) / _OPS
-    small_tape_ms = max(0.0, best["small tape"] - best["small mode"]) / _OPS
-    mode_ms = max(mode_ms, small_mode_ms)
-    scale = min(mode_ms / small_mode_ms, _MOST_SCALE)
-    return round(mode_ms, 6), round(small_tape_ms * scale, 6)
+    cold_ms, hot_ms, backward_ms = (
+        {name: statistics.median(found) for name, found in times.items()} for times in (cold, hot, backward)
+    )
+    mode_ms = max(0.0, cold_ms["mode"] - cold_ms["plain"])
+    record_ms = max(0.0, cold_ms["tape"] - cold_ms["mode"])
+    scale = max(1.0, (cold_ms["tape"] - cold_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
+    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"])
+    return round(mode_ms, 6), round(record_ms + replay_ms, 6)
 
 
 def _installed() -> Installed:
@@ -68,26 +81,14 @@ def _installed() -> Installed:
     return Installed(recipes={f"{_KEY}#0": LiveRecipe(recipe)}, calibrate=False)
 
 
-def _run_ms(weight: torch.Tensor, installed: Installed | None) -> float:
-    """Time of the chain's forward and backward; on CUDA, until all is submitted."""
-    gradient = torch.ones_like(weight)
-    if weight.device.type == "cuda":
-        torch.cuda.synchronize(weight.device)
-    begin = time.perf_counter()
-    if installed is None:
-        result = _chain(weight)
-    else:
-        with installed.region(_KEY):
-            result = _chain(weight)
-    result.backward(gradient)
-    elapsed_ms = (time.perf_counter() - begin) * 1e3
-    weight.grad = None
-    return elapsed_ms
-
-
-def _chain(weight: torch.Tensor) -> torch.Tensor:
+def _chain(weight: torch.Tensor, times_ms: list[float], streamed: npt.NDArray[np.float64] | None) -> torch.Tensor:
+    """Operations of one element; notes what each took."""
     x = weight
     for _ in range(_OPS):
+        if streamed is not None:
+            streamed.sum()
+        begin = time.perf_counter()
         # A view for every operation, as in real models: views are not taped, but the mode sees them, too.
         x = torch.abs(x.view(-1))
+        times_ms.append((time.perf_counter() - begin) * 1e3)
     return x

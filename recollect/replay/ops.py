@@ -198,7 +198,8 @@ def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]
 def learn_undeclared_writes(func: Any, places: Iterable[int]) -> None:
     """An operation was caught writing these arguments: from now on that is known, to later calls and measurements."""
     info = describe(func)
-    _INFO[id(func)] = replace(info, undeclared_writes=tuple(sorted({*info.undeclared_writes, *places})), training_flag=-1)
+    known = tuple(sorted({*info.undeclared_writes, *places}))
+    _INFO[id(func)] = replace(info, undeclared_writes=known, training_flag=-1)
 
 
 def tensors_in(arguments: Any) -> list[torch.Tensor]:

@@ -83,7 +83,8 @@ class Column:
         """(storage, first event, event after the last) of each shared holding."""
         moments, storages = self.timeline.moments, self.timeline.storages
         return tuple(
-            (storages[place], moments[first], moments[end] + sees_end) for place, first, end, sees_end in self.shape.shared
+            (storages[place], moments[first], moments[end] + sees_end)
+            for place, first, end, sees_end in self.shape.shared
         )
 
     def at(self, time: int) -> tuple[int, tuple[int, ...]]:
@@ -176,9 +177,7 @@ class ColumnSource:
             nbytes_of_storage = self.index.profile.storages[storage].nbytes
             for time, change in _union_changes(intervals):
                 changes[time] += change * nbytes_of_storage
-        peaks: list[float] = (
-            self._base + np.cumsum(changes[:count]) + _sums(extra_times, extra_sizes, count)
-        ).tolist()
+        peaks: list[float] = (self._base + np.cumsum(changes[:count]) + _sums(extra_times, extra_sizes, count)).tolist()
         return peaks
 
 

@@ -116,7 +116,8 @@ class Pool:
         groups: dict[Hashable, list[int]] = {}
         for region in regions:
             timeline = self.source.timelines[region]
-            key = (timeline.pattern, tuple(timeline.place(time) for time in times), region if region in with_parts else -1)
+            places = tuple(timeline.place(time) for time in times)
+            key = (timeline.pattern, places, region if region in with_parts else -1)
             groups.setdefault(key, []).append(region)
         return list(groups.values())
 

@@ -39,9 +39,7 @@ def timelines(index: ProfileIndex, holders: dict[int, set[int]]) -> list[Timelin
     return [_timeline(index, holders, region, numbers) for region in range(len(index.profile.regions))]
 
 
-def _timeline(
-    index: ProfileIndex, holders: dict[int, set[int]], region: int, numbers: dict[Hashable, int]
-) -> Timeline:
+def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, numbers: dict[Hashable, int]) -> Timeline:
     profile = index.profile
     record = profile.regions[region]
     places: dict[int, int] = {}
