@@ -23,7 +23,7 @@ WORST_ERROR = 0.0005
 @pytest.fixture(autouse=True)
 def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times do not matter here, only bytes and bits."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda: (0.001, 0.001))
+    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: (0.001, 0.001))
     monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 

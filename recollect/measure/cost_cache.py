@@ -37,7 +37,7 @@ from recollect.measure.layouts import Layouts
 _log = logging.getLogger(__name__)
 
 #: Raised when what an entry means changes.
-_FORMAT = "recollect.operation-costs/2"
+_FORMAT = "recollect.operation-costs/3"
 _MOST_ENTRIES = 20_000
 _MOST_FILES = 16
 _OFF = ("off", "0", "false", "no")

@@ -152,7 +152,7 @@ def measure_step(
         costs = price(signatures)
         scratch_ms, times_ms = scratch_ms + costs.scratch_ms, times_ms + costs.times_ms
     costed = time.perf_counter()
-    mode_ms, tape_ms = (0.0, 0.0) if untimed else measure_overhead()
+    mode_ms, tape_ms = (0.0, 0.0) if untimed else measure_overhead(device, cache)
     mechanism_ms = (time.perf_counter() - costed) * 1e3
     baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
     for storage in seen.storages:

@@ -49,7 +49,7 @@ class Fan(nn.Module):
 @pytest.fixture(autouse=True)
 def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times do not matter here, only bytes."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda: (0.001, 0.001))
+    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: (0.001, 0.001))
     monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 
