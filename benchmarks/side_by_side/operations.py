@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from recollect.replay.tape import Tape
 
 #: Of one operation: its name, and the shapes, strides and types it runs on.
 Signature = tuple[Any, ...]
@@ -23,7 +26,10 @@ class _Count(TorchDispatchMode):
         self.times_ms: dict[Signature, list[float]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.note(func, args, kwargs or {})
+
+    def note(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation and write it down."""
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         signature = (str(func), *((tuple(t.shape), t.stride(), str(t.dtype)) for t in tensors))
         begin = time.perf_counter()
@@ -35,9 +41,30 @@ class _Count(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def _replays_noted(mode: _Count) -> Iterator[None]:
+    """recollect replays below every dispatch mode: what it runs there is noted, too."""
+    run = Tape._run
+
+    def noted(self: Tape, op: Any, passing: Any) -> None:
+        func = op.func
+        op.func = lambda *args, **kwargs: mode.note(func, args, kwargs)
+        try:
+            run(self, op, passing)
+        finally:
+            op.func = func
+
+    Tape._run = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tape._run = run  # type: ignore[method-assign]
+
+
 def count(step: Callable[[], Any], steps: int = 3) -> tuple[Counter[Signature], dict[Signature, float]]:
     """How often each operation runs in a step, and its median milliseconds within it."""
-    with _Count() as mode:
+    mode = _Count()
+    with mode, _replays_noted(mode):
         for _ in range(steps):
             step()
     counts = Counter({signature: found // steps for signature, found in mode.counts.items()})
@@ -45,7 +72,10 @@ def count(step: Callable[[], Any], steps: int = 3) -> tuple[Counter[Signature], 
 
 
 def recompute_ms(
-    counts: Counter[Signature], own_ms: dict[Signature, float], plain: Counter[Signature], table_ms: dict[Signature, float]
+    counts: Counter[Signature],
+    own_ms: dict[Signature, float],
+    plain: Counter[Signature],
+    table_ms: dict[Signature, float],
 ) -> float:
     """Milliseconds of what a method runs more often than the plain step, by the plain step's own times."""
     return sum(

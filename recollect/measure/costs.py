@@ -3,8 +3,9 @@
 Time: the minimum of a few runs, the runs of all operations interleaved so that a burst of other work on the machine
 does not fall on one of them.  On a CPU, an operation that moves much data is timed with its arguments out of the caches
 (see `processor_caches`), less what that costs an operation without data: its code is then cold, too, which in a step of
-some hundred operations of the same kinds it is not.  Scratch: the most memory the operation held inside, beyond inputs and outputs, which no
-dispatcher shows (convolutions, attention); on CPU from the profiler's memory events, on CUDA from the allocator.
+some hundred operations of the same kinds it is not.  Scratch: the most memory the operation held inside, beyond inputs
+and outputs, which no dispatcher shows (convolutions, attention); on CPU from the profiler's memory events, on CUDA from
+the allocator.
 
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
 be run on such data is given the time and scratch zero; so is one that a made-up argument could crash: anything outside
