@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from recollect.errors import UnsupportedInput
 from recollect.records import Plan, Profile
@@ -37,7 +38,22 @@ def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -
     budgets.add(solver.smallest_at_one_level().peak_bytes)
     budgets.update(budget for budget in also if budget >= least_bytes)
     # In rising order, so that the solver can use a plan for a smaller budget where its search finds only slower ones.
-    return [solver.solve(budget) for budget in sorted(budgets)]
+    return _with_tightest_bounds([solver.solve(budget) for budget in sorted(budgets)])
+
+
+def _with_tightest_bounds(plans: list[Plan]) -> list[Plan]:
+    """The plans, each with the best bound of all: what no plan can beat within a budget, none can within a smaller one.
+
+    Not so below one level, where the bound of one level says nothing.
+    """
+    tightened = []
+    bound_ms = 0.0
+    for plan in reversed(plans):
+        if not plan.groups:
+            bound_ms = min(max(bound_ms, plan.lower_bound_ms), plan.predicted_step_ms)
+            plan = replace(plan, lower_bound_ms=bound_ms)
+        tightened.append(plan)
+    return tightened[::-1]
 
 
 def check_points(points: int) -> None:

@@ -34,6 +34,8 @@ def check_curve(profile: Profile, plans: list[Plan]) -> None:
         assert plan.predicted_peak_bytes <= plan.budget_bytes
         assert plan.plain_step_ms <= plan.lower_bound_ms <= plan.predicted_step_ms + 1e-9
         plan.check()
+    bounds = [plan.lower_bound_ms for plan in plans if not plan.groups]
+    assert bounds == sorted(bounds, reverse=True)
 
 
 @pytest.mark.parametrize(
