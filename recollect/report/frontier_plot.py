@@ -6,7 +6,7 @@ Drawn with `matplotlib.figure.Figure` alone: no window, no pyplot, no global sta
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,23 +66,29 @@ def draw_frontier(plans: Sequence[Plan], *, budget_bytes: int | None = None, pee
     if peers is not None:
         _draw_peers(axes, peers, scale)
     first = plans[0]
-    axes.set_title(f"{first.model}: time against memory", fontsize=13, pad=10)
+    measured_on = "" if peers is None else f"; others measured on {_text(peers.model)}"
+    where = f"batch {_text(first.batch)}, on {_text(first.device)}{measured_on}"
+    axes.set_title(f"{_text(first.model)}: time against memory\n{where}", fontsize=11, pad=8)
     axes.set_xlabel(f"budget ({scale.unit})", fontsize=11)
     axes.set_ylabel("added time of a step", fontsize=11)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda added, _: f"{added:+g} %" if added else "plain"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda added, _: f"{added:+g} %" if round(added, 9) else "plain"))
     axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.margins(x=0.04, y=0.1)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     plain = first.plain_peak_bytes / scale.size_bytes
-    shares = axes.secondary_xaxis("top", functions=(lambda x: x / plain * 100, lambda share: share * plain / 100))
+    shares = axes.secondary_xaxis("top", functions=(_times(100 / plain), _times(plain / 100)))
     shares.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
     shares.set_xlabel("of the plain peak", fontsize=10)
     shares.spines["top"].set_visible(False)
     # Below the axes, where it can cover nothing.
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     return figure
+
+
+def _times(factor: float) -> Callable[[Any], Any]:
+    return lambda value: value * factor
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,9 @@ def _scale(most_bytes: int) -> _Scale:
 
 
 def _draw_curve(axes: Axes, plans: Sequence[Plan], scale: _Scale) -> None:
-    # A plan also keeps every budget up to the next point: time falls in steps there, or somewhere before.
+    # Beyond the plain peak nothing changes any more.
+    plans = [plan for plan in plans if plan.budget_bytes <= plan.plain_peak_bytes]
+    # Between two points, what is known: the left one's plan fits, and nothing beats the right one's bound.
     budgets = [plan.budget_bytes / scale.size_bytes for plan in plans]
     added = [100 * plan.overhead_ratio for plan in plans]
     axes.plot(
@@ -111,7 +119,7 @@ def _draw_curve(axes: Axes, plans: Sequence[Plan], scale: _Scale) -> None:
     axes.plot(
         [plan.budget_bytes / scale.size_bytes for plan in bounded],
         [100 * (plan.lower_bound_ms / plan.plain_step_ms - 1) for plan in bounded],
-        color="black", linestyle=(0, (4, 2)), linewidth=1.2,
+        color="black", linestyle=(0, (4, 2)), linewidth=1.2, drawstyle="steps-pre",
         label="lower bound: no plan can be faster", zorder=3,
     )  # fmt: skip
 
@@ -149,16 +157,22 @@ def _draw_peers(axes: Axes, peers: Peers, scale: _Scale) -> None:
             [point.peak_bytes / scale.size_bytes for point in points],
             [100 * point.overhead_ratio for point in points],
             color=_PEER_COLOURS[place % len(_PEER_COLOURS)], marker=_PEER_MARKERS[place % len(_PEER_MARKERS)],
-            linestyle="none", markersize=8, markeredgecolor="black", markeredgewidth=0.6, label=method, zorder=5,
+            linestyle="none", markersize=8, markeredgecolor="black", markeredgewidth=0.6, label=_text(method), zorder=6,
         )  # fmt: skip
     wrong = [point for point in peers.points if not point.correct]
     if wrong:
         axes.plot(
             [point.peak_bytes / scale.size_bytes for point in wrong],
             [100 * point.overhead_ratio for point in wrong],
-            color=_BUDGET, marker="x", linestyle="none", markersize=13, markeredgewidth=2,
-            label="crossed out: not the plain step's result", zorder=6,
+            color=_BUDGET, marker="x", linestyle="none", markersize=17, markeredgewidth=1.8,
+            label="crossed out: not the plain step's result", zorder=5,
         )  # fmt: skip
+
+
+def _text(name: str) -> str:
+    """A name as a label that shows it as it is: no formulas, and not left out for its first underscore."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _has_matplotlib() -> bool:

@@ -13,4 +13,13 @@ from recollect.solve.frontier import frontier, frontier_of
 from recollect.solve.more_memory import next_useful_bytes
 from recollect.solve.solver import Solver, full_plan, minimum_budget, plain_plan, solve
 
-__all__ = ["Solver", "frontier", "frontier_of", "full_plan", "minimum_budget", "next_useful_bytes", "plain_plan", "solve"]
+__all__ = [
+    "Solver",
+    "frontier",
+    "frontier_of",
+    "full_plan",
+    "minimum_budget",
+    "next_useful_bytes",
+    "plain_plan",
+    "solve",
+]

@@ -19,8 +19,8 @@ def frontier(profile: Profile, points: int = 20) -> list[Plan]:
 
     Returns:
         A plan for each of these budgets and for the smallest one that one level of recomputation can keep, in rising
-        order of budget; `predicted_step_ms` never rises. Where budgets fall together, there are fewer: a step from which
-        nothing can be dropped has one.
+        order of budget; `predicted_step_ms` never rises. Where budgets fall together, there are fewer: a step from
+        which nothing can be dropped has one.
 
     Raises:
         UnsupportedInput: fewer than two points.
