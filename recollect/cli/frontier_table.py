@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recollect.records import Plan, Profile
-from recollect.report.frontier_plot import has_bound
+from recollect.report.frontier_plot import bound_ratio
 from recollect.solve import Solver
 from recollect.units import format_bytes
 
@@ -118,12 +118,12 @@ def format_curve(curve: Curve) -> str:
 
 
 def _row(plan: Plan, notes: list[str]) -> tuple[str, str, str, str, str, str]:
+    bound = bound_ratio(plan)
     return (
         format_bytes(plan.budget_bytes),
         f"{plan.budget_bytes / plan.plain_peak_bytes:.1%}",
         f"{plan.predicted_step_ms:.2f} ms",
         f"{plan.overhead_ratio:+.1%}",
-        # Below one level the only bound is the plain step, which says nothing.
-        f"{plan.lower_bound_ms / plan.plain_step_ms - 1:+.1%}" if has_bound(plan) else "-",
+        "-" if bound is None else f"{bound:+.1%}",
         ", ".join(notes),
     )

@@ -115,18 +115,21 @@ def _draw_curve(axes: Axes, plans: Sequence[Plan], scale: _Scale) -> None:
         budgets, added, color=_CURVE, marker="o", markersize=5, linewidth=2, drawstyle="steps-post",
         label="recollect: the fastest plan found", zorder=4,
     )  # fmt: skip
-    bounded = [plan for plan in plans if has_bound(plan)]
+    bounds = [(plan.budget_bytes / scale.size_bytes, bound_ratio(plan)) for plan in plans]
+    bounded = [(budget, 100 * ratio) for budget, ratio in bounds if ratio is not None]
     axes.plot(
-        [plan.budget_bytes / scale.size_bytes for plan in bounded],
-        [100 * (plan.lower_bound_ms / plan.plain_step_ms - 1) for plan in bounded],
+        [budget for budget, _ in bounded],
+        [added for _, added in bounded],
         color="black", linestyle=(0, (4, 2)), linewidth=1.2, drawstyle="steps-pre",
         label="lower bound: no plan can be faster", zorder=3,
     )  # fmt: skip
 
 
-def has_bound(plan: Plan) -> bool:
-    """Whether more is known of what could be faster than that the plain step is."""
-    return not plan.groups or plan.lower_bound_ms > plan.plain_step_ms
+def bound_ratio(plan: Plan) -> float | None:
+    """What any plan must add to the plain step, as a share of it; None below one level, where no bound is known."""
+    if plan.groups and plan.lower_bound_ms <= plan.plain_step_ms:
+        return None
+    return plan.lower_bound_ms / plan.plain_step_ms - 1 if plan.plain_step_ms else 0.0
 
 
 def _draw_lines(axes: Axes, plans: Sequence[Plan], budget_bytes: int | None, scale: _Scale) -> None:

@@ -138,9 +138,9 @@ def test_pyplot_is_not_imported_and_no_setting_changes() -> None:
     code = (
         "import sys\nimport recollect.report.frontier_plot as plot\nassert 'matplotlib' not in sys.modules\n"
         "from recollect.solve import frontier\nfrom tests.solve.profiles import gpt_profile\n"
-        "import io, matplotlib\nbefore = dict(matplotlib.rcParams)\n"
+        "import io, matplotlib\nbefore = matplotlib.rcParams.copy()\n"
         "plot.save_frontier(plot.draw_frontier(frontier(gpt_profile(1), 3)), io.BytesIO(), '.png')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\nassert dict(matplotlib.rcParams) == before\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\nassert matplotlib.rcParams.copy() == before\n"
     )
     root = Path(__file__).parent.parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
