@@ -121,7 +121,7 @@ def _draw_curve(axes: Axes, plans: Sequence[Plan], scale: _Scale) -> None:
         [budget for budget, _ in bounded],
         [added for _, added in bounded],
         color="black", linestyle=(0, (4, 2)), linewidth=1.2, drawstyle="steps-pre",
-        label="lower bound: no plan can be faster", zorder=3,
+        label="lower bound: no plan of one level is faster", zorder=3,
     )  # fmt: skip
 
 
