@@ -12,7 +12,7 @@ import importlib.util as _util
 
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput, VerificationFailed
 from recollect.records import Plan, Profile, Verdict
-from recollect.solve import solve
+from recollect.solve import frontier, solve
 
 try:
     _has_torch = _util.find_spec("torch") is not None
@@ -39,6 +39,7 @@ __all__ = [
     "VerificationFailed",
     "apply",
     "fit",
+    "frontier",
     "measure",
     "solve",
     "verify",

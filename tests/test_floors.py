@@ -33,6 +33,7 @@ FLOORS = {
     "apply": 3,
     "verify": 3,
     "verify_regions": 3,
+    "report": 3,
     "shapes": 4,
     "planner": 4,
     "": 4,  # the façade, recollect/__init__.py

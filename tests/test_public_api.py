@@ -14,6 +14,7 @@ CONTRACT = {
     "solve",
     "apply",
     "verify",
+    "frontier",
     "Applied",
     "Profile",
     "Plan",

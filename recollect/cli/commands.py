@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 
 import recollect
 from recollect.budget import resolve_budget
-from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.cli.frontier_table import Curve, curve_figures, format_curve
+from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.cli.plan_table import format_table, plan_rows
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import StepSpec, describe_batch
 from recollect.planner import find_plan
 from recollect.records import Plan, Profile, Verdict
-from recollect.solve import Solver, next_useful_bytes
+from recollect.report.frontier_plot import check_output, draw_frontier, save_frontier
+from recollect.report.peers import load_peers
+from recollect.solve import Solver, frontier_of, next_useful_bytes
 from recollect.train import Reporter, TrainConfig, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
 from recollect.train.files import replacing
@@ -65,6 +69,35 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
             print(format_table(solved))
         if options.output is not None:
             print(f"written to {options.output}")
+    return 0
+
+
+def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
+    """Solve for budgets from the smallest to the plain peak; print, and draw, what each costs."""
+    options, source = resolve(options)
+    output = None if options.output is None else Path(options.output)
+    _require_folder(options.output)
+    if output is not None:
+        check_output(output)
+    peers = None if options.peers is None else load_peers(Path(options.peers))
+    work = build(options, source)
+    profile = recollect.measure(work.model, work.batch(0), loss=work.loss, optimizer=work.optimizer)
+    marked_bytes = work.budget_bytes if options.marks_budget else None
+    begin = time.perf_counter()
+    solver = Solver(profile)
+    plans = frontier_of(solver, options.points, also=() if marked_bytes is None else (marked_bytes,))
+    curve = Curve.of(solver, plans, marked_bytes, solving_ms=1e3 * (time.perf_counter() - begin))
+    if output is not None:
+        figure = draw_frontier(plans, budget_bytes=marked_bytes, peers=peers)
+        with replacing(output) as temporary:
+            save_frontier(figure, temporary, output.suffix)
+    if options.json:
+        print(json.dumps(curve_figures(curve)))
+    else:
+        print(format_curve(curve))
+        print(f"  measured in {format_measuring(profile)}; solved in {curve.solving_ms / 1e3:.1f} s")
+        if output is not None:
+            print(f"drawn into {output}")
     return 0
 
 

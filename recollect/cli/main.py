@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from recollect import __version__
 from recollect.cli import commands
 from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
-from recollect.cli.options import ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
@@ -47,6 +47,10 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
             commands.train,
         ),
         (Command(name="plan", summary="say what a budget costs, without training", options=PlanOptions), commands.plan),
+        (
+            Command(name="frontier", summary="show what each budget costs in time", options=FrontierOptions),
+            commands.frontier,
+        ),
         (
             Command(
                 name="verify", summary="prove that planned steps equal plain ones, bit for bit", options=VerifyOptions

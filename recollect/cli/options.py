@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recollect.errors import UnsupportedInput
+from recollect.solve.frontier import check_points
 from recollect.train import TrainConfig, WorkConfig
 
 
@@ -24,6 +25,36 @@ class PlanOptions(WorkConfig):
     """Write the plan to this JSON file"""
     json: bool = False
     """Print one JSON document to stdout instead of text for people"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierOptions(WorkConfig):
+    """`recollect frontier`."""
+
+    memory: str = "auto"
+    """A budget to mark in the curve: 8GiB, 8GB, 75% of the device's memory; auto marks none"""
+    points: int = 20
+    """Budgets to solve for, from the smallest that runs to the plain peak"""
+    output: str | None = None
+    """Draw the curve into this file: .png, .svg or .pdf"""
+    peers: str | None = None
+    """Draw the points of other methods, too, from this JSON file"""
+    json: bool = False
+    """Print one JSON document to stdout instead of text for people"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_points(self.points)
+        if self.peers is not None and self.output is None:
+            raise UnsupportedInput(
+                f"a file of peers ({self.peers}) is given, but they are only drawn, and no plot is asked for. "
+                f"Add --output frontier.png, or leave --peers out."
+            )
+
+    @property
+    def marks_budget(self) -> bool:
+        """Whether --memory names a budget."""
+        return self.memory.strip().lower() != "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

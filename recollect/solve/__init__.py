@@ -9,7 +9,17 @@ generated columns.  In both cases `Plan.lower_bound_ms` is a valid bound, so the
 is the least peak that the same columns reach.  Nothing here needs torch.
 """
 
+from recollect.solve.frontier import frontier, frontier_of
 from recollect.solve.more_memory import next_useful_bytes
 from recollect.solve.solver import Solver, full_plan, minimum_budget, plain_plan, solve
 
-__all__ = ["Solver", "full_plan", "minimum_budget", "next_useful_bytes", "plain_plan", "solve"]
+__all__ = [
+    "Solver",
+    "frontier",
+    "frontier_of",
+    "full_plan",
+    "minimum_budget",
+    "next_useful_bytes",
+    "plain_plan",
+    "solve",
+]

@@ -1,4 +1,4 @@
-"""What a run is made of: the one place where the settings of `train`, `plan` and `verify` are declared.
+"""What a run is made of: the one place where the settings of `train`, `plan`, `frontier` and `verify` are declared.
 
 The command line, the YAML file and the run folder's ``config.yaml`` are all derived from these dataclasses.
 """

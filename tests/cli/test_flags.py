@@ -9,7 +9,7 @@ import pytest
 
 from recollect.cli.flags import field_docs, settings_of
 from recollect.cli.main import COMMANDS, main
-from recollect.cli.options import PlanOptions, TrainOptions, VerifyOptions
+from recollect.cli.options import FrontierOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.errors import UnsupportedInput
 from recollect.train.config import TrainConfig, to_yaml
 
@@ -44,6 +44,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Any:
             ],
         ),
         (PlanOptions, [*WORK_FLAGS, "--output", "--json"]),
+        (FrontierOptions, [*WORK_FLAGS, "--points", "--output", "--peers", "--json"]),
         (VerifyOptions, [*WORK_FLAGS, "--plan", "--steps", "--reference-memory", "--json"]),
     ],
 )  # fmt: skip
@@ -51,7 +52,7 @@ def test_a_new_flag_shows_up_here(options: type[Any], flags: list[str]) -> None:
     assert [setting.flag for setting in settings_of(options)] == flags
 
 
-@pytest.mark.parametrize("options", [TrainOptions, PlanOptions, VerifyOptions])
+@pytest.mark.parametrize("options", [TrainOptions, PlanOptions, FrontierOptions, VerifyOptions])
 def test_every_flag_is_documented(options: type[Any]) -> None:
     docs = field_docs(options)
     assert [setting.name for setting in settings_of(options) if not docs.get(setting.name)] == []

@@ -1,0 +1,1 @@
+"""What recollect draws. matplotlib (the extra `report`) is imported when a plot is made, not before."""
