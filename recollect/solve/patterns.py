@@ -42,13 +42,16 @@ def timelines(index: ProfileIndex, holders: dict[int, set[int]]) -> list[Timelin
 def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, numbers: dict[Hashable, int]) -> Timeline:
     profile = index.profile
     record = profile.regions[region]
-    places: dict[int, int] = {}
-    for op in profile.ops[record.first_op : record.first_op + record.op_count]:
-        for value in (*op.inputs, *op.outputs):
-            places.setdefault(profile.values[value].storage, len(places))
     slots = index.slots_of_region[region]
-    for slot in slots:
-        places.setdefault(profile.values[profile.slots[slot].value].storage, len(places))
+    touched = [
+        profile.values[value].storage
+        for op in profile.ops[record.first_op : record.first_op + record.op_count]
+        for value in (*op.inputs, *op.outputs)
+    ]
+    touched += [profile.values[profile.slots[slot].value].storage for slot in slots]
+    places: dict[int, int] = {}
+    # Which of them each operation and each saving touches: where values come from is not part of a class.
+    wiring = tuple(places.setdefault(storage, len(places)) for storage in touched)
     slot_places = {slot: place for place, slot in enumerate(slots)}
     happenings: dict[int, list[tuple[str | int, int]]] = {}
     for time in index.events_of_region[region]:
@@ -62,7 +65,9 @@ def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, nu
         happenings.setdefault(time, []).append((int(kind), a))
     traits = []
     for storage, place in places.items():
-        traits.append((index.is_baseline(storage), len(holders.get(storage, ())) > 1))
+        # An input may be a view of a larger storage, which a class does not tell.
+        nbytes = profile.storages[storage].nbytes
+        traits.append((index.is_baseline(storage), nbytes, len(holders.get(storage, ())) > 1))
         for time in index.fixed_births(storage):
             happenings.setdefault(time, []).append(("birth", place))
         for time in index.fixed_deaths(storage):
@@ -72,6 +77,7 @@ def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, nu
     middle = index.backward_event()
     key = (
         record.class_id,
+        wiring,
         tuple(traits),
         tuple((time <= middle, tuple(happenings[time])) for time in moments),
     )
