@@ -4,6 +4,7 @@
 #   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
 #   make test    TESTS=tests/cli        all tests, or those under TESTS
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
+#   make bench   QUICK=1                recollect and its peers side by side (about 45 minutes; with QUICK=1 under 8)
 #   make lint                           ruff and strict mypy
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
@@ -34,7 +35,11 @@ COUNT ?= 2000
 SEED ?= 1
 PROCESSES ?= $(shell nproc)
 
-.PHONY: help train test fuzz lint gpu-check clean
+# The report goes there; `make bench BENCH_OUTPUT=benchmarks/results` is how the ones in the repository came about.
+BENCH_OUTPUT ?= $(RUNS)/bench
+QUICK ?=
+
+.PHONY: help train test fuzz bench lint gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -47,6 +52,9 @@ test: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.side_by_side $(if $(QUICK),--quick) --output $(BENCH_OUTPUT) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -71,3 +79,10 @@ $(VENV)/.installed-train: pyproject.toml constraints-dev.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable ".[dev]"
 	@touch $@ $(VENV)/.installed-train
+
+# Without build isolation: deepspeed's build imports torch.
+$(VENV)/.installed-bench: benchmarks/requirements-peers.txt benchmarks/requirements-peers-alone.txt $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel -r benchmarks/requirements-peers.txt
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -r benchmarks/requirements-peers-alone.txt
+	@touch $@

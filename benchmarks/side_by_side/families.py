@@ -28,10 +28,6 @@ class Family:
     """Module paths of its layers, in order."""
     loss: Loss | None = None
 
-    @property
-    def is_transformers(self) -> bool:
-        return hasattr(self.model, "gradient_checkpointing_enable")
-
 
 def _paths(model: nn.Module, kinds: tuple[str, ...]) -> tuple[str, ...]:
     found = tuple(name for name, module in model.named_modules() if type(module).__name__ in kinds)
@@ -175,6 +171,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "resnet": resnet,
     "unet": unet,
 }
+
+
+#: Those that Hugging Face's own switch works on.
+TRANSFORMERS = frozenset({"llama", "bert", "t5", "vit", "swin", "convnext"})
 
 
 def build(name: str) -> Family:

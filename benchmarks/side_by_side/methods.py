@@ -162,22 +162,18 @@ class _RandomState:
         torch.set_rng_state(state)
 
 
-def remat_by_hand(family: Family, keep_mlp: bool) -> None:
-    """torch_remat in the GPT's blocks: attention's core is kept, and the perceptron's two products if `keep_mlp`."""
+def remat_by_hand(family: Family, keep_attention: bool) -> None:
+    """torch_remat in the GPT's blocks: all is run again, or all but attention."""
     import torch_remat
-
-    def keep(module: nn.Module, name: str) -> None:
-        module.forward = torch_remat.region(module.forward, name, recompute=False)
 
     for path in family.blocks:
         block = family.model.get_submodule(path)
-        keep(block.get_submodule("attention"), "attention")
-        if keep_mlp:
-            keep(block.get_submodule("mlp.0"), "mlp.0")
-        # What reads a kept result has to be a region, too.
-        for name in ("mlp_norm", "mlp"):
-            part = block.get_submodule(name)
-            part.forward = torch_remat.region(part.forward, name, recompute=True)
+        if keep_attention:
+            attention = block.get_submodule("attention")
+            attention.forward = torch_remat.region(attention.forward, "attention", recompute=False)
+            for name in ("mlp_norm", "mlp"):  # what reads a kept result has to be a region, too
+                part = block.get_submodule(name)
+                part.forward = torch_remat.region(part.forward, name, recompute=True)
         block.forward = torch_remat.checkpoint(region_name=path, recompute_state_hooks=(_RandomState(),))(block.forward)
 
 

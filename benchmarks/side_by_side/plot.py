@@ -80,5 +80,5 @@ def draw(results: Sequence[FamilyResult], path: Path) -> None:
         panel.grid(alpha=0.3)
     for panel in axes[len(results) :]:
         panel.set_axis_off()
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2 * columns)
     figure.savefig(path, dpi=110)

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.side_by_side.families import TRANSFORMERS
 from benchmarks.side_by_side.methods import Method
 from benchmarks.side_by_side.worker import Job, Setup, serve
 
@@ -106,13 +107,14 @@ class FamilyRun:
         yield Method("op list", "all mm", value=True)
         yield Method("op list", "every second mm", value=False)
         if scope.more_peers:
-            yield Method("transformers", "every 1", value=1)
-            yield Method("transformers", "every 2", value=2)
+            if self._family in TRANSFORMERS:
+                yield Method("transformers", "every 1", value=1)
+                yield Method("transformers", "every 2", value=2)
             yield Method("fairscale")
             yield Method("deepspeed")
             if self._family == "gpt":
-                yield Method("torch_remat", "attention", value=False)
-                yield Method("torch_remat", "attention and mlp.0", value=True)
+                yield Method("torch_remat", "nothing kept", value=False)
+                yield Method("torch_remat", "attention kept", value=True)
         if self._family in scope.compiled:
             for name in ("compile whole", "compile blocks"):
                 for ratio in (1.0, *scope.ratios):
