@@ -168,7 +168,9 @@ def chain_of(index: ProfileIndex) -> tuple[list[Stage], list[int]]:
         elif event.kind == EventKind.OTHER_OP:
             backward_ms[current] += profile.signatures[event.a].ms
             backward_scratch[current] = max(backward_scratch[current], profile.signatures[event.a].scratch_bytes)
-    last_reader = {value: stage_of[index.region_of_op[op]] for op, record in enumerate(profile.ops) for value in record.inputs}
+    last_reader = {
+        value: stage_of[index.region_of_op[op]] for op, record in enumerate(profile.ops) for value in record.inputs
+    }
     passing = [0] * len(regions)
     for value, last in last_reader.items():
         producer = index.producer_region(value)
@@ -180,7 +182,11 @@ def chain_of(index: ProfileIndex) -> tuple[list[Stage], list[int]]:
         record = profile.regions[region]
         ops = range(record.first_op, record.first_op + record.op_count)
         saved = {profile.slots[slot].value for slot in index.slots_of_region[region]}
-        own = {profile.values[v].storage: index.nbytes(v) for v in saved if index.region_of_op[profile.values[v].op] == region and profile.values[v].op >= 0 and not index.is_free(v)}
+        own = {
+            profile.values[v].storage: index.nbytes(v)
+            for v in saved
+            if index.region_of_op[profile.values[v].op] == region and profile.values[v].op >= 0 and not index.is_free(v)
+        }
         stages.append(
             Stage(
                 forward_ms=sum(profile.signatures[profile.ops[op].signature].ms for op in ops),

@@ -102,9 +102,7 @@ def op_list(family: Family, all_mm: bool) -> None:
     wrap_forward(
         family.model,
         family.blocks,
-        lambda forward: checkpointed(
-            forward, context_fn=lambda: create_selective_checkpoint_contexts(OpList(all_mm))
-        ),
+        lambda forward: checkpointed(forward, context_fn=lambda: create_selective_checkpoint_contexts(OpList(all_mm))),
     )
 
 
@@ -180,9 +178,7 @@ def remat_by_hand(family: Family, keep_mlp: bool) -> None:
         for name in ("mlp_norm", "mlp"):
             part = block.get_submodule(name)
             part.forward = torch_remat.region(part.forward, name, recompute=True)
-        block.forward = torch_remat.checkpoint(region_name=path, recompute_state_hooks=(_RandomState(),))(
-            block.forward
-        )
+        block.forward = torch_remat.checkpoint(region_name=path, recompute_state_hooks=(_RandomState(),))(block.forward)
 
 
 def compile_whole(family: Family, ratio: float) -> None:

@@ -45,7 +45,10 @@ def count(step: Callable[[], Any], steps: int = 3) -> tuple[Counter[Signature], 
 
 
 def recompute_ms(
-    counts: Counter[Signature], own_ms: dict[Signature, float], plain: Counter[Signature], table_ms: dict[Signature, float]
+    counts: Counter[Signature],
+    own_ms: dict[Signature, float],
+    plain: Counter[Signature],
+    table_ms: dict[Signature, float],
 ) -> float:
     """Milliseconds of what a method runs more often than the plain step, by the plain step's own times."""
     return sum(
