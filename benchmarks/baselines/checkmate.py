@@ -46,6 +46,10 @@ class Optimum:
     """"optimal", "time limit" or "infeasible"."""
     variables: int
     rows: int
+    held: frozenset[int] = frozenset()
+    """Values of the row held from forward to the first read of backward, in the best schedule found."""
+    runs: tuple[tuple[int, int], ...] = ()
+    """(stage, operation) of each run in backward, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +216,16 @@ class _Rows:
         self.spare[key] = min(spare, self.spare.get(key, spare))
 
 
-def _formulate(row: _Row, budget_bytes: int, unit: int) -> Program | None:
+@dataclass(frozen=True, slots=True)
+class _Formulated:
+    program: Program
+    held: list[dict[int, int]]
+    """For each stage, copy to the variable that says that the stage finds it."""
+    runs: list[dict[int, int]]
+    """For each stage, operation to the variable that says that it runs."""
+
+
+def _formulate(row: _Row, budget_bytes: int, unit: int) -> _Formulated | None:
     """The program; None if the budget is too small whatever is decided."""
     profile, index = row.profile, row.index
     program = Program()
@@ -313,7 +326,7 @@ def _formulate(row: _Row, budget_bytes: int, unit: int) -> Program | None:
         # Rounded to whole units against nobody: all sizes are multiples of the unit.
         if sum(max(0, nbytes) for _, nbytes in key) > spare:
             program.row({variable: nbytes / unit for variable, nbytes in key}, -INFINITY, spare // unit)
-    return program
+    return _Formulated(program, held, runs)
 
 
 def _copies_of(row: _Row, op: int) -> list[int]:
@@ -342,13 +355,8 @@ def checkmate(
     budget_bytes: int,
     *,
     time_limit_s: float = 60.0,
-    known_ms: float | None = None,
 ) -> Optimum:
-    """The least time of recomputation within the budget for `count` regions from `first`.
-
-    Args:
-        known_ms: a schedule with so much recomputation is known, so that the search need not look at slower ones.
-    """
+    """The least time of recomputation within the budget for `count` regions from `first` of a profile made `only`."""
     import highspy
 
     from recollect.solve.columns import ColumnSource
@@ -358,17 +366,16 @@ def checkmate(
     if not row.reads:
         return Optimum(recompute_ms=0.0, bound_ms=0.0, status="optimal", variables=0, rows=0)
     unit = Master(ColumnSource(index)).unit
-    program = _formulate(row, budget_bytes, unit)
-    if program is None:
+    formulated = _formulate(row, budget_bytes, unit)
+    if formulated is None:
         return Optimum(recompute_ms=None, bound_ms=INFINITY, status="infeasible", variables=0, rows=0)
+    program = formulated.program
     highs = highspy._core._Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("threads", 1)
     highs.setOptionValue("time_limit", time_limit_s)
     highs.setOptionValue("mip_rel_gap", 0.0)
     highs.setOptionValue("mip_abs_gap", 1e-7)
-    if known_ms is not None:
-        highs.setOptionValue("objective_bound", known_ms * (1 + 1e-9) + 1e-9)
     highs.passModel(program.model())
     highs.run()
     info, status = highs.getInfo(), highs.getModelStatus()
@@ -378,9 +385,24 @@ def checkmate(
         return Optimum(recompute_ms=None, bound_ms=INFINITY, status="infeasible", **size)
     found = float(info.objective_function_value)
     bound = max(0.0, float(info.mip_dual_bound))
+    if not found < INFINITY:
+        return Optimum(recompute_ms=None, bound_ms=bound, status="time limit", **size)
+    values = highs.getSolution().col_value
+    own = row.facts.own
     return Optimum(
-        recompute_ms=found if found < INFINITY else None,
+        recompute_ms=found,
         bound_ms=bound,
         status="optimal" if status == statuses.kOptimal else "time limit",
         **size,
+        held=frozenset(
+            row.copies[c].value
+            for c, variable in formulated.held[0].items()
+            if values[variable] > 0.5 and row.copies[c].value in own
+        ),
+        runs=tuple(
+            (stage, op)
+            for stage, run in enumerate(formulated.runs)
+            for op, variable in run.items()
+            if values[variable] > 0.5
+        ),
     )
