@@ -3,7 +3,8 @@
     python -m benchmarks.ablation [MODEL ...] [--size tiny] [--output FILE.md]
 
 Figures are the predicted step's added time in percent of the plain step, from recollect's own simulator; "-" where
-nothing fits the budget.  Budgets lie between the smallest budget that recollect can run (0 %) and the plain peak (100 %).
+nothing fits the budget.  Budgets lie between the smallest one that recollect can run (0 %) and the plain
+peak (100 %).
 
 * *recollect*: the full solver.
 * *one level*: without plans below one level (no nests: nothing is replayed twice).
@@ -32,7 +33,6 @@ from recollect.errors import BudgetInfeasible
 from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, Profile
 from recollect.solve import Solver
-from recollect.solve.generate import Pool
 from tests.solve.profiles import gpt_profile
 
 MODELS = ("gpt", "llama", "bert", "vit", "resnet", "unet", "lstm")
@@ -143,7 +143,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = heading("What each part of the solver is worth", "benchmarks.ablation", arguments.size)
     lines += [
-        'Added time in percent of the plain step, predicted; "-": nothing fits. See `benchmarks/ablation.py` for the columns.',
+        'Added time in percent of the plain step, predicted; "-": nothing fits. `benchmarks/ablation.py` says what the',
+        "columns are.",
         "",
         "| model | budget | MiB | " + " | ".join(COLUMNS) + " |",
         "|---|---|---|" + "---|" * len(COLUMNS),
@@ -157,7 +158,7 @@ def main() -> None:
             lines.append(line)
     lines += [
         "",
-        "Aggregation: a chain of identical blocks (`tests/solve/profiles.py`, `gpt_profile`) at half of its plain peak.",
+        "Aggregation: a chain of identical blocks (`gpt_profile` of `tests/solve/profiles.py`) at half of its plain peak.",
         "",
         "| blocks | aggregated | seconds to solve | added ms | bound on added ms |",
         "|---|---|---|---|---|",

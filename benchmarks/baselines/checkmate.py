@@ -252,7 +252,7 @@ def _formulate(row: _Row, budget_bytes: int, unit: int) -> _Formulated | None:
             held[0][c]: row.charge(copy, time) for c, copy in enumerate(copies) if c in held[0] and copy.born <= time
         }
         memory.add(entries, budget_bytes - row.high[time])
-    for stage, (time, value, _) in enumerate(reads):
+    for stage, (time, _, _) in enumerate(reads):
         now, run = held[stage], runs[stage]
         after = held[stage + 1] if stage + 1 < stage_count else {}
         touched: dict[int, list[int]] = {}  # copy -> operations of the stage after which it may be freed

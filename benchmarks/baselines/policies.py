@@ -54,7 +54,7 @@ def best_that_fits(index: ProfileIndex, candidates: Iterable[list[Decision]], bu
 
 
 def every_kth(index: ProfileIndex) -> Iterator[list[Decision]]:
-    """Nothing dropped; then, for each k, everything in the regions 0, k, 2k, ... of those that may drop; last, in all."""
+    """Nothing dropped; then, for each k, everything in regions 0, k, 2k, ... of those that may drop."""
     droppable = [region for region, facts in enumerate(index.facts) if facts.slots]
     yield [None] * len(index.facts)
     for k in range(len(droppable), 0, -1):
