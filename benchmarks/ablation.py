@@ -158,7 +158,7 @@ def main() -> None:
             lines.append(line)
     lines += [
         "",
-        "Aggregation: a chain of identical blocks (`gpt_profile` of `tests/solve/profiles.py`) at half of its plain peak.",
+        "Aggregation: a chain of identical blocks (`tests/solve/profiles.py`), at half of its plain peak.",
         "",
         "| blocks | aggregated | seconds to solve | added ms | bound on added ms |",
         "|---|---|---|---|---|",
