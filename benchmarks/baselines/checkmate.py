@@ -323,7 +323,7 @@ def _formulate(row: _Row, budget_bytes: int, unit: int) -> _Formulated | None:
             if spare < 0:
                 return None
             continue
-        # Rounded to whole units against nobody: all sizes are multiples of the unit.
+        # All sizes are multiples of the unit, so nothing is lost by rounding the spare bytes down to it.
         if sum(max(0, nbytes) for _, nbytes in key) > spare:
             program.row({variable: nbytes / unit for variable, nbytes in key}, -INFINITY, spare // unit)
     return _Formulated(program, held, runs)
