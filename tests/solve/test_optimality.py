@@ -301,7 +301,7 @@ def test_checkmate_on_a_chain_by_hand() -> None:
 
 
 def test_a_value_held_for_a_part_of_backward() -> None:
-    """What recollect's plan space lacks: what is read early and late, and gone at the peak between."""
+    """What recollect's plan space lacks: a value is held up to one read, let go, and replayed for the next."""
     template = (
         OpSpec(ms=2.0, reads=(STREAM,), makes=(64,), saves=(Own(0),)),
         OpSpec(ms=1.0, reads=(STREAM,), makes=(8,), saves=(Own(1),), backward_scratch=400),
@@ -309,11 +309,12 @@ def test_a_value_held_for_a_part_of_backward() -> None:
     )
     profile = only(profile_of([template], [0]), 0, 1)
     solver = Solver(profile)
-    least = solver.smallest_at_one_level().peak_bytes
-    found = checkmate(solver.index, 0, 1, least - 64)
-    assert found.recompute_ms is not None
-    assert search_schedules(solver.index, 0, least - 64) == pytest.approx(found.recompute_ms)
-    assert [op for _, op in found.runs].count(0) in (1, 2)
+    plain = solver.plain(0).predicted_peak_bytes
+    assert solver.smallest_at_one_level().peak_bytes == plain  # held or memoised, it is there between its two reads
+    found = checkmate(solver.index, 0, 1, plain - 64)
+    assert found.recompute_ms == search_schedules(solver.index, 0, plain - 64) == pytest.approx(2.0)
+    assert found.runs == ((2, 0),)  # held up to the first read, let go, replayed at the last
+    assert checkmate(solver.index, 0, 1, plain - 72).status == "infeasible"
 
 
 def test_recollect_is_never_faster_than_checkmate_and_equal_where_its_space_is_exact() -> None:
