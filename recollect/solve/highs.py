@@ -6,6 +6,7 @@ HiGHS is imported when the first program is solved, so that reading and simulati
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 INFINITY = float("inf")
 
@@ -37,11 +38,8 @@ class Program:
         self.bounds.append((lower, upper))
         return len(self.bounds) - 1
 
-    def solve(self, *, relaxed: bool = False, gap: float = 0.0) -> Solution | None:
-        """The optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
-
-        `gap`: for integer programs, how far (in cost) the answer may be from the optimum.
-        """
+    def model(self, *, relaxed: bool = False) -> Any:
+        """The program as HiGHS takes it: a `highspy.HighsLp`. `relaxed` forgets that variables are integer."""
         import highspy
         import numpy as np
 
@@ -62,17 +60,26 @@ class Program:
         model.a_matrix_.start_ = np.array(starts, dtype=np.int32)
         model.a_matrix_.index_ = np.array(places, dtype=np.int32)
         model.a_matrix_.value_ = np.array(values, dtype=np.double)
-        integer = not relaxed and any(self.integers)
-        if integer:
+        if not relaxed and any(self.integers):
             kinds = highspy.HighsVarType
             model.integrality_ = [kinds.kInteger if flag else kinds.kContinuous for flag in self.integers]
+        return model
+
+    def solve(self, *, relaxed: bool = False, gap: float = 0.0) -> Solution | None:
+        """The optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
+
+        `gap`: for integer programs, how far (in cost) the answer may be from the optimum.
+        """
+        import highspy
+
+        integer = not relaxed and any(self.integers)
         highs = highspy._core._Highs()  # the class beneath `highspy.Highs`, which prints a banner when it is made
         highs.setOptionValue("output_flag", False)
         highs.setOptionValue("threads", 1)  # the same answer on every machine
         highs.setOptionValue("mip_rel_gap", 0.0)
         highs.setOptionValue("mip_abs_gap", gap)
         highs.setOptionValue("mip_max_nodes", _NODES)
-        highs.passModel(model)
+        highs.passModel(self.model(relaxed=relaxed))
         highs.run()
         status = highs.getModelStatus()
         proven = status == highspy.HighsModelStatus.kOptimal
