@@ -20,6 +20,7 @@ from itertools import chain, combinations
 
 from recollect.records import Decision, Profile
 from recollect.solve.columns import Column, ColumnSource, keep_set, useful_values
+from recollect.solve.exact import ExactModel
 from recollect.solve.master import Master, Relaxation
 from recollect.solve.pricing import Prices, PricingModel
 
@@ -36,6 +37,10 @@ _LADDER = (0.01, 0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
 #: Regions of a class from which a descent is tried in one round, until one finds something: for the smallest peak,
 #: where memory during replay is all that matters, and at the budgets of the ladder.
 _DESCENTS = (10, 2)
+#: What a better decision has to promise, in parts of the plain step, to be looked for in a way that takes long.
+_WORTH = 1e-3
+#: How near to the best the integer program of a region is solved then, in parts of what is to be gained.
+_GAP = 0.1
 #: Rounds of column generation at one budget.
 _ROUNDS = 12
 
@@ -61,6 +66,7 @@ class Pool:
     """Classes of which every keep set is on offer."""
     _shared: frozenset[int] = field(init=False)
     _models: dict[int, PricingModel] = field(init=False)
+    _exact: dict[int, ExactModel] = field(init=False)
     smallest: tuple[int, list[Decision]] = field(init=False)
     """The smallest peak in bytes, and its decisions, among the columns of `structure`: no measured time has a part in
     it, so that two measurements of one model name the same smallest budget."""
@@ -70,6 +76,7 @@ class Pool:
         self.master = Master(self.source)
         self._shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
         self._models = {}
+        self._exact = {}
         self.members = {}
         for region, record in enumerate(index.profile.regions):
             self.members.setdefault(record.class_id, []).append(region)
@@ -108,6 +115,18 @@ class Pool:
         if found is None:
             found = self._models[region] = PricingModel(self.source.index, region, self._shared)
         return found
+
+    def exact(self, region: int) -> ExactModel:
+        """The region's program."""
+        found = self._exact.get(region)
+        if found is None:
+            found = self._exact[region] = ExactModel(self.source.index, region, self._shared)
+        return found
+
+    def least_known(self, region: int, prices: Prices) -> float:
+        """What the region's best decision on offer costs at these prices."""
+        class_id = self.source.index.profile.regions[region].class_id
+        return min(self.cost(self.source.column(region, d), prices) for d in self.master.decisions[class_id])
 
     def alike(self, regions: Iterable[int], prices: Prices) -> list[list[int]]:
         """The regions in groups whose decisions all cost the same at these prices."""
@@ -217,6 +236,7 @@ class Pool:
     def _price_all(self, relaxation: Relaxation) -> bool:
         """Offer what the prices want in every class that is not enumerated; True if anything is new."""
         prices = relaxation.prices
+        worth_ms = _WORTH * self.source.index.profile.plain_step_ms
         tries = _DESCENTS[0 if prices.time_weight == 0 else 1]
         new = False
         for class_id, regions in self.members.items():
@@ -229,11 +249,13 @@ class Pool:
                 new |= self._offer(class_id, decision)
                 cost, place = min((self.cost(self.source.column(region, d), prices), i) for i, d in enumerate(known))
                 slack = cost - bound
-                if slack > 1e-6 * abs(bound) + 1e-9:
+                if slack > 1e-6 * abs(bound) + max(1e-9, prices.time_weight * worth_ms):
                     loose.append((-slack, region, self.source.column(region, known[place])))
+            if new:
+                continue  # the cheap way has not come to its end yet
             loose.sort(key=lambda entry: entry[:2])
-            for _, _, start in loose[:tries]:  # where memory during replay matters most
-                found = self._descend(start, prices)
+            for negative_slack, _, start in loose[:tries]:  # where memory during replay matters most
+                found = self._better(start, prices, _GAP * -negative_slack)
                 if found is not None and self._offer(class_id, found):
                     new = True
                     break
@@ -249,6 +271,19 @@ class Pool:
             for storage in held:
                 total += prices.shared.get((time, storage, column.region), 0.0) * storages[storage].nbytes
         return total
+
+    def _better(self, start: Column, prices: Prices, gap: float) -> Decision:
+        """A decision that costs less at these prices than the column; None if none is found.
+
+        `gap`: how far from the best one it may be, in cost.
+        """
+        # For the smallest peak, what rises within an event is most of the matter, which only the exact column shows.
+        if prices.time_weight > 0 and self.exact(start.region).usable:
+            _, decision = self.exact(start.region).bound(prices, gap)
+            least = self.cost(start, prices)
+            if self.cost(self.source.column(start.region, decision), prices) < least - 1e-9 * abs(least):
+                return decision
+        return self._descend(start, prices)
 
     def _descend(self, start: Column, prices: Prices) -> Decision:
         """A better column by putting single values into or out of the keep set; None if there is none."""

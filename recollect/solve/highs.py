@@ -65,10 +65,11 @@ class Program:
             model.integrality_ = [kinds.kInteger if flag else kinds.kContinuous for flag in self.integers]
         return model
 
-    def solve(self, *, relaxed: bool = False, gap: float = 0.0) -> Solution | None:
+    def solve(self, *, relaxed: bool = False, gap: float = 0.0, nodes: int = _NODES) -> Solution | None:
         """The optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
 
-        `gap`: for integer programs, how far (in cost) the answer may be from the optimum.
+        For integer programs: `gap` is how far (in cost) the answer may be from the optimum, `nodes` how many nodes of
+        the search tree are looked at, at most.
         """
         import highspy
 
@@ -78,17 +79,19 @@ class Program:
         highs.setOptionValue("threads", 1)  # the same answer on every machine
         highs.setOptionValue("mip_rel_gap", 0.0)
         highs.setOptionValue("mip_abs_gap", gap)
-        highs.setOptionValue("mip_max_nodes", _NODES)
+        highs.setOptionValue("mip_max_nodes", nodes)
         highs.passModel(self.model(relaxed=relaxed))
         highs.run()
         status = highs.getModelStatus()
         proven = status == highspy.HighsModelStatus.kOptimal
-        cost = float(highs.getInfo().objective_function_value)
+        info = highs.getInfo()
+        cost = float(info.objective_function_value)
         if not proven and not (integer and status == highspy.HighsModelStatus.kSolutionLimit and cost < INFINITY):
             return None
         solution = highs.getSolution()
         duals = [] if integer else [float(dual) for dual in solution.row_dual]
-        return Solution([float(value) for value in solution.col_value], duals, cost)
+        bound = float(info.mip_dual_bound) if integer else cost
+        return Solution([float(value) for value in solution.col_value], duals, cost, min(bound, cost))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +102,5 @@ class Solution:
     duals: list[float]
     """One for each row of a linear program: change of the cost for each unit more on the row's bound."""
     cost: float
+    bound: float
+    """No solution costs less: the cost itself, unless the search ended early."""

@@ -14,6 +14,7 @@ from recollect.solve.build import build_plan
 from recollect.solve.choice import Choice
 from recollect.solve.columns import ColumnSource
 from recollect.solve.generate import Pool, untimed
+from recollect.solve.lone_region import improved
 from recollect.solve.nested import NestedPlan, NestedPlans
 
 #: Plans below one level are looked at where a plan of one level adds at least this share of what its smallest one adds.
@@ -128,7 +129,8 @@ class Solver:
         bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
         gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
         decisions = pool.master.fastest(budget_bytes, gap_ms) or self._structure.smallest[1]
-        plan = build_plan(self.index, self._lighten(decisions, budget_bytes), budget_bytes, bound, self._plain)
+        decisions = self._lighten(improved(pool, decisions, budget_bytes), budget_bytes)
+        plan = build_plan(self.index, decisions, budget_bytes, bound, self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
 

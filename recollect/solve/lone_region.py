@@ -1,0 +1,52 @@
+"""The last word on a plan in which one region has a choice.
+
+The columns of the pool lie near the lower hull of time against bytes.  Among many regions the points between two of
+them are reached by giving some regions the one and some the other; where a single region has the choice, nothing
+averages, and its best decision for the very bytes at hand is asked of its program (`exact`).
+"""
+
+from __future__ import annotations
+
+from recollect.records import Decision
+from recollect.solve.generate import Pool
+
+#: Programs solved, at most: each time, moments that the last answer violates are added.
+_ROUNDS = 12
+#: Moments added at once, at most.
+_MOMENTS = 4
+#: Operations times moments, at most: what a larger program would gain is not worth the time it takes.
+_SIZE = 6000
+
+
+def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
+    """The decisions, or faster ones within the budget if just one region's keep sets are not all on offer."""
+    source, index = pool.source, pool.source.index
+    open_regions = [
+        region
+        for region, record in enumerate(index.profile.regions)
+        if pool.may_drop(region) and record.class_id not in pool.enumerated
+    ]
+    if len(open_regions) != 1 or not pool.exact(open_regions[0]).usable:
+        return decisions
+    region = open_regions[0]
+    others = [(column, weight) for column, weight in pool.master.chosen(decisions) if column.region != region]
+    room = [budget_bytes - peak for peak in source.peaks(others)]
+    span = index.events_of_region[region]
+    capacities = {time: room[time] for time in pool.master.moments if span[0] <= time <= span[-1]}
+    while len(capacities) * index.profile.regions[region].op_count <= _SIZE and len(capacities) <= _MOMENTS * _ROUNDS:
+        held = {time: frozenset(s for column, _ in others for s in column.at(time)[1]) for time in capacities}
+        answer = pool.exact(region).within(capacities, held)
+        if answer is None:
+            break
+        column = source.column(region, answer[0])
+        if column.overhead_ms >= source.column(region, decisions[region]).overhead_ms:
+            break
+        peaks = source.peaks([*others, (column, 1)])
+        if max(peaks) <= budget_bytes:
+            return [answer[0] if place == region else decision for place, decision in enumerate(decisions)]
+        for time in sorted(range(len(peaks)), key=lambda t: -peaks[t])[:_MOMENTS]:
+            excess = peaks[time] - budget_bytes
+            if excess > 0:
+                # Where the program has looked already, something rises within the event that it does not see.
+                capacities[time] = capacities[time] - excess if time in capacities else room[time]
+    return decisions
