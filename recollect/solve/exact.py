@@ -131,8 +131,9 @@ class ExactModel:
 
     def within(
         self, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]]
-    ) -> tuple[Decision] | None:
-        """The fastest decision whose levels keep these capacities (moment to bytes); None if no decision does.
+    ) -> tuple[float, Decision] | None:
+        """The fastest decision whose levels keep these capacities (moment to bytes), after a time that no such decision
+        beats; None if no decision keeps them.
 
         `held_by_others`: at each of the moments, shared storages that cost nothing because others hold them.
         """
@@ -146,7 +147,7 @@ class ExactModel:
                     row[variable] += nbytes / 1024  # sizes and times of one order
             built.program.row(dict(row), -INFINITY, (capacity - built.constant_at[time]) / 1024)
         solution = built.program.solve(nodes=_NODES)
-        return None if solution is None else (self._decision(built, solution.values),)
+        return None if solution is None else (solution.bound, self._decision(built, solution.values))
 
     def _decision(self, built: _Built, values: list[float]) -> Decision:
         replayed = {op for op, variable in built.replayed.items() if values[variable] > 0.5}

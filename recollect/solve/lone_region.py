@@ -18,8 +18,10 @@ _MOMENTS = 4
 _SIZE = 6000
 
 
-def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
-    """The decisions, or faster ones within the budget if just one region's keep sets are not all on offer."""
+def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[list[Decision], float]:
+    """The decisions, or faster ones within the budget if just one region's keep sets are not all on offer; and added ms
+    that no plan is below (0: nothing new is known), where no other region has a choice at all.
+    """
     source, index = pool.source, pool.source.index
     open_regions = [
         region
@@ -27,26 +29,32 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> list[D
         if pool.may_drop(region) and record.class_id not in pool.enumerated
     ]
     if len(open_regions) != 1 or not pool.exact(open_regions[0]).usable:
-        return decisions
+        return decisions, 0.0
     region = open_regions[0]
     others = [(column, weight) for column, weight in pool.master.chosen(decisions) if column.region != region]
     room = [budget_bytes - peak for peak in source.peaks(others)]
     span = index.events_of_region[region]
     capacities = {time: room[time] for time in pool.master.moments if span[0] <= time <= span[-1]}
+    bound_ms = 0.0
+    alone = sum(pool.may_drop(other) for other in range(len(decisions))) == 1
     while len(capacities) * index.profile.regions[region].op_count <= _SIZE and len(capacities) <= _MOMENTS * _ROUNDS:
         held = {time: frozenset(s for column, _ in others for s in column.at(time)[1]) for time in capacities}
         answer = pool.exact(region).within(capacities, held)
         if answer is None:
             break
-        column = source.column(region, answer[0])
+        least_ms, decision = answer
+        if alone:  # and none of the capacities was lowered
+            bound_ms = max(bound_ms, least_ms)
+        column = source.column(region, decision)
         if column.overhead_ms >= source.column(region, decisions[region]).overhead_ms:
             break
         peaks = source.peaks([*others, (column, 1)])
         if max(peaks) <= budget_bytes:
-            return [answer[0] if place == region else decision for place, decision in enumerate(decisions)]
+            return [decision if place == region else other for place, other in enumerate(decisions)], bound_ms
         for time in sorted(range(len(peaks)), key=lambda t: -peaks[t])[:_MOMENTS]:
             excess = peaks[time] - budget_bytes
             if excess > 0:
                 # Where the program has looked already, something rises within the event that it does not see.
+                alone &= time not in capacities
                 capacities[time] = capacities[time] - excess if time in capacities else room[time]
-    return decisions
+    return decisions, bound_ms

@@ -129,8 +129,9 @@ class Solver:
         bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
         gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
         decisions = pool.master.fastest(budget_bytes, gap_ms) or self._structure.smallest[1]
-        decisions = self._lighten(improved(pool, decisions, budget_bytes), budget_bytes)
-        plan = build_plan(self.index, decisions, budget_bytes, bound, self._plain)
+        decisions, other_bound = improved(pool, decisions, budget_bytes)
+        decisions = self._lighten(decisions, budget_bytes)
+        plan = build_plan(self.index, decisions, budget_bytes, max(bound, other_bound), self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
 
