@@ -4,8 +4,9 @@
 
 On CUDA: bf16 at realistic sizes; on a machine without a GPU: fp32 and small blocks.  Forward and backward of one block,
 medians of interleaved rounds in one process: wall time until the device is done, and until Python has submitted all.
-"tape, nothing dropped" writes every operation down and drops nothing: the mechanism alone.  "tape, all dropped" also
-replays.
+"nothing recorded": a planned region that has no use for its operations, what each operation pays that a plan neither
+drops nor replays.  "all recorded" writes every operation down and drops nothing: the mechanism alone.  "all dropped"
+also replays.  "selective checkpoint" is PyTorch's, keeping the results of matrix products and attention.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from recollect.measure.profiler import measure_step
 from recollect.measure.step import StepSpec
@@ -39,6 +40,16 @@ CPU_SIZES = {
     "tiny block (nothing but overhead), 8 tokens": (32, 4, 4, 64, 1, 8),
 }
 ROUNDS = 30
+
+
+def keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Of selective checkpointing: the results of these are kept."""
+    expensive = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_dot_product_", "aten._flash_attention")
+    return CheckpointPolicy.MUST_SAVE if str(op).startswith(expensive) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective() -> Any:
+    return create_selective_checkpoint_contexts(keep_expensive)
 
 
 class EmptyMode(TorchDispatchMode):
@@ -71,16 +82,17 @@ class Block(torch.nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
-def recipes(block: Block, x: torch.Tensor) -> tuple[Installed, Installed, int]:
-    """Installed sessions that drop nothing and everything, and the number of operations."""
+def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
+    """Installed sessions that record nothing, record all and drop all, and the number of operations."""
     profile = measure_step(block, x, StepSpec(loss=lambda m, b: m(b).float().sum()))
     index = ProfileIndex(profile)
     nothing: dict[str, LiveRecipe | None] = {}
+    recorded: dict[str, LiveRecipe | None] = {}
     everything: dict[str, LiveRecipe | None] = {}
     ops = 0
     for number, region in enumerate(profile.regions):
         if region.key.startswith("<loss>") or not region.op_count:
-            nothing[region.key] = everything[region.key] = None
+            nothing[region.key] = recorded[region.key] = everything[region.key] = None
             continue
         ops += region.op_count
         names = tuple(
@@ -90,10 +102,12 @@ def recipes(block: Block, x: torch.Tensor) -> tuple[Installed, Installed, int]:
         needed = index.needed_ops(number, frozenset())
         drop = tuple(sorted({index.local(profile.slots[slot].value) for slot in index.facts[number].slots}))
         common = {"class_id": 0, "op_names": names, "keep": (), "held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
-        nothing[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
+        nothing[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=()))
+        recorded[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
         replay = tuple(sorted(op - region.first_op for op in needed))
         everything[region.key] = LiveRecipe(Recipe(**common, drop=drop, replay=replay))
-    return Installed(recipes=nothing, calibrate=False), Installed(recipes=everything, calibrate=False), ops
+    planned = {"nothing recorded": nothing, "all recorded": recorded, "all dropped": everything}
+    return {name: Installed(recipes=found, calibrate=False) for name, found in planned.items()}, ops
 
 
 def synchronize() -> None:
@@ -107,7 +121,7 @@ def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, t
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     block = Block(hidden, heads, kv_heads, intermediate).to(device, dtype)
     x = torch.randn(batch, tokens, hidden, device=device, dtype=dtype, requires_grad=True)
-    nothing, everything, ops = recipes(block, x)
+    planned, ops = recipes(block, x)
 
     @contextmanager
     def hooks_only() -> Iterator[None]:
@@ -130,9 +144,9 @@ def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, t
         "plain": lambda: block(x),
         "empty dispatch mode": forward_in(EmptyMode),
         "hooks only": forward_in(hooks_only),
-        "tape, nothing dropped": forward_in(lambda: taped(nothing)),
-        "tape, all dropped": forward_in(lambda: taped(everything)),
+        **{name: forward_in(lambda found=found: taped(found)) for name, found in planned.items()},
         "torch checkpoint": lambda: checkpoint(block, x, use_reentrant=False),
+        "selective checkpoint": lambda: checkpoint(block, x, use_reentrant=False, context_fn=selective),
     }
     wall_ms: dict[str, list[float]] = {name: [] for name in variants}
     host_ms: dict[str, list[float]] = {name: [] for name in variants}
@@ -155,7 +169,7 @@ def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, t
     plain = gradients["plain"]
     return {
         "ops": ops,
-        "replayed": everything.statistics.replayed_ops // (ROUNDS + 3),
+        "replayed": planned["all dropped"].statistics.replayed_ops // (ROUNDS + 3),
         "wall": {name: statistics.median(times) for name, times in wall_ms.items()},
         "host": {name: statistics.median(times) for name, times in host_ms.items()},
         "equal": {

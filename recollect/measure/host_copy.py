@@ -7,6 +7,7 @@ lie in host memory.  Nothing here takes more than `_CHUNK_BYTES` of memory for a
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -84,7 +85,7 @@ class HostCopy:
             if data is None or data.numel() == 0:
                 self._kept = _without_repeats(tensor).detach().to("cpu", copy=True)
             else:
-                self._begin = file.write(data.numpy())
+                self._begin = file.write(memory_of(data))
 
     def restore(self, tensor: torch.Tensor) -> None:
         """Give `tensor`, of which this is a copy, its contents back, bit for bit."""
@@ -94,7 +95,7 @@ class HostCopy:
         else:
             data = raw_bytes(tensor)
             assert data is not None
-            self._file.read_into(self._begin, data.numpy())
+            self._file.read_into(self._begin, memory_of(data))
 
     def load(self) -> torch.Tensor:
         """A new tensor of the same contents, in host memory."""
@@ -105,7 +106,7 @@ class HostCopy:
         loaded = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
         data = raw_bytes(loaded)
         assert data is not None
-        self._file.read_into(self._begin, data.numpy())
+        self._file.read_into(self._begin, memory_of(data))
         return loaded
 
     def chunks(self) -> Iterator[torch.Tensor]:
@@ -120,7 +121,7 @@ class HostCopy:
             piece = torch.empty(min(step, total - begin) // itemsize, dtype=self.dtype)
             data = raw_bytes(piece)
             assert data is not None
-            self._file.read_into(self._begin + begin, data.numpy())
+            self._file.read_into(self._begin + begin, memory_of(data))
             yield piece
 
 
@@ -159,6 +160,15 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
     with torch.no_grad():
         nbytes = tensor.numel() * tensor.itemsize
         return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (nbytes,), (1,))
+
+
+def memory_of(data: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of bytes, to read and write, while the tensor lives.
+
+    Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
+    the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).
+    """
+    return memoryview((ctypes.c_uint8 * data.numel()).from_address(data.data_ptr())).cast("B")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from recollect.measure.build import build_tables
 from recollect.measure.cost_cache import CostCache, NoCache
 from recollect.measure.costs import Costs, measure_costs
 from recollect.measure.forward_check import ran_otherwise
-from recollect.measure.host_copy import CopyFile
+from recollect.measure.host_copy import CopyFile, memory_of
 from recollect.measure.layouts import Layouts, corrections
 from recollect.measure.leftovers import Surroundings
 from recollect.measure.observer import Observer
@@ -276,13 +276,13 @@ def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[
     def spill(tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
-        return file.write(flat.cpu().numpy()), storage.nbytes(), tensor.device
+        return file.write(memory_of(flat.cpu())), storage.nbytes(), tensor.device
 
     def unspill(place: Any) -> torch.UntypedStorage:
         begin, nbytes, device = place
         data = torch.empty(nbytes, dtype=torch.uint8)
         if nbytes:
-            file.read_into(begin, data.numpy())
+            file.read_into(begin, memory_of(data))
         return data.to(device).untyped_storage()
 
     return spill, unspill

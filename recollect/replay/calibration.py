@@ -217,7 +217,7 @@ def mark_of(tensor: torch.Tensor) -> object:
     with below_autograd():
         words = torch.empty(0, dtype=torch.uint8, device=storage.device)
         words.set_(storage, 0, (storage.nbytes(),), (1,))
-        return words.cpu().numpy().tobytes()
+        return words.to("cpu", copy=True).numpy().tobytes()  # of a copy: `numpy()` marks a storage for good
 
 
 def _places(numbers: torch.Tensor) -> torch.Tensor:
