@@ -85,11 +85,11 @@ class FamilyRun:
             plain = self._start([Method("plain")])[0]
             if plain.setup.failure:
                 raise RuntimeError(f"{self._family}: the plain step failed: {plain.setup.notes['traceback']}")
-            peers = self._start(self._peers(), at_once=2)
+            peers = self._start(self._peers())
             peaks = [w.setup.peak_bytes for w in peers if w.setup.equal and w.setup.method.backend == "eager"]
             smallest, largest = min(peaks), plain.setup.peak_bytes
             budgets = [round(smallest + part * (largest - smallest)) for part in self._scope.fractions]
-            self._start(self._by_sac_ilp(budgets), at_once=2)
+            self._start(self._by_sac_ilp(budgets))
             # Alone: it measures the operations' times.
             self._start([Method("recollect", "at its smallest", value=0)])
             for part, budget in zip(self._scope.fractions, budgets, strict=True):
@@ -144,27 +144,23 @@ class FamilyRun:
         process = _context().Process(target=print)
         self._workers.append(_Worker(process, connection, Setup(method, failure=failure)))
 
-    def _start(self, methods: Iterable[Method], at_once: int = 1) -> list[_Worker]:
+    def _start(self, methods: Iterable[Method]) -> list[_Worker]:
+        """One after the other: some of them time operations."""
         started: list[_Worker] = []
-        waiting = list(methods)
-        while waiting:
-            batch, waiting = waiting[:at_once], waiting[at_once:]
-            running = []
-            for method in batch:
-                job = Job(self._family, method, self._folder / "plain.pt", self._folder / "operations.pt")
-                here, there = multiprocessing.Pipe()
-                process = _context().Process(target=serve, args=(job, there), daemon=True)
-                process.start()
-                there.close()
-                running.append((process, here, method))
-            for process, here, method in running:
-                try:
-                    setup = here.recv()
-                except EOFError:
-                    process.join()
-                    setup = Setup(method, failure=f"the process ended with {process.exitcode}")
-                print(f"  {method.label}: {setup.failure or f'{setup.peak_bytes / 2**20:.1f} MiB'}", file=sys.stderr)
-                started.append(_Worker(process, here, setup))
+        for method in methods:
+            job = Job(self._family, method, self._folder / "plain.pt", self._folder / "operations.pt")
+            here, there = multiprocessing.Pipe()
+            process = _context().Process(target=serve, args=(job, there), daemon=True)
+            process.start()
+            there.close()
+            try:
+                setup = here.recv()
+            except EOFError:
+                process.join()
+                setup = Setup(method, failure=f"the process ended with {process.exitcode}")
+            said = setup.failure or f"{setup.peak_bytes / 2**20:.1f} MiB"
+            print(f"  {self._family}, {method.label}: {said}", file=sys.stderr)
+            started.append(_Worker(process, here, setup))
         self._workers += started
         return started
 

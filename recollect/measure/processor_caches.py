@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-#: Nearly as much as the last level of common processors holds: with that, what running in a planned region is measured to
-#: cost an operation is what it costs in steps of transformers (`make bench` sets predicted beside measured times).
+#: Nearly as much as the last level of common processors holds: with that, what running in a planned region is measured
+#: to cost an operation is what it costs in steps of transformers (`make bench` sets predicted beside measured times).
 _BYTES = 28 << 20
 
 
