@@ -13,10 +13,13 @@ from torch import nn
 
 import recollect
 from recollect import BudgetInfeasible, UnsupportedInput, meter, planner
+from recollect._torch_private import tree_leaves
 from recollect.records import Plan, Profile
 from recollect.replay.pending import Pending
 from recollect.replay.tape import Tape
+from recollect.solve import Solver, plain_plan
 from recollect.verify import Outcome, Trial
+from tests.suite import build
 
 Tensor = torch.Tensor
 MIB = 2**20
@@ -328,3 +331,19 @@ def test_recognising_a_batch_hands_no_memory_out(peaks: tuple[int, int], monkeyp
     with recollect.fit(Net(), BATCH, budget=peaks[0]) as applied:
         applied.loss(applied._model, BATCH).backward()
     assert exposed == []
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "resnet"])  # two need a real step
+def test_the_models_memory_does_not_look_as_if_it_came_from_outside(name: str) -> None:
+    """`numpy()` on a tensor marks its storage for good, and memory from outside is checked for writes at every step."""
+    case = build(name)
+    optimizers = case.optimizers()
+    profile = recollect.measure(case.model, case.batch, loss=case.loss, optimizer=optimizers)
+    budget = (Solver(profile).minimum_budget()[0] + plain_plan(profile, 0).predicted_peak_bytes) // 2
+    with recollect.fit(case.model, case.batch, budget=budget, loss=case.loss, optimizer=optimizers) as applied:
+        applied.loss(case.model, case.batch).backward()
+    recollect.verify(case.model, case.batch, applied.plan, loss=case.loss, optimizer=optimizers)
+    parameters = list(case.model.parameters())
+    tensors = [*parameters, *case.model.buffers(), *(p.grad for p in parameters), *tree_leaves(case.batch)]
+    tensors += [value for one in optimizers for state in one.state.values() for value in state.values()]
+    assert all(t.untyped_storage().resizable() for t in tensors if isinstance(t, torch.Tensor))
