@@ -65,7 +65,7 @@ def draw(results: Sequence[FamilyResult], path: Path) -> None:
         )
         bounds = [r for r in ours if r.setup.bound_overhead]
         if bounds:
-            handles["no plan below"] = panel.plot(
+            handles["no plan below (modelled)"] = panel.plot(
                 [r.setup.method.value / _MIB for r in bounds],
                 [100 * (r.setup.bound_overhead or 0.0) for r in bounds],
                 ":",

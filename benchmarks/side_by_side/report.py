@@ -92,7 +92,9 @@ def _method(scope: Scope) -> str:
         "batch included. *Recompute*: the time of all that the method runs more often than the plain step does, by one "
         "table of operation times for all methods (noise-free, and without any mechanism's own cost). *Budget*: place "
         "between the smallest peak of an eager peer and the plain peak. *Best peer*: the fastest eager peer within the "
-        "budget whose loss and gradients are bit for bit plain's."
+        "budget whose loss and gradients are bit for bit plain's. *No plan below*: recollect's lower bound, in "
+        "modelled time. Compiled steps draw eager PyTorch's random numbers (`fallback_random`): else nothing could be "
+        "compared. With `--at-once 2`, two models run at a time, each on a core."
     )
 
 
