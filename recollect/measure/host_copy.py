@@ -7,12 +7,14 @@ lie in host memory.  Nothing here takes more than `_CHUNK_BYTES` of memory for a
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from recollect._torch_private import below_autograd, no_function_modes
@@ -30,16 +32,13 @@ class CopyFile:
         self._file: IO[bytes] | None = None
         self._end = 0
 
-    def __del__(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def write(self, data: Any) -> int:
         """Append bytes; returns where they begin. Raises `RecollectError` if there is no room."""
         begin = self._end
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="recollect-", buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)  # before the file's own end, also in a cycle of references
             self._file.seek(begin)
             view = memoryview(data)
             while len(view):
@@ -162,13 +161,21 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
         return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (nbytes,), (1,))
 
 
-def memory_of(data: torch.Tensor) -> memoryview:
+class _Memory:
+    """What NumPy needs to know of memory to show it as an array."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        place = (data.data_ptr(), False)
+        self.__array_interface__ = {"data": place, "shape": (data.numel(),), "typestr": "|u1", "version": 3}
+
+
+def memory_of(data: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The memory of a contiguous CPU tensor of bytes, to read and write, while the tensor lives.
 
     Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
     the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).
     """
-    return memoryview((ctypes.c_uint8 * data.numel()).from_address(data.data_ptr())).cast("B")
+    return np.asarray(_Memory(data)) if data.numel() else np.empty(0, dtype=np.uint8)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
