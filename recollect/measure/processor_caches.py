@@ -20,8 +20,8 @@ _BYTES = 28 << 20
 
 @cache
 def _data() -> npt.NDArray[np.float64]:
-    # Straight from the system: no meter of the budget sees it, and freeing a large piece would teach malloc to keep such
-    # pieces for itself from then on.  Written, because pages that never were are all one page.
+    # Straight from the system: no meter of the budget sees it, and freeing a large piece would teach malloc to keep
+    # such pieces for itself from then on.  Written, because pages that never were are all one page.
     data = np.frombuffer(mmap.mmap(-1, _BYTES), dtype=np.float64)
     data[:] = 1.0
     return data
