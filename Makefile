@@ -35,7 +35,7 @@ COUNT ?= 2000
 SEED ?= 1
 PROCESSES ?= $(shell nproc)
 
-# The report goes there; `make bench BENCH_OUTPUT=benchmarks/results` is how the ones in the repository came about.
+# Where the report goes.
 BENCH_OUTPUT ?= $(RUNS)/bench
 QUICK ?=
 

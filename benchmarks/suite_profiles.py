@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -24,10 +26,14 @@ def suite_profile(name: str, size: Size) -> Profile:
 
 def heading(title: str, module: str, size: str) -> list[str]:
     """A result's first lines."""
+    # Where the result goes says nothing about it.
+    arguments = [
+        a for a, before in zip(sys.argv[1:], ["", *sys.argv[1:]], strict=False) if "--output" not in (a, before)
+    ]
     return [
         f"# {title}",
         "",
-        f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores (busy with other work), fp32, "
-        f'PyTorch {torch.__version__}, suite size "{size}"; `python -m {module}`.',
+        f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, PyTorch {torch.__version__}, suite "
+        f'size "{size}"; `{shlex.join(["python", "-m", module, *arguments])}`.',
         "",
     ]

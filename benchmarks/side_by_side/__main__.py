@@ -44,6 +44,7 @@ def main() -> None:
     scope = QUICK if given.quick else FULL
     if given.families:
         scope = replace(scope, families=tuple(given.families))
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # inherited by the workers, whose profiler else announces each of its starts
     given.output.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     stem = f"side-by-side_cpu-{os.cpu_count()}-cores_{date}"

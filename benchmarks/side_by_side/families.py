@@ -47,6 +47,10 @@ def _mask_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> to
     return F.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
 
 
+def _pictures(count: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(count, 3, 64, 64), "labels": torch.randint(0, _CLASSES, (count,))}
+
+
 def gpt() -> Family:
     """Dropout, fused attention, tied embeddings."""
     model = Gpt(GptConfig(vocabulary_size=512, sequence_length=192, width=192, layers=8, heads=6, dropout=0.1))
@@ -105,8 +109,7 @@ def vit() -> Family:
             intermediate_size=768, hidden_dropout_prob=0.1, num_labels=_CLASSES,
         )
     )  # fmt: skip
-    batch = {"pixel_values": torch.randn(16, 3, 64, 64), "labels": torch.randint(0, _CLASSES, (16,))}
-    return Family(model, batch, _paths(model, ("ViTLayer",)))
+    return Family(model, _pictures(16), _paths(model, ("ViTLayer",)))
 
 
 def swin() -> Family:
@@ -119,8 +122,7 @@ def swin() -> Family:
             num_labels=_CLASSES,
         )
     )  # fmt: skip
-    batch = {"pixel_values": torch.randn(12, 3, 64, 64), "labels": torch.randint(0, _CLASSES, (12,))}
-    return Family(model, batch, _paths(model, ("SwinLayer",)))
+    return Family(model, _pictures(12), _paths(model, ("SwinLayer",)))
 
 
 def convnext() -> Family:
@@ -133,8 +135,7 @@ def convnext() -> Family:
             drop_path_rate=0.1, num_labels=_CLASSES,
         )
     )  # fmt: skip
-    batch = {"pixel_values": torch.randn(16, 3, 64, 64), "labels": torch.randint(0, _CLASSES, (16,))}
-    return Family(model, batch, _paths(model, ("ConvNextLayer",)))
+    return Family(model, _pictures(16), _paths(model, ("ConvNextLayer",)))
 
 
 def resnet() -> Family:

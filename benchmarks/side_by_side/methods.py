@@ -59,7 +59,7 @@ def every_kth(family: Family, k: int) -> None:
 
 def transformers_every_kth(family: Family, k: int) -> None:
     """Hugging Face's switch."""
-    family.model.activation_checkpointing_enable(every_n_layers=k)  # type: ignore[operator]  # of transformers' models
+    family.model.activation_checkpointing_enable(every_n_layers=k)
 
 
 #: What torchtitan's op-list policy saves, with the names that the same operations have on a CPU.

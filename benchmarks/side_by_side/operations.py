@@ -54,11 +54,11 @@ def _replays_noted(mode: _Count) -> Iterator[None]:
         finally:
             op.func = func
 
-    Tape._run = noted  # type: ignore[method-assign]
+    Tape._run = noted
     try:
         yield
     finally:
-        Tape._run = run  # type: ignore[method-assign]
+        Tape._run = run
 
 
 def count(step: Callable[[], Any], steps: int = 3) -> tuple[Counter[Signature], dict[Signature, float]]:

@@ -67,9 +67,9 @@ class FamilyResult:
 
 @dataclass
 class _Worker:
-    process: BaseProcess
-    connection: Connection
     setup: Setup
+    process: BaseProcess | None = None
+    connection: Connection | None = None
 
 
 class FamilyRun:
@@ -84,7 +84,7 @@ class FamilyRun:
         try:
             plain = self._start([Method("plain")])[0]
             if plain.setup.failure:
-                raise RuntimeError(f"{self._family}: the plain step failed: {plain.setup.notes['traceback']}")
+                raise RuntimeError(f"{self._family}: the plain step failed: {plain.setup.traceback}")
             peers = self._start(self._peers())
             peaks = [w.setup.peak_bytes for w in peers if w.setup.equal and w.setup.method.backend == "eager"]
             smallest, largest = min(peaks), plain.setup.peak_bytes
@@ -140,9 +140,7 @@ class FamilyRun:
         return methods
 
     def _fail(self, method: Method, failure: str) -> None:
-        connection, _ = multiprocessing.Pipe()
-        process = _context().Process(target=print)
-        self._workers.append(_Worker(process, connection, Setup(method, failure=failure)))
+        self._workers.append(_Worker(Setup(method, failure=failure)))
 
     def _start(self, methods: Iterable[Method]) -> list[_Worker]:
         """One after the other: some of them time operations."""
@@ -160,7 +158,7 @@ class FamilyRun:
                 setup = Setup(method, failure=f"the process ended with {process.exitcode}")
             said = setup.failure or f"{setup.peak_bytes / 2**20:.1f} MiB"
             print(f"  {self._family}, {method.label}: {said}", file=sys.stderr)
-            started.append(_Worker(process, here, setup))
+            started.append(_Worker(setup, process, here))
         self._workers += started
         return started
 
@@ -188,7 +186,7 @@ class FamilyRun:
 
     def _end(self) -> None:
         for worker in self._workers:
-            if worker.process.is_alive():
+            if worker.process is not None and worker.process.is_alive():
                 worker.connection.send("quit")
                 worker.process.join(timeout=10)
                 worker.process.kill()

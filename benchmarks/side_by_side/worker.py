@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ class Setup:
     """recollect's own predictions."""
     bound_overhead: float | None = None
     """recollect's lower bound, as an overhead."""
-    setup_s: float = 0.0
-    notes: dict[str, Any] = field(default_factory=dict)
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,13 @@ def serve(job: Job, connection: Connection) -> None:
     """Set up, send the `Setup`, then answer each number n with the times of n steps in ms, until "quit"."""
     import torch
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
         step, setup = _prepare(job)
     except BaseException as error:
-        connection.send(Setup(job.method, failure=_in_a_line(error), notes={"traceback": traceback.format_exc()}))
+        connection.send(Setup(job.method, failure=_in_a_line(error), traceback=traceback.format_exc()))
         return
     connection.send(setup)
     while (asked := connection.recv()) != "quit":
@@ -89,7 +87,6 @@ def _prepare(job: Job) -> tuple[Any, Setup]:
     from recollect import meter
     from recollect.measure.step import StepSpec, give_gradients
 
-    begin = time.perf_counter()
     family = build(job.family)
     method = job.method
     model = family.model
@@ -103,7 +100,6 @@ def _prepare(job: Job) -> tuple[Any, Setup]:
         run = _fit(family, method, setup)
     else:
         INSTALL[method.name](family, method.value)
-    setup.setup_s = time.perf_counter() - begin
 
     def step() -> Any:
         for parameter in model.parameters():
@@ -161,5 +157,4 @@ def _fit(family: Any, method: Method, setup: Setup) -> Any:
     setup.predicted_peak_bytes = plan.predicted_peak_bytes
     setup.predicted_overhead = plan.overhead_ratio
     setup.bound_overhead = plan.lower_bound_ms / plan.plain_step_ms - 1
-    setup.notes["budget_bytes"] = budget
     return lambda: applied.loss(family.model, family.batch)

@@ -162,15 +162,16 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 class _Memory:
-    """What NumPy needs to know of memory to show it as an array."""
+    """What NumPy needs to know of memory to show it as an array; the array keeps this, and this the tensor."""
 
     def __init__(self, data: torch.Tensor) -> None:
+        self._data = data
         place = (data.data_ptr(), False)
         self.__array_interface__ = {"data": place, "shape": (data.numel(),), "typestr": "|u1", "version": 3}
 
 
 def memory_of(data: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The memory of a contiguous CPU tensor of bytes, to read and write, while the tensor lives.
+    """The memory of a contiguous CPU tensor of bytes, to read and write.
 
     Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
     the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).

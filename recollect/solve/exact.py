@@ -15,7 +15,7 @@ operation runs again is not free but a consequence, which leaves one binary for 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from recollect.profile_index import ProfileIndex
@@ -39,7 +39,6 @@ class _Built:
     """Operation to variable."""
     bytes_at: dict[int, dict[int, dict[int, float]]] = field(default_factory=dict)
     """Moment, storage (-1: the tape's own): variable to bytes."""
-    constant_at: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -110,24 +109,18 @@ class ExactModel:
 
         `gap`: how far apart, in cost, the two may be.
         """
-        times = list(prices.private)
-        built = self._build(times, prices.time_weight)
-        constant = 0.0
-        for time in times:
-            price = prices.private[time]
-            constant += price * built.constant_at[time]
+        built = self._build(prices.private, prices.time_weight)
+        for time, price in prices.private.items():
             for storage, entries in built.bytes_at[time].items():
                 of_storage = price
                 if storage in self.shared:
                     of_storage = prices.shared.get((time, storage, self.region), 0.0)
-                if of_storage <= 0 or not entries:
-                    continue
                 for variable, nbytes in entries.items():
                     built.program.costs[variable] += of_storage * nbytes
         solution = built.program.solve(nodes=_NODES, gap=gap)
         if solution is None:
             return -INFINITY, None
-        return constant + solution.bound, self._decision(built, solution.values)
+        return solution.bound, self._decision(built, solution.values)
 
     def within(
         self, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]]
@@ -137,7 +130,7 @@ class ExactModel:
 
         `held_by_others`: at each of the moments, shared storages that cost nothing because others hold them.
         """
-        built = self._build(list(capacities), 1.0)
+        built = self._build(capacities, 1.0)
         for time, capacity in capacities.items():
             row: dict[int, float] = defaultdict(float)
             for storage, entries in built.bytes_at[time].items():
@@ -145,7 +138,7 @@ class ExactModel:
                     continue
                 for variable, nbytes in entries.items():
                     row[variable] += nbytes / 1024  # sizes and times of one order
-            built.program.row(dict(row), -INFINITY, (capacity - built.constant_at[time]) / 1024)
+            built.program.row(dict(row), -INFINITY, capacity / 1024)
         solution = built.program.solve(nodes=_NODES)
         return None if solution is None else (solution.bound, self._decision(built, solution.values))
 
@@ -164,7 +157,7 @@ class ExactModel:
             ),
         )
 
-    def _build(self, times: list[int], time_weight: float) -> _Built:
+    def _build(self, times: Iterable[int], time_weight: float) -> _Built:
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
         program = Program()
@@ -179,10 +172,9 @@ class ExactModel:
             program.row({mode: 1.0, built.replayed[op]: -1.0}, 0.0, INFINITY)
         own = {u for reads in self._reads.values() for u in reads if u in facts.own and u in facts.droppable}
         for value in sorted(own | set(self._slots)):
-            if value in facts.optional:
+            if value in facts.optional or value in self._slots:
                 built.kept[value] = program.variable(0.0, 1.0, integer=True)
-            elif value in self._slots:  # held only if the region is left untouched
-                built.kept[value] = program.variable(0.0, 1.0, integer=True)
+            if value not in facts.optional and value in self._slots:  # held only if the region is left untouched
                 program.row({built.kept[value]: 1.0, mode: 1.0}, -INFINITY, 1.0)
         for value in self._slots:
             program.row({built.replayed[profile.values[value].op]: 1.0, built.kept[value]: 1.0}, 1.0, INFINITY)
@@ -198,7 +190,6 @@ class ExactModel:
             if self._begins <= time < self._ends:
                 before = self._moment(built, time, before)
             else:
-                built.constant_at[time] = 0.0
                 built.bytes_at[time] = {}
         return built
 
@@ -207,7 +198,6 @@ class ExactModel:
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
         program, kept, replayed = built.program, built.kept, built.replayed
-        built.constant_at[time] = 0.0
         held: dict[int, dict[int, float]] = built.bytes_at.setdefault(time, defaultdict(dict))
         done: dict[int, int] = {}
         if any(read <= time for read in self._read.values()):

@@ -250,12 +250,12 @@ class Pool:
                 cost, place = min((self.cost(self.source.column(region, d), prices), i) for i, d in enumerate(known))
                 slack = cost - bound
                 if slack > 1e-6 * abs(bound) + max(1e-9, prices.time_weight * worth_ms):
-                    loose.append((-slack, region, self.source.column(region, known[place])))
+                    loose.append((slack, region, self.source.column(region, known[place])))
             if new:
                 continue  # the cheap way has not come to its end yet
-            loose.sort(key=lambda entry: entry[:2])
-            for negative_slack, _, start in loose[:tries]:  # where memory during replay matters most
-                found = self._better(start, prices, _GAP * -negative_slack)
+            loose.sort(key=lambda entry: (-entry[0], entry[1]))
+            for slack, _, start in loose[:tries]:  # where memory during replay matters most
+                found = self._better(start, prices, _GAP * slack)
                 if found is not None and self._offer(class_id, found):
                     new = True
                     break
