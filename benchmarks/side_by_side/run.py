@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.side_by_side.families import TRANSFORMERS
 from benchmarks.side_by_side.methods import Method
-from benchmarks.side_by_side.worker import Job, Setup, serve
+from benchmarks.side_by_side.worker import Job, Setup, in_a_line, serve
 
 #: Steps of one turn; the first finds the caches full of another process's data and is not counted.
 _TURN = 3
@@ -128,8 +128,7 @@ class FamilyRun:
             with ProcessPoolExecutor(1, mp_context=_context()) as pool:
                 decisions = pool.submit(decide, self._family, budgets).result()
         except Exception as error:
-            text = " ".join(str(error).split())[:160]
-            self._fail(Method("sac_ilp"), f"{type(error).__name__}: {text}")
+            self._fail(Method("sac_ilp"), in_a_line(error))
             return []
         methods = []
         for label, decision in zip(labels, decisions, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import traceback
 import warnings
@@ -61,7 +62,7 @@ def serve(job: Job, connection: Connection) -> None:
     try:
         step, setup = _prepare(job)
     except BaseException as error:
-        connection.send(Setup(job.method, failure=_in_a_line(error), traceback=traceback.format_exc()))
+        connection.send(Setup(job.method, failure=in_a_line(error), traceback=traceback.format_exc()))
         return
     connection.send(setup)
     while (asked := connection.recv()) != "quit":
@@ -73,8 +74,9 @@ def serve(job: Job, connection: Connection) -> None:
         connection.send(times_ms)
 
 
-def _in_a_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def in_a_line(error: BaseException) -> str:
+    """An error for the report: short, and without the folders of this machine."""
+    text = re.sub(r"(?<!\w)/\S*/", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 

@@ -116,3 +116,11 @@ def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     assert [p["correct"] for p in points(RESULT)["points"]] == [True, True, False, True]
     draw([RESULT], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_failure_in_a_line_names_no_folder_of_this_machine() -> None:
+    assert (
+        worker.in_a_line(OSError("cannot run\n /home/me/.venv/cbc, see /var/log/x")) == "OSError: cannot run cbc, see x"
+    )
+    assert worker.in_a_line(ValueError("a/b is 1/2")) == "ValueError: a/b is 1/2"
+    assert worker.in_a_line(AssertionError()) == "AssertionError"
