@@ -23,6 +23,7 @@ if _has_torch:
     from recollect.apply import Applied, apply
     from recollect.measure import measure
     from recollect.planner import fit
+    from recollect.replay.rerun import allow_rerun
     from recollect.verify import verify
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "UnsupportedInput",
     "Verdict",
     "VerificationFailed",
+    "allow_rerun",
     "apply",
     "fit",
     "frontier",

@@ -20,6 +20,7 @@ from recollect.measure.step import StepSpec, check_model, describe_batch
 from recollect.records import Plan, Profile, Verdict
 from recollect.replay.cursor import LOSS, ROOT
 from recollect.replay.exposure import with_fast_paths
+from recollect.replay.rerun import ModuleCall, may_rerun
 from recollect.replay.session import Installed
 from recollect.replay.statistics import Statistics
 
@@ -30,6 +31,7 @@ class RegionForward:
     def __init__(self, module: torch.nn.Module, path: str, installed: Installed) -> None:
         self.had_own = "forward" in vars(module)
         self.original: Callable[..., Any] = module.forward
+        self._module = module
         self._path = path
         self._installed = installed
 
@@ -37,7 +39,9 @@ class RegionForward:
         """Run the module's forward; without gradients, or when paused, as if nothing were installed."""
         if not (torch.is_grad_enabled() and self._installed.enabled):
             return self.original(*args, **kwargs)
-        with self._installed.region(self._path):
+        with self._installed.region(self._path, lambda: may_rerun(self._module, args, kwargs)) as rerun:
+            if rerun:
+                return ModuleCall(self._module, self.original, kwargs, self._installed.statistics).run(args)
             return self.original(*args, **kwargs)
 
     # A copied or unpickled model is unplanned and uses its own weights: what is copied is the forward that was there

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recollect.records import Decision, Event, EventKind, KeepSet, Profile
+from recollect.records import Decision, Event, EventKind, KeepSet, Profile, Rerun
 
 _OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
 
@@ -52,7 +52,13 @@ class ProfileIndex:
         self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
         kinds = [event.kind for event in profile.events]
         self._backward_event = kinds.index(EventKind.BACKWARD) if EventKind.BACKWARD in kinds else 0
+        self._entered = [0] * len(profile.regions)
+        self._exited = [0] * len(profile.regions)
         for time, event in enumerate(profile.events):
+            if event.kind == EventKind.ENTER:
+                self._entered[event.a] = time
+            elif event.kind == EventKind.EXIT:
+                self._exited[event.a] = time
             owner = self.owner(event)
             if owner >= 0:
                 self.events_of_region[owner].append(time)
@@ -115,9 +121,38 @@ class ProfileIndex:
         kept = set()
         for value in facts.optional:
             decision = decisions[self.region_of_op[self.profile.values[value].op] - first]
-            if decision is None or self.local(value) in decision:
+            # A region that is run again as a whole has no tape to share.
+            if decision is None or isinstance(decision, Rerun) or self.local(value) in decision:
                 kept.add(value)
         return frozenset(kept)
+
+    def may_rerun(self, region: int) -> bool:
+        """The region's module may be run again as a whole: a second forward is the same computation, changes nothing,
+        and rebuilds all that autograd saved of it.
+        """
+        profile, facts, record = self.profile, self.facts[region], self.profile.regions[region]
+        if not record.may_rerun or not facts.slots:
+            return False
+        ops = profile.ops[record.first_op : record.first_op + record.op_count]
+        saved = (profile.slots[slot].value for slot in self.slots_of_region[region])
+        return (
+            facts.own == facts.droppable
+            and all(value in facts.own for op in ops for value in op.mutates)
+            and not any(
+                profile.values[value].overwritten for op in ops for value in op.inputs if value not in facts.own
+            )
+            and not any(profile.values[value].overwritten for value in saved)
+        )
+
+    def rerun_events(self, region: int) -> list[Event]:
+        """What happens when the region's module runs again: its forward, up to the last saving."""
+        window = self.profile.events[self._entered[region] : self._exited[region]]
+        last = max(place for place, (kind, _) in enumerate(window) if kind == EventKind.SAVE)
+        return list(window[: last + 1])
+
+    def rerun_ops(self, region: int) -> frozenset[int]:
+        """Operations that run when the region's module runs again."""
+        return frozenset(a for kind, a in self.rerun_events(region) if kind == EventKind.OP)
 
     def needed_ops(self, region: int, keep: KeepSet) -> frozenset[int]:
         """Operations that are replayed at least once when every droppable slot outside `keep` is dropped."""

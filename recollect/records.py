@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,16 @@ DROPPED_VALUE_HOST_BYTES = 1400
 #: A region's keep set: (operation's position in the region, output's index) of each value that is held instead of
 #: replayed. ``None`` instead of a keep set leaves the region untouched: it runs as plain PyTorch.
 KeepSet = frozenset[tuple[int, int]]
-Decision = KeepSet | None
+
+
+class Rerun(Enum):
+    """Instead of a keep set: no tape; PyTorch's checkpoint runs the whole module's forward again in backward."""
+
+    RERUN = "rerun"
+
+
+RERUN = Rerun.RERUN
+Decision = KeepSet | Rerun | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +119,9 @@ class Region:
     op_count: int
     class_id: int
     """Regions with the same id have the same operations, wiring, sizes and savings: one solve serves all of them."""
+    may_rerun: bool = False
+    """Its module's forward may be run a second time as a whole: the module is of kinds known to be pure, and was called
+    with tensors and constants only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +207,12 @@ class Profile:
     """Time that a planned region costs for each operation that runs in it."""
     tape_ms_per_op: float = 0.0
     """Further time for each operation written to the tape and replayed."""
+    rerun_ms_per_op: float = 0.0
+    """Time that running a module's forward again costs for each operation, beside the operation's own time."""
+    rerun_ms_per_call: float = 0.0
+    """Further time for each module call that is run again."""
+    random_state_bytes: int = 0
+    """Size of the default generator's state, where that counts (on a CPU): noted for each call that is run again."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "scratch" and the "times" of operations run alone
     (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""
@@ -262,6 +280,8 @@ class Recipe:
     """Bytes that autograd saves in the plain step and that this recipe does not hold."""
     replay_ms: float
     """Time of the replayed operations."""
+    rerun: bool = False
+    """There is no tape: PyTorch's checkpoint runs the module's forward again, up to the last operation in `replay`."""
     kept_for_safety: tuple[KeptValue, ...] = ()
 
 
@@ -350,6 +370,7 @@ class Plan:
     def tape_host_bytes(self) -> int:
         """Host memory that the tapes' own Python objects take, at most: beside the budget, not within it."""
         planned = [self.recipes[region.recipe] for region in self.regions if region.recipe >= 0]
+        planned = [recipe for recipe in planned if not recipe.rerun]
         taped, dropped = sum(len(r.replay) for r in planned), sum(len(r.drop) for r in planned)
         return taped * TAPED_OP_HOST_BYTES + dropped * DROPPED_VALUE_HOST_BYTES
 

@@ -36,7 +36,7 @@ from recollect.live_plan import LivePlan
 from recollect.measure.reshaped import measure_reshaped, operations
 from recollect.measure.step import StepSpec, device_of
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Group, Plan, Profile
+from recollect.records import RERUN, Decision, Group, Plan, Profile
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
 from recollect.step_shape import StepShape, ambient_autocast, step_shape
@@ -437,7 +437,7 @@ def decisions_of(plan: Plan, profile: Profile) -> list[Decision] | None:
         recipe = recipes[key]
         if recipe is not None and recipe.op_names != names:
             return None
-        decisions.append(None if recipe is None else frozenset(recipe.keep))
+        decisions.append(None if recipe is None else RERUN if recipe.rerun else frozenset(recipe.keep))
     return decisions
 
 

@@ -24,8 +24,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, EventKind, Group, Profile
+from recollect.records import RERUN, Decision, EventKind, Group, Profile
+from recollect.rerun_model import RerunModel
 from recollect.tape_model import TapeModel
+
+_Machine = TapeModel | RerunModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +50,14 @@ class RegionCurve:
     """Replay and the tape's own cost: what the decision adds to the step."""
 
 
-def _overhead_ms(profile: Profile, regions: Sequence[int], machine: TapeModel) -> tuple[float, float]:
+def _overhead_ms(profile: Profile, regions: Sequence[int], machine: _Machine) -> tuple[float, float]:
     """Time of the replayed operations, and all that the tape over `regions` adds to the step."""
     replay_ms = sum(profile.signatures[profile.ops[op].signature].ms for op in machine.replayed_ops)
     if not machine.needed:
         return replay_ms, 0.0
+    if isinstance(machine, RerunModel):
+        mechanism_ms = profile.rerun_ms_per_call + profile.rerun_ms_per_op * len(machine.needed)
+        return replay_ms, profile.accumulation_steps * (replay_ms + mechanism_ms)
     mode_ms = profile.mode_ms_per_op * sum(profile.regions[region].op_count for region in regions)
     # The tape's cost per operation is of one recording and one replay: further replays pay it again.
     taped = max(len(machine.needed), len(machine.replayed_ops))
@@ -60,7 +66,7 @@ def _overhead_ms(profile: Profile, regions: Sequence[int], machine: TapeModel) -
 
 def region_curve(index: ProfileIndex, region: int, decision: Decision) -> RegionCurve:
     """The memory and time that `decision` adds for `region`, beyond what is fixed (see the module's docstring)."""
-    machine = TapeModel(index, region, [decision])
+    (machine,) = _machines(index, region, [decision])
     profile = index.profile
     deltas: Counter[int] = Counter()
     spikes: list[tuple[int, int]] = []
@@ -140,21 +146,28 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
 _OF_A_TAPE = frozenset({EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT})
 
 
-def _machines(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequence[Group]) -> list[TapeModel]:
-    """Each region's tape."""
-    machines: list[TapeModel] = []
+def _machines(
+    index: ProfileIndex, first: int, decisions: Sequence[Decision], groups: Sequence[Group] = ()
+) -> list[_Machine]:
+    """What each region has instead of what autograd saves; `first` is the region of the first decision."""
+    machines: list[_Machine] = []
     grouped = {group.first: group for group in groups}
     while len(machines) < len(decisions):
-        first = len(machines)
-        group = grouped.get(first)
+        place = len(machines)
+        group = grouped.get(first + place)
         count = group.count if group else 1
-        machine = TapeModel(index, first, decisions[first : first + count], group.nest if group else None)
+        machine: _Machine
+        if group is None and decisions[place] is RERUN:
+            machine = RerunModel(index, first + place)
+        else:
+            nest = group.nest if group else None
+            machine = TapeModel(index, first + place, decisions[place : place + count], nest)
         machines += [machine] * count
     return machines
 
 
-def _regions_of(machines: Sequence[TapeModel]) -> list[tuple[list[int], TapeModel]]:
-    found: dict[int, tuple[list[int], TapeModel]] = {}
+def _regions_of(machines: Sequence[_Machine]) -> list[tuple[list[int], _Machine]]:
+    found: dict[int, tuple[list[int], _Machine]] = {}
     for region, machine in enumerate(machines):
         found.setdefault(id(machine), ([], machine))[0].append(region)
     return list(found.values())
@@ -166,7 +179,7 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
     A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
     """
     profile = index.profile
-    machines = _machines(index, decisions, groups)
+    machines = _machines(index, 0, decisions, groups)
     held: Counter[int] = Counter()
     level = memo = 0
     peak = peak_memo = peak_scratch = -1

@@ -19,6 +19,7 @@ FLOORS = {
     "nesting": 0,
     "records": 0,
     "profile_index": 1,
+    "rerun_model": 1,
     "tape_model": 1,
     "simulate": 1,
     "solve": 1,

@@ -14,6 +14,7 @@ import recollect
 from recollect import BudgetInfeasible, shapes
 from recollect.apply import RegionForward
 from recollect.measure import profiler
+from recollect.measure.overhead import Overhead
 from recollect.measure.profiler import measure_step
 from recollect.measure.reshaped import complete, measure_reshaped
 from recollect.measure.step import StepSpec
@@ -71,7 +72,7 @@ class Case:
 def mechanism_of_fixed_cost() -> Iterator[None]:
     """Which regions a plan touches, and so which of them have been calibrated, is not to depend on the machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiler, "measure_overhead", lambda *_: (0.001, 0.001))
+        patch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
         yield
 
 

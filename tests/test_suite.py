@@ -6,6 +6,7 @@ import pytest
 
 from recollect import planner
 from recollect.measure import costs, profiler
+from recollect.measure.overhead import Overhead
 from recollect.measure.profiler import measure_step
 from recollect.measure.step import StepSpec
 from recollect.planner import find_plan
@@ -23,7 +24,7 @@ WORST_ERROR = 0.0005
 @pytest.fixture(autouse=True)
 def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times do not matter here, only bytes and bits."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: (0.001, 0.001))
+    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
     monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
+from recollect._torch_private import find_overload
 from recollect.measure.observer import ModuleEvent, Observation
 from recollect.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 from recollect.replay.cursor import LOSS, RegionCursor
+from recollect.replay.ops import describe
 
 
 @dataclass(slots=True)
@@ -20,12 +23,19 @@ class _Cut:
     op_count: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     slot_region: dict[int, int] = field(default_factory=dict)
+    plain_calls: set[str] = field(default_factory=set)
+    """Keys of whole module calls with tensors and constants for arguments."""
 
 
 def build_tables(
-    observation: Observation, region_paths: Sequence[str], signatures: Sequence[Signature]
+    observation: Observation,
+    region_paths: Sequence[str],
+    signatures: Sequence[Signature],
+    pure_paths: AbstractSet[str] = frozenset(),
 ) -> Mapping[str, Any]:
-    """The tables of a `Profile`: storages, values, ops, regions, slots, events."""
+    """The tables of a `Profile`: storages, values, ops, regions, slots, events.  `pure_paths`: modules that may be run
+    again as a whole.
+    """
     cut = _cut(observation, frozenset(region_paths))
     storages = tuple(Storage(nbytes=s.nbytes, component=s.component) for s in observation.storages)
     values = tuple(
@@ -46,13 +56,21 @@ def build_tables(
     slots_of_region: list[list[int]] = [[] for _ in cut.keys]
     for slot in slots:
         slots_of_region[slot.region].append(slot.value)
+    # A call with regions inside is in pieces; those of the model itself always are.
+    whole = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    known_good = [not describe(find_overload(signature.name)).needs_calibration for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
     for index, key in enumerate(cut.keys):
         first, count = cut.first_op[index], cut.op_count[index]
         shape = _shape_of(range(first, first + count), ops, values, storages, slots_of_region[index], signatures)
-        class_id = classes.setdefault(shape, len(classes))
-        regions.append(Region(key=key, first_op=first, op_count=count, class_id=class_id))
+        may_rerun = (
+            key in cut.plain_calls
+            and key.partition("#")[0] in whole
+            and all(known_good[op.signature] for op in ops[first : first + count])
+        )
+        class_id = classes.setdefault((shape, may_rerun), len(classes))
+        regions.append(Region(key=key, first_op=first, op_count=count, class_id=class_id, may_rerun=may_rerun))
     return {
         "storages": storages,
         "values": values,
@@ -92,6 +110,8 @@ def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:
                     end()
                     cursor.push(event.path)
                     begin()
+                    if event.has_plain_arguments:
+                        cut.plain_calls.add(cursor.key)
             elif calls.pop():
                 end()
                 cursor.pop()

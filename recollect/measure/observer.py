@@ -70,6 +70,8 @@ class ModuleEvent:
     """A module call began (`path` set) or ended (`path` None)."""
 
     path: str | None
+    has_plain_arguments: bool = False
+    """It was called with tensors and constants only."""
 
 
 @dataclass(slots=True)
@@ -139,8 +141,8 @@ class Observer(DispatchMode):
         self._exposed: set[int] = set()  # storages whose memory was handed out
         self._signatures = signatures
         self._device_type = device_type
-        # A CUDA generator's state is a few bytes of host memory.
-        self._random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
+        self.random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
+        """Of the default generator, where that counts; a CUDA generator's state is a few bytes of host memory."""
         self._spill = spill
         self._unspill = unspill
         self._corrections = layouts or {}
@@ -204,9 +206,9 @@ class Observer(DispatchMode):
         self.in_optimizer = True
         self._emit(EventKind.OPTIMIZER)
 
-    def enter_module(self, path: str) -> None:
+    def enter_module(self, path: str, has_plain_arguments: bool) -> None:
         """A module call begins."""
-        self.seen.events.append(ModuleEvent(path))
+        self.seen.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """The innermost module call ends."""
@@ -310,7 +312,7 @@ class Observer(DispatchMode):
             inputs=tuple(inputs),
             mutates=tuple(self._value_of(t) for t in written.values()),
             keep_reason=reason,
-            random_state_bytes=self._random_state_bytes if info.is_random else 0,
+            random_state_bytes=self.random_state_bytes if info.is_random else 0,
         )
         result = self._call(func, args, kwargs, signature)
         results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from recollect._torch_private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from recollect._torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from recollect.errors import RecollectError, UnsupportedInput
 from recollect.measure.build import build_tables
 from recollect.measure.cost_cache import CostCache, NoCache
@@ -25,7 +30,7 @@ from recollect.measure.host_copy import CopyFile, memory_of
 from recollect.measure.layouts import Layouts, corrections
 from recollect.measure.leftovers import Surroundings
 from recollect.measure.observer import Observer
-from recollect.measure.overhead import measure_overhead
+from recollect.measure.overhead import Overhead, measure_overhead
 from recollect.measure.regions import choose_regions
 from recollect.measure.signatures import SignatureTable
 from recollect.measure.state import TrainingState
@@ -44,6 +49,7 @@ from recollect.meter import resident_bytes
 from recollect.records import COMPONENTS, Profile
 from recollect.replay.cursor import ROOT
 from recollect.replay.exposure import watching_exposure, with_fast_paths
+from recollect.replay.rerun import are_plain, is_pure
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +59,8 @@ _DATA_DEPENDENT_MARGIN = 0.05
 #: The first run finds which results lie in memory otherwise than a fake kernel says, the second one uses that; a third
 #: is for operations that only the second one ran.
 _MOST_FAKE_RUNS = 4
+#: What stands for an ordinary tensor while measuring.
+_KINDS_OF_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def measure(
@@ -152,13 +160,16 @@ def measure_step(
         costs = price(signatures)
         scratch_ms, times_ms = scratch_ms + costs.scratch_ms, times_ms + costs.times_ms
     costed = time.perf_counter()
-    mode_ms, tape_ms = (0.0, 0.0) if untimed else measure_overhead(device, cache)
+    overhead = Overhead() if untimed else measure_overhead(device, cache)
     mechanism_ms = (time.perf_counter() - costed) * 1e3
     baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
     for storage in seen.storages:
         if storage.component != "activation":
             baseline[storage.component] += storage.nbytes
-    tables = build_tables(seen, region_paths, costs.signatures)
+    # Under autocast, whether a weight is found cast already differs between the first and a second forward.
+    pure_paths = {path for path in region_paths if path != ROOT and is_pure(model.get_submodule(path))}
+    autocast = spec.autocast is not None or torch.is_autocast_enabled(device.type)
+    tables = build_tables(seen, region_paths, costs.signatures, frozenset() if autocast else pure_paths)
     activation_bytes = sum(s.nbytes for s in seen.storages if s.component == "activation")
     measuring_ms = {
         "observing": observing_s * 1e3,
@@ -182,8 +193,11 @@ def measure_step(
         method=method,
         data_dependent=data_dependent,
         margin_bytes=int(activation_bytes * _DATA_DEPENDENT_MARGIN) if data_dependent else 0,
-        mode_ms_per_op=mode_ms,
-        tape_ms_per_op=tape_ms,
+        mode_ms_per_op=overhead.mode_ms_per_op,
+        tape_ms_per_op=overhead.tape_ms_per_op,
+        rerun_ms_per_op=overhead.rerun_ms_per_op,
+        rerun_ms_per_call=overhead.rerun_ms_per_call,
+        random_state_bytes=observer.random_state_bytes,
         measuring_ms={part: round(ms, 3) for part, ms in measuring_ms.items()},
         **tables,
     )
@@ -342,7 +356,7 @@ def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[No
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            observer.enter_module(path)
+            observer.enter_module(path, are_plain((args, kwargs), _KINDS_OF_TENSORS))
             try:
                 return original(*args, **kwargs)
             finally:

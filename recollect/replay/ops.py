@@ -77,7 +77,7 @@ _KNOWN_GOOD = frozenset(
     repeat roll round rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort
     split_with_sizes_copy sqrt sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy
     upsample_bilinear2d upsample_nearest2d var var_mean where zero_ zeros zeros_like _unsafe_index linear
-    scalar_tensor _fused_rms_norm
+    scalar_tensor _fused_rms_norm _unsafe_view _safe_softmax
     """.split()  # noqa: SIM905  (one word a line would be pages)
 )
 

@@ -11,7 +11,7 @@ from recollect.records import Group, Recipe
 class LiveRecipe:
     """What a tape needs to follow a plan, in the form that is fastest to ask."""
 
-    __slots__ = ("drop", "funcs", "group", "keep", "length", "passes", "place", "record")
+    __slots__ = ("drop", "funcs", "group", "keep", "length", "passes", "place", "record", "rerun")
 
     def __init__(self, recipe: Recipe, group: Group | None = None, place: int = 0) -> None:
         self.group = group
@@ -26,5 +26,7 @@ class LiveRecipe:
         # What replay does not need just runs, as long as the plan is followed. The end of the plan passes nothing.
         self.passes = (*(None if position in needed else func for position, func in enumerate(self.funcs)), None)
         """At each position, the operation that runs there if it need not be written down."""
+        self.rerun = recipe.rerun
+        """No tape: the module's forward is run again as a whole."""
         self.keep = frozenset(recipe.keep)
         self.drop = frozenset(recipe.drop)

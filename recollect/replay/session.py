@@ -66,8 +66,12 @@ class Installed:
     """Open sessions by thread."""
 
     @contextmanager
-    def region(self, path: str) -> Iterator[None]:
-        """A call of the region module at `path`, in the thread's session (opened if need be)."""
+    def region(self, path: str, may_rerun: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """A call of the region module at `path`, in the thread's session (opened if need be).
+
+        Inside, True if the plan wants the module to be run again as a whole in backward, and `may_rerun`, asked only
+        then, says that this call of it can be.
+        """
         thread = threading.get_ident()
         session = self.sessions.get(thread)
         if session is None:
@@ -79,9 +83,9 @@ class Installed:
                 )
             session = self.sessions[thread] = Session(self)
         try:
-            session.enter(path)
+            session.enter(path, may_rerun)
             try:
-                yield
+                yield session.reruns
             finally:
                 session.exit()
         finally:
@@ -115,6 +119,8 @@ class Session(DispatchMode):
         self._tape: Tape | None = None
         self._next: tuple[Group | None, int] = (None, 0)  # the region that would go on with this tape
         self._active = False
+        self.reruns = False
+        """The region that runs now is to be run again as a whole."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
@@ -135,11 +141,11 @@ class Session(DispatchMode):
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
-    def enter(self, path: str) -> None:
-        """A region call begins."""
+    def enter(self, path: str, may_rerun: Callable[[], bool]) -> None:
+        """A region call begins; `may_rerun` as for `Installed.region`."""
         self._frames.append((self._active, self._beneath()))
         self._cursor.push(path)
-        self._begin()
+        self._begin(may_rerun)
 
     def exit(self) -> None:
         """The innermost region call ends (also on an exception)."""
@@ -151,12 +157,18 @@ class Session(DispatchMode):
         else:
             self._end_tape()
 
-    def _begin(self) -> None:
+    def _begin(self, may_rerun: Callable[[], bool] = lambda: False) -> None:
         installed = self._installed
         key = self._cursor.key
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
-        if untouched or self._is_others_business() or torch.compiler.is_compiling() or _is_capturing():
+        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or _is_capturing()
+        self.reruns = False
+        if recipe is not None and recipe.rerun and not elsewhere:
+            self.reruns = may_rerun()
+            if not self.reruns:
+                recipe = None  # a tape drops as much
+        if untouched or elsewhere or self.reruns:
             self._end_tape()
             if self._frames[-1][1] == self._beneath():
                 self._switch(False)

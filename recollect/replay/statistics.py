@@ -17,6 +17,8 @@ class Statistics:
     """Savings that the plan would drop but the live tape could not prove replayable."""
     replayed_ops: int = 0
     """Operations run again in backward."""
+    reruns: int = 0
+    """Module calls that were made again as a whole in backward."""
     mismatches: int = 0
     """Region calls whose operations were not those of the plan."""
     unplanned_calls: int = 0

@@ -5,8 +5,8 @@ Lagrangian relaxation of the memory rows (Geoffrion 1974): at any prices of byte
     sum over regions of (the least cost of a decision at these prices) - sum over moments of price x bytes to spare.
 
 The least cost of a region is exact where its keep sets are enumerated.  Elsewhere it is bounded from below by the
-minimum cut of `pricing` and, where that leaves much room, by the program of `exact`, so the bound holds for every
-plan of the plan space, generated or not.
+minimum cut of `pricing` and, where that leaves much room, by the program of `exact`; running a module again as a whole
+is one more decision, evaluated as it is.  So the bound holds for every plan of the plan space, generated or not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def added_ms_bound(pool: Pool, prices: Prices, budget_bytes: int) -> float:
                 cost = pool.model(region).best(prices)[0]
                 if len(regions) * (known - cost) > loose_ms and pool.exact(region).usable:
                     cost = max(cost, pool.exact(region).bound(prices, loose_ms / len(regions))[0])
+                cost = min(cost, pool.least_rerun(region, prices))
             total += len(regions) * cost
             magnitude += len(regions) * abs(cost)
     return max(0.0, total - 1e-9 * magnitude)  # rounding of floats, against ourselves

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from recollect.profile_index import ProfileIndex, RegionFacts
-from recollect.records import Decision, Group, KeptValue, Plan, PlannedRegion, Recipe
+from recollect.records import RERUN, Decision, Group, KeptValue, Plan, PlannedRegion, Recipe
 from recollect.simulate import Simulation, simulate
 
 _OVERWRITTEN = "overwritten later"
@@ -28,6 +28,9 @@ def build_plan(
     recipes: dict[Recipe, int] = {}
     numbers = [-1] * len(decisions)
     for first, count in [*((g.first, g.count) for g in groups), *((r, 1) for r in _ungrouped(decisions, groups))]:
+        if count == 1 and decisions[first] is RERUN:
+            numbers[first] = recipes.setdefault(_rerun_recipe(index, first), len(recipes))
+            continue
         tape = _tape(index, first, decisions[first : first + count])
         if count > 1 or tape.needed:
             for region in range(first, first + count):
@@ -122,6 +125,28 @@ def _recipe(tape: _Tape, region: int) -> Recipe:
         ),
         replay_ms=round(sum(profile.signatures[profile.ops[op].signature].ms for op in needed), 9),
         kept_for_safety=_kept_for_safety(index, fixed & own),
+    )
+
+
+def _rerun_recipe(index: ProfileIndex, region: int) -> Recipe:
+    """For a region whose module is run again as a whole."""
+    profile = index.profile
+    record = profile.regions[region]
+    facts = index.facts[region]
+    ops = range(record.first_op, record.first_op + record.op_count)
+    again = index.rerun_ops(region)
+    arguments = {profile.values[v].storage for op in ops for v in profile.ops[op].inputs if v not in facts.own}
+    dropped = {profile.slots[slot].value for slot in facts.slots}
+    return Recipe(
+        class_id=record.class_id,
+        op_names=tuple(profile.signatures[profile.ops[op].signature].name for op in ops),
+        keep=(),
+        drop=tuple(sorted(index.local(value) for value in dropped)),
+        replay=tuple(sorted(op - record.first_op for op in again)),
+        held_bytes=sum(profile.storages[s].nbytes for s in arguments if not index.is_baseline(s)),
+        dropped_bytes=sum(profile.storages[s].nbytes for s in {profile.values[v].storage for v in dropped}),
+        replay_ms=round(sum(profile.signatures[profile.ops[op].signature].ms for op in again), 9),
+        rerun=True,
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 
-from recollect.records import Decision, Profile
+from recollect.records import RERUN, Decision, Profile, Rerun
 from recollect.solve.columns import Column, ColumnSource, keep_set, useful_values
 from recollect.solve.exact import ExactModel
 from recollect.solve.master import Master, Relaxation
@@ -48,7 +48,14 @@ _ROUNDS = 12
 def untimed(profile: Profile) -> Profile:
     """The profile with every operation taking one millisecond: what is left is structure and bytes."""
     signatures = tuple(replace(signature, ms=1.0) for signature in profile.signatures)
-    return replace(profile, signatures=signatures, mode_ms_per_op=0.0, tape_ms_per_op=0.0)
+    return replace(
+        profile,
+        signatures=signatures,
+        mode_ms_per_op=0.0,
+        tape_ms_per_op=0.0,
+        rerun_ms_per_op=0.0,
+        rerun_ms_per_call=0.0,
+    )
 
 
 @dataclass(slots=True)
@@ -128,6 +135,13 @@ class Pool:
         class_id = self.source.index.profile.regions[region].class_id
         return min(self.cost(self.source.column(region, d), prices) for d in self.master.decisions[class_id])
 
+    def least_rerun(self, region: int, prices: Prices) -> float:
+        """What running the region's module again costs at these prices; infinite if that is not on offer."""
+        class_id = self.source.index.profile.regions[region].class_id
+        if RERUN not in self.master.decisions[class_id]:
+            return math.inf
+        return self.cost(self.source.column(region, RERUN), prices)
+
     def alike(self, regions: Iterable[int], prices: Prices) -> list[list[int]]:
         """The regions in groups whose decisions all cost the same at these prices."""
         times = list(prices.private)
@@ -145,6 +159,8 @@ class Pool:
         index = self.source.index
         if not any(self.may_drop(region) for region in regions):
             return
+        if all(index.may_rerun(region) for region in regions):
+            self.master.offer(class_id, RERUN)
         useful = useful_values(index, regions[0])
         if len(regions) << len(useful) <= _ENUMERATE_AT_MOST:
             self.enumerated.add(class_id)
@@ -162,7 +178,7 @@ class Pool:
 
     def _offer(self, class_id: int, decision: Decision) -> bool:
         """Offer a decision, unless it drops nothing and so is None with more effort."""
-        if decision is not None and not any(
+        if not isinstance(decision, Rerun | None) and not any(
             self.source.index.needed_ops(region, decision) for region in self.members[class_id][:1]
         ):
             return False
@@ -242,7 +258,8 @@ class Pool:
         for class_id, regions in self.members.items():
             if class_id in self.enumerated:
                 continue
-            known = list(self.master.decisions[class_id])
+            # A region that is run again as a whole is on offer from the start, and leads to no other column.
+            known = [decision for decision in self.master.decisions[class_id] if decision is not RERUN]
             loose: list[tuple[float, int, Column]] = []
             for region, *_ in self.alike(filter(self.may_drop, regions), prices):
                 bound, decision = self.model(region).best(prices)
@@ -289,6 +306,7 @@ class Pool:
         """A better column by putting single values into or out of the keep set; None if there is none."""
         index = self.source.index
         useful = useful_values(index, start.region)
+        assert start.decision is not RERUN
         kept = frozenset(useful) if start.decision is None else index.keep_values(start.region, start.decision)
         best = self.cost(start, prices)
         found: Decision = None

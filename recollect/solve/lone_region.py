@@ -7,7 +7,9 @@ averages, and its best decision for the very bytes at hand is asked of its progr
 
 from __future__ import annotations
 
-from recollect.records import Decision
+import math
+
+from recollect.records import RERUN, Decision
 from recollect.solve.generate import Pool
 
 #: Programs solved, at most: each time, moments that the last answer violates are added.
@@ -36,6 +38,9 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[
     span = index.events_of_region[region]
     capacities = {time: room[time] for time in pool.master.moments if span[0] <= time <= span[-1]}
     bound_ms = 0.0
+    rerun_ms = math.inf
+    if RERUN in pool.master.decisions[index.profile.regions[region].class_id]:
+        rerun_ms = source.column(region, RERUN).overhead_ms
     alone = sum(pool.may_drop(other) for other in range(len(decisions))) == 1
     while len(capacities) * index.profile.regions[region].op_count <= _SIZE and len(capacities) <= _MOMENTS * _ROUNDS:
         held = {time: frozenset(s for column, _ in others for s in column.at(time)[1]) for time in capacities}
@@ -44,7 +49,7 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[
             break
         least_ms, decision = answer
         if alone:  # and none of the capacities was lowered
-            bound_ms = max(bound_ms, least_ms)
+            bound_ms = max(bound_ms, min(least_ms, rerun_ms))
         column = source.column(region, decision)
         if column.overhead_ms >= source.column(region, decisions[region]).overhead_ms:
             break

@@ -13,6 +13,7 @@ import recollect
 from recollect import meter
 from recollect._torch_private import FakeTensor, profiler_memory_events
 from recollect.measure import costs, forward_check, profiler
+from recollect.measure.overhead import Overhead
 from recollect.profile_index import ProfileIndex
 from recollect.records import EventKind
 from recollect.simulate import simulate
@@ -49,7 +50,7 @@ class Fan(nn.Module):
 @pytest.fixture(autouse=True)
 def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times do not matter here, only bytes."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: (0.001, 0.001))
+    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
     monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 

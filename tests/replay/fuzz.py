@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 import recollect
 from recollect import Plan, Profile, meter
 from recollect.measure import costs, profiler
+from recollect.measure.overhead import Overhead
 from recollect.planner import _without
 from recollect.profile_index import ProfileIndex
 from recollect.records import Decision
@@ -180,7 +181,7 @@ def specs(draw: st.DrawFn, *, rows: int = 16, columns: int = 64) -> dict[str, An
 
 def cheap_measuring() -> None:
     """Times do not matter here, only bytes."""
-    profiler.measure_overhead = lambda *_, **__: (0.001, 0.001)  # type: ignore[attr-defined]
+    profiler.measure_overhead = lambda *_, **__: Overhead(0.001, 0.001, 0.0005, 0.001)  # type: ignore[attr-defined]
     costs._time_ms = lambda *_, **__: 0.01  # type: ignore[assignment]
 
 
