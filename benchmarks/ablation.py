@@ -8,6 +8,7 @@ peak (100 %).
 
 * *recollect*: the full solver.
 * *one level*: without plans below one level (no nests: nothing is replayed twice).
+* *tapes only*: one level, and no module is run again as a whole.
 * *saved only*: keep sets may name only what autograd saves, not values on the way to it.
 * *all or nothing*: a region is untouched or drops everything, as with `torch.utils.checkpoint`; chosen exactly.
 * *greedy*: recollect's columns, chosen by least ms for each held byte instead of by the program.
@@ -31,14 +32,24 @@ from benchmarks.baselines.rotor import chain_of, in_slots, one_level_decisions, 
 from benchmarks.suite_profiles import heading, suite_profile
 from recollect.errors import BudgetInfeasible
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Profile
+from recollect.records import RERUN, Decision, Profile
 from recollect.solve import Solver
 from tests.solve.profiles import gpt_profile
 
 MODELS = ("gpt", "llama", "bert", "vit", "resnet", "unet", "lstm")
 #: Budgets, in parts of the way from the smallest one to the plain peak.
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)
-COLUMNS = ("recollect", "one level", "saved only", "all or nothing", "greedy", "knapsack", "every k-th", "rotor")
+COLUMNS = (
+    "recollect",
+    "one level",
+    "tapes only",
+    "saved only",
+    "all or nothing",
+    "greedy",
+    "knapsack",
+    "every k-th",
+    "rotor",
+)
 #: Blocks of the chain that is solved with and without aggregation.
 CHAINS = (8, 32)
 #: Sizes of memory for which rotor's programme is solved.
@@ -97,8 +108,9 @@ def rows_of(profile: Profile) -> list[Row]:
         every = restricted(pool, lambda _, __: True, budget_bytes) if budget_bytes >= one_level_bytes else None
         outcomes = {
             "one level": every,
-            "saved only": restricted(pool, lambda c, d: d is None or d <= saved[c], budget_bytes),
-            "all or nothing": restricted(pool, lambda _, d: not d, budget_bytes),
+            "tapes only": restricted(pool, lambda _, d: d is not RERUN, budget_bytes),
+            "saved only": restricted(pool, lambda c, d: not isinstance(d, frozenset) or d <= saved[c], budget_bytes),
+            "all or nothing": restricted(pool, lambda _, d: not isinstance(d, frozenset) or not d, budget_bytes),
             "greedy": best_that_fits(index, greedy(pool, budget_bytes), budget_bytes),
             "knapsack": best_that_fits(index, by_knapsack, budget_bytes),
             "every k-th": best_that_fits(index, by_every_kth, budget_bytes),

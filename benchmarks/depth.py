@@ -28,6 +28,7 @@ import recollect
 from recollect import meter
 from recollect.profile_index import ProfileIndex
 from recollect.records import Plan, Profile
+from recollect.shapes import decisions_of
 from recollect.simulate import simulate
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
@@ -59,8 +60,9 @@ def plans(profile: Profile) -> dict[str, Plan]:
 
 def replays(profile: Profile, plan: Plan) -> int:
     """Operations replayed in one step, as predicted."""
-    keep = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
-    return len(simulate(ProfileIndex(profile), keep, plan.groups).replayed_ops)
+    decisions = decisions_of(plan, profile)
+    assert decisions is not None
+    return len(simulate(ProfileIndex(profile), decisions, plan.groups).replayed_ops)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -21,6 +21,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
             "calls": len(keys),
             "dropped_bytes": len(keys) * plan.recipes[number].dropped_bytes,
             "replay_ms": round(len(keys) * plan.recipes[number].replay_ms, 9),
+            "rerun": plan.recipes[number].rerun,
             "kept_for_safety": [
                 {"op": kept.op, "reason": kept.reason, "bytes": len(keys) * kept.nbytes}
                 for kept in plan.recipes[number].kept_for_safety
@@ -44,7 +45,8 @@ def format_table(plan: Plan) -> str:
         (label, str(line[0]), format_bytes(int(line[1])), f"{line[2]:.2f} ms")
         for label, line in sorted(_lines(plan).items(), key=lambda entry: -entry[1][1])
     ]
-    # What is not the first replay: writing operations down, and replaying again where regions share a tape.
+    # What is not the first replay: writing operations down or running a module again, and replaying again where regions
+    # share a tape.
     table.append(("recording, repeats", "", "", f"{added_ms - replay_ms:.2f} ms"))
     table.append(("all", str(calls), format_bytes(saved), f"{added_ms:.2f} ms"))
     if len(plan.regions) > calls:
@@ -85,6 +87,9 @@ def _lines(plan: Plan) -> dict[str, tuple[int, int, float]]:
     labels = [label for label, _ in named]
     # Two calls of one module may have two recipes.
     unique = {kind: label if labels.count(label) == 1 else f"{label} ({kind})" for label, kind in named}
+    for kind in unique:
+        if isinstance(kind, int) and plan.recipes[kind].rerun:
+            unique[kind] += ", run again"
     return {unique[kind]: line for kind, line in figures.items()}
 
 
