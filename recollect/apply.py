@@ -40,8 +40,9 @@ class RegionForward:
         if not (torch.is_grad_enabled() and self._installed.enabled):
             return self.original(*args, **kwargs)
         with self._installed.region(self._path, lambda: may_rerun(self._module, args, kwargs)) as rerun:
-            if rerun:
-                return ModuleCall(self._module, self.original, kwargs, self._installed.statistics).run(args)
+            if rerun is not None:
+                statistics = self._installed.statistics
+                return ModuleCall(self._module, self.original, kwargs, statistics, rerun.replay_count).run(args)
             return self.original(*args, **kwargs)
 
     # A copied or unpickled model is unplanned and uses its own weights: what is copied is the forward that was there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,21 @@ from typing import Any
 
 import recollect
 from recollect.budget import resolve_budget
+from recollect.cli.doctor import examine, format_examination
 from recollect.cli.frontier_table import Curve, curve_figures, format_curve
 from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, TrainOptions, VerifyOptions
 from recollect.cli.plan_table import format_table, plan_rows
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
-from recollect.measure.step import StepSpec, describe_batch
+from recollect.measure.step import describe_batch
 from recollect.planner import find_plan
 from recollect.records import Plan, Profile, Verdict
 from recollect.report.frontier_plot import check_output, draw_frontier, save_frontier
 from recollect.report.peers import load_peers
 from recollect.solve import Solver, frontier_of, next_useful_bytes
-from recollect.train import Reporter, TrainConfig, build, format_summary, resolve, run
+from recollect.train import Reporter, TrainConfig, Workload, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
+from recollect.train.dry_run import format_dry_run, rehearse
 from recollect.train.files import replacing
 from recollect.train.models import MODELS
 from recollect.train.summary import format_plan
@@ -33,12 +36,18 @@ from recollect.units import format_bytes
 
 def train(options: TrainOptions, command: Sequence[str]) -> int:
     """Train; print the summary."""
-    settings = {entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)}
+    config = TrainConfig(**{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
+    if options.verbose:
+        logging.getLogger("recollect").setLevel(logging.INFO)
+    if options.dry_run:
+        found = rehearse(config)
+        print(json.dumps(found.to_json()) if options.json else format_dry_run(found))
+        return 0
     # With --json, stdout belongs to the one document; people read stderr.
-    with Reporter(sys.stderr if options.json else sys.stdout) as reporter:
-        summary = run(TrainConfig(**settings), command=command, reporter=reporter)
+    with Reporter(sys.stderr if options.json else sys.stdout, quiet=options.quiet) as reporter:
+        summary = run(config, command=command, reporter=reporter)
         if summary is not None:
-            reporter.say(format_summary(summary))
+            reporter.say(format_summary(summary), important=True)
     if options.json:
         print(json.dumps({"finished": True} if summary is None else {"finished": True, **summary.to_json()}))
     return 0
@@ -49,8 +58,7 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
     options, source = resolve(options)
     _require_folder(options.output)
     work = build(options, source)
-    spec = StepSpec(loss=work.loss, optimizers=(work.optimizer,))
-    with find_plan(work.model, work.batch(0), spec, work.budget_bytes) as applied:
+    with find_plan(work.model, work.microbatch(0), work.spec(), work.budget_bytes) as applied:
         solved, profile = applied.plan, applied.profile
     assert profile is not None  # find_plan has measured
     more_bytes = next_useful_bytes(Solver(profile), solved)
@@ -81,7 +89,7 @@ def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
         check_output(output)
     peers = None if options.peers is None else load_peers(Path(options.peers))
     work = build(options, source)
-    profile = recollect.measure(work.model, work.batch(0), loss=work.loss, optimizer=work.optimizer)
+    profile = recollect.measure(work.model, work.microbatch(0), **_keywords(work))
     marked_bytes = work.budget_bytes if options.marks_budget else None
     begin = time.perf_counter()
     solver = Solver(profile)
@@ -106,18 +114,16 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     options, source = resolve(options)
     solved = Plan.load(options.plan) if options.plan is not None else None
     work = build(options, source)
-    batch = work.batch(0)
+    batch = work.microbatch(0)
     if solved is None:
         # With repair, as in training: what is verified is the plan that `recollect train` would use.
-        spec = StepSpec(loss=work.loss, optimizers=(work.optimizer,))
-        with find_plan(work.model, batch, spec, work.budget_bytes) as applied:
+        with find_plan(work.model, batch, work.spec(), work.budget_bytes) as applied:
             solved = applied.plan
     verdict = recollect.verify(
         work.model,
         batch,
         solved,
-        loss=work.loss,
-        optimizer=work.optimizer,
+        **_keywords(work),
         steps=options.steps,
         reference_budget_bytes=resolve_budget(options.reference_memory, work.device, name="--reference-memory"),
     )
@@ -128,6 +134,13 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         print(format_verdict(verdict))
         print(batch_note(solved, describe_batch(batch)), end="")
     return 0 if verdict.ok else 1
+
+
+def doctor(options: ListOptions, command: Sequence[str]) -> int:
+    """Print what this machine offers and whether the engine works here. 1 if it does not."""
+    found = examine()
+    print(json.dumps(found) if options.json else format_examination(found))
+    return 0 if found["self_test"]["ok"] and all(found["required"].values()) else 1
 
 
 def models(options: ListOptions, command: Sequence[str]) -> int:
@@ -142,6 +155,17 @@ def datasets(options: ListOptions, command: Sequence[str]) -> int:
     known = {name: source.summary for name, source in DATASETS}
     _print_list(options, known, "also: the path of a text file or folder, package.module:factory")
     return 0
+
+
+def _keywords(work: Workload) -> dict[str, Any]:
+    """The step, as the public verbs take it."""
+    return {
+        "loss": work.loss,
+        "optimizer": work.optimizer,
+        "accumulation_steps": work.accumulation_steps,
+        "autocast": work.autocast,
+        "clip_norm": work.clip_norm,
+    }
 
 
 def plan_figures(solved: Plan) -> dict[str, Any]:

@@ -46,11 +46,15 @@ class Command(Generic[Options]):
         parser = parsers.add_parser(self.name, help=self.summary, description=self.summary, allow_abbrev=False)
         parser.add_argument("--config-file", metavar="FILE", help="YAML file with any of the settings below")
         parser.usage = f"recollect {self.name} [--config-file run.yaml] [flags] [KEY VALUE ...]"
+        groups: dict[str, argparse._ArgumentGroup] = {}
         for setting in settings_of(self.options):
+            group = groups.get(setting.group)
+            if group is None:
+                group = groups[setting.group] = parser.add_argument_group(setting.group)
             if setting.type is bool:
-                parser.add_argument(setting.flag, action="store_const", const=True, help=setting.help)
+                group.add_argument(setting.flag, action="store_const", const=True, help=setting.help)
                 continue
-            parser.add_argument(
+            group.add_argument(
                 setting.flag,
                 metavar=setting.metavar,
                 nargs="+" if setting.is_mapping else "?" if setting.name in self.bare else None,
@@ -99,6 +103,8 @@ class Setting:
     type: Any
     """Without ``None``."""
     help: str
+    group: str
+    """Heading under which ``--help`` shows it."""
 
     @property
     def flag(self) -> str:
@@ -168,9 +174,19 @@ def settings_of(options: type[Any]) -> tuple[Setting, ...]:
             name=entry.name,
             type=_without_none(hints[entry.name]),
             help=docs.get(entry.name, "") + _default_note(entry.default),
+            group=_group_of(entry.name, options),
         )
         for entry in fields(options)
+        if typing.get_origin(hints[entry.name]) is not typing.ClassVar
     )
+
+
+def _group_of(name: str, options: type[Any]) -> str:
+    """The title of the class that declares a field first; those of the command itself are about its output."""
+    for kind in reversed(options.__mro__):
+        if name in vars(kind).get("__annotations__", {}):
+            return str(getattr(kind, "TITLE", "") or "output")
+    return "output"
 
 
 def field_docs(options: type[Any]) -> dict[str, str]:

@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
         ),
         (Command(name="models", summary="list the known models", options=ListOptions), commands.models),
         (Command(name="datasets", summary="list the known datasets", options=ListOptions), commands.datasets),
+        (
+            Command(name="doctor", summary="say what this machine offers, and test the engine", options=ListOptions),
+            commands.doctor,
+        ),
     )
 }
 

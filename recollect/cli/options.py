@@ -13,13 +13,30 @@ from recollect.train import TrainConfig, WorkConfig
 class TrainOptions(TrainConfig):
     """`recollect train`."""
 
+    TITLE = "output"
+
+    dry_run: bool = False
+    """Say what would be done, in which memory and about how long, and write nothing"""
+    quiet: bool = False
+    """Show the summary at the end only"""
+    verbose: bool = False
+    """Show what planning does, too"""
     json: bool = False
     """Print one JSON document to stdout instead of text for people"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quiet and self.verbose:
+            raise UnsupportedInput(
+                "both --quiet and --verbose are given, but they ask for the opposite of each other. Give one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(WorkConfig):
     """`recollect plan`."""
+
+    TITLE = "output"
 
     output: str | None = None
     """Write the plan to this JSON file"""
@@ -30,6 +47,8 @@ class PlanOptions(WorkConfig):
 @dataclass(frozen=True, kw_only=True)
 class FrontierOptions(WorkConfig):
     """`recollect frontier`."""
+
+    TITLE = "output"
 
     memory: str = "auto"
     """A budget to mark in the curve: 8GiB, 8GB, 75% of the device's memory; auto marks none"""
@@ -61,6 +80,8 @@ class FrontierOptions(WorkConfig):
 class VerifyOptions(WorkConfig):
     """`recollect verify`."""
 
+    TITLE = "output"
+
     plan: str | None = None
     """Verify this plan file instead of solving one for --memory"""
     steps: int = 3
@@ -72,7 +93,7 @@ class VerifyOptions(WorkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("steps")
+        self._require(1, "steps")
         if self.plan is not None and self.memory != "auto":
             raise UnsupportedInput(
                 f"both a plan file ({self.plan}) and a budget ({self.memory}) are given, but a plan has its own "

@@ -62,7 +62,7 @@ class CostCache:
         """Read what is known; `folder` is by default the user's (see the module)."""
         self._environment = _environment(device)
         digest = hashlib.sha256(json.dumps(self._environment).encode()).hexdigest()
-        self._folder = folder or _folder()
+        self._folder = folder or cache_folder()
         self._path = None if self._folder is None else self._folder / f"operation-costs-{digest[:16]}.json"
         self._known = self._read()
         self._new: dict[str, Cost] = {}
@@ -150,7 +150,8 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
+    """Where costs are kept; None: they are not."""
     if os.environ.get("RECOLLECT_COST_CACHE", "").strip().lower() in _OFF:
         return None
     if named := os.environ.get("RECOLLECT_CACHE_DIR"):

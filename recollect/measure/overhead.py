@@ -174,7 +174,7 @@ def _measure_rerun(cold: bool) -> tuple[float, float]:
 def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, rerun: bool) -> torch.Tensor:
     if not rerun:
         return chain(weight, times_ms)  # type: ignore[no-any-return]
-    return ModuleCall(chain, chain.forward, {"times_ms": times_ms}, Statistics()).run((weight,))  # type: ignore[no-any-return]
+    return ModuleCall(chain, chain.forward, {"times_ms": times_ms}, Statistics(), _OPS).run((weight,))  # type: ignore[no-any-return]
 
 
 def _installed() -> Installed:

@@ -11,7 +11,18 @@ from recollect.records import Group, Recipe
 class LiveRecipe:
     """What a tape needs to follow a plan, in the form that is fastest to ask."""
 
-    __slots__ = ("drop", "funcs", "group", "keep", "length", "passes", "place", "record", "rerun")
+    __slots__ = (
+        "drop",
+        "funcs",
+        "group",
+        "keep",
+        "length",
+        "passes",
+        "place",
+        "record",
+        "replay_count",
+        "rerun",
+    )  # fmt: skip
 
     def __init__(self, recipe: Recipe, group: Group | None = None, place: int = 0) -> None:
         self.group = group
@@ -23,6 +34,8 @@ class LiveRecipe:
         self.length = len(self.funcs)
         needed = frozenset(recipe.replay)
         self.record = tuple(position in needed for position in range(self.length))
+        self.replay_count = len(needed)
+        """Operations that replay needs."""
         # What replay does not need just runs, as long as the plan is followed. The end of the plan passes nothing.
         self.passes = (*(None if position in needed else func for position, func in enumerate(self.funcs)), None)
         """At each position, the operation that runs there if it need not be written down."""

@@ -132,10 +132,14 @@ def _is_autocast(module: torch.nn.Module) -> bool:
 class ModuleCall:
     """One call of a module, made now and perhaps again in backward."""
 
-    def __init__(self, module: torch.nn.Module, forward: Any, kwargs: dict[str, Any], statistics: Statistics) -> None:
+    def __init__(
+        self, module: torch.nn.Module, forward: Any, kwargs: dict[str, Any], statistics: Statistics, op_count: int
+    ) -> None:
+        """`op_count`: operations that a second run makes, by the plan."""
         self._forward = forward
         self._kwargs = kwargs
         self._statistics = statistics
+        self._op_count = op_count
         self._modules = tuple(module.modules())
         self._modes = tuple([below.training for below in self._modules])
         self._tensors: tuple[tuple[torch.Tensor, int, int], ...] = ()
@@ -153,6 +157,7 @@ class ModuleCall:
             return self._run_first(args)
         self._check()
         self._statistics.reruns += 1
+        self._statistics.replayed_ops += self._op_count
         now = [(generator, generator.get_state()) for generator, _ in self._random]
         for generator, state in self._random:
             generator.set_state(state)

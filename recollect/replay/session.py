@@ -66,11 +66,11 @@ class Installed:
     """Open sessions by thread."""
 
     @contextmanager
-    def region(self, path: str, may_rerun: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    def region(self, path: str, may_rerun: Callable[[], bool] = lambda: False) -> Iterator[LiveRecipe | None]:
         """A call of the region module at `path`, in the thread's session (opened if need be).
 
-        Inside, True if the plan wants the module to be run again as a whole in backward, and `may_rerun`, asked only
-        then, says that this call of it can be.
+        Inside, the recipe if it wants the module to be run again as a whole in backward, and `may_rerun`, asked only
+        then, says that this call of it can be; else None.
         """
         thread = threading.get_ident()
         session = self.sessions.get(thread)
@@ -119,8 +119,8 @@ class Session(DispatchMode):
         self._tape: Tape | None = None
         self._next: tuple[Group | None, int] = (None, 0)  # the region that would go on with this tape
         self._active = False
-        self.reruns = False
-        """The region that runs now is to be run again as a whole."""
+        self.reruns: LiveRecipe | None = None
+        """Of the region that runs now, if it is to be run again as a whole."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
@@ -163,12 +163,13 @@ class Session(DispatchMode):
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
         elsewhere = self._is_others_business() or torch.compiler.is_compiling() or _is_capturing()
-        self.reruns = False
+        self.reruns = None
         if recipe is not None and recipe.rerun and not elsewhere:
-            self.reruns = may_rerun()
-            if not self.reruns:
+            if may_rerun():
+                self.reruns = recipe
+            else:
                 recipe = None  # a tape drops as much
-        if untouched or elsewhere or self.reruns:
+        if untouched or elsewhere or self.reruns is not None:
             self._end_tape()
             if self._frames[-1][1] == self._beneath():
                 self._switch(False)

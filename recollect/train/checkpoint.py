@@ -1,11 +1,12 @@
 """Checkpoints: all that a run needs to go on bit for bit.
 
-A checkpoint is a folder ``step-00000100`` with two files: ``training.pt`` (weights, optimizer, random generators; loads
-with ``weights_only=True``) and ``state.json`` (the step, what the run is, size and digest of ``training.pt``).
+A checkpoint is a folder ``step-00000100`` with two files: ``training.pt`` (weights, optimizer, moving average, loss
+scaler, random generators; loads with ``weights_only=True``) and ``state.json`` (the step, what the run is, how it went
+so far, size and digest of ``training.pt``).
 
-It is written under another name, flushed to disk and renamed; only then does the link ``latest`` move. So a process may
-be killed at any moment: ``latest`` names a whole checkpoint, before or after. Damage that happens later is noticed by
-the digest; then the newest whole checkpoint is taken.
+It is written under another name, flushed to disk and renamed; only then do the links ``latest`` and ``best`` move. So a
+process may be killed at any moment: ``latest`` names a whole checkpoint, before or after. Damage that happens later is
+noticed by the digest; then the newest whole checkpoint is taken.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch import nn
 from recollect.errors import UnsupportedInput
 from recollect.train.files import flush_to_disk
 
-FORMAT_VERSION = 1
-LATEST = "latest"
+FORMAT_VERSION = 2
+LATEST, BEST = "latest", "best"
 _TENSORS = "training.pt"
 _STATE = "state.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -44,8 +45,8 @@ class Checkpoint:
     """Optimizer steps done."""
     identity: Mapping[str, object]
     """What the run is: another identity cannot continue it."""
-    loss_before: float
-    """The loss before the first step of the run."""
+    progress: Mapping[str, Any]
+    """How the run went so far; see `recollect.train.progress`."""
 
 
 def save_checkpoint(
@@ -53,11 +54,16 @@ def save_checkpoint(
     *,
     step: int,
     identity: Mapping[str, object],
-    loss_before: float,
+    progress: Mapping[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    further: Mapping[str, Any],
+    is_best: bool,
 ) -> Path:
-    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it."""
+    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is that.
+
+    ``further``: more state, of tensors and plain data.
+    """
     checkpoints.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(checkpoints)
     folder = checkpoints / f"step-{step:08d}"
@@ -65,14 +71,19 @@ def save_checkpoint(
     temporary.mkdir()
     tensors = temporary / _TENSORS
     torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()},
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": _random_state(),
+            "further": dict(further),
+        },
         tensors,
     )
     state = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "identity": dict(identity),
-        "loss_before": loss_before,
+        "progress": dict(progress),
         "size_bytes": tensors.stat().st_size,
         "sha256": _digest(tensors),
     }
@@ -82,7 +93,8 @@ def save_checkpoint(
     if folder.exists():  # left by a run that was killed, or that went on from an earlier step
         folder.rename(checkpoints / f".{folder.name}.replaced.{os.getpid()}.tmp")
     temporary.rename(folder)
-    _point_latest_to(folder)
+    for name in (LATEST, *((BEST,) if is_best else ())):
+        _point(name, folder)
     _remove_leftovers(checkpoints)
     return folder
 
@@ -104,7 +116,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             folder=folder.resolve(),
             step=int(state["step"]),
             identity=dict(state["identity"]),
-            loss_before=float(state["loss_before"]),
+            progress=dict(state["progress"]),
         )
     except OSError as problem:
         raise _not_whole(folder, f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
@@ -135,8 +147,8 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put model, optimizer and random generators back to where they were."""
+def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """Put model, optimizer and random generators back to where they were; returns what was given as ``further``."""
     saved = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
     try:
         model.load_state_dict(saved["model"])
@@ -147,6 +159,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
             f"Resume with the model that wrote it."
         ) from None
     _restore_random_state(saved["random"])
+    further: Mapping[str, Any] = saved["further"]
+    return further
 
 
 def _not_whole(folder: Path, why: str) -> UnsupportedInput:
@@ -156,11 +170,11 @@ def _not_whole(folder: Path, why: str) -> UnsupportedInput:
     )
 
 
-def _point_latest_to(folder: Path) -> None:
-    link = folder.with_name(f".{LATEST}.{os.getpid()}.tmp")
+def _point(name: str, folder: Path) -> None:
+    link = folder.with_name(f".{name}.{os.getpid()}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
-    os.replace(link, folder.with_name(LATEST))
+    os.replace(link, folder.with_name(name))
     flush_to_disk(folder.parent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ class StepReport:
     total_steps: int
     epoch: int
     loss: float
+    lr: float
     step_ms: float
     samples_per_second: float
     memory_now_bytes: int
@@ -30,19 +32,34 @@ class StepReport:
     peak_bytes: int
     """Measured during this step."""
     budget_bytes: int
+    recompute_ratio: float
+    """Predicted time of recomputation in parts of the step."""
+    gradient_norm: float | None = None
+    """Before clipping; None: not clipped."""
+    evaluation: Mapping[str, float] | None = None
+    """Metrics on held-out data, where the step was followed by an evaluation."""
 
 
 def format_step(report: StepReport) -> str:
-    """One line about a logged step."""
-    return (
-        f"step {report.step}/{report.total_steps}  loss {report.loss:.4f}  {format_rates(report)}  "
+    """One line about a logged step, and one about its evaluation."""
+    line = (
+        f"step {report.step}/{report.total_steps}  loss {report.loss:.4f}  lr {report.lr:.2e}  {format_rates(report)}  "
         f"memory: {format_memory(report)}"
     )
+    if report.evaluation is None:
+        return line
+    return f"{line}\n  held out: {format_metrics(report.evaluation)}"
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Metrics by name."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
 
 
 def format_rates(report: StepReport) -> str:
     """Throughput and time of a logged step."""
-    return f"{report.samples_per_second:.1f} samples/s  {report.step_ms:.0f} ms/step"
+    share = f" ({report.recompute_ratio:.0%} recomputing)" if report.recompute_ratio >= 0.005 else ""
+    return f"{report.samples_per_second:.1f} samples/s  {report.step_ms:.0f} ms/step{share}"
 
 
 def format_memory(report: StepReport) -> str:
@@ -56,10 +73,12 @@ def format_memory(report: StepReport) -> str:
 class Reporter:
     """Tells people on ``stream`` and the run's ``log.txt`` what happens.
 
-    Lines said before `open_log` are kept and written to the log when it is opened.
+    Lines said before `open_log` are kept and written to the log when it is opened.  A quiet one writes to the log only,
+    except for what matters at the end.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._console = Console(file=stream or sys.stdout, soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._unwritten: list[str] = []
         self._log: TextIO | None = None
@@ -86,14 +105,15 @@ class Reporter:
             self._log.write(line)
         self._unwritten = []
 
-    def say(self, text: str) -> None:
-        """Show a line (or several)."""
-        self._console.print(text)
+    def say(self, text: str, *, important: bool = False) -> None:
+        """Show a line (or several); if this is a quiet reporter, only if it is important."""
+        if important or not self._quiet:
+            self._console.print(text)
         self._write(text)
 
     def start_progress(self, done: int, total: int) -> None:
         """Show a live line, if this is a terminal."""
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
@@ -113,9 +133,11 @@ class Reporter:
         """Show a logged step."""
         line = format_step(report)
         if self._progress is not None and self._task is not None:
-            description = f"loss {report.loss:.4f}  {format_rates(report)}  {format_memory(report)}"
+            description = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {format_rates(report)}  {format_memory(report)}"
             self._progress.update(self._task, completed=report.step, description=description)
-        else:
+            if report.evaluation is not None:
+                self._console.print(f"step {report.step}  held out: {format_metrics(report.evaluation)}")
+        elif not self._quiet:
             self._console.print(line)
         self._write(line)
 

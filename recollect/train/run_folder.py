@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class RunFolder:
         self.path = Path(config.root_path) / data_name(config.dataset) / mark
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "log.txt"
-        self._metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
 
     def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
         """The checkpoint to go on from; None to begin at the first step.
@@ -75,12 +76,7 @@ class RunFolder:
         with replacing(self.path / "plan.json") as temporary:
             plan.save(temporary)
         kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
-        write_text(self._metrics, "".join(f"{line}\n" for line in kept))
-
-    def add_metrics(self, metrics: Mapping[str, object]) -> None:
-        """Append one object to ``metrics.jsonl``."""
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def save_model(self, model: nn.Module) -> Path:
         """Write ``model.safetensors``: each key of the state dict, also those that share their memory."""
@@ -103,9 +99,9 @@ class RunFolder:
 
     def _metric_lines(self) -> list[str]:
         """Whole lines; one that was cut off by a kill is not among them."""
-        if not self._metrics.exists():
+        if not self.metrics.exists():
             return []
-        pieces = self._metrics.read_text(encoding="utf-8").split("\n")
+        pieces = self.metrics.read_text(encoding="utf-8").split("\n")
         return [line for line in pieces[:-1] if line]
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recollect.records import Plan, Verdict
+from recollect.train.evaluation import Evaluation
+from recollect.train.reporter import format_metrics
 from recollect.units import format_bytes
 
 
@@ -18,10 +20,20 @@ class RunSummary:
     """Of a real step of this very model, run before the training."""
     budget_bytes: int
     measured_peak_bytes: int
-    """The highest of all measured steps."""
+    """The highest of all measured steps and evaluations."""
+    beside_bytes: int
+    """Of the budget: held beside the step (the moving average of the weights, the batch's other parts)."""
     first_step: int
     """Steps that were done before this process began."""
     steps: int
+    stopped_early: bool
+    """Before all steps were done, because evaluations no longer improved."""
+    evaluation: Evaluation | None
+    """The last one; None where nothing is held out."""
+    best_metric: str
+    """The metric that decides which checkpoint is the best."""
+    best: float | None
+    best_step: int
     loss_before: float
     """On the run's first batch, before the run's first step."""
     loss_after: float
@@ -37,10 +49,15 @@ class RunSummary:
             "model_file": self.model_file,
             "steps": self.steps,
             "first_step": self.first_step,
+            "stopped_early": self.stopped_early,
+            "eval": None if self.evaluation is None else self.evaluation.metrics,
+            "best_metric": None if self.best is None else self.best_metric,
+            "best": self.best,
+            "best_step": self.best_step,
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
             "budget_bytes": self.budget_bytes,
-            "predicted_peak_bytes": self.plan.predicted_peak_bytes,
+            "predicted_peak_bytes": self.plan.predicted_peak_bytes + self.beside_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
             "plain_peak_bytes": verdict.plain_peak_bytes,
             "plain_peak_source": verdict.plain_peak_source,
@@ -88,7 +105,7 @@ def format_summary(summary: RunSummary) -> str:
         (
             "this run",
             f"peak {format_bytes(summary.measured_peak_bytes)} (measured), "
-            f"{format_bytes(plan.predicted_peak_bytes)} (predicted), {verdict.step_ms:.0f} ms",
+            f"{format_bytes(plan.predicted_peak_bytes + summary.beside_bytes)} (predicted), {verdict.step_ms:.0f} ms",
         ),
         (
             "budget",
@@ -101,11 +118,23 @@ def format_summary(summary: RunSummary) -> str:
         (
             "loss",
             f"{summary.loss_before:.4f} before, {summary.loss_after:.4f} after {summary.steps} steps "
-            f"(first batch, without dropout)",
+            f"(first batch, without dropout){'; stopped early' if summary.stopped_early else ''}",
         ),
+        *_judged(summary),
         ("run folder", summary.run_folder),
     ]
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _judged(summary: RunSummary) -> list[tuple[str, str]]:
+    evaluation = summary.evaluation
+    if evaluation is None:
+        return []
+    rows = [("held out", f"{format_metrics(evaluation.metrics)} ({evaluation.samples:,} samples)")]
+    if summary.best is not None and summary.best_step != summary.steps:
+        name = summary.best_metric.replace("_", " ")
+        rows.append(("best", f"{name} {summary.best:.4f} at step {summary.best_step} (checkpoints/best)"))
+    return rows
 
 
 def _share(budget_bytes: int, plain_peak_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""From settings to objects: the model, its loss, its data and its optimizer, checked before anything long begins."""
+"""From settings to objects: the model, its task, its data and its optimizer, checked before anything long begins."""
 
 from __future__ import annotations
 
@@ -8,18 +8,37 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
+from recollect.measure.step import StepSpec, batch_tensors
 from recollect.train.config import WorkConfig
 from recollect.train.data import TrainingData, data_name, load_data
-from recollect.train.data.order import BatchOrder, load_batch
+from recollect.train.data.loader import BatchLoader, to_device
+from recollect.train.data.order import BatchOrder
 from recollect.train.device import resolve_device
-from recollect.train.losses import check_fit, choose_loss
 from recollect.train.models import Loss, ModelSource, find_model
+from recollect.train.optimizers import make_optimizer
+from recollect.train.precision import autocast_dtype
+from recollect.train.tasks import Task, choose_task
+from recollect.train.tasks.choose import check_fit
 
 Config = TypeVar("Config", bound=WorkConfig)
+
+
+class SharedLoss:
+    """A task's loss, times a microbatch's share of its batch: so that gradients add up to those of the whole batch."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.share: float | None = None
+        """None: the batch is not split, and the loss is what it is."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss, scaled."""
+        value = self._loss(model, batch)
+        return value if self.share is None else value * self.share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +46,57 @@ class Workload:
     """Everything that one training step needs."""
 
     model: nn.Module
-    loss: Loss
+    task: Task
+    loss: SharedLoss
+    """The task's, of the microbatch that is run."""
     optimizer: torch.optim.Optimizer
     data: TrainingData
     order: BatchOrder
+    loader: BatchLoader
     device: torch.device
+    autocast: torch.dtype | None
+    clip_norm: float | None
     budget_bytes: int
 
-    def batch(self, step: int) -> Any:
-        """The batch of step ``step`` (the first is 0) on the device."""
-        return load_batch(self.data, self.order.indices(step), self.device)
+    @property
+    def accumulation_steps(self) -> int:
+        """Microbatches in a full batch."""
+        return len(self.loader.numbers(0))
+
+    def microbatch(self, step: int, place: int = 0) -> Any:
+        """One microbatch of step ``step`` (the first is 0) on the device; the loss is set to its share."""
+        parts = self.loader.microbatches(step)
+        self.loss.share = self.shares(parts)[place]
+        return to_device(parts[place], self.device)
+
+    def shares(self, parts: list[Any]) -> list[float | None]:
+        """Each microbatch's share of its batch; None where there is only one."""
+        if len(parts) == 1:
+            return [None]
+        weights = [self.task.weight(part) for part in parts]
+        total = sum(weights)
+        if not total > 0:
+            raise UnsupportedInput(
+                "a batch has no element that its loss is a mean over (no token to predict, no sample), so there is no "
+                "gradient. Leave such samples out of the dataset."
+            )
+        return [weight / total for weight in weights]
+
+    def bytes_beside(self, parts: list[Any], place: int) -> int:
+        """Bytes of the device that the other microbatches of a batch take while one of them runs."""
+        if self.device.type != "cpu":
+            return 0  # the others wait in host memory
+        return sum(t.nbytes for other, part in enumerate(parts) if other != place for t in batch_tensors(part))
+
+    def spec(self) -> StepSpec:
+        """The step, as the verbs take it."""
+        return StepSpec(
+            loss=self.loss,
+            optimizers=(self.optimizer,),
+            accumulation_steps=self.accumulation_steps,
+            autocast=self.autocast,
+            clip_norm=self.clip_norm,
+        )
 
 
 def resolve(config: Config) -> tuple[Config, ModelSource]:
@@ -60,6 +120,7 @@ def build(config: WorkConfig, source: ModelSource) -> Workload:
         UnsupportedInput: something does not exist or does not fit; nothing has been written then.
     """
     device = resolve_device(config.device)
+    autocast = autocast_dtype(config.precision, device)
     budget_bytes = resolve_budget(config.memory, device, name="--memory")
     assert config.dataset is not None
     assert config.sequence_length is not None
@@ -69,19 +130,34 @@ def build(config: WorkConfig, source: ModelSource) -> Workload:
     _seed_everything(config.seed)
     built = source.build(data.facts, config.sequence_length, config.model_args)
     model = built.module.to(device).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise UnsupportedInput(
-            f"the model {config.model!r} has no trainable parameter, so there is nothing to train. "
-            f"Set requires_grad on the parameters that training should change."
-        )
+    task = choose_task(built, data.facts)
+    optimizer = make_optimizer(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        beta2=config.beta2,
+    )
+    loader = BatchLoader(
+        data,
+        order,
+        samples_at_a_time=config.samples_at_a_time,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
+        seed=config.seed,
+    )
     return Workload(
         model=model,
-        loss=choose_loss(built, data.facts),
-        optimizer=torch.optim.AdamW(parameters, lr=config.lr),
+        task=task,
+        loss=SharedLoss(task.loss),
+        optimizer=optimizer,
         data=data,
         order=order,
+        loader=loader,
         device=device,
+        autocast=autocast,
+        clip_norm=config.clip_norm,
         budget_bytes=budget_bytes,
     )
 

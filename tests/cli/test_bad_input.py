@@ -155,9 +155,9 @@ def test_an_output_in_no_folder_is_refused(folder: Path, capsys: pytest.CaptureF
 def test_an_unexpected_error_is_exit_code_1(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(samples: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError("disk on fire")
 
-    monkeypatch.setattr("recollect.train.data.order.default_collate", fail)
+    monkeypatch.setattr("recollect.train.data.loader._batch_of", fail)
     assert main(["train", *TINY]) == 1
     assert "OSError: disk on fire" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_the_peak_holds_by_a_meter_that_is_not_ours() -> None:
     """The peak of a real step from the profiler's own trace, without recollect's meter."""
     config, source = resolve(TrainConfig(model="gpt-tiny", batch_size=8))
     work = build(config, source)
-    batch = work.batch(0)
+    batch = work.microbatch(0)
     plain_bytes = recollect.fit(work.model, batch, loss=work.loss, optimizer=work.optimizer).plan.plain_peak_bytes
     work = build(config, source)
     budget_bytes = int(plain_bytes * 0.6)

@@ -88,10 +88,10 @@ def test_it_can_be_turned_off(folder: Path, ran: list[str], monkeypatch: pytest.
 def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RECOLLECT_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cost_cache._folder() == tmp_path / "recollect"
+    assert cost_cache.cache_folder() == tmp_path / "recollect"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cost_cache._folder() == tmp_path / ".cache" / "recollect"
+    assert cost_cache.cache_folder() == tmp_path / ".cache" / "recollect"
 
 
 def test_what_is_put_comes_back(folder: Path) -> None:

@@ -26,10 +26,27 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def save(folder: Path, number: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+def save(
+    folder: Path, number: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, is_best: bool = False
+) -> Path:
     return save_checkpoint(
-        folder, step=number, identity={"model": "m"}, loss_before=1.5, model=model, optimizer=optimizer
+        folder,
+        step=number,
+        identity={"model": "m"},
+        progress={"loss_before": 1.5},
+        model=model,
+        optimizer=optimizer,
+        further={"average": {"w": torch.ones(2)}},
+        is_best=is_best,
     )
+
+
+def test_best_stays_where_it_was_when_later_ones_are_no_better(tmp_path: Path) -> None:
+    model, optimizer = make()
+    save(tmp_path, 1, model, optimizer, is_best=True)
+    save(tmp_path, 2, model, optimizer)
+    assert (tmp_path / "best").resolve().name == "step-00000001"
+    assert (tmp_path / "latest").resolve().name == "step-00000002"
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -43,8 +60,10 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.step, checkpoint.identity, checkpoint.loss_before) == (1, {"model": "m"}, 1.5)
-    load_checkpoint(checkpoint, model=other, optimizer=other_optimizer)
+    assert (checkpoint.step, checkpoint.identity) == (1, {"model": "m"})
+    assert checkpoint.progress == {"loss_before": 1.5}
+    further = load_checkpoint(checkpoint, model=other, optimizer=other_optimizer)
+    assert torch.equal(further["average"]["w"], torch.ones(2))
     step(other, other_optimizer)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(expected, other.state_dict().values(), strict=True))
 

@@ -7,7 +7,8 @@ import torch
 
 from recollect.errors import UnsupportedInput
 from recollect.train.data import DATASETS, data_name, load_data
-from recollect.train.data.order import BatchOrder, load_batch
+from recollect.train.data.loader import BatchLoader
+from recollect.train.data.order import BatchOrder
 
 
 def test_python_source_is_text_and_always_the_same() -> None:
@@ -26,6 +27,7 @@ def test_a_sequence_ends_where_the_next_begins(tmp_path: Path) -> None:
     assert len(data.samples) == 5
     assert bytes(data.samples[0].tolist()) == b"ABCDEF"
     assert bytes(data.samples[4].tolist()) == b"UVWXYZ"
+    assert data.held_out is None  # the last tenth is shorter than a sample
 
 
 def test_a_folder_is_read_in_order_without_binary_and_hidden_files(tmp_path: Path) -> None:
@@ -39,6 +41,30 @@ def test_a_folder_is_read_in_order_without_binary_and_hidden_files(tmp_path: Pat
     data = load_data(str(folder), sequence_length=17, arguments={})
     assert bytes(data.samples[0].tolist()) == b"first\nsecond\nthird"
     assert data.name == "corpus"
+    assert data.held_out is None  # too little to hold any of it out
+
+
+def test_a_folder_holds_whole_files_out_by_their_names(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"<{number:02}>" * 5)
+    data = load_data(str(tmp_path), sequence_length=3, arguments={})
+    assert data.held_out is not None
+    texts = [
+        {bytes(part[i].tolist())[1:3] for i in range(len(part)) if bytes(part[i].tolist())[:1] == b"<"}
+        for part in (data.samples, data.held_out)
+    ]
+    assert texts[1]
+    assert not texts[0] & texts[1]
+    again = load_data(str(tmp_path), sequence_length=3, arguments={})
+    assert again.fingerprint == data.fingerprint
+
+
+def test_the_end_of_a_single_file_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(100)))
+    data = load_data(str(tmp_path / "a.txt"), sequence_length=4, arguments={})
+    assert data.held_out is not None
+    assert data.held_out[0].tolist() == [90, 91, 92, 93, 94]
+    assert max(data.samples[len(data.samples) - 1].tolist()) < 90
 
 
 def test_data_names_come_from_known_names_stems_and_factories(tmp_path: Path) -> None:
@@ -52,18 +78,22 @@ def test_digits_are_images_with_classes() -> None:
     data = DATASETS["digits"].load(sequence_length=0)
     image, label = data.samples[0]
     assert image.shape == (data.facts.channels, 32, 32)
-    assert int(label) == 0
-    assert len(data.samples) == 1797
-    assert {int(data.samples[index][1]) for index in range(100)} == set(range(data.facts.classes))
+    assert 0 <= int(label) < 10
+    assert data.held_out is not None
+    assert len(data.samples) + len(data.held_out) == 1797
+    assert 300 < len(data.held_out) < 420
+    for part in (data.samples, data.held_out):
+        assert {int(part[index][1]) for index in range(100)} == set(range(data.facts.classes))
 
 
 def test_co2_is_a_series_without_gaps() -> None:
     data = DATASETS["co2"].load(sequence_length=52)
     assert data.samples[0].shape == (53, 1)
-    assert len(data.samples) == 2284 - 52
-    last = data.samples[len(data.samples) - 1]
-    assert torch.isfinite(last).all()
-    assert last.mean() > data.samples[0].mean()  # it has been rising
+    assert data.held_out is not None
+    weeks = int(2283 * 0.8)
+    assert (len(data.samples), len(data.held_out)) == (weeks - 52, 2283 - weeks - 52)
+    for part in (data.samples, data.held_out):
+        assert torch.isfinite(part[len(part) - 1]).all()
 
 
 def test_a_series_shorter_than_a_sample_is_refused() -> None:
@@ -95,12 +125,13 @@ def test_the_last_batch_of_an_epoch_may_be_incomplete_but_for_a_single_sample() 
     assert order.steps_per_epoch == 3
     assert [len(order.indices(step)) for step in range(6)] == [4, 4, 3, 4, 4, 3]
     assert sorted(index for step in range(3) for index in order.indices(step)) == list(range(11))
-    assert [order.first_incomplete(first, 9) for first in (0, 2, 3, 8)] == [2, 2, 5, 8]
-    assert order.first_incomplete(0, 2) is None
+    assert [order.sizes(first, 9) for first in (0, 2, 3, 8)] == [{4: 0, 3: 2}, {3: 2, 4: 3}, {4: 3, 3: 5}, {3: 8}]
+    assert order.sizes(0, 2) == {4: 0}
+    assert [order.ends_epoch(step) for step in range(4)] == [False, False, True, False]
     single = BatchOrder(sample_count=9, batch_size=4, seed=0)
     assert single.steps_per_epoch == 2
     assert [len(single.indices(step)) for step in range(4)] == [4, 4, 4, 4]
-    assert single.first_incomplete(0, 100) is None
+    assert single.sizes(0, 100) == {4: 0}
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
@@ -111,8 +142,9 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 def test_samples_of_unequal_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent)
     data = load_data("tests.train.user_code:ragged_data", sequence_length=0, arguments={})
+    order = BatchOrder(sample_count=len(data.samples), batch_size=2, seed=0)
     with pytest.raises(UnsupportedInput, match="same shape"):
-        load_batch(data, [0, 1], torch.device("cpu"))
+        BatchLoader(data, order, samples_at_a_time=2).microbatches(0)
 
 
 def test_arguments_reach_a_factory_and_nothing_else() -> None:

@@ -49,7 +49,7 @@ def test_the_run_folder_holds_what_the_contract_says(capsys: pytest.CaptureFixtu
     assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__
     assert Plan.load(run / "plan.json").budget_bytes == 2**30
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "latest", "step-00000002", "step-00000004", "step-00000005",
+        "best", "latest", "step-00000002", "step-00000004", "step-00000005",
     ]  # fmt: skip
     logged = metrics(run)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,3 +77,52 @@ def not_a_model() -> str:
 
 
 NOT_CALLABLE = 3
+
+
+def divided_numbers() -> tuple[list[Any], list[Any]]:
+    """Samples for training, and for evaluation."""
+    return numbers(64), numbers(24)
+
+
+class Noisy:
+    """Samples that draw random numbers from all three generators, as augmentation does."""
+
+    def __init__(self) -> None:
+        self._samples = numbers()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self._samples[index]
+        noise = torch.rand(4) + random.random() + float(np.random.rand())
+        return inputs + 0.1 * noise, targets
+
+
+def noisy_numbers() -> Noisy:
+    return Noisy()
+
+
+class Ragged(list[Tensor]):
+    """Rows of different lengths, padded with zeros."""
+
+    @staticmethod
+    def collate(samples: list[Tensor]) -> Tensor:
+        return nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+
+def ragged_numbers(count: int = 40) -> Ragged:
+    """Number 37 is much longer than the others."""
+    lengths = [400 if number == 37 else 3 + number % 5 for number in range(count)]
+    return Ragged(torch.arange(1.0, length + 1) / length for length in lengths)
+
+
+def token_mean_model() -> tuple[nn.Module, Any]:
+    """A loss that is a mean over what is not padding."""
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        errors = (model(batch.unsqueeze(-1)).squeeze(-1) - batch) ** 2
+        return (errors * (batch != 0)).sum() / (batch != 0).sum()
+
+    loss.weight = lambda batch: float((batch != 0).sum())  # type: ignore[attr-defined]
+    return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)), loss

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torch.utils.data import default_collate
+
 from recollect.errors import UnsupportedInput
 from recollect.train.data.co2 import co2
 from recollect.train.data.digits import digits
@@ -51,7 +53,7 @@ DATASETS: Registry[DatasetSource] = Registry(
         ),
         "co2": DatasetSource(
             name="co2",
-            summary="series · CO2 in the air at Mauna Loa, weekly 1958-2001; comes with statsmodels",
+            summary="series · weekly changes of CO2 in the air at Mauna Loa, 1958-2001; comes with statsmodels",
             kind="series",
             load=co2,
         ),
@@ -106,18 +108,27 @@ def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object
 
 def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:
     factory = import_factory(spec, flag="--dataset")
-    samples = call_factory(factory, arguments, what=f"--dataset {spec}", arguments_flag="--dataset-args")
-    if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
-        raise UnsupportedInput(
-            f"--dataset {spec} returned a {type(samples).__name__} without a length or numbered samples, so an exact "
-            f"resume would be impossible. Return an object with __len__ and __getitem__, such as a list."
-        )
-    if len(samples) == 0:
-        raise UnsupportedInput(f"--dataset {spec} returned no samples. Training needs data: return at least a batch.")
+    made = call_factory(factory, arguments, what=f"--dataset {spec}", arguments_flag="--dataset-args")
+    samples, held_out = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    for part in (samples,) if held_out is None else (samples, held_out):
+        if not hasattr(part, "__len__") or not hasattr(part, "__getitem__"):
+            raise UnsupportedInput(
+                f"--dataset {spec} returned a {type(part).__name__} without a length or numbered samples, so an exact "
+                f"resume would be impossible. Return an object with __len__ and __getitem__, such as a list, or a pair "
+                f"of them: for training and for evaluation."
+            )
+        if len(part) == 0:
+            raise UnsupportedInput(
+                f"--dataset {spec} returned no samples. Training needs data: return at least a batch."
+            )
+    further = "" if held_out is None else f"; held out: {len(held_out):,}"
     return TrainingData(
         name=folder_name(spec),
         samples=samples,
+        held_out=held_out,
         facts=DataFacts(kind="custom"),
         fingerprint=f"factory:{spec}:{len(samples)}",
-        description=f"{spec}: {len(samples):,} samples",
+        description=f"{spec}: {len(samples):,} samples{further}",
+        collate=getattr(samples, "collate", default_collate),
+        is_random=True,
     )

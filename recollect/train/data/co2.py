@@ -10,6 +10,10 @@ from torch import Tensor
 from recollect.errors import UnsupportedInput
 from recollect.train.data.facts import DataFacts, TrainingData
 
+#: The last part of the series is held out: a forecast is judged on what came later.
+HELD_OUT_SHARE = 0.2
+_WEEKS_PER_YEAR = 52
+
 
 class Windows:
     """Sample ``i`` is the window of a series that starts at ``i``, one step longer than the sequence length."""
@@ -26,7 +30,11 @@ class Windows:
 
 
 def co2(sequence_length: int) -> TrainingData:
-    """Weekly CO2 in the air, 1958-2001 (Keeling & Whorf, Scripps); the few missing weeks repeat the week before."""
+    """Weekly CO2 in the air, 1958-2001 (Keeling & Whorf, Scripps); the few missing weeks repeat the week before.
+
+    The series is that of the changes from week to week: the level rises over the decades, out of the range that a model
+    was trained on.  The last fifth of the weeks is held out.
+    """
     try:
         from statsmodels.datasets import co2 as readings
     except ModuleNotFoundError:
@@ -36,18 +44,21 @@ def co2(sequence_length: int) -> TrainingData:
         ) from None
     column = readings.load_pandas().data["co2"]
     weekly = [float(reading) for reading in column.ffill()]
-    series = torch.tensor(weekly, dtype=torch.float32).unsqueeze(1)
-    samples = Windows((series - series.mean()) / series.std(), sequence_length)
+    changes = torch.tensor(weekly, dtype=torch.float64).diff().to(torch.float32).unsqueeze(1)
+    end = int(len(changes) * (1 - HELD_OUT_SHARE))
+    series = (changes - changes[:end].mean()) / changes[:end].std()
+    samples, held_out = (Windows(part, sequence_length) for part in (series[:end], series[end:]))
     if len(samples) == 0:
         raise UnsupportedInput(
-            f"the dataset 'co2' has {len(weekly)} weeks, but one sample alone takes {sequence_length + 1}. "
+            f"the dataset 'co2' has {end} weeks for training, but one sample alone takes {sequence_length + 1}. "
             f"Give a smaller --sequence-length."
         )
     return TrainingData(
         name="co2",
         samples=samples,
-        facts=DataFacts(kind="series", features=1),
-        fingerprint=f"co2:{sequence_length}:{hashlib.sha256(repr(weekly).encode()).hexdigest()}",
-        description=f"CO2 at Mauna Loa: {len(weekly):,} weekly readings, {len(samples):,} windows "
-        f"of {sequence_length} weeks",
+        held_out=held_out if len(held_out) else None,
+        facts=DataFacts(kind="series", features=1, season=_WEEKS_PER_YEAR),
+        fingerprint=f"co2:changes:{sequence_length}:{hashlib.sha256(repr(weekly).encode()).hexdigest()}",
+        description=f"CO2 at Mauna Loa: {end:,} weekly changes, {len(samples):,} windows of {sequence_length} weeks; "
+        f"held out: the last {len(changes) - end:,} weeks",
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from torch.utils.data import default_collate
 
 Kind = Literal["text", "images", "series", "custom"]
 
@@ -24,8 +27,12 @@ class DataFacts:
     """What a sample is; see `SAMPLE_FORMS`."""
     vocabulary_size: int = 0
     """Text: token numbers are below this."""
+    bytes_per_token: float = 0.0
+    """Text: bytes that a token stands for, on average; 0 if that is unknown."""
     features: int = 0
     """Series: numbers per time step."""
+    season: int = 0
+    """Series: steps after which it repeats itself, roughly; 0 if it does not."""
     channels: int = 0
     """Images: 1 for grey, 3 for colour."""
     image_size: int = 0
@@ -51,8 +58,15 @@ class TrainingData:
     name: str
     """Short name; it enters the run folder's path."""
     samples: Samples
+    """For training."""
+    held_out: Samples | None = None
+    """For evaluation; None: there are none."""
     facts: DataFacts
     fingerprint: str
     """Says whether the data is still the same when a run is resumed."""
     description: str
     """One line for people: what it is and how much of it."""
+    collate: Callable[[list[Any]], Any] = default_collate
+    """Makes one batch of samples, on the CPU."""
+    is_random: bool = False
+    """Samples may draw random numbers, as augmentation does."""

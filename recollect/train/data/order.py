@@ -5,13 +5,11 @@ uninterrupted one would have seen.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch.utils.data import default_collate
 
 from recollect.errors import UnsupportedInput
-from recollect.train.data.facts import TrainingData
 
 
 class BatchOrder:
@@ -34,6 +32,11 @@ class BatchOrder:
         self._permutation: list[int] = []
 
     @property
+    def batch_size(self) -> int:
+        """Samples in a full batch."""
+        return self._batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches in one epoch."""
         full, rest = divmod(self._sample_count, self._batch_size)
@@ -42,6 +45,10 @@ class BatchOrder:
     def epoch_of(self, step: int) -> int:
         """The epoch that step ``step`` (the first is 0) belongs to."""
         return step // self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether step ``step`` (the first is 0) is the last of its epoch."""
+        return (step + 1) % self.steps_per_epoch == 0
 
     def indices(self, step: int) -> list[int]:
         """The numbers of the samples of step ``step`` (the first is 0)."""
@@ -54,32 +61,16 @@ class BatchOrder:
         start = (step % self.steps_per_epoch) * self._batch_size
         return self._permutation[start : start + self._batch_size]
 
-    def first_incomplete(self, first_step: int, total_steps: int) -> int | None:
-        """The first step from `first_step` up to `total_steps` whose batch is not full; None if there is none."""
-        last_of_epoch = (self.epoch_of(first_step) + 1) * self.steps_per_epoch - 1
-        if last_of_epoch >= total_steps or len(self.indices(last_of_epoch)) == self._batch_size:
-            return None
-        return last_of_epoch
+    def sizes(self, first_step: int, total_steps: int) -> dict[int, int]:
+        """The sizes of batches from `first_step` up to `total_steps`, each with the first step that has it."""
+        found: dict[int, int] = {}
+        for step in {first_step, *self._first_epoch_end(first_step, total_steps)}:
+            found.setdefault(len(self.indices(step)), step)
+        return found
 
-
-def load_batch(data: TrainingData, indices: list[int], device: torch.device) -> Any:
-    """The samples with these numbers as one batch on ``device``."""
-    samples = [data.samples[index] for index in indices]
-    try:
-        batch = default_collate(samples)
-    except (RuntimeError, TypeError, ValueError) as problem:
-        raise UnsupportedInput(
-            f"samples {indices[:4]}... of {data.name} cannot be put into one batch: {problem}. "
-            f"Samples must be tensors, numbers, or tuples and dictionaries of them, all of the same shape."
-        ) from None
-    return _to_device(batch, device)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return tuple(_to_device(value, device) for value in batch)
-    return batch
+    def _first_epoch_end(self, first_step: int, total_steps: int) -> Iterator[int]:
+        last = (self.epoch_of(first_step) + 1) * self.steps_per_epoch - 1
+        if last < total_steps:
+            yield last
+        if first_step == last and last + 1 < total_steps:  # the run begins with the last batch of an epoch
+            yield last + 1

@@ -10,15 +10,15 @@ from recollect.errors import UnsupportedInput
 from recollect.train.data.facts import DataFacts
 from recollect.train.factories import call_factory, import_factory
 from recollect.train.models.builtin import MODELS
-from recollect.train.models.from_transformers import TASKS, Task, transformers_source
-from recollect.train.models.source import BuiltModel, Loss, ModelSource
+from recollect.train.models.from_transformers import TASKS, TransformersTask, transformers_source
+from recollect.train.models.source import BuiltModel, Loss, ModelSource, TaskName
 
-__all__ = ["MODELS", "TASKS", "BuiltModel", "Loss", "ModelSource", "Task", "find_model"]
+__all__ = ["MODELS", "TASKS", "BuiltModel", "Loss", "ModelSource", "TaskName", "TransformersTask", "find_model"]
 
 _PREFIX = "transformers:"
 
 
-def find_model(spec: str, task: Task | None) -> ModelSource:
+def find_model(spec: str, task: TransformersTask | None) -> ModelSource:
     """What ``spec`` names: a known name, ``transformers:CONFIG.json``, or ``package.module:factory``.
 
     Raises:

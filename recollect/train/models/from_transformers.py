@@ -15,10 +15,10 @@ from recollect.errors import UnsupportedInput
 from recollect.train.data.facts import DataFacts, Kind
 from recollect.train.models.source import BuiltModel, ModelSource
 
-Task = Literal["causal-lm", "image-classification"]
+TransformersTask = Literal["causal-lm", "image-classification"]
 
 #: The class that builds a model for the task, and the data that it is trained on.
-TASKS: dict[Task, tuple[str, Kind]] = {
+TASKS: dict[TransformersTask, tuple[str, Kind]] = {
     "causal-lm": ("AutoModelForCausalLM", "text"),
     "image-classification": ("AutoModelForImageClassification", "images"),
 }
@@ -29,7 +29,7 @@ _ENDINGS: dict[str, Kind] = {"ForCausalLM": "text", "LMHeadModel": "text", "ForI
 _DEFAULT_SEQUENCE_LENGTH = 256
 
 
-def transformers_source(spec: str, task: Task | None) -> ModelSource:
+def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource:
     """The model that ``transformers:FILE_OR_FOLDER`` describes; its config is read and judged at once."""
     transformers = _import_transformers(spec)
     path = Path(spec.partition(":")[2])
@@ -87,7 +87,7 @@ def _read_config(transformers: Any, path: Path) -> Any:
         ) from None
 
 
-def _choose_class(transformers: Any, path: Path, config: Any, task: Task | None) -> tuple[str, Kind]:
+def _choose_class(transformers: Any, path: Path, config: Any, task: TransformersTask | None) -> tuple[str, Kind]:
     if task is not None:
         return TASKS[task]
     architectures = getattr(config, "architectures", None) or []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from recollect.train.data.facts import DataFacts, Kind
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+TaskName = Literal["causal-lm", "image-classification", "forecast", "custom"]
 
 
 class BuiltModel(NamedTuple):

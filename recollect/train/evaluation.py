@@ -1,0 +1,79 @@
+"""Judging the model on data that it is not trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from recollect.meter import measure_peak, resident_bytes
+from recollect.train.data.facts import Samples, TrainingData
+from recollect.train.data.loader import batches_of, to_device
+from recollect.train.tasks import Task
+from recollect.train.tasks.task import Sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics over all held-out samples."""
+
+    metrics: dict[str, float]
+    samples: int
+    peak_bytes: int
+    """Of the first batch, which is a full one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Evaluates a model as it is at the moment."""
+
+    model: nn.Module
+    task: Task
+    data: TrainingData
+    samples: Samples
+    batch_size: int
+    device: torch.device
+    autocast: torch.dtype | None
+    optimizer: torch.optim.Optimizer
+
+    def evaluate(self) -> Evaluation:
+        """In eval mode, without gradients and without touching random generators or statistics."""
+        totals: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        peak_bytes = 0
+        with _judging(self.model), torch.no_grad():
+            for place, batch in enumerate(batches_of(self.data, self.samples, self.batch_size)):
+                moved = to_device(batch, self.device)
+                if place == 0:
+                    resident = resident_bytes(self.model, moved, self.optimizer)
+                    sums, peak_bytes = measure_peak(partial(self._measure, moved), resident, self.device)
+                else:
+                    sums = self._measure(moved)
+                for name, (total, count) in sums.items():
+                    totals[name] += total  # type: ignore[assignment]  # Counter of floats
+                    counts[name] += count  # type: ignore[assignment]
+        means = {name: totals[name] / counts[name] for name in totals if counts[name]}
+        return Evaluation(metrics=self.task.summarise(means), samples=len(self.samples), peak_bytes=peak_bytes)
+
+    def _measure(self, batch: object) -> Sums:
+        if self.autocast is None:
+            return self.task.measure(self.model, batch)
+        with torch.autocast(self.device.type, dtype=self.autocast):
+            return self.task.measure(self.model, batch)
+
+
+@contextmanager
+def _judging(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in eval mode; afterwards each in its own."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training

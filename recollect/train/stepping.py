@@ -1,0 +1,89 @@
+"""One optimizer step: its microbatches, the gradients' clipping, the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import recollect
+from recollect.errors import RecollectError
+from recollect.out_of_memory import is_out_of_memory
+from recollect.train.data.loader import to_device
+from recollect.train.workload import Workload
+from recollect.units import format_bytes
+
+
+class TrainingFailed(RecollectError):
+    """A run that began well cannot go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What a step leaves behind; tensors on the device, so that nobody waits for it."""
+
+    loss: Tensor
+    """Mean over the whole batch."""
+    gradient_norm: Tensor | None
+    """Before clipping; None: gradients are not clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """Takes optimizer steps under a plan.
+
+    Gradients are zeroed in place (``set_to_none=False``) on purpose: the budget counts them as held during the whole
+    step, so freeing them in between would only make the measured peak look better than what the step needs.
+    """
+
+    work: Workload
+    applied: recollect.Applied
+    scaler: torch.amp.GradScaler | None
+
+    def prepare(self, parts: list[Any]) -> None:
+        """Plan the step's batches now if there is no plan for their shapes yet."""
+        for part, share in zip(parts, self.work.shares(parts), strict=True):
+            self.work.loss.share = share
+            self.applied.prepare(to_device(part, self.work.device))
+
+    def take(self, parts: list[Any]) -> StepOutcome:
+        """Take a step on the microbatches of a batch.
+
+        Raises:
+            TrainingFailed: the device has no more memory.
+        """
+        try:
+            return self._take(parts)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingFailed(
+                f"a step ran out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}), "
+                f"though its predicted peak of {format_bytes(self.applied.plan.predicted_peak_bytes)} is within the "
+                f"budget of {format_bytes(self.work.budget_bytes)}: the device has less than that to give, or "
+                f"something else took it. Go on from the last checkpoint with --resume auto and a smaller --memory."
+            ) from error
+
+    def _take(self, parts: list[Any]) -> StepOutcome:
+        work, scaler = self.work, self.scaler
+        work.optimizer.zero_grad(set_to_none=False)
+        total: Tensor | None = None
+        for part, share in zip(parts, work.shares(parts), strict=True):
+            work.loss.share = share
+            loss = self.applied.loss(work.model, to_device(part, work.device))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        norm = None
+        if scaler is not None and work.clip_norm is not None:
+            scaler.unscale_(work.optimizer)
+        if work.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(work.model.parameters(), work.clip_norm)
+        if scaler is None:
+            work.optimizer.step()
+        else:
+            scaler.step(work.optimizer)
+            scaler.update()
+        return StepOutcome(loss=total, gradient_norm=norm)

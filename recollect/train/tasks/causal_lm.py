@@ -1,0 +1,39 @@
+"""Language modelling: each token from those before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recollect.train.data.facts import DataFacts
+from recollect.train.tasks.task import Sums, Task, mean_and_count, prediction_of
+
+
+def causal_lm(facts: DataFacts) -> Task:
+    """For samples that are rows of tokens, one longer than the sequence length."""
+
+    def summarise(means: Mapping[str, float]) -> dict[str, float]:
+        loss = means["loss"]
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if facts.bytes_per_token:
+            found["bits_per_byte"] = loss / math.log(2) / facts.bytes_per_token
+        return found
+
+    return Task(name="causal-lm", loss=next_token_loss, weight=_targets, measure=_measure, summarise=summarise)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each token, given those before it."""
+    logits = prediction_of(model(tokens[:, :-1]), "logits")
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+
+
+def _targets(tokens: Tensor) -> float:
+    return float(tokens[:, 1:].numel())
+
+
+def _measure(model: nn.Module, tokens: Tensor) -> Sums:
+    return {"loss": mean_and_count(next_token_loss(model, tokens), _targets(tokens))}
