@@ -75,7 +75,7 @@ def rehearse(config: TrainConfig) -> DryRun:
         folder = RunFolder(config)
         checkpoint = folder.find_checkpoint(config.resume)
         work = build(config, source)
-        evaluator = make_evaluator(config, work)
+        evaluator = make_evaluator(config, source, work)
         average = make_average(config, work, {})
         total_steps = total_steps_of(config, work)
         first_step = min(checkpoint.step if checkpoint else 0, total_steps - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from recollect.train.run_metrics import MetricsFile, import_tensorboard
 from recollect.train.stepping import Stepper
 from recollect.train.summary import RunSummary, format_plan
 from recollect.train.training import Training
-from recollect.train.workload import Workload, build, resolve
+from recollect.train.workload import Workload, build, data_options, for_task, resolve
 from recollect.units import format_bytes
 
 
@@ -50,7 +51,7 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
         import_tensorboard()
     checkpoint = folder.find_checkpoint(config.resume)
     work = build(config, source)
-    evaluator = make_evaluator(config, work)
+    evaluator = make_evaluator(config, source, work)
     total_steps = total_steps_of(config, work)
     identity = _identity(config, work, total_steps)
     scaler = make_scaler(config.precision)
@@ -129,7 +130,7 @@ def total_steps_of(config: TrainConfig, work: Workload) -> int:
     return config.steps or (config.epochs or 1) * work.order.steps_per_epoch
 
 
-def make_evaluator(config: TrainConfig, work: Workload) -> Evaluator | None:
+def make_evaluator(config: TrainConfig, source: ModelSource, work: Workload) -> Evaluator | None:
     """What judges the model; None where nothing is held out.
 
     Raises:
@@ -137,8 +138,8 @@ def make_evaluator(config: TrainConfig, work: Workload) -> Evaluator | None:
     """
     data, samples = work.data, work.data.held_out
     if config.eval_dataset is not None:
-        assert config.sequence_length is not None
-        data = load_data(config.eval_dataset, sequence_length=config.sequence_length, arguments={})
+        options = replace(data_options(config, source), arguments={})
+        data = for_task(load_data(config.eval_dataset, options), work.task)
         if data.facts.kind != work.data.facts.kind:
             raise UnsupportedInput(
                 f"--eval-dataset {config.eval_dataset} gives {data.facts.kind}, but the model is trained on "

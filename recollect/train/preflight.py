@@ -46,7 +46,7 @@ def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int,
     Where samples are all alike, that is the first full one.  Else the samples are looked at, once.
     """
     steps = range(first_step, total_steps)
-    if not data.is_random:
+    if not data.sizes_vary:
         place, step = 0, max(steps[:2], key=lambda step: len(loader.numbers(step)[0]))
         return Extreme(step=step, place=place, numbers=loader.numbers(step)[0], is_bound=True)
     stride = -(-len(data.samples) // MOST_SAMPLES)

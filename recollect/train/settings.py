@@ -58,11 +58,22 @@ class DataSettings(Settings):
     TITLE = "data"
 
     dataset: str | None = None
-    """A name of `recollect datasets`, a text file or folder, or package.module:factory (default: the model's usual)"""
+    """A name of `recollect datasets`, a path (text, CSV, JSONL, a folder of text or of images by class), or
+    package.module:factory (default: the model's usual)"""
     dataset_args: Mapping[str, object] = field(default_factory=dict)
     """Arguments of a dataset's factory, as key=value"""
     sequence_length: int | None = None
     """Tokens or time steps in a sample (default: the model's usual)"""
+    tokenizer: str | None = None
+    """A tokenizer.json or a folder that holds one (default: the model folder's own, else bytes)"""
+    text_column: str | None = None
+    """Of a table: the text, or what is to be turned into the target (default: found by its name)"""
+    label_column: str | None = None
+    """Of a table: the class (default: found by its name)"""
+    target_column: str | None = None
+    """Of a table: what the text is to become (default: found by its name)"""
+    image_size: int | None = None
+    """Pixels on a side of the images of a folder (default: 224)"""
     workers: int = 0
     """Processes that load data ahead; 0: the training process itself"""
     batch_size: int = 16
@@ -74,7 +85,7 @@ class DataSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(1, "batch_size", "sequence_length", "microbatch_size", "accumulation_steps")
+        self._require(1, "batch_size", "sequence_length", "image_size", "microbatch_size", "accumulation_steps")
         self._require(0, "workers")
         if self.microbatch_size is not None and self.accumulation_steps is not None:
             raise UnsupportedInput(

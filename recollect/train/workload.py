@@ -14,9 +14,11 @@ from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import StepSpec, batch_tensors
 from recollect.train.config import WorkConfig
-from recollect.train.data import TrainingData, data_name, load_data
+from recollect.train.data import DataOptions, TrainingData, data_name, load_data
 from recollect.train.data.loader import BatchLoader, to_device
 from recollect.train.data.order import BatchOrder
+from recollect.train.data.rows import Columns
+from recollect.train.data.tokens import load_tokens
 from recollect.train.device import resolve_device
 from recollect.train.models import Loss, ModelSource, find_model
 from recollect.train.optimizers import make_optimizer
@@ -113,6 +115,26 @@ def resolve(config: Config) -> tuple[Config, ModelSource]:
     return resolved, source
 
 
+def data_options(config: WorkConfig, source: ModelSource) -> DataOptions:
+    """How the resolved ``config`` reads data for its model."""
+    assert config.sequence_length is not None
+    return DataOptions(
+        sequence_length=config.sequence_length,
+        accepts=source.accepts,
+        tokens=load_tokens(config.tokenizer, source.folder),
+        columns=Columns(text=config.text_column, label=config.label_column, target=config.target_column),
+        image_size=config.image_size,
+        arguments=config.dataset_args,
+    )
+
+
+def for_task(data: TrainingData, task: Task) -> TrainingData:
+    """The data, in batches as the task needs them."""
+    if task.collate is None:
+        return data
+    return replace(data, collate=task.collate, is_random=data.is_random or task.is_random)
+
+
 def build(config: WorkConfig, source: ModelSource) -> Workload:
     """Build what the resolved ``config`` describes. Seeds every random generator.
 
@@ -124,13 +146,14 @@ def build(config: WorkConfig, source: ModelSource) -> Workload:
     budget_bytes = resolve_budget(config.memory, device, name="--memory")
     assert config.dataset is not None
     assert config.sequence_length is not None
-    data = load_data(config.dataset, sequence_length=config.sequence_length, arguments=config.dataset_args)
+    data = load_data(config.dataset, data_options(config, source))
     check_fit(source, data.facts, config.dataset)
     order = BatchOrder(sample_count=len(data.samples), batch_size=config.batch_size, seed=config.seed)
     _seed_everything(config.seed)
     built = source.build(data.facts, config.sequence_length, config.model_args)
     model = built.module.to(device).train()
-    task = choose_task(built, data.facts)
+    task = choose_task(source, built, data.facts)
+    data = for_task(data, task)
     optimizer = make_optimizer(
         config.optimizer,
         model,

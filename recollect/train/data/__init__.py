@@ -1,9 +1,9 @@
-"""Datasets: real data by name, a path to text, or a user's own factory."""
+"""Datasets: real data by name, files and folders by path, or a user's own factory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,15 +13,35 @@ from recollect.errors import UnsupportedInput
 from recollect.train.data.co2 import co2
 from recollect.train.data.digits import digits
 from recollect.train.data.facts import DataFacts, Kind, TrainingData
+from recollect.train.data.image_folder import USUAL_SIZE, image_folder, is_image_folder
+from recollect.train.data.rows import Columns, table_data
+from recollect.train.data.tables import is_table
 from recollect.train.data.text import python_source, text_path
+from recollect.train.data.tokens import BYTES, Tokens
 from recollect.train.factories import call_factory, import_factory
 from recollect.train.naming import Registry, folder_name
 
-__all__ = ["DATASETS", "DataFacts", "DatasetSource", "TrainingData", "data_name", "load_data"]
+__all__ = ["DATASETS", "DataFacts", "DataOptions", "DatasetSource", "TrainingData", "data_name", "load_data"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How data is read."""
+
+    sequence_length: int
+    """Tokens or time steps in a sample."""
+    accepts: tuple[Kind, ...] = ()
+    """Kinds of data that the model can be trained on; empty: any."""
+    tokens: Tokens = BYTES
+    columns: Columns = field(default_factory=Columns)
+    image_size: int | None = None
+    """Pixels on a side; None: the usual."""
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    """Of a dataset's factory."""
 
 
 class _Load(Protocol):
-    def __call__(self, sequence_length: int) -> TrainingData: ...
+    def __call__(self, options: DataOptions) -> TrainingData: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +53,6 @@ class DatasetSource:
     """One line for people."""
     kind: Kind
     load: _Load
-    """Makes the data; the sequence length matters only to text and series."""
 
 
 DATASETS: Registry[DatasetSource] = Registry(
@@ -43,22 +62,22 @@ DATASETS: Registry[DatasetSource] = Registry(
             name="python-source",
             summary="text · the standard library's own source, byte by byte; on every machine",
             kind="text",
-            load=python_source,
+            load=lambda options: python_source(options.sequence_length, options.tokens),
         ),
         "digits": DatasetSource(
             name="digits",
             summary="images · 1,797 scans of handwritten digits, enlarged to 32x32; comes with scikit-learn",
             kind="images",
-            load=lambda sequence_length: digits(),
+            load=lambda options: digits(),
         ),
         "co2": DatasetSource(
             name="co2",
             summary="series · weekly changes of CO2 in the air at Mauna Loa, 1958-2001; comes with statsmodels",
             kind="series",
-            load=co2,
+            load=lambda options: co2(options.sequence_length),
         ),
     },
-    "or give the path of a text file or folder, or package.module:factory",
+    "or give the path of a text file or folder, a CSV, TSV or JSONL file, an image folder, or package.module:factory",
 )
 
 
@@ -85,7 +104,7 @@ def data_name(spec: str) -> str:
     return DATASETS[spec].name
 
 
-def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object]) -> TrainingData:
+def load_data(spec: str, options: DataOptions) -> TrainingData:
     """The data that ``spec`` names: a known name, a path, or ``package.module:factory``.
 
     Raises:
@@ -93,17 +112,30 @@ def load_data(spec: str, *, sequence_length: int, arguments: Mapping[str, object
     """
     data_name(spec)
     if spec not in DATASETS and not Path(spec).exists():
-        return _from_factory(spec, arguments)
-    if arguments:
+        return _from_factory(spec, options.arguments)
+    if options.arguments:
+        shown = " ".join(f"{key}={value}" for key, value in options.arguments.items())
         raise UnsupportedInput(
-            f"--dataset-args {' '.join(f'{key}={value}' for key, value in arguments.items())} was given, but only a "
-            f"package.module:factory takes arguments, not {spec!r}. Leave the arguments out."
+            f"--dataset-args {shown} was given, but only a package.module:factory takes arguments, not {spec!r}. "
+            f"Leave the arguments out."
         )
-    return (
-        DATASETS[spec].load(sequence_length=sequence_length)
-        if spec in DATASETS
-        else text_path(Path(spec), sequence_length)
-    )
+    return DATASETS[spec].load(options) if spec in DATASETS else _from_path(Path(spec), options)
+
+
+def _from_path(path: Path, options: DataOptions) -> TrainingData:
+    if is_table(path):
+        kinds: tuple[Kind, ...] = ("labelled-text", "text-pairs", "text")
+        kind: Kind = next((kind for kind in kinds if kind in options.accepts), "text")
+        return table_data(
+            path,
+            kind,
+            columns=options.columns,
+            tokens=options.tokens,
+            sequence_length=options.sequence_length,
+        )
+    if is_image_folder(path):
+        return image_folder(path, options.image_size or USUAL_SIZE)
+    return text_path(path, options.sequence_length, options.tokens)
 
 
 def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:
@@ -130,5 +162,6 @@ def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:
         fingerprint=f"factory:{spec}:{len(samples)}",
         description=f"{spec}: {len(samples):,} samples{further}",
         collate=getattr(samples, "collate", default_collate),
+        sizes_vary=True,
         is_random=True,
     )

@@ -8,11 +8,13 @@ from typing import Any, Literal, Protocol
 
 from torch.utils.data import default_collate
 
-Kind = Literal["text", "images", "series", "custom"]
+Kind = Literal["text", "labelled-text", "text-pairs", "images", "series", "custom"]
 
 #: What one sample of each kind is; shown where a model and a dataset do not fit together.
 SAMPLE_FORMS: dict[Kind, str] = {
     "text": "a tensor of token numbers, one longer than the sequence length",
+    "labelled-text": "a row of token numbers and its class number",
+    "text-pairs": "a row of token numbers and the row that it is to become",
     "images": "an image tensor (channels, height, width) and its class number",
     "series": "a tensor (time, features), one step longer than the sequence length",
     "custom": "whatever the dataset's own factory returns",
@@ -29,6 +31,10 @@ class DataFacts:
     """Text: token numbers are below this."""
     bytes_per_token: float = 0.0
     """Text: bytes that a token stands for, on average; 0 if that is unknown."""
+    padding: int = 0
+    """Text: the token that fills up shorter rows."""
+    mask: int | None = None
+    """Text: the token that stands for one to be guessed; None: the vocabulary has none."""
     features: int = 0
     """Series: numbers per time step."""
     season: int = 0
@@ -38,7 +44,14 @@ class DataFacts:
     image_size: int = 0
     """Images: height and width in pixels."""
     classes: int = 0
-    """Images: number of classes."""
+    """Images and labelled text: number of classes."""
+    label_names: tuple[str, ...] = ()
+    """What the classes are called, in the order of their numbers; empty if they are numbers."""
+
+    @property
+    def hiding_token(self) -> int:
+        """Text: the token that hides others; one more than the vocabulary has, where it has none for that."""
+        return self.vocabulary_size if self.mask is None else self.mask
 
 
 class Samples(Protocol):
@@ -68,5 +81,7 @@ class TrainingData:
     """One line for people: what it is and how much of it."""
     collate: Callable[[list[Any]], Any] = default_collate
     """Makes one batch of samples, on the CPU."""
+    sizes_vary: bool = False
+    """Samples are of different sizes."""
     is_random: bool = False
     """Samples may draw random numbers, as augmentation does."""

@@ -144,7 +144,9 @@ def batches_of(data: TrainingData, samples: Samples, size: int) -> Iterator[Any]
     """All samples in their order, in batches of ``size`` on the CPU; the last may be smaller."""
     for start in range(0, len(samples), size):
         numbers = range(start, min(start + size, len(samples)))
-        yield _checked(_batch_of(data.name, samples, numbers, data.collate))
+        with _own_randomness(f"held out:{start}", data.is_random):
+            batch = _batch_of(data.name, samples, numbers, data.collate)
+        yield _checked(batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -23,15 +23,10 @@ class Part:
         return self._samples[self._numbers[index]]
 
 
-def is_held_out(name: str, share: float) -> bool:
-    """Whether the thing called ``name`` is among the ``share`` that is held out; depends on the name alone."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
 def divided(names: Iterable[str], share: float) -> tuple[list[int], list[int]]:
-    """Places of the names for training, and of those that are held out."""
-    parts: tuple[list[int], list[int]] = ([], [])
-    for place, name in enumerate(names):
-        parts[is_held_out(name, share)].append(place)
-    return parts
+    """Places of the names for training, and of those that are held out: the share whose names' digests are smallest."""
+    digests = [hashlib.sha256(name.encode()).digest() for name in names]
+    count = round(len(digests) * share)
+    held_out = set(sorted(range(len(digests)), key=digests.__getitem__)[:count])
+    places = range(len(digests))
+    return [place for place in places if place not in held_out], sorted(held_out)

@@ -5,6 +5,7 @@ The only place in the package that imports transformers, and only when such a mo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +16,29 @@ from recollect.errors import UnsupportedInput
 from recollect.train.data.facts import DataFacts, Kind
 from recollect.train.models.source import BuiltModel, ModelSource
 
-TransformersTask = Literal["causal-lm", "image-classification"]
+_log = logging.getLogger(__name__)
+
+TransformersTask = Literal["causal-lm", "masked-lm", "sequence-classification", "seq2seq", "image-classification"]
 
 #: The class that builds a model for the task, and the data that it is trained on.
 TASKS: dict[TransformersTask, tuple[str, Kind]] = {
     "causal-lm": ("AutoModelForCausalLM", "text"),
+    "masked-lm": ("AutoModelForMaskedLM", "text"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "labelled-text"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "text-pairs"),
     "image-classification": ("AutoModelForImageClassification", "images"),
 }
 
-# How the names of the classes end that are trained on each kind of data.
-_ENDINGS: dict[str, Kind] = {"ForCausalLM": "text", "LMHeadModel": "text", "ForImageClassification": "images"}
+# How the names of the classes end that are made for each task.
+_ENDINGS: dict[str, TransformersTask] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForConditionalGeneration": "seq2seq",
+    "ForImageClassification": "image-classification",
+}
+_USUAL_DATA: dict[Kind, str] = {"text": "python-source", "images": "digits"}
 
 _DEFAULT_SEQUENCE_LENGTH = 256
 
@@ -34,7 +48,8 @@ def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource
     transformers = _import_transformers(spec)
     path = Path(spec.partition(":")[2])
     config = _read_config(transformers, path)
-    class_name, kind = _choose_class(transformers, path, config, task)
+    class_name, task = _choose_class(transformers, path, config, task)
+    kind = TASKS[task][1]
     longest = getattr(config, "max_position_embeddings", None)
 
     def build(facts: DataFacts, sequence_length: int, arguments: Mapping[str, object]) -> BuiltModel:
@@ -45,7 +60,8 @@ def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource
                     f"Use the names that {type(config).__name__} has."
                 )
             setattr(config, key, value)
-        _check_fit(path, config, facts, sequence_length)
+        _fit_classes(path, config, facts)
+        _check_fit(path, config, facts, task, sequence_length)
         return BuiltModel(_make(transformers, class_name, path, config), None)
 
     return ModelSource(
@@ -53,7 +69,9 @@ def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource
         summary=f"{class_name} from {path}",
         accepts=(kind,),
         build=build,
-        default_dataset="python-source" if kind == "text" else "digits",
+        task=task,
+        folder=path if path.is_dir() else path.parent,
+        default_dataset=_USUAL_DATA.get(kind, ""),
         sequence_length=min(longest, _DEFAULT_SEQUENCE_LENGTH)
         if isinstance(longest, int)
         else _DEFAULT_SEQUENCE_LENGTH,
@@ -87,9 +105,11 @@ def _read_config(transformers: Any, path: Path) -> Any:
         ) from None
 
 
-def _choose_class(transformers: Any, path: Path, config: Any, task: TransformersTask | None) -> tuple[str, Kind]:
+def _choose_class(
+    transformers: Any, path: Path, config: Any, task: TransformersTask | None
+) -> tuple[str, TransformersTask]:
     if task is not None:
-        return TASKS[task]
+        return TASKS[task][0], task
     architectures = getattr(config, "architectures", None) or []
     if not architectures:
         raise UnsupportedInput(
@@ -97,21 +117,32 @@ def _choose_class(transformers: Any, path: Path, config: Any, task: Transformers
             f"Add --task, one of: {', '.join(TASKS)}."
         )
     class_name = str(architectures[0])
-    kind = next((kind for ending, kind in _ENDINGS.items() if class_name.endswith(ending)), None)
-    if kind is None or not hasattr(transformers, class_name):
+    found = next((made_for for ending, made_for in _ENDINGS.items() if class_name.endswith(ending)), None)
+    if found is None or not hasattr(transformers, class_name):
         raise UnsupportedInput(
             f"the config {path} names the architecture {class_name}, for which there is no loss and data here. "
             f"Give --task, one of {', '.join(TASKS)}, or write a package.module:factory that returns the model and its "
             f"loss."
         )
-    return class_name, kind
+    return class_name, found
 
 
-def _check_fit(path: Path, config: Any, facts: DataFacts, sequence_length: int) -> None:
+def _fit_classes(path: Path, config: Any, facts: DataFacts) -> None:
+    """A classifier that is made anew gets as many classes as the data has, and the token that fills up rows."""
+    if facts.kind == "labelled-text":
+        if not _has_weights(path) and getattr(config, "num_labels", facts.classes) != facts.classes:
+            config.num_labels = facts.classes
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = facts.padding
+
+
+def _check_fit(path: Path, config: Any, facts: DataFacts, task: TransformersTask, sequence_length: int) -> None:
     """Compare the config with the data. What does not fit is an error that names the setting."""
     wanted: dict[str, int] = {}
     if facts.kind == "images":
         wanted = {"num_channels": facts.channels, "num_labels": facts.classes, "image_size": facts.image_size}
+    elif facts.kind == "labelled-text":
+        wanted = {"num_labels": facts.classes}
     wrong = {
         key: value
         for key, value in wanted.items()
@@ -119,18 +150,20 @@ def _check_fit(path: Path, config: Any, facts: DataFacts, sequence_length: int) 
     }
     if wrong:
         raise UnsupportedInput(
-            f"the config {path} does not fit the images: it has "
+            f"the config {path} does not fit the data: it has "
             f"{', '.join(f'{key}={getattr(config, key)}' for key in wrong)}. "
             f"Set --model-args {' '.join(f'{key}={value}' for key, value in wrong.items())}."
         )
     vocabulary_size = getattr(config, "vocab_size", None)
-    if isinstance(vocabulary_size, int) and vocabulary_size < facts.vocabulary_size:
+    needed = max(facts.vocabulary_size, facts.hiding_token + 1 if task == "masked-lm" else 0)
+    if isinstance(vocabulary_size, int) and vocabulary_size < needed:
         raise UnsupportedInput(
-            f"the config {path} has vocab_size={vocabulary_size}, but the text has {facts.vocabulary_size} different "
-            f"tokens. Set --model-args vocab_size={facts.vocabulary_size}."
+            f"the config {path} has vocab_size={vocabulary_size}, but the text has {needed} different tokens"
+            f"{', one of them for those that are hidden' if task == 'masked-lm' else ''}. "
+            f"Set --model-args vocab_size={needed}."
         )
     longest = getattr(config, "max_position_embeddings", None)
-    if facts.kind == "text" and isinstance(longest, int) and longest < sequence_length:
+    if facts.vocabulary_size and isinstance(longest, int) and longest < sequence_length:
         raise UnsupportedInput(
             f"the config {path} allows {longest} positions, but the sequences have {sequence_length}. "
             f"Give --sequence-length {longest}."
@@ -139,12 +172,36 @@ def _check_fit(path: Path, config: Any, facts: DataFacts, sequence_length: int) 
 
 def _make(transformers: Any, class_name: str, path: Path, config: Any) -> nn.Module:
     model_class = getattr(transformers, class_name)
-    has_weights = path.is_dir() and any(path.glob("*.safetensors"))
-    if has_weights:
-        made = model_class.from_pretrained(str(path), config=config, local_files_only=True)
+    if _has_weights(path):
+        made = _load(model_class, path, config)
     elif class_name.startswith("Auto"):
         made = model_class.from_config(config)
     else:
         made = model_class(config)
     model: nn.Module = made
     return model.train()
+
+
+def _has_weights(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.safetensors"))
+
+
+def _load(model_class: Any, path: Path, config: Any) -> nn.Module:
+    try:
+        made, notes = model_class.from_pretrained(
+            str(path), config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=False
+        )
+    except (RuntimeError, ValueError, OSError) as problem:
+        raise UnsupportedInput(
+            f"the weights in {path} do not fit its config: {str(problem).strip().splitlines()[0]} "
+            f"Check that both are of one model, and --model-args."
+        ) from None
+    missing = sorted(notes["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        _log.warning(
+            "%s holds no weights for %s, which begin at random: right for a new head, wrong for anything else",
+            path,
+            shown,
+        )
+    return made  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from recollect.train.data.facts import DataFacts, Kind
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-TaskName = Literal["causal-lm", "image-classification", "forecast", "custom"]
+TaskName = Literal[
+    "causal-lm", "masked-lm", "sequence-classification", "seq2seq", "image-classification", "forecast", "custom"
+]
 
 
 class BuiltModel(NamedTuple):
@@ -35,6 +38,10 @@ class ModelSource:
     """Kinds of data that it can be trained on; empty: whatever its factory says."""
     build: Callable[[DataFacts, int, Mapping[str, object]], BuiltModel]
     """Called with the data's facts, the sequence length, and the user's ``--model-args``."""
+    task: TaskName | None = None
+    """What it is trained for; None: what is usual for the data."""
+    folder: Path | None = None
+    """Where its files are, which may be a tokenizer's, too."""
     default_dataset: str = ""
     """Taken when no dataset is named; empty: one must be named."""
     sequence_length: int = 256

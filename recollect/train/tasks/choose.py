@@ -11,13 +11,17 @@ from recollect.errors import UnsupportedInput
 from recollect.train.data.facts import SAMPLE_FORMS, DataFacts, Kind
 from recollect.train.models.source import BuiltModel, Loss, ModelSource
 from recollect.train.tasks.causal_lm import causal_lm
-from recollect.train.tasks.classification import image_classification
+from recollect.train.tasks.classification import image_classification, sequence_classification
 from recollect.train.tasks.custom import custom
 from recollect.train.tasks.forecast import forecast
+from recollect.train.tasks.masked_lm import masked_lm
+from recollect.train.tasks.seq2seq import seq2seq
 from recollect.train.tasks.task import Task
 
 _BY_KIND: Mapping[Kind, Callable[[DataFacts], Task]] = {
     "text": causal_lm,
+    "labelled-text": sequence_classification,
+    "text-pairs": seq2seq,
     "images": image_classification,
     "series": forecast,
     "custom": custom,
@@ -36,10 +40,12 @@ def check_fit(source: ModelSource, facts: DataFacts, dataset: str) -> None:
     )
 
 
-def choose_task(built: BuiltModel, facts: DataFacts) -> Task:
-    """The task of the data's kind; with the loss that came with the model, if one did."""
+def choose_task(source: ModelSource, built: BuiltModel, facts: DataFacts) -> Task:
+    """The model's task, or the usual one of the data's kind; with the loss that came with the model, if one did."""
     if built.loss is not None:
         return custom(facts, _checked(built.loss))
+    if source.task == "masked-lm":
+        return masked_lm(facts)
     return _BY_KIND[facts.kind](facts)
 
 

@@ -34,6 +34,10 @@ class Task:
     """Metrics of one batch, without gradients."""
     summarise: Callable[[Mapping[str, float]], dict[str, float]] = _as_they_are
     """Means of what `measure` gave, over all batches, to what people read."""
+    collate: Callable[[list[Any]], Any] | None = None
+    """Makes a batch of samples; None: as the data does."""
+    is_random: bool = False
+    """Making a batch draws random numbers."""
     best: str = "loss"
     """The metric that decides which checkpoint is the best."""
     larger_is_better: bool = False
