@@ -28,7 +28,7 @@ RUNS := runs
 
 # About half of what the plain step needs (541.6 MiB): see README.md, "The demo".
 DEMO := --model gpt --dataset python-source --memory 270MiB --batch-size 16 --steps 80 --log-every 10 --save-every 40 \
-	--reference-memory 75% --root-path $(RUNS) --mark demo
+	--eval-samples 160 --reference-memory 75% --root-path $(RUNS) --mark demo
 
 # `make test` runs about a hundred random modules; a rare fault shows only among thousands.
 COUNT ?= 2000

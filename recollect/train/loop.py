@@ -15,6 +15,7 @@ from recollect.train.checkpoint import Checkpoint, load_checkpoint
 from recollect.train.config import TrainConfig
 from recollect.train.data import load_data
 from recollect.train.data.loader import to_device
+from recollect.train.data.split import spread
 from recollect.train.determinism import deterministic_algorithms
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluator
@@ -158,7 +159,7 @@ def make_evaluator(config: TrainConfig, source: ModelSource, work: Workload) -> 
         model=work.model,
         task=work.task,
         data=data,
-        samples=samples,
+        samples=spread(samples, config.eval_samples),
         batch_size=config.samples_at_a_time,
         device=work.device,
         autocast=work.autocast,
@@ -244,8 +245,9 @@ def _introduce(
     parameters = sum(parameter.numel() for parameter in work.model.parameters())
     reporter.say(f"model   {source.name}: {source.summary.rpartition('· ')[2]}; {parameters:,} parameters")
     reporter.say(f"data    {work.data.description}")
-    if evaluator is not None and config.eval_dataset is not None:
-        reporter.say(f"judged  on {evaluator.data.description}")
+    if evaluator is not None:
+        origin = f" of {evaluator.data.description}" if config.eval_dataset is not None else ""
+        reporter.say(f"judged  on {len(evaluator.samples):,} held-out samples{origin}")
     split = f", {work.accumulation_steps} microbatches a step" if work.accumulation_steps > 1 else ""
     reporter.say(
         f"run     {folder.path} on {work.device}{split}, budget {format_bytes(work.budget_bytes)}"

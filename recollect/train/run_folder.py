@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -48,6 +49,7 @@ class RunFolder:
             raise UnsupportedInput(
                 f"{self.path} is a file, but the run's folder belongs there. Choose another --mark or --root-path."
             )
+        self._require_writable()
         in_use = self.path.is_dir() and any(self.path.iterdir())
         if resume is None:
             if in_use:
@@ -65,6 +67,19 @@ class RunFolder:
                 f"nothing is overwritten. Begin a new folder with --mark NAME."
             )
         return checkpoint
+
+    def _require_writable(self) -> None:
+        """Raise `UnsupportedInput` if the folder cannot be made, or nothing be written into it."""
+        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not nearest.is_dir():
+            raise UnsupportedInput(
+                f"the run's folder {self.path} cannot be made, because {nearest} is a file. Choose another --root-path."
+            )
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UnsupportedInput(
+                f"nothing can be written to {nearest}, where the run's folder {self.path} belongs. "
+                f"Choose another --root-path, or change the folder's permissions."
+            )
 
     def open(self, config: TrainConfig, command: Sequence[str], plan: Plan, first_step: int) -> None:
         """Make the folder, or go on in it: forget metrics of steps that will be done again, keep everything else."""

@@ -230,12 +230,15 @@ class EvaluationSettings(Settings):
     """Data to evaluate on, as for --dataset (default: what the dataset holds out)"""
     eval_every: int | None = None
     """Steps between two evaluations (default: the end of each epoch, and of the run)"""
+    eval_samples: int = 1000
+    """Evaluate on so many samples at most, evenly spread over those that are held out; 0: on all"""
     early_stop: int | None = None
     """End the run after so many evaluations without a better one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(1, "eval_every", "early_stop")
+        self._require(0, "eval_samples")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "binaries" / "a.bin").write_bytes(b"\0" * 100)
     (tmp_path / "dangling.txt").symlink_to("nowhere")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut o')
+    (tmp_path / "ragged.csv").write_text("text,label\na,0\nb,0,1\n")
+    (tmp_path / "rows.csv").write_text("words,points\na,1\nb,2\nc,3\n")
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "a.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -80,6 +86,24 @@ def refused(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) 
         ([*TINY, "--device", "gpu"], "names no device"),
         ([*TINY, "--device", "meta"], "neither a CPU nor a CUDA device"),
         ([*TINY, "--device", "cuda:99"], "CUDA devices"),
+        ([*TINY, "--root-path", "empty.txt"], "because .*empty.txt is a file. Choose another --root-path"),
+        ([*TINY, "--eval-dataset", "absent.txt"], "no file or folder 'absent.txt'"),
+        ([*TINY, "--eval-dataset", "co2"], "gives series, but the model is trained on text"),
+        ([*TINY, "--tokenizer", "absent"], "no tokenizer at absent"),
+        ([*TINY, "--tokenizer", "broken.json"], "cannot be read as a tokenizer"),
+        ([*TINY, "--dataset", "cut.jsonl"], "cut.jsonl, line 2: .* so this is no JSON"),
+        ([*TINY, "--dataset", "ragged.csv"], "ragged.csv, line 3: there are 3 cells"),
+        ([*TINY, "--dataset", "ragged.csv", "--text-column", "txet"], "there are 3 cells"),
+        ([*TINY, "--dataset", "rows.csv", "--text-column", "wrods"], r"Did you mean 'words'\?"),
+        ([*TINY, "--dataset", "rows.csv"], "Its columns are: words, points"),
+        ([*TINY, "--dataset", "rows.csv", "--text-column", "words"], "holds 5 bytes of text"),
+        ([*TINY, "--dataset", "pictures"], "'gpt-tiny' is trained on text"),
+        (["--model", "resnet-tiny", "--dataset", "pictures", "--image-size", "0"], "image size is 0"),
+        ([*TINY, "--batch-size", "1000000000"], "but the dataset has only"),
+        ([*TINY, "--sequence-length", "1000000000"], "but one sample alone takes 1000000001"),
+        ([*TINY, "--eval-samples", "-1"], "eval samples is -1, but zero or more"),
+        ([*TINY, "--precision", "fp16"], "--precision bf16 or fp32"),
+        ([*TINY, "--ema-decay", "0.9", "--memory", "1KiB"], "moving average .* alone take"),
         ([*TINY, "--resume", "absent"], "no checkpoint at absent"),
         ([*TINY, "--resume", "binaries"], "not a whole checkpoint"),
         (
@@ -161,3 +185,16 @@ def test_an_unexpected_error_is_exit_code_1(
     monkeypatch.setattr("recollect.train.data.loader._batch_of", fail)
     assert main(["train", *TINY]) == 1
     assert "OSError: disk on fire" in capsys.readouterr().err
+
+
+def test_data_that_is_not_a_number_ends_the_run_with_its_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", f"{USER_CODE}:own_loss_model", "--dataset", f"{USER_CODE}:numbers_with_nan", "--log-every", "1"]
+    assert main(["train", *words]) == 1
+    said = capsys.readouterr().err
+    assert "the loss is nan at step" in said
+    assert "Traceback" not in said
+
+
+def test_an_image_that_cannot_be_read_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "resnet-tiny", "--dataset", "pictures", "--image-size", "8", "--batch-size", "2"]
+    assert "a.png cannot be read as an image" in refused(["train", *words], folder, capsys)

@@ -22,7 +22,7 @@ from recollect.records import Plan
 from recollect.train.config import TrainConfig
 from recollect.train.workload import build, resolve
 
-GPT = ["--model", "gpt-tiny", "--batch-size", "4", "--log-every", "1"]
+GPT = ["--model", "gpt-tiny", "--batch-size", "4", "--log-every", "1", "--eval-samples", "8"]
 
 
 @pytest.fixture(autouse=True)

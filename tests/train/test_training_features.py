@@ -152,7 +152,7 @@ def test_a_run_in_microbatches_needs_less_and_logs_the_same_loss(capsys: pytest.
     for mark, split in (("whole", []), ("parts", ["--microbatch-size", "2"])):
         assert main(["train", "--mark", mark, *split, "--json", *words]) == 0
         peaks.append(json.loads(capsys.readouterr().out)["measured_peak_bytes"])
-    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 0.5 * peaks[0]  # so is the memory of evaluations, which run as many samples at a time
     whole, parts = ([line["loss"] for line in metrics(f"python-source/{mark}")] for mark in ("whole", "parts"))
     assert whole == pytest.approx(parts, rel=1e-5)
 

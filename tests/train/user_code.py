@@ -126,3 +126,10 @@ def token_mean_model() -> tuple[nn.Module, Any]:
 
     loss.weight = lambda batch: float((batch != 0).sum())  # type: ignore[attr-defined]
     return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)), loss
+
+
+def numbers_with_nan() -> list[tuple[Tensor, Tensor]]:
+    """One reading is missing."""
+    samples = numbers()
+    samples[5][0][2] = float("nan")
+    return samples

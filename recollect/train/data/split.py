@@ -30,3 +30,11 @@ def divided(names: Iterable[str], share: float) -> tuple[list[int], list[int]]:
     held_out = set(sorted(range(len(digests)), key=digests.__getitem__)[:count])
     places = range(len(digests))
     return [place for place in places if place not in held_out], sorted(held_out)
+
+
+def spread(samples: Samples, most: int) -> Samples:
+    """At most so many of the samples, evenly spread over them; all if ``most`` is 0."""
+    count = len(samples)
+    if not most or count <= most:
+        return samples
+    return Part(samples, [number * count // most for number in range(most)])

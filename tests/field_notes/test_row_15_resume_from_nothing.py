@@ -1,0 +1,23 @@
+"""Row 15, "=> no checkpoint found", and then it trains from scratch: a missing ``--resume`` path is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recollect.cli.main import main
+
+
+@pytest.mark.parametrize("path", ["missing.pth", "runs/python-source/other", "runs"])
+def test_it_exits_non_zero_and_trains_nothing(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if path == "runs":
+        Path(path).mkdir()
+    assert main(["train", "--model", "gpt-tiny", "--steps", "1", "--resume", path, "--mark", "m"]) == 2
+    said = capsys.readouterr().err
+    assert path in said
+    assert "--resume auto" in said
+    assert not Path("runs/python-source/m").exists()
