@@ -17,6 +17,8 @@ from recollect.units import format_bytes
 
 #: Packages that are used where they are installed, and what for.
 _EXTRAS = {
+    "datasets": "folders that the datasets library has saved",
+    "pillow": "folders of images",
     "transformers": "models of the transformers library",
     "scikit-learn": "the dataset digits",
     "statsmodels": "the dataset co2",

@@ -72,9 +72,12 @@ class Workload:
         return to_device(parts[place], self.device)
 
     def shares(self, parts: list[Any]) -> list[float | None]:
-        """Each microbatch's share of its batch; None where there is only one."""
-        if len(parts) == 1:
-            return [None]
+        """Each microbatch's share of its batch; None where batches are not split.
+
+        A batch that is too small to be split still has a share of 1, so that its step is like that of the others.
+        """
+        if self.accumulation_steps == 1:
+            return [None] * len(parts)
         weights = [self.task.weight(part) for part in parts]
         total = sum(weights)
         if not total > 0:

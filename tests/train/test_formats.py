@@ -264,3 +264,35 @@ def test_the_usual_size_is_imagenets(tmp_path: Path) -> None:
     data = load_data(str(pictures(tmp_path / "pets", 2)), options())
     assert data.facts.image_size == 224
     assert torch.is_tensor(data.samples[0][0])
+
+
+# ------------------------------------------------------------------------------------------------ saved datasets
+
+
+def test_a_saved_dataset_is_a_table_with_its_own_parts(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"text": WORDS, "label": [LABELS[n] == "pos" for n in range(len(WORDS))]}
+    whole = datasets.Dataset.from_dict(rows)
+    whole.save_to_disk(str(tmp_path / "one"))
+    parts = datasets.DatasetDict(train=whole.select(range(30)), test=whole.select(range(30, 40)))
+    parts.save_to_disk(str(tmp_path / "two"))
+    one, two = (load_data(str(tmp_path / name), options(accepts=("labelled-text",))) for name in ("one", "two"))
+    assert one.held_out is not None
+    assert two.held_out is not None
+    assert (len(one.samples), len(one.held_out)) == (36, 4)
+    assert (len(two.samples), len(two.held_out)) == (30, 10)
+    assert (one.facts.kind, one.facts.classes) == ("labelled-text", 2)
+    assert bytes(two.held_out[0]["input_ids"].tolist()).decode() == WORDS[30]
+
+
+def test_a_damaged_saved_dataset_is_refused(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": WORDS}).save_to_disk(str(tmp_path / "one"))
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"nothing")
+    with pytest.raises(UnsupportedInput, match="cannot be read as a saved dataset"):
+        load_data(str(tmp_path / "one"), options(accepts=("text",)))
+    datasets.DatasetDict(other=datasets.Dataset.from_dict({"text": WORDS})).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(UnsupportedInput, match="none called train"):
+        load_data(str(tmp_path / "two"), options(accepts=("text",)))

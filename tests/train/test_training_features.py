@@ -157,6 +157,16 @@ def test_a_run_in_microbatches_needs_less_and_logs_the_same_loss(capsys: pytest.
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
+def test_a_batch_too_small_to_be_split_has_a_plan_that_fits_it() -> None:
+    words = ["--model", "tests.train.user_code:own_loss_model", "--dataset", "tests.train.user_code:numbers"]
+    words += ["--dataset-args", "count=20", "--batch-size", "16", "--microbatch-size", "4", "--epochs", "2"]
+    assert main(["train", *words, "--grad-checkpoint", "full", "--mark", "m", "--log-every", "1"]) == 0
+    assert [line["step"] for line in metrics("tests.train.user_code-numbers/m")] == [1, 2, 3, 4]
+    work = workload(model="tests.train.user_code:own_loss_model", dataset="tests.train.user_code:numbers",
+                    dataset_args={"count": 20}, batch_size=16, microbatch_size=4)  # fmt: skip
+    assert work.shares(work.loader.microbatches(1)) == [1.0]
+
+
 def test_a_custom_loss_says_what_it_is_a_mean_over() -> None:
     work = workload(model="tests.train.user_code:token_mean_model", dataset="tests.train.user_code:ragged_numbers",
                     batch_size=4, microbatch_size=2)  # fmt: skip

@@ -15,7 +15,8 @@ from recollect.train.data.digits import digits
 from recollect.train.data.facts import DataFacts, Kind, TrainingData
 from recollect.train.data.image_folder import USUAL_SIZE, image_folder, is_image_folder
 from recollect.train.data.rows import Columns, table_data
-from recollect.train.data.tables import is_table
+from recollect.train.data.saved import is_saved_dataset, read_saved
+from recollect.train.data.tables import is_table, read_table
 from recollect.train.data.text import python_source, text_path
 from recollect.train.data.tokens import BYTES, Tokens
 from recollect.train.factories import call_factory, import_factory
@@ -123,11 +124,11 @@ def load_data(spec: str, options: DataOptions) -> TrainingData:
 
 
 def _from_path(path: Path, options: DataOptions) -> TrainingData:
-    if is_table(path):
+    if is_table(path) or is_saved_dataset(path):
         kinds: tuple[Kind, ...] = ("labelled-text", "text-pairs", "text")
         kind: Kind = next((kind for kind in kinds if kind in options.accepts), "text")
         return table_data(
-            path,
+            read_saved(path) if path.is_dir() else read_table(path),
             kind,
             columns=options.columns,
             tokens=options.tokens,

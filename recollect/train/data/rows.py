@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from recollect.train.data.tables import (
     TARGET_NAMES,
     TEXT_NAMES,
     Table,
-    read_table,
 )
 from recollect.train.data.tokens import Tokens
 
@@ -40,32 +38,34 @@ class Columns:
     target: str | None = None
 
 
-def table_data(path: Path, kind: Kind, *, columns: Columns, tokens: Tokens, sequence_length: int) -> TrainingData:
-    """The rows of a file as data of a kind.
+def table_data(table: Table, kind: Kind, *, columns: Columns, tokens: Tokens, sequence_length: int) -> TrainingData:
+    """The rows of a table as data of a kind.
 
-    A tenth of the rows is held out, by a hash of their numbers.
+    Where the table has no part for evaluation, a tenth of the rows is held out, by a hash of their numbers.
 
     Raises:
-        UnsupportedInput: the file, a column or a row is not as it must be.
+        UnsupportedInput: a column or a row is not as it must be.
     """
-    table = read_table(path)
     if kind == "labelled-text":
         return _labelled(table, columns, tokens, sequence_length)
     if kind == "text-pairs":
         return _pairs(table, columns, tokens, sequence_length)
     column = table.find(columns.text, TEXT_NAMES, "a text", "--text-column")
-    documents = [
-        Document(text=text.encode(), origin=f"{path}, line {line}") for line, text in table.texts(column) if text
-    ]
-    training, held_out = ([documents[place] for place in part] for part in _divided(len(documents)))
+    documents: list[Document] = []
+    places: list[int] = []
+    for place, (line, text) in enumerate(table.texts(column)):
+        if text:
+            documents.append(Document(text=text.encode(), origin=f"{table.path}, line {line}"))
+            places.append(place)
+    training, held_out = ([documents[number] for number in part] for part in _divided(table, places))
     return language_data(
-        path.stem,
+        table.path.stem,
         documents,
         training,
         held_out,
         tokens=tokens,
         sequence_length=sequence_length,
-        origin=f"the column {column!r} of {path}",
+        origin=f"the column {column!r} of {table.path}",
         note=f"{len(held_out):,} of {len(documents):,} rows",
     )
 
@@ -95,11 +95,11 @@ def _labelled(table: Table, columns: Columns, tokens: Tokens, sequence_length: i
     label = table.find(columns.label, LABEL_NAMES, "a class", "--label-column")
     numbers, names = _classes(table, label)
     rows = _rows(table, text, tokens, sequence_length)
-    samples = [
-        {"input_ids": row, "labels": torch.tensor(number)}
-        for row, number in zip(rows, numbers, strict=True)
+    samples = {
+        place: {"input_ids": row, "labels": torch.tensor(number)}
+        for place, (row, number) in enumerate(zip(rows, numbers, strict=True))
         if len(row)
-    ]
+    }
     return _data(
         table, "labelled-text", samples, tokens, sequence_length, classes=len(names) or max(numbers) + 1, names=names
     )
@@ -111,7 +111,7 @@ def _pairs(table: Table, columns: Columns, tokens: Tokens, sequence_length: int)
     pairs = zip(
         _rows(table, source, tokens, sequence_length), _rows(table, target, tokens, sequence_length), strict=True
     )
-    samples = [{"input_ids": a, "labels": b} for a, b in pairs if len(a) and len(b)]
+    samples = {place: {"input_ids": a, "labels": b} for place, (a, b) in enumerate(pairs) if len(a) and len(b)}
     return _data(table, "text-pairs", samples, tokens, sequence_length)
 
 
@@ -166,22 +166,28 @@ def _as_number(cell: Any) -> int | None:
     return int(number) if number == int(number) else None
 
 
-def _divided(count: int) -> tuple[list[int], list[int]]:
-    return divided((f"row {number}" for number in range(count)), HELD_OUT_SHARE)
+def _divided(table: Table, places: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which of the rows at these places are for training, and which for evaluation."""
+    begin = table.held_out_from
+    if begin is None:
+        return divided((f"row {number}" for number in range(len(places))), HELD_OUT_SHARE)
+    numbers = range(len(places))
+    return [n for n in numbers if places[n] < begin], [n for n in numbers if places[n] >= begin]
 
 
 def _data(
     table: Table,
     kind: Kind,
-    samples: list[dict[str, Any]],
+    by_place: dict[int, dict[str, Any]],
     tokens: Tokens,
     sequence_length: int,
     classes: int = 0,
     names: tuple[str, ...] = (),
 ) -> TrainingData:
-    if not samples:
+    if not by_place:
         raise UnsupportedInput(f"every row of {table.path} is empty. Training needs data: name another --dataset.")
-    training, held_out = _divided(len(samples))
+    samples = list(by_place.values())
+    training, held_out = _divided(table, list(by_place))
     digest = hashlib.sha256(repr((table.columns, table.rows)).encode()).hexdigest()
     empty = len(table.rows) - len(samples)
     further = f" in {classes} classes" if classes else ""

@@ -30,6 +30,8 @@ class Table:
     rows: tuple[tuple[Any, ...], ...]
     lines: tuple[int, ...]
     """Where each row begins in the file; the first line is 1."""
+    held_out_from: int | None = None
+    """The rows from this one on are for evaluation; None: there is no such part."""
 
     def find(self, wanted: str | None, usual: Sequence[str], what: str, flag: str) -> str:
         """The column that ``wanted`` names; or, if that is None, the first that has a usual name.
