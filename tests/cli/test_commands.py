@@ -101,3 +101,18 @@ def test_gpu_check_skips_with_a_reason_where_there_is_no_cuda() -> None:
     )
     assert result.returncode == 0
     assert "gpu-check skipped: torch.cuda.is_available() is false" in result.stdout
+
+
+def test_the_doctor_examines_machine_packages_and_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for part in ("device    cpu", "torch ", "self-test passed", "gradients equal", "optional  tensorboard"):
+        assert part in text, part
+    monkeypatch.setattr("recollect.cli.doctor._EXTRAS", {"no-such-package": "nothing"})
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["self_test"]["ok"] is True
+    assert found["optional"] == {"no-such-package": None}
+    assert found["devices"][0]["memory_bytes"] >= found["devices"][0]["free_bytes"] > 0

@@ -358,6 +358,29 @@ def test_a_quiet_run_shows_the_end_only(capsys: pytest.CaptureFixture[str]) -> N
     assert "step 1/2" in Path("runs/co2/m/log.txt").read_text()
 
 
+def test_tensorboard_gets_every_logged_number() -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["train", *LSTM, "--steps", "3", "--tensorboard", "--eval-every", "3", "--mark", "m"]) == 0
+    events = EventAccumulator("runs/co2/m/tensorboard")
+    events.Reload()
+    assert {"loss", "lr", "peak_bytes", "eval/rmse"} <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        [line["loss"] for line in metrics("co2/m")]
+    )
+
+
+def test_a_verbose_run_shows_what_planning_does(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    try:
+        words = ["--model", "tests.train.user_code:token_mean_model", "--batch-size", "4", "--steps", "10", "--verbose"]
+        assert main(["train", *words, "--dataset", "tests.train.user_code:ragged_numbers", "--memory", "400KiB"]) == 0
+    finally:
+        logging.getLogger("recollect").setLevel(logging.NOTSET)
+    assert any("planned" in record.message for record in caplog.records)
+
+
 def test_tensorboard_is_asked_for_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
