@@ -16,7 +16,6 @@ from recollect.budget import resolve_budget
 from recollect.cli.doctor import examine, format_examination
 from recollect.cli.frontier_table import Curve, curve_figures, format_curve
 from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, TrainOptions, VerifyOptions
-from recollect.cli.plan_table import format_table, plan_rows
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import describe_batch
@@ -24,6 +23,7 @@ from recollect.planner import find_plan
 from recollect.records import Plan, Profile, Verdict
 from recollect.report.frontier_plot import check_output, draw_frontier, save_frontier
 from recollect.report.peers import load_peers
+from recollect.report.plan_table import format_table, plan_rows
 from recollect.solve import Solver, frontier_of, next_useful_bytes
 from recollect.train import Reporter, TrainConfig, Workload, build, format_summary, resolve, run
 from recollect.train.data import DATASETS

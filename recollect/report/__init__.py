@@ -1,1 +1,1 @@
-"""What recollect draws. matplotlib (the extra `report`) is imported when a plot is made, not before."""
+"""Tables and plots of plans. matplotlib (the extra `report`) is imported when a plot is made, not before."""

@@ -11,6 +11,7 @@ import torch
 import recollect
 from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
+from recollect.report.plan_table import format_table
 from recollect.train.checkpoint import Checkpoint, load_checkpoint
 from recollect.train.config import TrainConfig
 from recollect.train.data import load_data
@@ -31,6 +32,9 @@ from recollect.train.summary import RunSummary, format_plan
 from recollect.train.training import Training
 from recollect.train.workload import Workload, build, data_options, for_task, resolve
 from recollect.units import format_bytes
+
+#: Of the plan's table, before the first step.
+_PLAN_LINES = 5
 
 
 def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> RunSummary | None:
@@ -74,6 +78,8 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
     applied, beside_bytes = plan_run(config, work, average, first_step, total_steps)
     try:
         reporter.say(format_plan(applied.plan))
+        if not applied.plan.is_plain:
+            reporter.say(format_table(applied.plan, _PLAN_LINES))
         progress = Progress(loss_before=_first_loss(work)) if checkpoint is None else _progress_of(checkpoint)
         folder.open(config, command, applied.plan, first_step)
         reporter.open_log(folder.log)

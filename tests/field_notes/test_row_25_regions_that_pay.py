@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import recollect
 from recollect.cli.main import main
-from recollect.cli.plan_table import format_table, plan_rows
 from recollect.records import KeptValue, Plan
 from recollect.replay.session import Session
+from recollect.report.plan_table import format_table, plan_rows
 from recollect.solve import Solver
 from tests.field_notes.training import adamw
 
@@ -162,3 +162,17 @@ def test_what_is_kept_is_shown_with_its_reason(solver: Solver) -> None:
 
 def test_nothing_recomputed_has_no_table(solver: Solver) -> None:
     assert format_table(solver.plain(2**40)) == ""
+
+
+def test_a_short_table_has_the_same_sums(solver: Solver) -> None:
+    plan = solver.full(2**40)
+    whole, short = format_table(plan), format_table(plan, most=2)
+    assert len(short.splitlines()) < len(whole.splitlines())
+    assert "others" in short
+
+    def last(text: str, name: str) -> str:
+        (line,) = (line for line in text.splitlines() if line.strip().startswith(name))
+        return " ".join(line.split())
+
+    for name in ("all", "recording"):
+        assert last(whole, name) == last(short, name)

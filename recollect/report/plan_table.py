@@ -31,20 +31,22 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def format_table(plan: Plan) -> str:
-    """The table; empty if nothing is recomputed."""
+def format_table(plan: Plan, most: int | None = None) -> str:
+    """The table; empty if nothing is recomputed.  `most`: lines for regions; those that save least share the last."""
     rows = plan_rows(plan)
     if not rows:
         return ""
+    lines_of = sorted(_lines(plan).items(), key=lambda entry: -entry[1][1])
+    if most is not None and len(lines_of) > most:
+        rest = [figures for _, figures in lines_of[most - 1 :]]
+        others = (sum(f[0] for f in rest), sum(f[1] for f in rest), sum(f[2] for f in rest))
+        lines_of = [*lines_of[: most - 1], (f"{len(rest)} others", others)]
     replay_ms = sum(row["replay_ms"] for row in rows)
     added_ms = plan.predicted_step_ms - plan.plain_step_ms
     saved = sum(row["dropped_bytes"] for row in rows)
     calls = sum(row["calls"] for row in rows)
     table = [("regions", "calls", "saved", "added")]
-    table += [
-        (label, str(line[0]), format_bytes(int(line[1])), f"{line[2]:.2f} ms")
-        for label, line in sorted(_lines(plan).items(), key=lambda entry: -entry[1][1])
-    ]
+    table += [(label, str(line[0]), format_bytes(int(line[1])), f"{line[2]:.2f} ms") for label, line in lines_of]
     # What is not the first replay: writing operations down or running a module again, and replaying again where regions
     # share a tape.
     table.append(("recording, repeats", "", "", f"{added_ms - replay_ms:.2f} ms"))
