@@ -364,7 +364,7 @@ class Shapes:
             return self._guarded(shape, batch)
         if _estimated(profile) - _estimated(reference.profile):  # they could not be run alone within the budget
             return self._guarded(shape, batch)
-        if _recomputing(plan) - reference.live.calibrated:  # a first call checks its replay, which takes memory
+        if _replaying(plan) - reference.live.calibrated:  # a first call checks its replay, which takes memory
             return self._guarded(shape, batch)
         if plan.is_plain:
             self.statistics.plain += 1
@@ -445,9 +445,9 @@ def _activation_bytes(profile: Profile) -> int:
     return sum(storage.nbytes for storage in profile.storages if storage.component == "activation")
 
 
-def _recomputing(plan: Plan) -> set[str]:
-    """Keys of the regions that the plan recomputes something in."""
-    return {region.key for region in plan.regions if region.recipe >= 0}
+def _replaying(plan: Plan) -> set[str]:
+    """Keys of the regions that the plan replays something in, by a tape."""
+    return {r.key for r in plan.regions if r.recipe >= 0 and not plan.recipes[r.recipe].rerun}
 
 
 def _estimated(profile: Profile) -> set[str]:

@@ -417,3 +417,23 @@ def test_hooks_on_all_modules_are_noticed() -> None:
     assert not rerun.is_pure(nn.Linear(4, 4))
     handle.remove()
     assert rerun.is_pure(nn.Linear(4, 4))
+
+
+def test_batches_of_other_sizes_are_planned_without_a_metered_run() -> None:
+    model, data = Net(feed_forward, count=4), batch()
+    profile = recollect.measure(model, data, loss=loss_of)
+    budget_bytes = int(1.1 * rerun_all(profile).predicted_peak_bytes)
+    other = torch.randn(17, 23, 32, generator=torch.Generator().manual_seed(2))
+    plain = step(model, other)
+    with recollect.fit(model, data, budget=budget_bytes, loss=loss_of) as applied:
+        assert any(recipe.rerun for recipe in applied.plan.recipes)
+        assert applied.shapes is not None
+        applied.statistics.reset()
+        torch.manual_seed(3)
+        model.zero_grad(set_to_none=True)
+        loss = applied.loss(model, other)
+        loss.backward()
+        planned = {**snapshot(model, loss), "random state": torch.get_rng_state()}
+        assert applied.shapes.statistics.guarded == 0
+        assert applied.statistics.reruns > 0
+    assert not differences(plain, planned)
