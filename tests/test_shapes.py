@@ -233,7 +233,7 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
         return found[-1]
 
     monkeypatch.setattr(shapes, "measure_reshaped", forgetful)
-    monkeypatch.setattr(shapes, "_recomputing", lambda plan: set())  # as if all of these regions were calibrated
+    monkeypatch.setattr(shapes, "_replaying", lambda plan: set())  # as if all of these regions were calibrated
     case = Case(Transformer(), budget_bytes)
     for reference in case.shapes._references:
         reference.correction_bytes = forgotten_bytes
