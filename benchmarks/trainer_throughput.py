@@ -1,6 +1,6 @@
 """What the trainer's loop costs beside a loop written by hand: same model, data, order, optimizer; no budget.
 
-    python -m benchmarks.trainer_throughput [--rounds 15] [--steps 20] [--output FILE.md]
+    python -m benchmarks.trainer_throughput [MODEL ...] [--rounds 15] [--steps 20] [--output FILE.md]
 
 Rounds are interleaved in one process, and the ratio is of medians.  Hugging Face's `Trainer` is measured, too, where it
 and accelerate are installed.  The second table is the time from the start of the program to the end of a run of one
@@ -104,22 +104,23 @@ def first_step_seconds(name: str, folder: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The trainer's loop against others, without a budget.")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    words = " ".join([*options.models, "--rounds", str(options.rounds), "--steps", str(options.steps)])
     lines = [
         "# The trainer's loop against others, without a budget",
         "",
         f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; medians of {options.rounds} interleaved "
-        f"rounds of {options.steps} steps; `python -m benchmarks.trainer_throughput --rounds {options.rounds} --steps "
-        f"{options.steps}`.",
+        f"rounds of {options.steps} steps; `python -m benchmarks.trainer_throughput {words}`.",
         "",
         "| model | by hand, ms a step | recollect | steps per second against by hand | Hugging Face Trainer |",
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for name in MODELS:
+        for name in options.models or MODELS:
             loops = {"hand": rival_loop(name, options.steps), "recollect": own_loop(name, options.steps)}
             if name != "gpt":
                 trainer = transformers_loop(name, options.steps, folder)
@@ -138,7 +139,7 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
         lines += ["", "| model | program start to the end of a run of one step, s |", "|---|---|"]
-        for name in ("gpt-tiny", "gpt"):
+        for name in options.models or MODELS:
             seconds = statistics.median(first_step_seconds(name, folder) for _ in range(3))
             lines.append(f"| {name} | {seconds:.1f} |")
             print(lines[-1], flush=True)

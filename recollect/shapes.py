@@ -53,6 +53,8 @@ MOST_KINDS = 8
 #: Part of the memory above the baseline that a plan leaves free if no metered run confirmed it: the memory model's own
 #: bar for its largest error before repair.
 UNCONFIRMED_MARGIN = 0.02
+#: Calls of the model that are looked at for each shape of a batch: later ones are like the first ones.
+_CALLS_LOOKED_AT = 4 * MOST_KINDS
 #: Shapes whose decisions are tried for a new one.
 _NEIGHBOURS = 4
 #: A batch is not measured if the plain step of one like it, grown by the cube of the ratio of sizes, fits so often.
@@ -109,6 +111,7 @@ class _Entry:
     mismatched_steps: int = 0
     replan_at: int = 1
     calls: set[StepShape] = field(default_factory=set)
+    calls_looked_at: int = 0
 
     @property
     def added_ms(self) -> float:
@@ -193,7 +196,8 @@ class Shapes:
 
     def note_call(self, args: Any, kwargs: Any) -> None:
         """The model is called with these arguments, for the batch that `plan_for` was last asked about."""
-        if self._current is not None:
+        if self._current is not None and self._current.calls_looked_at < _CALLS_LOOKED_AT:
+            self._current.calls_looked_at += 1
             call = self._shape_of((args, kwargs))
             if len(self._current.calls) < MOST_KINDS:
                 self._current.calls.add(call)
