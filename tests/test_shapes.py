@@ -164,9 +164,11 @@ def test_other_lengths_of_a_model_that_only_real_steps_can_measure(budget_bytes:
     for length in (LONG, SHORT):
         assert case.peak(batch_of(length)) <= case.budget_bytes
         case.assert_gradients_are_plain(batch_of(length))
-    # The longer batch needs regions to be recomputed that were not before: calibrating them takes memory once.
-    assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
-    assert case.counts.reused + case.counts.solved + case.counts.plain == 1
+    # The longer batch may need regions to be recomputed that were not before (which ones depends on measured times):
+    # calibrating them takes memory once.
+    counts = case.counts
+    assert (counts.guarded <= 1, counts.mismatched_steps) == (True, 0)
+    assert counts.guarded + counts.reused + counts.solved + counts.plain == 2
     case.applied.remove()
 
 
