@@ -1,25 +1,27 @@
 """What the mechanism itself costs on this machine: so that plans are not drawn up as if it were free.
 
-Forward is measured as a model pays for it on a CPU: before each operation other data goes through the caches (see
-`processor_caches`), so that Python finds its own code and objects cold.  A tape's backward cannot be interrupted that
-way; what replay adds there is measured in a loop, and scaled by what cold caches made of forward.  Where operations run
-on a GPU, the processor's caches are Python's alone.
+Python's own work takes several times as long where the operations before it left its code and objects cold.  So the
+mechanism is measured twice: in a loop, and with other data sent through the caches before each operation (see
+`processor_caches`).  A model pays something in between, by how much of a core's own cache its operations touch
+(`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
+loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
+Python's alone.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, fields
 
 import torch
 
 from recollect.measure.cost_cache import Cost, CostCache
-from recollect.measure.processor_caches import fill_caches, forget
+from recollect.measure.processor_caches import core_cache_bytes, fill_caches, forget
 from recollect.measure.state import RandomState
-from recollect.records import Recipe
+from recollect.records import Op, Recipe, Storage, Value
 from recollect.replay.recipe import LiveRecipe
 from recollect.replay.rerun import ModuleCall
 from recollect.replay.session import Installed
@@ -41,21 +43,41 @@ class Overhead:
     rerun_ms_per_op: float = 0.0
     rerun_ms_per_call: float = 0.0
 
+    def towards(self, other: Overhead, ratio: float) -> Overhead:
+        """So far (0 to 1) from this to `other`."""
+        mine, others = astuple(self), astuple(other)
+        return Overhead(*(round(a + ratio * (b - a), 6) for a, b in zip(mine, others, strict=True)))
 
-def measure_overhead(device: torch.device, cache: CostCache) -> Overhead:
+
+def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> Overhead:
     """What each way of not holding what autograd saves costs beside the operations.
 
     Args:
         device: where the model's operations run.
         cache: what is known, and what is to be remembered.
+        evicted: the model's `eviction_ratio`.
     """
-    keys = [f"{_KEY} {entry.name}" for entry in fields(Overhead)]
+    hot = _remembered("hot", cache, cold=False)
+    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device.type == "cpu" else hot
+
+
+def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:
+    """How much of what a core's cache holds an operation of these replaces by its own data: 0 to 1, their mean."""
+    if not ops:
+        return 0.0
+    whole = core_cache_bytes()
+    touched = ({values[value].storage for value in (*op.inputs, *op.outputs)} for op in ops)
+    return statistics.fmean(min(1.0, sum(storages[storage].nbytes for storage in found) / whole) for found in touched)
+
+
+def _remembered(name: str, cache: CostCache, *, cold: bool) -> Overhead:
+    keys = [f"{_KEY} {name} {entry.name}" for entry in fields(Overhead)]
     known = [cost.ms for key in keys if (cost := cache.get(key)) is not None]
     if len(known) == len(keys):
         return Overhead(*known)
     random_state = RandomState()
     with torch.enable_grad():
-        overhead = Overhead(*_measure_tape(device.type == "cpu"), *_measure_rerun(device.type == "cpu"))
+        overhead = Overhead(*_measure_tape(cold), *_measure_rerun(cold))
     random_state.restore()
     forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
@@ -130,7 +152,9 @@ def _measure_tape(cold: bool) -> tuple[float, float]:
     )
     mode_ms = max(0.0, forward_ms["mode"] - forward_ms["plain"])
     record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
-    scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
+    scale = 1.0
+    if cold:
+        scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
     replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"])
     return round(mode_ms, 6), round(record_ms + replay_ms, 6)
 

@@ -8,6 +8,7 @@ work up to six times.
 from __future__ import annotations
 
 import mmap
+import os
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,19 @@ import numpy.typing as npt
 #: Nearly as much as the last level of common processors holds: with that, what running in a planned region is measured
 #: to cost an operation is what it costs in steps of transformers (`make bench` sets predicted beside measured times).
 _BYTES = 28 << 20
+
+#: Of a common processor, where the system does not say.
+_CORE_BYTES = 1 << 20
+
+
+def core_cache_bytes() -> int:
+    """Size of the cache that a core has for itself (level 2), where Python's code and objects stay between operations
+    that touch less.
+    """
+    try:
+        return max(os.sysconf("SC_LEVEL2_CACHE_SIZE"), 0) or _CORE_BYTES
+    except (AttributeError, ValueError, OSError):  # not Linux
+        return _CORE_BYTES
 
 
 @cache

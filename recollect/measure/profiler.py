@@ -30,7 +30,7 @@ from recollect.measure.host_copy import CopyFile, memory_of
 from recollect.measure.layouts import Layouts, corrections
 from recollect.measure.leftovers import Surroundings
 from recollect.measure.observer import Observer
-from recollect.measure.overhead import Overhead, measure_overhead
+from recollect.measure.overhead import Overhead, eviction_ratio, measure_overhead
 from recollect.measure.regions import choose_regions
 from recollect.measure.signatures import SignatureTable
 from recollect.measure.state import TrainingState
@@ -159,9 +159,6 @@ def measure_step(
     if method == "real":
         costs = price(signatures)
         scratch_ms, times_ms = scratch_ms + costs.scratch_ms, times_ms + costs.times_ms
-    costed = time.perf_counter()
-    overhead = Overhead() if untimed else measure_overhead(device, cache)
-    mechanism_ms = (time.perf_counter() - costed) * 1e3
     baseline = dict.fromkeys((c for c in COMPONENTS if c != "activation"), 0)
     for storage in seen.storages:
         if storage.component != "activation":
@@ -170,6 +167,10 @@ def measure_step(
     pure_paths = {path for path in region_paths if path != ROOT and is_pure(model.get_submodule(path))}
     autocast = spec.autocast is not None or torch.is_autocast_enabled(device.type)
     tables = build_tables(seen, region_paths, costs.signatures, frozenset() if autocast else pure_paths)
+    tabled = time.perf_counter()
+    evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
+    overhead = Overhead() if untimed else measure_overhead(device, cache, evicted)
+    mechanism_ms = (time.perf_counter() - tabled) * 1e3
     activation_bytes = sum(s.nbytes for s in seen.storages if s.component == "activation")
     measuring_ms = {
         "observing": observing_s * 1e3,
