@@ -5,9 +5,11 @@ F1, below `simulate`, which walks a step with these look-ups.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from recollect.records import Decision, Event, EventKind, KeepSet, Profile, Rerun
 
@@ -67,6 +69,18 @@ class ProfileIndex:
         self.fixed_slots = frozenset(range(len(profile.slots))) - {s for f in self.facts for s in f.slots}
         """Slots that no decision for a single region concerns."""
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
+
+    def repriced(self, profile: Profile) -> ProfileIndex:
+        """Look-ups into a profile that differs from this one's in nothing but times."""
+        other = copy.copy(self)
+        other.profile = profile
+        other.__dict__.pop("plain_step_ms", None)
+        return other
+
+    @cached_property
+    def plain_step_ms(self) -> float:
+        """Predicted time of the plain step."""
+        return self.profile.plain_step_ms
 
     def backward_event(self) -> int:
         """When backward begins: the moment at which everything held from forward is held; 0 without backward."""

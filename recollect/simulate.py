@@ -251,7 +251,7 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
         peak = 0
         components_at_peak = {"activations": 0}
         peak_memo = peak_scratch = 0
-    step_ms = profile.plain_step_ms
+    step_ms = index.plain_step_ms
     replay_total = 0.0
     replayed: list[int] = []
     for regions, machine in _regions_of(machines):

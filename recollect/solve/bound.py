@@ -21,7 +21,7 @@ _LOOSE = 1e-4
 def added_ms_bound(pool: Pool, prices: Prices, budget_bytes: int) -> float:
     """No plan within the budget adds less time than this (at least 0)."""
     source = pool.source
-    loose_ms = _LOOSE * source.index.profile.plain_step_ms
+    loose_ms = _LOOSE * source.index.plain_step_ms
     spare = sum(price * (budget_bytes - source.base[time]) for time, price in prices.private.items())
     total = -spare
     magnitude = abs(spare)

@@ -7,6 +7,7 @@ that are in memory once.  Regions whose part of the timeline looks the same (`pa
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, KeepSet
+from recollect.records import Decision, KeepSet, Profile
 from recollect.simulate import fixed_peaks, region_curve
 from recollect.solve.patterns import Timeline, timelines
 
@@ -112,6 +113,14 @@ class ColumnSource:
         self._columns: list[dict[Decision, Column]] = [{} for _ in index.profile.regions]
         self._shapes: dict[tuple[int, Decision], Shape] = {}
         self._middle = index.backward_event()
+
+    def repriced(self, profile: Profile) -> ColumnSource:
+        """Columns of a profile that differs from this one's in nothing but times."""
+        other = copy.copy(self)
+        other.index = self.index.repriced(profile)
+        other._columns = [{} for _ in profile.regions]
+        other._shapes = {}
+        return other
 
     def column(self, region: int, decision: Decision) -> Column:
         """The column of `decision` in `region`; a decision that replays nothing is the same as None."""

@@ -252,7 +252,7 @@ class Pool:
     def _price_all(self, relaxation: Relaxation) -> bool:
         """Offer what the prices want in every class that is not enumerated; True if anything is new."""
         prices = relaxation.prices
-        worth_ms = _WORTH * self.source.index.profile.plain_step_ms
+        worth_ms = _WORTH * self.source.index.plain_step_ms
         tries = _DESCENTS[0 if prices.time_weight == 0 else 1]
         new = False
         for class_id, regions in self.members.items():

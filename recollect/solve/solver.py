@@ -36,12 +36,16 @@ class Solver:
         return simulate(self.index, [None] * len(self.profile.regions))
 
     @cached_property
+    def _source(self) -> ColumnSource:
+        return ColumnSource(self.index)
+
+    @cached_property
     def _structure(self) -> Pool:
-        return Pool(ColumnSource(ProfileIndex(untimed(self.profile))))
+        return Pool(self._source.repriced(untimed(self.profile)))
 
     @cached_property
     def _pool(self) -> Pool:
-        return Pool(ColumnSource(self.index), self._structure)
+        return Pool(self._source, self._structure)
 
     def plain(self, budget_bytes: int) -> Plan:
         """The plan that leaves every region untouched, whether or not it fits the budget."""
