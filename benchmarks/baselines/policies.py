@@ -126,7 +126,8 @@ def restricted(pool: Pool, allowed: Allowed, budget_bytes: int) -> Outcome | Non
         for decision in decisions:
             if decision is not None and allowed(class_id, decision):
                 master.offer(class_id, decision)
-    decisions = master.fastest(budget_bytes, 1e-9 * max(1.0, pool.source.index.profile.plain_step_ms))
-    if decisions is None:
+    found = master.fastest(budget_bytes, 1e-9 * max(1.0, pool.source.index.profile.plain_step_ms))
+    if found is None:
         return None
+    decisions, _ = found
     return Outcome(decisions=decisions, simulation=simulate(pool.source.index, decisions))

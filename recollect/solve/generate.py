@@ -112,6 +112,14 @@ class Pool:
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
 
+    @property
+    def is_complete(self) -> bool:
+        """Every decision of the plan space is on offer."""
+        return all(
+            class_id in self.enumerated or not any(self.may_drop(region) for region in regions)
+            for class_id, regions in self.members.items()
+        )
+
     def may_drop(self, region: int) -> bool:
         """There is something that a decision could drop."""
         return bool(self.source.index.facts[region].slots)

@@ -276,18 +276,23 @@ class Master:
                             shared[time, link.storage, region] = part * factor * private[time]
         return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
 
-    def fastest(self, budget_bytes: int, gap_ms: float) -> list[Decision] | None:
-        """The decisions of least time that hold at every moment; None if the columns on offer have none."""
+    def fastest(self, budget_bytes: int, gap_ms: float) -> tuple[list[Decision], float] | None:
+        """The decisions of least time that hold at every moment, and added ms that no choice among the columns on offer
+        is below; None if they have none.
+        """
         tightened = budget_bytes
+        bound_ms = 0.0
         while True:
             built = self._build(tightened)
             solution = built.program.solve(gap=gap_ms)
             if solution is None:
                 return None
+            if tightened == budget_bytes:  # and some moments left out: fewer rows, so no choice is left out
+                bound_ms = max(bound_ms, solution.bound)
             decisions = self._decisions(built, solution)
             peaks = self.source.peaks(self.chosen(decisions))
             if max(peaks) <= budget_bytes:
-                return decisions
+                return decisions, bound_ms
             if not self.add_moments(peaks, budget_bytes):  # the solver's tolerance was more than a byte
                 tightened -= max(self.unit, int(max(peaks)) - budget_bytes)
 

@@ -130,12 +130,14 @@ class Solver:
     def _solve_at_one_level(self, budget_bytes: int) -> Plan:
         pool = self._pool
         relaxation = pool.master.relaxed(budget_bytes)
-        bound = added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0
+        bounds = [added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0]
         gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
-        decisions = pool.master.fastest(budget_bytes, gap_ms) or self._structure.smallest[1]
-        decisions, other_bound = improved(pool, decisions, budget_bytes)
+        decisions, bound_of_columns = pool.master.fastest(budget_bytes, gap_ms) or (self._structure.smallest[1], 0.0)
+        if pool.is_complete:
+            bounds.append(bound_of_columns * (1 - 1e-9))
+        decisions, bound_of_region = improved(pool, decisions, budget_bytes)
         decisions = self._lighten(decisions, budget_bytes)
-        plan = build_plan(self.index, decisions, budget_bytes, max(bound, other_bound), self._plain)
+        plan = build_plan(self.index, decisions, budget_bytes, max(*bounds, bound_of_region), self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
 

@@ -379,6 +379,21 @@ def test_the_bound_is_never_above_the_plan() -> None:
     assert tight > 0  # so that a bound a little too high would be found out
 
 
+def test_where_every_decision_is_on_offer_the_bound_is_the_plan() -> None:
+    found = 0
+    for seed in range(12):
+        profile = random_profile(seed + 900, regions=5, most_ops=4)
+        pool = make_pool(profile)
+        plain = max(pool.source.peaks(pool.master.chosen([None] * len(profile.regions))))
+        for share in (0.2, 0.6):
+            budget = pool.smallest[0] + int((plain - pool.smallest[0]) * share)
+            plan = Solver(profile).solve(budget)
+            if pool.is_complete and not plan.is_plain and not plan.groups:
+                assert plan.lower_bound_ms == pytest.approx(plan.predicted_step_ms, rel=1e-7)
+                found += 1
+    assert found > 5
+
+
 def test_no_policy_beats_the_solver() -> None:
     """recollect chooses exactly among its columns, so nothing that chooses among the same columns is faster."""
     profile = gpt_profile(3, width=64, tokens=16)
