@@ -20,6 +20,7 @@ costs little.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -161,7 +162,9 @@ class Shapes:
         self._entries: OrderedDict[StepShape, _Entry] = OrderedDict()
         self._calls: dict[StepShape, _Entry] = {}
         self._references: list[_Reference] = []  # the latest last
-        self._kinds: dict[Hashable, Hashable] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._last_kind: tuple[Hashable, int] = (None, -1)
+        self._numbers = itertools.count()
         self._current: _Entry | None = None
 
     def __len__(self) -> int:
@@ -223,11 +226,15 @@ class Shapes:
             self.statistics.mismatched_steps += 1
 
     def _shape_of(self, batch: Any) -> StepShape:
-        """Its `kind`, which is long, is one object for all equal ones."""
+        """Its `kind`, which is long and is looked up several times in every step, as a number: equal for equal kinds."""
         shape = step_shape(self._model, batch, self._spec.optimizers)
-        if len(self._kinds) > 4 * MOST_KINDS:
-            self._kinds.clear()
-        return replace(shape, kind=self._kinds.setdefault(shape.kind, shape.kind))
+        kind, number = self._last_kind
+        if shape.kind != kind:
+            if len(self._kinds) > 4 * MOST_KINDS:
+                self._kinds.clear()
+            number = self._kinds.setdefault(shape.kind, next(self._numbers))
+            self._last_kind = shape.kind, number
+        return replace(shape, kind=number)
 
     def _unplanned(self) -> LivePlan:
         self.statistics.unplanned_calls += 1
