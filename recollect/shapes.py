@@ -226,7 +226,7 @@ class Shapes:
             self.statistics.mismatched_steps += 1
 
     def _shape_of(self, batch: Any) -> StepShape:
-        """Its `kind`, which is long and is looked up several times in every step, as a number: equal for equal kinds."""
+        """With a number for its `kind`, which is long and looked up several times a step: equal for equal kinds."""
         shape = step_shape(self._model, batch, self._spec.optimizers)
         kind, number = self._last_kind
         if shape.kind != kind:

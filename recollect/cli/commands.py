@@ -15,7 +15,7 @@ import recollect
 from recollect.budget import resolve_budget
 from recollect.cli.doctor import examine, format_examination
 from recollect.cli.frontier_table import Curve, curve_figures, format_curve
-from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import describe_batch
@@ -24,11 +24,12 @@ from recollect.records import Plan, Profile, Verdict
 from recollect.report.frontier_plot import check_output, draw_frontier, save_frontier
 from recollect.report.peers import load_peers
 from recollect.report.plan_table import format_table, plan_rows
+from recollect.report.run_page import PAGE, read_run, render
 from recollect.solve import Solver, frontier_of, next_useful_bytes
 from recollect.train import Reporter, TrainConfig, Workload, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
 from recollect.train.dry_run import format_dry_run, rehearse
-from recollect.train.files import replacing
+from recollect.train.files import replacing, write_text
 from recollect.train.models import MODELS
 from recollect.train.summary import format_plan
 from recollect.units import format_bytes
@@ -134,6 +135,24 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         print(format_verdict(verdict))
         print(batch_note(solved, describe_batch(batch)), end="")
     return 0 if verdict.ok else 1
+
+
+def report(options: ReportOptions, command: Sequence[str]) -> int:
+    """Make the page of a run's folder."""
+    assert options.run_folder is not None
+    run = read_run(Path(options.run_folder))
+    target = Path(options.output) if options.output is not None else run.folder / PAGE
+    try:
+        write_text(target, render(run))
+    except OSError as problem:
+        raise UnsupportedInput(
+            f"the page cannot be written to {target}: {problem.strerror}. Give another file with --output."
+        ) from None
+    if options.json:
+        print(json.dumps({"report": str(target), "finished": run.summary is not None, "summary": run.summary}))
+    else:
+        print(f"the page of the run is {target}")
+    return 0
 
 
 def doctor(options: ListOptions, command: Sequence[str]) -> int:

@@ -40,12 +40,15 @@ class Command(Generic[Options]):
     options: type[Options]
     bare: Mapping[str, str] = field(default_factory=dict)
     """Fields whose flag may stand without a value, and what it means then."""
+    alone: str | None = None
+    """A field whose value may stand alone, without its flag."""
 
     def add_to(self, parsers: argparse._SubParsersAction[Parser]) -> None:
         """Declare the command's flags."""
         parser = parsers.add_parser(self.name, help=self.summary, description=self.summary, allow_abbrev=False)
         parser.add_argument("--config-file", metavar="FILE", help="YAML file with any of the settings below")
-        parser.usage = f"recollect {self.name} [--config-file run.yaml] [flags] [KEY VALUE ...]"
+        words = "[KEY VALUE ...]" if self.alone is None else self.alone.upper()
+        parser.usage = f"recollect {self.name} [--config-file run.yaml] [flags] {words}"
         groups: dict[str, argparse._ArgumentGroup] = {}
         for setting in settings_of(self.options):
             group = groups.get(setting.group)
@@ -71,6 +74,8 @@ class Command(Generic[Options]):
         settings = {setting.name: setting for setting in settings_of(self.options)}
         overrides = list(rest)
         values: dict[str, Any] = {}
+        if self.alone is not None and len(overrides) == 1:
+            values[self.alone] = overrides.pop()
         if found.config_file is not None:
             values.update(_read_config_file(Path(found.config_file), settings))
         for name, setting in settings.items():

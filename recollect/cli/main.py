@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from recollect import __version__
 from recollect.cli import commands
 from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
-from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, TrainOptions, VerifyOptions
+from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
@@ -56,6 +56,10 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
                 name="verify", summary="prove that planned steps equal plain ones, bit for bit", options=VerifyOptions
             ),
             commands.verify,
+        ),
+        (
+            Command(name="report", summary="show a run as one HTML page", options=ReportOptions, alone="run_folder"),
+            commands.report,
         ),
         (Command(name="models", summary="list the known models", options=ListOptions), commands.models),
         (Command(name="datasets", summary="list the known datasets", options=ListOptions), commands.datasets),

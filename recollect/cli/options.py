@@ -102,6 +102,25 @@ class VerifyOptions(WorkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """`recollect report`."""
+
+    run_folder: str | None = None
+    """The run's folder, ROOT_PATH/DATASET/MARK; may stand alone, without the flag"""
+    output: str | None = None
+    """Write the page to this file (default: report.html in the run's folder)"""
+    json: bool = False
+    """Print one JSON document to stdout instead of text for people"""
+
+    def __post_init__(self) -> None:
+        if self.run_folder is None:
+            raise UnsupportedInput(
+                "no run folder is given, so there is nothing to report on. "
+                "Name it: recollect report ROOT_PATH/DATASET/MARK."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListOptions:
     """`recollect models` and `recollect datasets`."""
 

@@ -112,7 +112,7 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
             model_file = folder.save_model(work.model)
     else:
         model_file = folder.save_model(work.model)
-    return RunSummary(
+    summary = RunSummary(
         plan=applied.plan,
         verdict=verdict,
         budget_bytes=work.budget_bytes,
@@ -130,6 +130,8 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
         run_folder=str(folder.path),
         model_file=str(model_file),
     )
+    folder.save_summary(summary.to_json())
+    return summary
 
 
 def total_steps_of(config: TrainConfig, work: Workload) -> int:
