@@ -66,6 +66,9 @@ class DataSettings(Settings):
     """Tokens or time steps in a sample (default: the model's usual)"""
     tokenizer: str | None = None
     """A tokenizer.json or a folder that holds one (default: the model folder's own, else bytes)"""
+    packing: Literal["on", "off"] = "on"
+    """Text for language models: join documents into sequences of equal length; off: a document (a file, a row of a
+    table) is a sample of its own, and the shorter ones of a batch are padded"""
     text_column: str | None = None
     """Of a table: the text, or what is to be turned into the target (default: found by its name)"""
     label_column: str | None = None

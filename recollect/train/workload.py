@@ -124,6 +124,7 @@ def data_options(config: WorkConfig, source: ModelSource) -> DataOptions:
     return DataOptions(
         sequence_length=config.sequence_length,
         accepts=source.accepts,
+        packed=config.packing == "on",
         tokens=load_tokens(config.tokenizer, source.folder),
         columns=Columns(text=config.text_column, label=config.label_column, target=config.target_column),
         image_size=config.image_size,

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from recollect.errors import UnsupportedInput
 from recollect.train.data.co2 import co2
+from recollect.train.data.corpus import TextForm
 from recollect.train.data.digits import digits
 from recollect.train.data.facts import DataFacts, Kind, TrainingData
 from recollect.train.data.image_folder import USUAL_SIZE, image_folder, is_image_folder
@@ -34,11 +35,18 @@ class DataOptions:
     accepts: tuple[Kind, ...] = ()
     """Kinds of data that the model can be trained on; empty: any."""
     tokens: Tokens = BYTES
+    packed: bool = True
+    """Documents for language models are joined; see `TextForm`."""
     columns: Columns = field(default_factory=Columns)
     image_size: int | None = None
     """Pixels on a side; None: the usual."""
     arguments: Mapping[str, object] = field(default_factory=dict)
     """Of a dataset's factory."""
+
+    @property
+    def form(self) -> TextForm:
+        """How text becomes samples."""
+        return TextForm(sequence_length=self.sequence_length, tokens=self.tokens, packed=self.packed)
 
 
 class _Load(Protocol):
@@ -63,7 +71,7 @@ DATASETS: Registry[DatasetSource] = Registry(
             name="python-source",
             summary="text · the standard library's own source, byte by byte; on every machine",
             kind="text",
-            load=lambda options: python_source(options.sequence_length, options.tokens),
+            load=lambda options: python_source(options.form),
         ),
         "digits": DatasetSource(
             name="digits",
@@ -131,12 +139,11 @@ def _from_path(path: Path, options: DataOptions) -> TrainingData:
             read_saved(path) if path.is_dir() else read_table(path),
             kind,
             columns=options.columns,
-            tokens=options.tokens,
-            sequence_length=options.sequence_length,
+            form=options.form,
         )
     if is_image_folder(path):
         return image_folder(path, options.image_size or USUAL_SIZE)
-    return text_path(path, options.sequence_length, options.tokens)
+    return text_path(path, options.form)
 
 
 def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:

@@ -1,4 +1,4 @@
-"""Text for language models: documents joined into one row of tokens, cut into sequences that follow each other."""
+"""Text for language models: documents joined into one row of tokens that is cut into sequences, or each on its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import default_collate
 
 from recollect.errors import UnsupportedInput
-from recollect.train.data.facts import DataFacts, TrainingData
-from recollect.train.data.tokens import Tokens
+from recollect.train.data.facts import IGNORED, DataFacts, Samples, TrainingData
+from recollect.train.data.tokens import BYTES, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextForm:
+    """How text becomes samples."""
+
+    sequence_length: int
+    """Tokens in a sample, at most."""
+    tokens: Tokens = BYTES
+    packed: bool = True
+    """Documents are joined, and all samples equally long; else a sample is of one document."""
 
 
 class TokenSequences:
@@ -32,6 +45,28 @@ class TokenSequences:
         return self._corpus[start : start + self._sequence_length + 1].long()
 
 
+class DocumentSequences:
+    """Samples of one document each, and all of its text: a longer one is several samples, which follow each other."""
+
+    def __init__(self, rows: Sequence[Tensor], sequence_length: int) -> None:
+        self._pieces = [
+            row[start : start + sequence_length + 1]
+            for row in rows
+            for start in range(0, len(row) - 1, sequence_length)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._pieces[index].long()
+
+
+def padded(samples: Sequence[Tensor]) -> Tensor:
+    """One batch of rows of tokens: the shorter ones are filled up at their right with what the loss leaves out."""
+    return pad_sequence(list(samples), batch_first=True, padding_value=IGNORED)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """A piece of text, and what it is called in errors."""
@@ -46,8 +81,7 @@ def language_data(
     training: Sequence[Document],
     held_out: Sequence[Document],
     *,
-    tokens: Tokens,
-    sequence_length: int,
+    form: TextForm,
     origin: str,
     note: str,
 ) -> TrainingData:
@@ -57,31 +91,35 @@ def language_data(
         name: enters the run folder's path.
         whole: all documents; they are trained on where one of the two parts is shorter than a sample.
         training, held_out: the two parts.
-        tokens: how text becomes numbers.
-        sequence_length: tokens in a sample.
+        form: how text becomes samples.
         origin: what it is, for people.
         note: what is held out, for people.
 
     Raises:
         UnsupportedInput: it is shorter than one sample, or a document cannot be read as text.
     """
-    parts = [training, held_out]
-    corpora = [_joined(part, tokens) for part in parts]
-    if min(map(len, corpora)) <= sequence_length:  # too little to hold any of it out
-        parts = [whole, []]
-        corpora = [_joined(part, tokens) for part in parts]
-    samples, evaluation = (TokenSequences(corpus, sequence_length) for corpus in corpora)
-    nbytes = [sum(len(document.text) for document in part) for part in parts]
+    tokens = form.tokens
+    documents = [training, held_out]
+    parts = [_Part(part, form) for part in documents]
+    if not all(len(part.samples) for part in parts):  # too little to hold any of it out
+        documents = [whole, []]
+        parts = [_Part(part, form) for part in documents]
+    samples, evaluation = (part.samples for part in parts)
+    nbytes = [sum(len(document.text) for document in part) for part in documents]
     unit = "bytes" if tokens.is_bytes else "tokens"
     if len(samples) == 0:
+        least = f"one sample alone takes {form.sequence_length + 1}" if form.packed else "no document has two"
         raise UnsupportedInput(
-            f"{origin} holds {len(corpora[0])} {unit} of text, but one sample alone takes {sequence_length + 1}. "
+            f"{origin} holds {parts[0].token_count} {unit} of text, but {least}. "
             f"Name a longer text as --dataset, or give a smaller --sequence-length."
         )
     digest = hashlib.sha256()
-    for corpus in corpora:
-        digest.update(len(corpus).to_bytes(8, "big") + corpus.numpy().tobytes())
-    counts = f"{nbytes[0]:,} bytes" + ("" if tokens.is_bytes else f" in {len(corpora[0]):,} tokens of {tokens.name}")
+    for part in parts:
+        for row in part.rows:
+            digest.update(len(row).to_bytes(8, "big") + row.numpy().tobytes())
+    counts = f"{nbytes[0]:,} bytes"
+    counts += "" if tokens.is_bytes else f" in {parts[0].token_count:,} tokens of {tokens.name}"
+    sequences = f"{len(samples):,} sequences of {'' if form.packed else 'up to '}{form.sequence_length} {unit}"
     judged = 1 if len(evaluation) else 0
     return TrainingData(
         name=name,
@@ -90,14 +128,32 @@ def language_data(
         facts=DataFacts(
             kind="text",
             vocabulary_size=tokens.vocabulary_size,
-            bytes_per_token=nbytes[judged] / max(1, len(corpora[judged])),
+            bytes_per_token=nbytes[judged] / max(1, parts[judged].token_count),
             padding=tokens.padding,
             mask=tokens.mask,
+            is_padded=not form.packed,
         ),
-        fingerprint=f"text:{sequence_length}:{tokens.fingerprint}:{digest.hexdigest()}",
-        description=f"{origin}: {counts}, {len(samples):,} sequences of {sequence_length} {unit}"
+        fingerprint=f"text:{form.sequence_length}:{'' if form.packed else 'alone:'}{tokens.fingerprint}:"
+        f"{digest.hexdigest()}",
+        description=f"{origin}: {counts}, {sequences}"
         + (f"; held out: {note}, {nbytes[1]:,} bytes" if len(evaluation) else ""),
+        collate=default_collate if form.packed else padded,
+        sizes_vary=not form.packed,
     )
+
+
+class _Part:
+    """Documents as samples."""
+
+    def __init__(self, documents: Sequence[Document], form: TextForm) -> None:
+        groups = [documents] if form.packed else [[document] for document in documents]
+        self.rows = [_joined(group, form.tokens) for group in groups]
+        self.token_count = sum(len(row) for row in self.rows)
+        self.samples: Samples
+        if form.packed:
+            self.samples = TokenSequences(self.rows[0], form.sequence_length)
+        else:
+            self.samples = DocumentSequences(self.rows, form.sequence_length)
 
 
 def _joined(documents: Sequence[Document], tokens: Tokens) -> Tensor:

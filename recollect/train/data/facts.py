@@ -10,6 +10,9 @@ from torch.utils.data import default_collate
 
 Kind = Literal["text", "labelled-text", "text-pairs", "images", "series", "custom"]
 
+#: A target that the loss leaves out.
+IGNORED = -100
+
 #: What one sample of each kind is; shown where a model and a dataset do not fit together.
 SAMPLE_FORMS: dict[Kind, str] = {
     "text": "a tensor of token numbers, one longer than the sequence length",
@@ -35,6 +38,8 @@ class DataFacts:
     """Text: the token that fills up shorter rows."""
     mask: int | None = None
     """Text: the token that stands for one to be guessed; None: the vocabulary has none."""
+    is_padded: bool = False
+    """Text for language models: rows are of different lengths, and filled up with `IGNORED`."""
     features: int = 0
     """Series: numbers per time step."""
     season: int = 0

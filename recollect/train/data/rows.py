@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recollect.errors import UnsupportedInput
-from recollect.train.data.corpus import Document, language_data
-from recollect.train.data.facts import DataFacts, Kind, TrainingData
+from recollect.train.data.corpus import Document, TextForm, language_data
+from recollect.train.data.facts import IGNORED, DataFacts, Kind, TrainingData
 from recollect.train.data.split import Part, divided
 from recollect.train.data.tables import (
     LABEL_NAMES,
@@ -25,8 +25,6 @@ from recollect.train.data.tables import (
 from recollect.train.data.tokens import Tokens
 
 HELD_OUT_SHARE = 0.1
-#: What the loss leaves out.
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class Columns:
     target: str | None = None
 
 
-def table_data(table: Table, kind: Kind, *, columns: Columns, tokens: Tokens, sequence_length: int) -> TrainingData:
+def table_data(table: Table, kind: Kind, *, columns: Columns, form: TextForm) -> TrainingData:
     """The rows of a table as data of a kind.
 
     Where the table has no part for evaluation, a tenth of the rows is held out, by a hash of their numbers.
@@ -47,9 +45,9 @@ def table_data(table: Table, kind: Kind, *, columns: Columns, tokens: Tokens, se
         UnsupportedInput: a column or a row is not as it must be.
     """
     if kind == "labelled-text":
-        return _labelled(table, columns, tokens, sequence_length)
+        return _labelled(table, columns, form.tokens, form.sequence_length)
     if kind == "text-pairs":
-        return _pairs(table, columns, tokens, sequence_length)
+        return _pairs(table, columns, form.tokens, form.sequence_length)
     column = table.find(columns.text, TEXT_NAMES, "a text", "--text-column")
     documents: list[Document] = []
     places: list[int] = []
@@ -63,8 +61,7 @@ def table_data(table: Table, kind: Kind, *, columns: Columns, tokens: Tokens, se
         documents,
         training,
         held_out,
-        tokens=tokens,
-        sequence_length=sequence_length,
+        form=form,
         origin=f"the column {column!r} of {table.path}",
         note=f"{len(held_out):,} of {len(documents):,} rows",
     )

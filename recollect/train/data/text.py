@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recollect.errors import UnsupportedInput
-from recollect.train.data.corpus import Document, language_data
+from recollect.train.data.corpus import Document, TextForm, language_data
 from recollect.train.data.facts import TrainingData
 from recollect.train.data.split import divided
-from recollect.train.data.tokens import Tokens
 
 #: Part of a corpus that is held out: files of a folder, the end of a single file.
 HELD_OUT_SHARE = 0.1
@@ -28,7 +27,7 @@ _NOT_EVERYWHERE = {
 }
 
 
-def python_source(sequence_length: int, tokens: Tokens) -> TrainingData:
+def python_source(form: TextForm) -> TrainingData:
     """The source of the running Python's own standard library: real text that every machine has.
 
     About a tenth of the files is held out.
@@ -40,10 +39,10 @@ def python_source(sequence_length: int, tokens: Tokens) -> TrainingData:
         if not _NOT_EVERYWHERE.intersection(path.relative_to(root).parts)
     ]
     origin = f"the standard library's source under {root}"
-    return _of_files("python-source", files, root, sequence_length, tokens, origin)
+    return _of_files("python-source", files, root, form, origin)
 
 
-def text_path(path: Path, sequence_length: int, tokens: Tokens) -> TrainingData:
+def text_path(path: Path, form: TextForm) -> TrainingData:
     """A text file, or all text files of a folder in the order of their paths.
 
     In a folder, hidden files and binary files (those with a zero byte in their first 8 KiB) are left out, and about a
@@ -52,15 +51,14 @@ def text_path(path: Path, sequence_length: int, tokens: Tokens) -> TrainingData:
     if not path.is_dir():
         whole = _read(path)
         end = int(len(whole) * (1 - HELD_OUT_SHARE))
-        while not tokens.is_bytes and end < len(whole) and whole[end] & 0xC0 == 0x80:
+        while not form.tokens.is_bytes and end < len(whole) and whole[end] & 0xC0 == 0x80:
             end += 1  # not inside a letter of several bytes
         return language_data(
             path.stem,
             [Document(text=whole, origin=str(path))],
             [Document(text=whole[:end], origin=str(path))],
             [Document(text=whole[end:], origin=f"the end of {path}")],
-            tokens=tokens,
-            sequence_length=sequence_length,
+            form=form,
             origin=str(path),
             note="the last tenth",
         )
@@ -71,12 +69,10 @@ def text_path(path: Path, sequence_length: int, tokens: Tokens) -> TrainingData:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and not _is_binary(file)
     ]
-    return _of_files(path.resolve().stem, files, path, sequence_length, tokens, f"the text files under {path}")
+    return _of_files(path.resolve().stem, files, path, form, f"the text files under {path}")
 
 
-def _of_files(
-    name: str, files: Sequence[Path], root: Path, sequence_length: int, tokens: Tokens, origin: str
-) -> TrainingData:
+def _of_files(name: str, files: Sequence[Path], root: Path, form: TextForm, origin: str) -> TrainingData:
     documents = [Document(text=_read(file), origin=str(file)) for file in files]
     places = divided((file.relative_to(root).as_posix() for file in files), HELD_OUT_SHARE)
     training, held_out = ([documents[place] for place in part] for part in places)
@@ -85,8 +81,7 @@ def _of_files(
         documents,
         training,
         held_out,
-        tokens=tokens,
-        sequence_length=sequence_length,
+        form=form,
         origin=origin,
         note=f"{len(held_out):,} of {len(files):,} files",
     )

@@ -1,4 +1,7 @@
-"""Language modelling: each token from those before it."""
+"""Language modelling: each token from those before it.
+
+Rows that are padded need no attention mask: what stands to the right of a token has no part in its prediction.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,25 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recollect.train.data.facts import DataFacts
+from recollect.train.data.facts import IGNORED, DataFacts
 from recollect.train.tasks.task import Sums, Task, mean_and_count, prediction_of
 
 
 def causal_lm(facts: DataFacts) -> Task:
     """For samples that are rows of tokens, one longer than the sequence length."""
+
+    def padded_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        logits = prediction_of(model(tokens[:, :-1].masked_fill(tokens[:, :-1] == IGNORED, facts.padding)), "logits")
+        targets = tokens[:, 1:].reshape(-1)
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORED)
+
+    def padded_targets(tokens: Tensor) -> float:
+        return float((tokens[:, 1:] != IGNORED).sum())
+
+    loss_of, targets_of = (padded_loss, padded_targets) if facts.is_padded else (next_token_loss, _targets)
+
+    def measure(model: nn.Module, tokens: Tensor) -> Sums:
+        return {"loss": mean_and_count(loss_of(model, tokens), targets_of(tokens))}
 
     def summarise(means: Mapping[str, float]) -> dict[str, float]:
         loss = means["loss"]
@@ -22,7 +38,7 @@ def causal_lm(facts: DataFacts) -> Task:
             found["bits_per_byte"] = loss / math.log(2) / facts.bytes_per_token
         return found
 
-    return Task(name="causal-lm", loss=next_token_loss, weight=_targets, measure=_measure, summarise=summarise)
+    return Task(name="causal-lm", loss=loss_of, weight=targets_of, measure=measure, summarise=summarise)
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -33,7 +49,3 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _targets(tokens: Tensor) -> float:
     return float(tokens[:, 1:].numel())
-
-
-def _measure(model: nn.Module, tokens: Tensor) -> Sums:
-    return {"loss": mean_and_count(next_token_loss(model, tokens), _targets(tokens))}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from recollect.train.data.facts import DataFacts
+from recollect.train.data.facts import IGNORED, DataFacts
 from recollect.train.tasks.task import Sums, Task, mean_and_count, prediction_of
 
-_IGNORED = -100
 _SHARE = 0.15
 
 
@@ -27,19 +27,24 @@ class Masking:
     def __init__(self, facts: DataFacts) -> None:
         self._mask = facts.hiding_token
         self._vocabulary_size = facts.vocabulary_size
+        self._padding = facts.padding
+        self._is_padded = facts.is_padded
 
     def __call__(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
         """What the model reads, and what it is to guess: -100 elsewhere."""
-        tokens = torch.stack([sample[:-1] for sample in samples])
-        chosen = torch.rand(tokens.shape) < _SHARE
+        rows = list(samples) if self._is_padded else [sample[:-1] for sample in samples]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        real = tokens != IGNORED
+        chosen = (torch.rand(tokens.shape) < _SHARE) & real
         chosen[:, 0] |= ~chosen.any(dim=1)  # a row without any would have no loss
         fate = torch.rand(tokens.shape)
         hidden = torch.where(chosen & (fate < 0.8), self._mask, tokens)
         replaced = torch.randint(self._vocabulary_size, tokens.shape)
-        return {
-            "input_ids": torch.where(chosen & (fate >= 0.9), replaced, hidden),
-            "labels": torch.where(chosen, tokens, _IGNORED),
-        }
+        shown = torch.where(chosen & (fate >= 0.9), replaced, hidden)
+        batch = {"input_ids": shown, "labels": torch.where(chosen, tokens, IGNORED)}
+        if self._is_padded:
+            batch |= {"input_ids": shown.masked_fill(~real, self._padding), "attention_mask": real.long()}
+        return batch
 
 
 def masked_lm(facts: DataFacts) -> Task:
@@ -61,22 +66,22 @@ def masked_lm(facts: DataFacts) -> Task:
 
 def labelled_tokens(batch: Mapping[str, Tensor]) -> float:
     """Tokens that the loss is a mean over."""
-    return float((batch["labels"] != _IGNORED).sum())
+    return float((batch["labels"] != IGNORED).sum())
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return prediction_of(model(input_ids=batch["input_ids"]), "logits")
+    return prediction_of(model(**{name: part for name, part in batch.items() if name != "labels"}), "logits")
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(_logits(model, batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=_IGNORED)
+    return F.cross_entropy(_logits(model, batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
 
 
 def _measure(model: nn.Module, batch: Any) -> Sums:
     logits, labels = _logits(model, batch), batch["labels"]
     count = labelled_tokens(batch)
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     return {
         "loss": mean_and_count(loss, count),
-        "token_accuracy": (float(((logits.argmax(-1) == labels) & (labels != _IGNORED)).sum()), count),
+        "token_accuracy": (float(((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()), count),
     }

@@ -9,11 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recollect.train.data.facts import DataFacts
+from recollect.train.data.facts import IGNORED, DataFacts
 from recollect.train.tasks.masked_lm import labelled_tokens
 from recollect.train.tasks.task import Sums, Task, mean_and_count, prediction_of
-
-_IGNORED = -100
 
 
 def seq2seq(facts: DataFacts) -> Task:
@@ -33,14 +31,14 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(_logits(model, batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=_IGNORED)
+    return F.cross_entropy(_logits(model, batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
 
 
 def _measure(model: nn.Module, batch: Any) -> Sums:
     logits, labels = _logits(model, batch), batch["labels"]
     count = labelled_tokens(batch)
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     return {
         "loss": mean_and_count(loss, count),
-        "token_accuracy": (float(((logits.argmax(-1) == labels) & (labels != _IGNORED)).sum()), count),
+        "token_accuracy": (float(((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()), count),
     }
