@@ -1,15 +1,18 @@
-"""What the trainer's loop costs beside a loop written by hand: same model, data, order, optimizer; no budget.
+"""What the trainer's loop costs beside others: same model, data, optimizer; no budget.
 
     python -m benchmarks.trainer_throughput [MODEL ...] [--rounds 15] [--steps 20] [--output FILE.md]
 
-Rounds are interleaved in one process, and the ratio is of medians.  Hugging Face's `Trainer` is measured, too, where it
-and accelerate are installed.  The second table is the time from the start of the program to the end of a run of one
-step.
+The loops are one written by hand, `recollect train`'s between two logged steps, Hugging Face's `Trainer` and
+Lightning's; the last two where they are installed (`make bench` installs them), without logging, checkpoints or
+progress.  Rounds are interleaved in one process; a loop's time is from the end of its first step to the end of its
+last, and the ratio is of medians.  The second table is the time from the start of the program to the end of a run of
+one step.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import subprocess
 import sys
@@ -27,69 +30,130 @@ from recollect.train.data.loader import to_device
 from recollect.train.loop import plan_run
 from recollect.train.stepping import Stepper
 
-MODELS = ("gpt-tiny", "gpt", "resnet-tiny", "lstm-tiny")
+MODELS = ("gpt-tiny", "gpt", "resnet-tiny", "resnet", "lstm-tiny", "lstm")
+_BATCH = 16
+
+Loop = Callable[[], list[float]]
+"""Takes steps; returns when each of them ended."""
 
 
-def rival_loop(name: str, steps: int) -> Callable[[], None]:
-    """Steps of a loop as people write it."""
-    work = build(*resolve(TrainConfig(model=name)))
+def loop_by_hand(name: str, steps: int) -> Loop:
+    """As people write it."""
+    work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
     loader = torch.utils.data.DataLoader(
         [work.data.samples[number] for step in range(steps) for number in work.order.indices(step)],  # type: ignore[arg-type]
-        batch_size=16,
+        batch_size=_BATCH,
     )
 
-    def run() -> None:
+    def run() -> list[float]:
+        ends = []
         for batch in loader:
             work.optimizer.zero_grad(set_to_none=False)
             loss: Tensor = work.task.loss(work.model, to_device(batch, work.device))
             loss.backward()
             work.optimizer.step()
+            ends.append(time.perf_counter())
+        return ends
 
     return run
 
 
-def own_loop(name: str, steps: int) -> Callable[[], None]:
-    """Steps as `recollect train` takes them between two logged ones."""
-    config, source = resolve(TrainConfig(model=name))
+def own_loop(name: str, steps: int) -> Loop:
+    """As `recollect train` takes steps between two logged ones."""
+    config, source = resolve(TrainConfig(model=name, batch_size=_BATCH))
     work = build(config, source)
     applied, _ = plan_run(config, work, None, 0, steps)
     stepper = Stepper(work=work, applied=applied, scaler=None)
 
-    def run() -> None:
+    def run() -> list[float]:
+        ends = []
         for parts in work.loader.stream(0, steps):
             stepper.take(parts)
+            ends.append(time.perf_counter())
+        return ends
 
     return run
 
 
-def transformers_loop(name: str, steps: int, folder: str) -> Callable[[], None] | None:
-    """The same steps by Hugging Face's Trainer; None if it is not installed."""
+def transformers_loop(name: str, steps: int, folder: str) -> Loop | None:
+    """Hugging Face's Trainer; None if it is not installed."""
     try:
-        from transformers import Trainer, TrainingArguments
-        from transformers.utils import is_accelerate_available
+        import accelerate  # noqa: F401
+        from transformers import Trainer, TrainerCallback, TrainingArguments
     except ModuleNotFoundError:
         return None
-    if not is_accelerate_available():
-        return None
-    work = build(*resolve(TrainConfig(model=name)))
+    work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
 
     class OwnLoss(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-            loss: Tensor = work.task.loss(model, inputs)
+            loss: Tensor = work.task.loss(model, inputs["batch"])  # it takes mappings only
             return loss
 
-    def run() -> None:
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        ends: list[float]
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    def run() -> list[float]:
+        clock = Clock()
+        clock.ends = []
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=16, max_steps=steps, save_strategy="no", report_to=[],
-            logging_strategy="no", disable_tqdm=True, use_cpu=True,
+            output_dir=folder, per_device_train_batch_size=_BATCH, max_steps=steps, save_strategy="no", report_to=[],
+            logging_strategy="no", disable_tqdm=True, use_cpu=True, remove_unused_columns=False, max_grad_norm=0.0,
         )  # fmt: skip
         OwnLoss(
             model=work.model,
             args=arguments,
             train_dataset=work.data.samples,
-            data_collator=work.data.collate,
+            data_collator=lambda samples: {"batch": work.data.collate(samples)},
             optimizers=(work.optimizer, None),
+            callbacks=[clock],
         ).train()
+        return clock.ends
+
+    return run
+
+
+def lightning_loop(name: str, steps: int) -> Loop | None:
+    """Lightning's Trainer; None if it is not installed."""
+    try:
+        import lightning
+    except ModuleNotFoundError:
+        return None
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
+    loader: Any = torch.utils.data.DataLoader(
+        [work.data.samples[number] for step in range(steps) for number in work.order.indices(step)],  # type: ignore[arg-type]
+        batch_size=_BATCH,
+    )
+
+    class Wrapped(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = work.model
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            loss: Tensor = work.task.loss(self.inner, batch)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return work.optimizer
+
+    class Clock(lightning.Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    def run() -> list[float]:
+        clock = Clock()
+        lightning.Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
+        ).fit(Wrapped(), loader)  # fmt: skip
+        return clock.ends
 
     return run
 
@@ -114,29 +178,32 @@ def main() -> None:
         "# The trainer's loop against others, without a budget",
         "",
         f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; medians of {options.rounds} interleaved "
-        f"rounds of {options.steps} steps; `python -m benchmarks.trainer_throughput {words}`.",
+        f"rounds of {options.steps} steps of {_BATCH} samples; `python -m benchmarks.trainer_throughput {words}`.",
         "",
-        "| model | by hand, ms a step | recollect | steps per second against by hand | Hugging Face Trainer |",
+        "Milliseconds a step; in brackets, steps per second against the loop by hand.",
+        "",
+        "| model | by hand | recollect | Hugging Face Trainer | Lightning |",
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models or MODELS:
-            loops = {"hand": rival_loop(name, options.steps), "recollect": own_loop(name, options.steps)}
-            if name != "gpt":
-                trainer = transformers_loop(name, options.steps, folder)
-                if trainer is not None:
-                    loops["transformers"] = trainer
+            loops: dict[str, Loop | None] = {
+                "hand": loop_by_hand(name, options.steps),
+                "recollect": own_loop(name, options.steps),
+                "transformers": transformers_loop(name, options.steps, folder),
+                "lightning": lightning_loop(name, options.steps),
+            }
             times: dict[str, list[float]] = {loop: [] for loop in loops}
             for _ in range(options.rounds):
                 for loop, run in loops.items():
-                    began = time.perf_counter()
-                    run()
-                    times[loop].append((time.perf_counter() - began) * 1e3 / options.steps)
-            ms = {loop: statistics.median(found) for loop, found in times.items()}
-            other = f"{ms['transformers']:.2f}" if "transformers" in ms else "not installed, or not measured"
-            lines.append(
-                f"| {name} | {ms['hand']:.2f} | {ms['recollect']:.2f} | {ms['hand'] / ms['recollect']:.3f} | {other} |"
-            )
+                    if run is not None:
+                        ends = run()
+                        times[loop].append((ends[-1] - ends[0]) * 1e3 / (len(ends) - 1))
+            ms = {loop: statistics.median(found) for loop, found in times.items() if found}
+            cells = [
+                f"{ms[loop]:.2f} ({ms['hand'] / ms[loop]:.3f})" if loop in ms else "not installed" for loop in loops
+            ]
+            lines.append(f"| {name} | {ms['hand']:.2f} | {' | '.join(cells[1:])} |")
             print(lines[-1], flush=True)
         lines += ["", "| model | program start to the end of a run of one step, s |", "|---|---|"]
         for name in options.models or MODELS:
