@@ -63,7 +63,7 @@ def own_loop(name: str, steps: int) -> Loop:
     config, source = resolve(TrainConfig(model=name, batch_size=_BATCH))
     work = build(config, source)
     applied, _ = plan_run(config, work, None, 0, steps)
-    stepper = Stepper(work=work, applied=applied, scaler=None)
+    stepper = Stepper(work=work, applied=applied, scaler=None, model=work.model)
 
     def run() -> list[float]:
         ends = []

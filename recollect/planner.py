@@ -15,8 +15,8 @@ from recollect import meter
 from recollect.apply import Applied, apply
 from recollect.budget import resolve_budget
 from recollect.errors import BudgetInfeasible, UnsupportedInput
-from recollect.measure.profiler import measure_step
-from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, device_of
+from recollect.measure.profiler import fingerprint, measure_step
+from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, describe_batch, device_of
 from recollect.out_of_memory import is_out_of_memory
 from recollect.records import Plan, Profile
 from recollect.shapes import GradCheckpoint, Shapes
@@ -42,6 +42,7 @@ def fit(
     clip_norm: float | None = None,
     grad_checkpoint: GradCheckpoint = "auto",
     reference_budget_bytes: int | None = None,
+    profile: Profile | None = None,
 ) -> Applied:
     """Make training steps of `model` on batches like `batch` fit `budget`, and prove it.
 
@@ -57,6 +58,8 @@ def fit(
             "off" installs nothing.
         reference_budget_bytes: memory that the plain step, to which the planned one is compared, may take; by default
             the budget.
+        profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
+            that several processes solve the same problem. Ignored if it is of another batch.
 
     Returns:
         `Applied`, with `plan`, `profile` and `verdict`.
@@ -76,7 +79,7 @@ def fit(
         clip_norm=clip_norm,
     )
     begin = time.perf_counter()
-    applied = find_plan(model, batch, spec, budget, grad_checkpoint)
+    applied = find_plan(model, batch, spec, budget, grad_checkpoint, profile=profile)
     try:
         _adapt(model, batch, applied, spec, grad_checkpoint, (time.perf_counter() - begin) * 1e3)
         applied.verdict = verify_applied(model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes)
@@ -113,19 +116,22 @@ def find_plan(
     grad_checkpoint: GradCheckpoint = "auto",
     *,
     within_budget: bool = False,
+    profile: Profile | None = None,
 ) -> Applied:
     """`fit` without the proof: a plan whose guarded run kept the budget, installed on the model.
 
     Args:
         within_budget: never run a step that is predicted to need more than the budget, not even to learn which budget
             would be enough.
+        profile: as for `fit`.
 
     Raises:
         BudgetInfeasible, UnsupportedInput: as `fit`.
     """
     device = device_of(model)
     budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
-    profile = measure_step(model, batch, spec, budget_bytes=budget_bytes)
+    if profile is None or profile.batch != describe_batch(batch) or profile.fingerprint != fingerprint(model):
+        profile = measure_step(model, batch, spec, budget_bytes=budget_bytes)
     infeasible: BudgetInfeasible | None = None
     for _ in range(_MOST_ROUNDS):
         try:

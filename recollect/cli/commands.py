@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import recollect
 from recollect.budget import resolve_budget
@@ -26,8 +30,12 @@ from recollect.report.peers import load_peers
 from recollect.report.plan_table import format_table, plan_rows
 from recollect.report.run_page import PAGE, read_run, render
 from recollect.solve import Solver, frontier_of, next_useful_bytes
-from recollect.train import Reporter, TrainConfig, Workload, build, format_summary, resolve, run
+from recollect.train import Interrupted, Reporter, TrainConfig, Workload, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
+from recollect.train.distributed.devices import take_device, usual_backend
+from recollect.train.distributed.group import ALONE, Group, joined
+from recollect.train.distributed.launcher import launch, noting_failure
+from recollect.train.distributed.roles import Alone, Starter, find_role
 from recollect.train.dry_run import format_dry_run, rehearse
 from recollect.train.files import replacing, write_text
 from recollect.train.models import MODELS
@@ -40,16 +48,48 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     config = TrainConfig(**{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
     if options.verbose:
         logging.getLogger("recollect").setLevel(logging.INFO)
+    role = find_role(config, os.environ, torch.cuda.device_count())
     if options.dry_run:
+        if not isinstance(role, Alone):
+            raise UnsupportedInput(
+                "--dry-run rehearses in one process, but several are asked for. Leave the launcher, "
+                "--multiprocessing-distributed and --world-size out."
+            )
         found = rehearse(config)
         print(json.dumps(found.to_json()) if options.json else format_dry_run(found))
         return 0
-    # With --json, stdout belongs to the one document; people read stderr.
-    with Reporter(sys.stderr if options.json else sys.stdout, quiet=options.quiet) as reporter:
-        summary = run(config, command=command, reporter=reporter)
+    if isinstance(role, Starter):
+        launch(role, command[1:], config.dist_timeout)
+        return 0
+    device = take_device(role, config, config.device)
+    if isinstance(role, Alone):
+        return _train(config, options, command, ALONE, device, role.notice)
+    backend = usual_backend(device, config.dist_backend)
+    with noting_failure(), joined(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
+        return _train(config, options, command, group, device, "")
+
+
+def _train(
+    config: TrainConfig, options: TrainOptions, command: Sequence[str], group: Group, device: torch.device, notice: str
+) -> int:
+    """One process's part of the run; rank 0 speaks."""
+    with ExitStack() as stack:
+        # With --json, stdout belongs to the one document; people read stderr.
+        stream = sys.stderr if options.json else sys.stdout
+        if not group.is_first:
+            stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        reporter = stack.enter_context(Reporter(stream, quiet=options.quiet))
+        if notice:
+            reporter.say(f"note    {notice}")
+        try:
+            summary = run(config, command=command, reporter=reporter, group=group, device=device)
+        except Interrupted as interrupted:
+            if group.is_first:
+                raise
+            return interrupted.exit_code  # rank 0 says so
         if summary is not None:
             reporter.say(format_summary(summary), important=True)
-    if options.json:
+    if options.json and group.is_first:
         print(json.dumps({"finished": True} if summary is None else {"finished": True, **summary.to_json()}))
     return 0
 

@@ -18,7 +18,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -225,7 +225,7 @@ def normalise(arguments: Sequence[str], bare_flags: Mapping[str, str], keys: Seq
             flag, equals, value = word.partition("=")
             word = flag.replace("_", "-") + equals + value
             following = arguments[position + 1] if position + 1 < len(arguments) else ""
-            if word in bare_flags and _key(following.partition(".")[0]) in keys:
+            if word in bare_flags and {_key(part) for part in following.split(".")} & set(keys):
                 normal += [word, bare_flags[word]]
                 continue
         normal.append(word)
@@ -282,10 +282,24 @@ def _read_config_file(path: Path, settings: Mapping[str, Setting]) -> dict[str, 
             f"the configuration file {path} holds no settings. Write one `key: value` per line, e.g. `steps: 100`."
         )
     values = {}
-    for key, value in content.items():
-        name = _known_key(str(key), settings, f"the configuration file {path}")
+    for key, value in _flat(content, settings):
+        name, inner = _named(key, settings, f"the configuration file {path}")
+        if inner:
+            raise UnsupportedInput(
+                f"{path}: {key} sets a part of {name}, which is done under it. Write {name}: and below it {inner}: ..."
+            )
         values[name] = settings[name].convert(value, f"{path}: {key}")
     return values
+
+
+def _flat(content: Mapping[Any, Any], settings: Mapping[str, Setting], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values; what stands in a section, as YACS files have them, with the section's name before it."""
+    for key, value in content.items():
+        setting = settings.get(_key(str(key)))
+        if isinstance(value, Mapping) and (setting is None or not setting.is_mapping):
+            yield from _flat(value, settings, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
 
 
 def _known_key(key: str, settings: Mapping[str, Setting], where: str) -> str:
@@ -296,6 +310,21 @@ def _known_key(key: str, settings: Mapping[str, Setting], where: str) -> str:
             f"Settings are: {', '.join(settings)}."
         )
     return name
+
+
+def _named(key: str, settings: Mapping[str, Setting], where: str) -> tuple[str, str]:
+    """The setting that a key names, and the key inside it where it is a mapping.
+
+    Sections are for people: ``MODEL.DIST_TRAIN`` is ``dist_train``, and ``MODEL.NAME`` is ``model``.
+    """
+    base, _, inner = key.partition(".")
+    setting = settings.get(_key(base))
+    if not inner or (setting is not None and setting.is_mapping):
+        return _known_key(base, settings, where), inner
+    last = inner.rpartition(".")[2]
+    if _key(last) == "name" and setting is not None:
+        return setting.name, ""
+    return _known_key(last, settings, where), ""
 
 
 def _split_pairs(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -323,15 +352,11 @@ def _apply_overrides(values: dict[str, Any], words: Sequence[str], settings: Map
             f"Write them as KEY VALUE KEY VALUE, e.g. STEPS 100 LR 0.01."
         )
     for key, text in zip(words[::2], words[1::2], strict=True):
-        base, _, inner = key.partition(".")
-        name = _known_key(base, settings, "the command line")
+        name, inner = _named(key, settings, "the command line")
         setting = settings[name]
-        if setting.is_mapping and inner:
+        if inner:
             values[name] = {**values.get(name, {}), inner.lower(): yaml.safe_load(text)}
-        elif inner or setting.is_mapping:
-            raise UnsupportedInput(
-                f"the override {key} does not name one setting. "
-                f"{'Write ' + base + '.KEY' if setting.is_mapping else 'Write ' + base + ', without a dot'}."
-            )
+        elif setting.is_mapping:
+            raise UnsupportedInput(f"the override {key} does not name one setting. Write {key}.KEY.")
         else:
             values[name] = setting.convert(text, key)

@@ -23,6 +23,8 @@ from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, Rep
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
+from recollect.train.distributed.group import FailedElsewhere
+from recollect.train.distributed.launcher import ProcessFailed
 from recollect.train.naming import did_you_mean
 
 EXIT_FAILED = 1
@@ -85,8 +87,12 @@ def main(arguments: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         return _run(arguments)
+    except FailedElsewhere as problem:  # it is told there
+        return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
     except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
         return _tell(problem, EXIT_BAD_INPUT)
+    except ProcessFailed as problem:
+        return _tell(problem, problem.exit_code)
     except RecollectError as problem:
         return _tell(problem, EXIT_FAILED)
     except Interrupted as interrupted:

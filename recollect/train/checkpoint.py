@@ -17,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import nn
 from recollect.errors import UnsupportedInput
 from recollect.train.files import flush_to_disk
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LATEST, BEST = "latest", "best"
 _TENSORS = "training.pt"
 _STATE = "state.json"
@@ -57,12 +57,20 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    random_states: Sequence[Mapping[str, Any]],
     further: Mapping[str, Any],
     is_best: bool,
 ) -> Path:
     """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is that.
 
-    ``further``: more state, of tensors and plain data.
+    Args:
+        checkpoints: the folder of all checkpoints of the run.
+        step: optimizer steps done.
+        identity, progress: see `Checkpoint`.
+        model, optimizer: what is trained.
+        random_states: `random_state` of each process of the run, by rank.
+        further: more state, of tensors and plain data.
+        is_best: it is the best so far.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(checkpoints)
@@ -74,7 +82,7 @@ def save_checkpoint(
         {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "random": _random_state(),
+            "random": [dict(state) for state in random_states],
             "further": dict(further),
         },
         tensors,
@@ -147,8 +155,15 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    """Put model, optimizer and random generators back to where they were; returns what was given as ``further``."""
+def load_checkpoint(
+    checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0, world_size: int = 1
+) -> tuple[Mapping[str, Any], bool]:
+    """Put model, optimizer and random generators back to where they were.
+
+    Returns:
+        What was given as ``further``, and whether the random generators of this process were among what was saved: they
+        are not where the run had another number of processes.
+    """
     saved = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
     try:
         model.load_state_dict(saved["model"])
@@ -158,9 +173,11 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
             f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "
             f"Resume with the model that wrote it."
         ) from None
-    _restore_random_state(saved["random"])
-    further: Mapping[str, Any] = saved["further"]
-    return further
+    states = saved["random"]
+    known = len(states) == world_size
+    if known:
+        _restore_random_state(states[rank])
+    return saved["further"], known
 
 
 def _not_whole(folder: Path, why: str) -> UnsupportedInput:
@@ -192,7 +209,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Of all random generators of this process, as plain data and tensors."""
     version, internal, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     return {

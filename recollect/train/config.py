@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from recollect.train.distributed.settings import DistributedSettings
 from recollect.train.settings import (
     DataSettings,
     DeviceSettings,
@@ -37,12 +38,14 @@ class TrainMemorySettings(MemorySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunSettings, EvaluationSettings, LengthSettings, WorkConfig, TrainMemorySettings):
+class TrainConfig(
+    RunSettings, DistributedSettings, EvaluationSettings, LengthSettings, WorkConfig, TrainMemorySettings
+):
     """A training run."""
 
 
 #: Settings that say how a command is called, not what the run is: they do not enter ``config.yaml``.
-PER_CALL = ("resume",)
+PER_CALL = ("resume", "rank", "local_rank", "world_size", "dist_url")
 
 
 def to_yaml(config: TrainConfig) -> str:

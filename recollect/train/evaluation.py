@@ -14,6 +14,7 @@ from torch import nn
 from recollect.meter import measure_peak, resident_bytes
 from recollect.train.data.facts import Samples, TrainingData
 from recollect.train.data.loader import batches_of, to_device
+from recollect.train.distributed.group import ALONE, Group
 from recollect.train.tasks import Task
 from recollect.train.tasks.task import Sums
 
@@ -40,25 +41,39 @@ class Evaluator:
     device: torch.device
     autocast: torch.dtype | None
     optimizer: torch.optim.Optimizer
+    group: Group = ALONE
 
     def evaluate(self) -> Evaluation:
-        """In eval mode, without gradients and without touching random generators or statistics."""
-        totals: Counter[str] = Counter()
-        counts: Counter[str] = Counter()
+        """In eval mode, without gradients and without touching random generators or statistics.
+
+        Several processes share the batches; what each found is added up in the order of the batches, by all of them.
+        """
+        found: list[tuple[int, Sums]] = []
         peak_bytes = 0
         with _judging(self.model), torch.no_grad():
-            for place, batch in enumerate(batches_of(self.data, self.samples, self.batch_size)):
+            for number, batch in batches_of(
+                self.data, self.samples, self.batch_size, self.group.rank, self.group.world_size
+            ):
                 moved = to_device(batch, self.device)
-                if place == 0:
+                if not found:
                     resident = resident_bytes(self.model, moved, self.optimizer)
                     sums, peak_bytes = measure_peak(partial(self._measure, moved), resident, self.device)
                 else:
                     sums = self._measure(moved)
-                for name, (total, count) in sums.items():
-                    totals[name] += total  # type: ignore[assignment]  # Counter of floats
-                    counts[name] += count  # type: ignore[assignment]
+                found.append((number, sums))
+        totals: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        everyones = self.group.gather((found, peak_bytes))
+        for _, sums in sorted((entry for entries, _ in everyones for entry in entries), key=lambda entry: entry[0]):
+            for name, (total, count) in sums.items():
+                totals[name] += total  # type: ignore[assignment]  # Counter of floats
+                counts[name] += count  # type: ignore[assignment]
         means = {name: totals[name] / counts[name] for name in totals if counts[name]}
-        return Evaluation(metrics=self.task.summarise(means), samples=len(self.samples), peak_bytes=peak_bytes)
+        return Evaluation(
+            metrics=self.task.summarise(means),
+            samples=len(self.samples),
+            peak_bytes=max(peak for _, peak in everyones),
+        )
 
     def _measure(self, batch: object) -> Sums:
         if self.autocast is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import recollect
 from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
+from recollect.records import Plan, Profile
 from recollect.report.plan_table import format_table
 from recollect.train.checkpoint import Checkpoint, load_checkpoint
 from recollect.train.config import TrainConfig
@@ -18,6 +20,8 @@ from recollect.train.data import load_data
 from recollect.train.data.loader import to_device
 from recollect.train.data.split import spread
 from recollect.train.determinism import deterministic_algorithms
+from recollect.train.distributed.group import ALONE, Group
+from recollect.train.distributed.parallel import bytes_of_exchange, parallel, reaches_all
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluator
 from recollect.train.models import ModelSource
@@ -30,15 +34,24 @@ from recollect.train.run_metrics import MetricsFile, import_tensorboard
 from recollect.train.stepping import Stepper
 from recollect.train.summary import RunSummary, format_plan
 from recollect.train.training import Training
-from recollect.train.workload import Workload, build, data_options, for_task, resolve
+from recollect.train.workload import Workload, build, data_options, for_task, resolve, seed_everything, seed_of
 from recollect.units import format_bytes
 
 #: Of the plan's table, before the first step.
 _PLAN_LINES = 5
 
 
-def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> RunSummary | None:
+def run(
+    config: TrainConfig,
+    *,
+    command: Sequence[str],
+    reporter: Reporter,
+    group: Group = ALONE,
+    device: torch.device | None = None,
+) -> RunSummary | None:
     """Train as ``config`` says; ``command`` is noted in the run's folder. None when a resumed run is already done.
+
+    Of several processes each calls this, with its `group` and its `device`; rank 0 writes the run's folder.
 
     Raises:
         UnsupportedInput, BudgetInfeasible: before anything was written.
@@ -46,23 +59,21 @@ def run(config: TrainConfig, *, command: Sequence[str], reporter: Reporter) -> R
         Interrupted: a signal came; the checkpoint is written.
     """
     with deterministic_algorithms(config.deterministic):
-        return _run(config, command, reporter)
+        return _run(config, command, reporter, group, device)
 
 
-def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> RunSummary | None:
-    config, source = resolve(config)
-    folder = RunFolder(config)
-    if config.tensorboard:
-        import_tensorboard()
-    checkpoint = folder.find_checkpoint(config.resume)
-    work = build(config, source)
+def _run(
+    config: TrainConfig, command: Sequence[str], reporter: Reporter, group: Group, device: torch.device | None
+) -> RunSummary | None:
+    config, source, work, folder, checkpoint = group.together(lambda: _prepared(config, group, device))
+    checkpoint = group.from_first(checkpoint)
     evaluator = make_evaluator(config, source, work)
     total_steps = total_steps_of(config, work)
     identity = _identity(config, work, total_steps)
     scaler = make_scaler(config.precision)
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
-    further = {} if checkpoint is None else load_checkpoint(checkpoint, model=work.model, optimizer=work.optimizer)
+    further = {} if checkpoint is None else group.together(lambda: _restored(config, work, checkpoint))
     average = make_average(config, work, further)
     if scaler is not None and "scaler" in further:
         scaler.load_state_dict(further["scaler"])
@@ -77,21 +88,21 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
     _introduce(config, source, work, folder, evaluator, reporter)
     applied, beside_bytes = plan_run(config, work, average, first_step, total_steps)
     try:
+        model = parallel(work.model, group, work.device, all_reached=_all_reached(work, applied))
         reporter.say(format_plan(applied.plan))
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
         progress = Progress(loss_before=_first_loss(work)) if checkpoint is None else _progress_of(checkpoint)
-        folder.open(config, command, applied.plan, first_step)
-        reporter.open_log(folder.log)
+        group.together(lambda: _open(folder, config, command, applied.plan, first_step, reporter, group))
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
         elif config.resume is not None:
             reporter.say("nothing to resume: beginning with the first step")
-        with MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None) as metrics:
+        with _metrics_of(folder, config, group) as metrics:
             training = Training(
                 config=config,
                 work=work,
-                stepper=Stepper(work=work, applied=applied, scaler=scaler),
+                stepper=Stepper(work=work, applied=applied, scaler=scaler, model=model),
                 evaluator=evaluator,
                 average=average,
                 progress=progress,
@@ -107,16 +118,13 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
         assert verdict is not None  # fit has judged what it returns
     finally:
         applied.remove()
-    if average is not None:
-        with average.in_place():
-            model_file = folder.save_model(work.model)
-    else:
-        model_file = folder.save_model(work.model)
+    peaks = group.gather(max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes))
     summary = RunSummary(
         plan=applied.plan,
         verdict=verdict,
         budget_bytes=work.budget_bytes,
-        measured_peak_bytes=max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes),
+        measured_peak_bytes=max(peaks),
+        processes=group.world_size,
         beside_bytes=beside_bytes,
         first_step=first_step,
         steps=training.steps_done,
@@ -128,10 +136,66 @@ def _run(config: TrainConfig, command: Sequence[str], reporter: Reporter) -> Run
         best=progress.best,
         best_step=progress.best_step,
         run_folder=str(folder.path),
-        model_file=str(model_file),
+        model_file=str(folder.model),
     )
-    folder.save_summary(summary.to_json())
+    group.together(lambda: _finish(folder, work, average, summary) if group.is_first else None)
     return summary
+
+
+def _prepared(
+    config: TrainConfig, group: Group, device: torch.device | None
+) -> tuple[TrainConfig, ModelSource, Workload, RunFolder, Checkpoint | None]:
+    """All that can be wrong with what was asked for; nothing is written."""
+    config, source = resolve(config)
+    folder = RunFolder(config)
+    if config.tensorboard:
+        import_tensorboard()
+    checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
+    return config, source, build(config, source, group, device), folder, checkpoint
+
+
+def _restored(config: TrainConfig, work: Workload, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    group = work.group
+    further, knows_random = load_checkpoint(
+        checkpoint, model=work.model, optimizer=work.optimizer, rank=group.rank, world_size=group.world_size
+    )
+    if not knows_random:
+        seed_everything(seed_of(config.seed, group.rank, checkpoint.step))
+    return further
+
+
+def _all_reached(work: Workload, applied: recollect.Applied) -> bool:
+    """Whether a step gives all parameters a gradient, in every process."""
+    if work.group.is_alone:
+        return True
+    return all(work.group.gather(reaches_all(work.model, work.microbatch(0), applied, work.spec())))
+
+
+def _open(
+    folder: RunFolder,
+    config: TrainConfig,
+    command: Sequence[str],
+    plan: Plan,
+    first_step: int,
+    reporter: Reporter,
+    group: Group,
+) -> None:
+    if group.is_first:
+        folder.open(config, command, plan, first_step)
+        reporter.open_log(folder.log)
+
+
+def _metrics_of(folder: RunFolder, config: TrainConfig, group: Group) -> AbstractContextManager[MetricsFile | None]:
+    if not group.is_first:
+        return nullcontext()
+    return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None)
+
+
+def _finish(folder: RunFolder, work: Workload, average: MovingAverage | None, summary: RunSummary) -> None:
+    """Write what a finished run leaves behind."""
+    with nullcontext() if average is None else average.in_place():
+        folder.save_model(work.model)
+    folder.save_summary(summary.to_json())
 
 
 def total_steps_of(config: TrainConfig, work: Workload) -> int:
@@ -168,7 +232,8 @@ def make_evaluator(config: TrainConfig, source: ModelSource, work: Workload) -> 
         task=work.task,
         data=data,
         samples=spread(samples, config.eval_samples),
-        batch_size=config.samples_at_a_time,
+        batch_size=config.samples_at_a_time(work.group.world_size),
+        group=work.group,
         device=work.device,
         autocast=work.autocast,
         optimizer=work.optimizer,
@@ -200,22 +265,32 @@ def plan_run(
     batch = to_device(parts[extreme.place], work.device)
     work.loss.share = work.shares(parts)[extreme.place]
     beside_bytes = (0 if average is None else average.nbytes) + work.bytes_beside(parts, extreme.place)
+    beside_bytes += bytes_of_exchange(work.model, work.group)
     reference = config.reference_memory
-    with naming(batch, extreme, beside_bytes):
-        applied = recollect.fit(
-            work.model,
-            batch,
-            budget=_left(work.budget_bytes, beside_bytes),
-            loss=work.loss,
-            optimizer=work.optimizer,
-            accumulation_steps=work.accumulation_steps,
-            autocast=work.autocast,
-            clip_norm=work.clip_norm,
-            grad_checkpoint=config.grad_checkpoint,
-            reference_budget_bytes=(
-                None if reference is None else resolve_budget(reference, work.device, name="--reference-memory")
-            ),
-        )
+
+    def fitted(profile: Profile | None) -> recollect.Applied:
+        with naming(batch, extreme, beside_bytes):
+            return recollect.fit(
+                work.model,
+                batch,
+                budget=_left(work.budget_bytes, beside_bytes),
+                loss=work.loss,
+                optimizer=work.optimizer,
+                accumulation_steps=work.accumulation_steps,
+                autocast=work.autocast,
+                clip_norm=work.clip_norm,
+                grad_checkpoint=config.grad_checkpoint,
+                reference_budget_bytes=(
+                    None if reference is None else resolve_budget(reference, work.device, name="--reference-memory")
+                ),
+                profile=profile,
+            )
+
+    # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the same.
+    group = work.group
+    mine = group.together(lambda: fitted(None) if group.is_first else None)
+    profile = group.from_first(None if mine is None else mine.profile)
+    applied = group.together(lambda: fitted(profile) if mine is None else mine)
     try:
         for step in work.order.sizes(first_step, total_steps).values():
             others = work.loader.microbatches(step)
@@ -313,4 +388,4 @@ def _first_loss(work: Workload) -> float:
                 total += work.loss(work.model, to_device(part, work.device)).item()
     for module, training in was_training.items():
         module.training = training
-    return total
+    return work.group.sums([total])[0] / work.group.world_size

@@ -39,6 +39,7 @@ class RunFolder:
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.model = self.path / "model.safetensors"
 
     def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
         """The checkpoint to go on from; None to begin at the first step.
@@ -95,7 +96,7 @@ class RunFolder:
         kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
-    def save_model(self, model: nn.Module) -> Path:
+    def save_model(self, model: nn.Module) -> None:
         """Write ``model.safetensors``: each key of the state dict, also those that share their memory."""
         from safetensors.torch import save_file
 
@@ -108,11 +109,9 @@ class RunFolder:
             shared = host.untyped_storage().data_ptr() in seen
             tensors[name] = host.clone() if shared else host
             seen.add(host.untyped_storage().data_ptr())
-        target = self.path / "model.safetensors"
-        with replacing(target) as temporary:
+        with replacing(self.model) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
             shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
-        return target
 
     def save_summary(self, summary: Mapping[str, object]) -> None:
         """Write ``summary.json``, and the page that shows the run."""

@@ -102,12 +102,12 @@ class DataSettings(Settings):
                     f"Give a number up to {self.batch_size}, or a larger --batch-size."
                 )
 
-    @property
-    def samples_at_a_time(self) -> int:
-        """Samples of the largest microbatch."""
+    def samples_at_a_time(self, world_size: int = 1) -> int:
+        """Samples of the largest microbatch of one of several processes."""
+        samples = -(-self.batch_size // world_size)
         if self.accumulation_steps is not None:
-            return -(-self.batch_size // self.accumulation_steps)
-        return self.microbatch_size or self.batch_size
+            return -(-samples // self.accumulation_steps)
+        return min(self.microbatch_size or samples, samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import recollect
 from recollect.errors import RecollectError
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train.data.loader import to_device
+from recollect.train.distributed.group import group_broken, is_group_broken
+from recollect.train.distributed.parallel import exchanging
 from recollect.train.workload import Workload
 from recollect.units import format_bytes
 
@@ -25,7 +27,7 @@ class StepOutcome:
     """What a step leaves behind; tensors on the device, so that nobody waits for it."""
 
     loss: Tensor
-    """Mean over the whole batch."""
+    """Mean over the whole batch; of several processes, what this one had, times their number."""
     gradient_norm: Tensor | None
     """Before clipping; None: gradients are not clipped."""
 
@@ -41,6 +43,8 @@ class Stepper:
     work: Workload
     applied: recollect.Applied
     scaler: torch.amp.GradScaler | None
+    model: nn.Module
+    """What is called: the workload's, or that wrapped for several processes."""
 
     def prepare(self, parts: list[Any]) -> None:
         """Plan the step's batches now if there is no plan for their shapes yet."""
@@ -57,6 +61,8 @@ class Stepper:
         try:
             return self._take(parts)
         except (RuntimeError, MemoryError) as error:
+            if not self.work.group.is_alone and is_group_broken(error):
+                raise group_broken(error) from error
             if not is_out_of_memory(error):
                 raise
             raise TrainingFailed(
@@ -70,10 +76,11 @@ class Stepper:
         work, scaler = self.work, self.scaler
         work.optimizer.zero_grad(set_to_none=False)
         total: Tensor | None = None
-        for part, share in zip(parts, work.shares(parts), strict=True):
+        for place, (part, share) in enumerate(zip(parts, work.shares(parts), strict=True), 1):
             work.loss.share = share
-            loss = self.applied.loss(work.model, to_device(part, work.device))
-            (loss if scaler is None else scaler.scale(loss)).backward()
+            with exchanging(self.model, last=place == len(parts)):
+                loss = self.applied.loss(self.model, to_device(part, work.device))
+                (loss if scaler is None else scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         norm = None

@@ -38,6 +38,7 @@ class RunSummary:
     """On the run's first batch, before the run's first step."""
     loss_after: float
     """On the same batch, after the last step."""
+    processes: int = 1
     run_folder: str
     model_file: str
 
@@ -56,6 +57,7 @@ class RunSummary:
             "best_step": self.best_step,
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
+            "processes": self.processes,
             "budget_bytes": self.budget_bytes,
             "predicted_peak_bytes": self.plan.predicted_peak_bytes + self.beside_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from recollect.meter import measure_peak, resident_bytes
-from recollect.train.checkpoint import save_checkpoint
+from recollect.train.checkpoint import random_state, save_checkpoint
 from recollect.train.config import TrainConfig
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluation, Evaluator
@@ -27,6 +27,10 @@ from recollect.train.stopwatch import Stopwatch
 from recollect.train.workload import Workload
 from recollect.units import format_bytes
 
+#: How often several processes ask each other whether one got a signal: about so often, and after so many steps at most.
+_ASK_EVERY_MS = 200.0
+_ASK_AT_MOST_EVERY = 50
+
 
 @dataclass(kw_only=True)
 class Training:
@@ -39,7 +43,8 @@ class Training:
     average: MovingAverage | None
     progress: Progress
     folder: RunFolder
-    metrics: MetricsFile
+    metrics: MetricsFile | None
+    """None: another process writes them."""
     reporter: Reporter
     identity: dict[str, object]
     total_steps: int
@@ -49,6 +54,8 @@ class Training:
     """Of all that was measured."""
     steps_done: int = 0
     last_evaluation: Evaluation | None = None
+    _ask_every: int = 1
+    """Steps between two questions to the other processes whether one got a signal."""
     _watch: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,11 +77,12 @@ class Training:
                     started = time.perf_counter()
                     is_finished = self._step(next(batches), done, first_step, started)
                     self.steps_done = done
-                    if stop.signal_number is not None:
+                    signal_number = self._signal(stop, done)
+                    if signal_number is not None:
                         if not is_finished and not self._is_saved(done):
                             self._save(done, is_best=False)
                         raise Interrupted(
-                            stop.signal_number,
+                            signal_number,
                             f"stopped by a signal after step {done}; the checkpoint is written. Go on with --resume "
                             f"auto.",
                         )
@@ -83,6 +91,12 @@ class Training:
             finally:
                 batches.close()  # type: ignore[attr-defined]  # a generator: ends the workers
         self.reporter.stop_progress()
+
+    def _signal(self, stop: StopRequest, done: int) -> int | None:
+        """A signal that this process or another one got; all processes are told at the same step."""
+        if self.work.group.is_alone or done % self._ask_every:
+            return stop.signal_number if self.work.group.is_alone else None
+        return max(self.work.group.gather(stop.signal_number or 0)) or None
 
     def _step(self, parts: list[Any], done: int, first_step: int, started: float) -> bool:
         """Take step ``done`` (the first is 1) and all that follows from it; True if the run ends with it."""
@@ -108,7 +122,12 @@ class Training:
             return False
         outcome, step_ms, peak_bytes = self._measured(parts)
         self._after_step(done)
-        value = outcome.loss.item()
+        group = self.work.group
+        everyones = group.gather((outcome.loss.item(), step_ms, peak_bytes))
+        value = math.fsum(loss for loss, _, _ in everyones) / group.world_size
+        step_ms, peak_bytes = max(ms for _, ms, _ in everyones), max(peak for _, _, peak in everyones)
+        self.highest_peak_bytes = max(self.highest_peak_bytes, peak_bytes)
+        self._ask_every = max(1, min(_ASK_AT_MOST_EVERY, int(_ASK_EVERY_MS / max(step_ms, 1e-3))))
         if not math.isfinite(value):
             raise TrainingFailed(
                 f"the loss is {value} at step {done}, so the weights are no longer of use. "
@@ -142,7 +161,6 @@ class Training:
         started = time.perf_counter()
         outcome, peak_bytes = measure_peak(lambda: self.stepper.take(parts), resident, work.device)
         step_ms = self._watch.mean_ms or (time.perf_counter() - started) * 1000
-        self.highest_peak_bytes = max(self.highest_peak_bytes, peak_bytes)
         return outcome, step_ms, peak_bytes
 
     def _resident_bytes(self, parts: list[Any]) -> int:
@@ -226,12 +244,20 @@ class Training:
             line["gradient_norm"] = report.gradient_norm
         if evaluation is not None:
             line["eval"] = {**evaluation.metrics, "samples": evaluation.samples, "peak_bytes": evaluation.peak_bytes}
-        self.metrics.add(line)
+        if self.metrics is not None:
+            self.metrics.add(line)
 
     def _is_saved(self, done: int) -> bool:
         return done % self.config.save_every == 0
 
     def _save(self, done: int, *, is_best: bool) -> None:
+        """Rank 0 writes, and all know whether it could."""
+        random_states = self.work.group.gather(random_state())
+        self.work.group.together(
+            lambda: self._write(done, random_states, is_best=is_best) if self.work.group.is_first else None
+        )
+
+    def _write(self, done: int, random_states: list[dict[str, Any]], *, is_best: bool) -> None:
         further: dict[str, Any] = {"scaler": scaler_state(self.stepper.scaler)}
         if self.average is not None:
             further["average"] = self.average.state_dict()
@@ -241,6 +267,7 @@ class Training:
                 step=done,
                 identity=self.identity,
                 progress=self.progress.to_json(),
+                random_states=random_states,
                 model=self.work.model,
                 optimizer=self.work.optimizer,
                 further=further,

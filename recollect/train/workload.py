@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from recollect.train.data.order import BatchOrder
 from recollect.train.data.rows import Columns
 from recollect.train.data.tokens import load_tokens
 from recollect.train.device import resolve_device
+from recollect.train.distributed.group import ALONE, Group
 from recollect.train.models import Loss, ModelSource, find_model
 from recollect.train.optimizers import make_optimizer
 from recollect.train.precision import autocast_dtype
@@ -59,6 +61,8 @@ class Workload:
     autocast: torch.dtype | None
     clip_norm: float | None
     budget_bytes: int
+    group: Group = ALONE
+    """The processes of the run."""
 
     @property
     def accumulation_steps(self) -> int:
@@ -72,20 +76,22 @@ class Workload:
         return to_device(parts[place], self.device)
 
     def shares(self, parts: list[Any]) -> list[float | None]:
-        """Each microbatch's share of its batch; None where batches are not split.
+        """Each microbatch's share of its batch, times the number of processes; None where batches are not split.
 
         A batch that is too small to be split still has a share of 1, so that its step is like that of the others.
         """
-        if self.accumulation_steps == 1:
+        if self.accumulation_steps == 1 and self.group.is_alone:
             return [None] * len(parts)
-        weights = [self.task.weight(part) for part in parts]
-        total = sum(weights)
+        is_filler = getattr(parts, "is_filler", False)
+        weights = [0.0 if is_filler else self.task.weight(part) for part in parts]
+        (total,) = self.group.sums([sum(weights)])
         if not total > 0:
             raise UnsupportedInput(
                 "a batch has no element that its loss is a mean over (no token to predict, no sample), so there is no "
                 "gradient. Leave such samples out of the dataset."
             )
-        return [weight / total for weight in weights]
+        # What each process has is averaged over them in the end, not added up.
+        return [weight / total * self.group.world_size for weight in weights]
 
     def bytes_beside(self, parts: list[Any], place: int) -> int:
         """Bytes of the device that the other microbatches of a batch take while one of them runs."""
@@ -139,23 +145,33 @@ def for_task(data: TrainingData, task: Task) -> TrainingData:
     return replace(data, collate=task.collate, is_random=data.is_random or task.is_random)
 
 
-def build(config: WorkConfig, source: ModelSource) -> Workload:
-    """Build what the resolved ``config`` describes. Seeds every random generator.
+def build(
+    config: WorkConfig, source: ModelSource, group: Group = ALONE, device: torch.device | None = None
+) -> Workload:
+    """Build what the resolved ``config`` describes, for one of the processes of ``group``, on ``device`` (default: the
+    configuration's). Seeds every random generator.
 
     Raises:
         UnsupportedInput: something does not exist or does not fit; nothing has been written then.
     """
-    device = resolve_device(config.device)
+    device = device or resolve_device(config.device)
     autocast = autocast_dtype(config.precision, device)
     budget_bytes = resolve_budget(config.memory, device, name="--memory")
     assert config.dataset is not None
     assert config.sequence_length is not None
     data = load_data(config.dataset, data_options(config, source))
     check_fit(source, data.facts, config.dataset)
+    if config.batch_size < group.world_size:
+        raise UnsupportedInput(
+            f"the batch has {config.batch_size} samples, but there are {group.world_size} processes to share them. "
+            f"Give a larger --batch-size, or start fewer processes."
+        )
     order = BatchOrder(sample_count=len(data.samples), batch_size=config.batch_size, seed=config.seed)
-    _seed_everything(config.seed)
+    seed_everything(config.seed)
     built = source.build(data.facts, config.sequence_length, config.model_args)
     model = built.module.to(device).train()
+    if group.rank > 0:  # the same weights everywhere, but not the same dropout
+        seed_everything(seed_of(config.seed, group.rank, 0))
     task = choose_task(source, built, data.facts)
     data = for_task(data, task)
     optimizer = make_optimizer(
@@ -169,10 +185,12 @@ def build(config: WorkConfig, source: ModelSource) -> Workload:
     loader = BatchLoader(
         data,
         order,
-        samples_at_a_time=config.samples_at_a_time,
+        samples_at_a_time=config.samples_at_a_time(group.world_size),
         workers=config.workers,
         pin_memory=device.type == "cuda",
         seed=config.seed,
+        rank=group.rank,
+        world_size=group.world_size,
     )
     return Workload(
         model=model,
@@ -186,10 +204,18 @@ def build(config: WorkConfig, source: ModelSource) -> Workload:
         autocast=autocast,
         clip_norm=config.clip_norm,
         budget_bytes=budget_bytes,
+        group=group,
     )
 
 
-def _seed_everything(seed: int) -> None:
+def seed_of(seed: int, rank: int, step: int) -> int:
+    """For what one process draws at random from a step on."""
+    digest = hashlib.sha256(f"{seed}:rank {rank}:step {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Of all random generators."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -58,15 +58,38 @@ def test_help_is_grouped_and_fits_a_few_screens(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert [h for h in headings if h != "options"] == [
-        "model", "data", "optimization", "memory", "device", "training", "evaluation", "run folder", "output",
+        "model", "data", "optimization", "memory", "device", "training", "evaluation", "several processes",
+        "run folder", "output",
     ]  # fmt: skip
-    assert len(text.splitlines()) <= 130
+    assert len(text.splitlines()) <= 165
 
 
 @pytest.mark.parametrize("options", [TrainOptions, PlanOptions, FrontierOptions, VerifyOptions])
 def test_every_flag_is_documented(options: type[Any]) -> None:
     docs = field_docs(options)
     assert [setting.name for setting in settings_of(options) if not docs.get(setting.name)] == []
+
+
+def test_sections_as_in_yacs_files(parsed: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("MODEL:\n  NAME: lstm\n  DIST_TRAIN: true\nSOLVER: {LR: 0.5, steps: 7}\n")
+    found = parsed("train", "--config-file", str(tmp_path / "run.yaml"), "SOLVER.STEPS", "9", "INPUT.BATCH_SIZE", "3")
+    assert (found.model, found.dist_train, found.lr, found.steps, found.batch_size) == ("lstm", True, 0.5, 9, 3)
+    assert parsed("train", "--resume", "MODEL.DIST_TRAIN", "True").dist_train is True
+    assert parsed("train", "--local_rank=1").local_rank == parsed("train", "--local-rank", "1").local_rank == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("MODEL: {DIST_TRAN: true}", "'DIST_TRAN', which is not a setting. Did you mean 'dist_train'"),
+        ("SOLVER: {NAME: adamw}", "'NAME', which is not a setting"),
+        ("model_args.width: 3", "Write model_args: and below it width"),
+    ],
+)
+def test_bad_sections(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    assert main(["train", "--config-file", str(tmp_path / "run.yaml")]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"])
@@ -157,7 +180,7 @@ def test_a_runs_own_configuration_can_be_given_back(parsed: Any, tmp_path: Path)
         (["--steps", "3", "--epochs", "1"], "Give one of --epochs and --steps"),
         (["STEP", "3"], r"'STEP', which is not a setting. Did you mean 'steps'\?"),
         (["STEPS"], "'STEPS' is left over"),
-        (["STEPS.x", "3"], "without a dot"),
+        (["STEPS.x", "3"], "'x', which is not a setting"),
         (["MODEL_ARGS", "3"], "Write MODEL_ARGS.KEY"),
         (["--model-args", "=3"], "the key is missing"),
         (["--config-file", "absent.yaml"], "absent.yaml cannot be read"),

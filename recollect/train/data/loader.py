@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,15 @@ class _Request:
     """Of its samples."""
 
 
+class Parts(list[Any]):
+    """The microbatches of one step, of one process."""
+
+    def __init__(self, batches: Iterable[Any], *, is_filler: bool = False) -> None:
+        super().__init__(batches)
+        self.is_filler = is_filler
+        """There are fewer samples than processes, and this one only goes along, with a sample of another."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Trouble:
     """What a sample's error says; errors of workers travel badly."""
@@ -42,7 +51,7 @@ class _Trouble:
 class _Built(Dataset[Any]):
     """Samples by `_Request`, in whatever process asks."""
 
-    def __init__(self, data: TrainingData, seed: int) -> None:
+    def __init__(self, data: TrainingData, seed: str) -> None:
         self._data = data
         self._seed = seed
 
@@ -65,6 +74,7 @@ class BatchLoader:
         workers: processes that build batches ahead; 0: none.
         pin_memory: put batches into memory from which a GPU copies fast.
         seed: of what samples draw at random.
+        rank, world_size: which of several processes this is; each has its part of every batch.
     """
 
     def __init__(
@@ -76,28 +86,41 @@ class BatchLoader:
         workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._order = order
         self._samples_at_a_time = samples_at_a_time
         self._workers = workers
         self._pin_memory = pin_memory
-        self._built = _Built(data, seed)
+        self._rank = rank
+        self._world_size = world_size
+        self._built = _Built(data, f"{seed}" if world_size == 1 else f"{seed}/{rank}")
 
     def numbers(self, step: int) -> list[tuple[int, ...]]:
         """The numbers of the samples of each microbatch of step ``step``."""
         numbers = self._order.indices(step)
+        if self._world_size > 1:
+            ends = (len(numbers) * rank // self._world_size for rank in (self._rank, self._rank + 1))
+            numbers = numbers[slice(*ends)] or numbers[:1]
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
-    def microbatches(self, step: int) -> list[Any]:
+    def is_filler(self, step: int) -> bool:
+        """There are fewer samples in step ``step`` than processes, and this one has none of its own."""
+        count = len(self._order.indices(step))
+        return count * self._rank // self._world_size == count * (self._rank + 1) // self._world_size
+
+    def microbatches(self, step: int) -> Parts:
         """The microbatches of step ``step`` (the first is 0), made now.
 
         Raises:
             UnsupportedInput: the samples cannot be read, or put into one batch.
         """
-        return [_checked(self._built.__getitems__(request)) for request in self._requests(step)]
+        built = (_checked(self._built.__getitems__(request)) for request in self._requests(step))
+        return Parts(built, is_filler=self.is_filler(step))
 
-    def stream(self, first_step: int, total_steps: int) -> Iterator[list[Any]]:
+    def stream(self, first_step: int, total_steps: int) -> Iterator[Parts]:
         """The microbatches of each step from `first_step` up to `total_steps`.
 
         Raises:
@@ -107,7 +130,7 @@ class BatchLoader:
             for step in range(first_step, total_steps):
                 yield self.microbatches(step)
             return
-        counts = [len(self.numbers(step)) for step in range(first_step, total_steps)]
+        counts = [(len(self.numbers(step)), self.is_filler(step)) for step in range(first_step, total_steps)]
         loader = DataLoader(
             self._built,
             batch_sampler=_Plan(self, first_step, total_steps),  # type: ignore[arg-type]  # of requests, not of lists
@@ -119,8 +142,8 @@ class BatchLoader:
         )
         batches = iter(loader)
         try:
-            for count in counts:
-                yield [_checked(_next_of(batches)) for _ in range(count)]
+            for count, is_filler in counts:
+                yield Parts((_checked(_next_of(batches)) for _ in range(count)), is_filler=is_filler)
         finally:
             del batches  # ends the workers
 
@@ -140,13 +163,17 @@ class _Plan:
             yield from self._loader._requests(step)
 
 
-def batches_of(data: TrainingData, samples: Samples, size: int) -> Iterator[Any]:
-    """All samples in their order, in batches of ``size`` on the CPU; the last may be smaller."""
-    for start in range(0, len(samples), size):
+def batches_of(
+    data: TrainingData, samples: Samples, size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[int, Any]]:
+    """All samples in their order, in batches of ``size`` on the CPU; the last may be smaller.  Each with its number; of
+    several processes, each makes every ``world_size``-th.
+    """
+    for start in range(rank * size, len(samples), size * world_size):
         numbers = range(start, min(start + size, len(samples)))
         with _own_randomness(f"held out:{start}", data.is_random):
             batch = _batch_of(data.name, samples, numbers, data.collate)
-        yield _checked(batch)
+        yield start // size, _checked(batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
