@@ -20,6 +20,7 @@ from recollect.budget import resolve_budget
 from recollect.cli.doctor import examine, format_examination
 from recollect.cli.frontier_table import Curve, curve_figures, format_curve
 from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
+from recollect.cli.telling import speak_as
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
 from recollect.measure.step import describe_batch
@@ -64,6 +65,7 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     device = take_device(role, config, config.device)
     if isinstance(role, Alone):
         return _train(config, options, command, ALONE, device, role.notice)
+    speak_as(f"rank {role.rank}")
     backend = usual_backend(device, config.dist_backend)
     with noting_failure(), joined(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
         return _train(config, options, command, group, device, "")

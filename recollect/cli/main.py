@@ -20,6 +20,7 @@ from recollect import __version__
 from recollect.cli import commands
 from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
 from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
+from recollect.cli.telling import speak_as, tell
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         what = f"{type(problem).__name__}: {problem}"
         return _tell(f"failed while running `recollect {shlex.join(arguments)}`: {what}", EXIT_FAILED)
     finally:
+        speak_as("")
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
 
@@ -121,7 +123,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _tell(problem: object, exit_code: int) -> int:
-    print(f"recollect: {problem}", file=sys.stderr)
+    tell(problem)
     return exit_code
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import recollect
 from recollect.errors import RecollectError
+from recollect.measure.step import describe_batch
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train.data.loader import to_device
 from recollect.train.distributed.group import group_broken, is_group_broken
@@ -65,8 +66,10 @@ class Stepper:
                 raise group_broken(error) from error
             if not is_out_of_memory(error):
                 raise
+            shapes = "; ".join(describe_batch(part) for part in parts)
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainingFailed(
-                f"a step ran out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}), "
+                f"a step on {shapes} ran out of memory ({said}), "
                 f"though its predicted peak of {format_bytes(self.applied.plan.predicted_peak_bytes)} is within the "
                 f"budget of {format_bytes(self.work.budget_bytes)}: the device has less than that to give, or "
                 f"something else took it. Go on from the last checkpoint with --resume auto and a smaller --memory."

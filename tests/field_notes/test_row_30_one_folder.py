@@ -1,4 +1,6 @@
-"""Row 30, "resume opens version_35": a resumed run goes on in its folder, with its log and its metrics."""
+"""Row 30, "resume opens version_35", "one folder per rank": a resumed run goes on in its folder, with its log and its
+metrics; four processes have one folder.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,9 @@ import pytest
 
 from recollect.cli.main import main
 from tests.field_notes.running import metrics
+from tests.train.distributed.launching import GPT, own_folder, run
+
+__all__ = ["own_folder"]
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--log-every", "1"]
 
@@ -22,3 +27,14 @@ def test_resume_auto_continues_folder_log_and_metrics(tmp_path: Path, monkeypatc
     assert all(f"step {step}/" in log for step in range(1, 7))
     assert log.count("resumed from") == 2
     assert Path("runs/co2/lstm-tiny/command.txt").read_text().count("\n") == 3
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_four_processes_have_one_folder() -> None:
+    for steps in ("2", "4"):
+        run(*GPT, "--multiprocessing-distributed", "--nproc-per-node", "4", "--steps", steps, "--resume", "auto")
+    assert [path.name for path in Path("runs/python-source").iterdir()] == ["gpt-tiny"]
+    assert [line["step"] for line in metrics("python-source/gpt-tiny")] == [1, 2, 3, 4]
+    log = Path("runs/python-source/gpt-tiny/log.txt").read_text()
+    assert log.count("resumed from") == 1
+    assert log.count("model   gpt-tiny") == 2

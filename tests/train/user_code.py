@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -133,3 +134,35 @@ def numbers_with_nan() -> list[tuple[Tensor, Tensor]]:
     samples = numbers()
     samples[5][0][2] = float("nan")
     return samples
+
+
+class Odd(nn.Module):
+    """A block that is called twice, one that is never called, and one that does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4))
+        self.never = nn.Linear(4, 4)
+        self.frozen = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).requires_grad_(False)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        hidden = self.twice(self.frozen(self.twice(inputs)))
+        return {"loss": nn.functional.mse_loss(self.head(hidden), targets)}
+
+
+def odd_model() -> nn.Module:
+    return Odd()
+
+
+class RunsOut(OwnLoss):
+    """In the process of rank 1 it has no more memory as soon as there is a file ``run-out``."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        if os.environ.get("RANK") == "1" and os.path.exists("run-out"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(inputs, targets)
+
+
+def runs_out() -> nn.Module:
+    return RunsOut(8)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -35,6 +38,31 @@ def environment(**variables: str) -> dict[str, str]:
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "TORCHELASTIC_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", **variables}
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder, from which the project's tests can still be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+
+
+def free_port() -> int:
+    """One that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def logged(process: subprocess.Popen[str], run_name: str, lines: int) -> None:
+    """Wait until a run has logged so many steps."""
+    path = Path("runs") / run_name / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not (path.exists() and len(path.read_text().splitlines()) >= lines):
+        assert time.monotonic() < deadline, "it logs nothing"
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
 
 
 def start(*words: str, command: list[str] | None = None, **variables: str) -> subprocess.Popen[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,19 +15,18 @@ from tests.train.distributed.launching import (
     TWO,
     equal_bits,
     finish,
+    logged,
     losses,
     metrics,
+    own_folder,
     run,
     start,
     torchrun,
     weights,
 )
 
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+__all__ = ["own_folder"]
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
@@ -64,17 +63,35 @@ def test_torchrun_uneven_batches_microbatches_and_a_resume() -> None:
 
 def test_a_signal_to_the_starter_saves_once_and_ends_all() -> None:
     process = start(*GPT, *TWO, "--steps", "100000", "--mark", "signal", "--log-every", "5")
-    path = Path("runs/python-source/signal/metrics.jsonl")
-    deadline = time.monotonic() + 120
-    while not (path.exists() and len(path.read_text().splitlines()) >= 2):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.2)
+    logged(process, "python-source/signal", 2)
     os.kill(process.pid, signal.SIGTERM)
     ended = finish(process, 60)
     assert ended.code == 143, ended.err
     assert ended.err.count("the checkpoint is written") == 1
-    assert (path.parent / "checkpoints" / "latest" / "training.pt").exists()
+    assert Path("runs/python-source/signal/checkpoints/latest/training.pt").exists()
     assert "Traceback" not in ended.err
     run(*GPT, *TWO, "--steps", str(metrics("signal")[-1]["step"] + 60), "--mark", "signal", "--resume", "auto",
         "--log-every", "5")  # fmt: skip
+
+
+def test_a_process_that_is_killed_ends_the_run_and_is_named() -> None:
+    process = start(*GPT, *TWO, "--steps", "100000", "--mark", "killed", "--log-every", "5")
+    logged(process, "python-source/killed", 2)
+    children = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    victims = [int(line.split()[0]) for line in children if "recollect" in line]
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    ended = finish(process, 60)
+    assert ended.code == 1
+    last = ended.err.rstrip().splitlines()[-1]
+    assert last.startswith(f"recollect: rank 1 (process {victims[1]}) was killed by SIGKILL")
+
+
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    ended = finish(start(*GPT, *TWO, "--dataset", "absent.txt", "--steps", "1"))
+    assert ended.code == 2
+    assert ended.err.count("absent.txt") == 1
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "runs").exists()

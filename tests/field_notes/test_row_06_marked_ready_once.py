@@ -1,0 +1,30 @@
+"""Row 6, "Expected to mark a variable ready only once": a block called twice, one never called and one that is frozen,
+in two processes, with and without recomputation: the training of one process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.distributed.launching import TWO, equal_bits, own_folder, run
+
+__all__ = ["own_folder"]
+WORDS = ["train", "--model", "tests.train.user_code:odd_model", "--dataset", "tests.train.user_code:numbers",
+         "--batch-size", "8", "--steps", "4", "--optimizer", "sgd", "--lr", "0.1"]  # fmt: skip
+
+
+def weights(mark: str) -> dict[str, torch.Tensor]:
+    return load_file(Path("runs/tests-train-user_code-numbers") / mark / "model.safetensors")
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_called_twice_unused_and_frozen() -> None:
+    run(*WORDS, "--mark", "one")
+    run(*WORDS, *TWO, "--mark", "two")
+    run(*WORDS, *TWO, "--mark", "planned", "--grad-checkpoint", "full")
+    assert equal_bits(weights("planned"), weights("two"))
+    torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-5, atol=1e-7)

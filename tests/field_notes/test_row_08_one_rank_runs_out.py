@@ -1,0 +1,28 @@
+"""Row 8, "one rank OOMs, the others hang": the job ends within 30 s, and says which rank and which batch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.distributed.launching import TWO, finish, logged, own_folder, start
+
+__all__ = ["own_folder"]
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_rank_1_runs_out_of_memory() -> None:
+    process = start("train", "--model", "tests.train.user_code:runs_out", "--dataset", "tests.train.user_code:numbers",
+                    "--batch-size", "8", "--steps", "1000000", "--log-every", "20", *TWO)  # fmt: skip
+    logged(process, "tests-train-user_code-numbers/tests-train-user_code-runs_out", 2)
+    Path("run-out").touch()
+    began = time.monotonic()
+    ended = finish(process, 60)
+    assert time.monotonic() - began < 30
+    assert ended.code == 1, ended.err
+    assert "recollect: rank 1: a step on" in ended.err
+    assert "float32[4x4]" in ended.err
+    assert "ran out of memory" in ended.err
+    assert ended.err.rstrip().splitlines()[-1].startswith("recollect: rank 1 (process ")

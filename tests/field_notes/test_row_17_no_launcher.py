@@ -1,0 +1,35 @@
+"""Row 17, "KeyError: 'WORLD_SIZE'": without a launcher there is one process and a notice; half a launcher is an error
+that lists what is missing, and a command that works.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recollect.cli.main import main
+
+WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_variables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORDS, "--dist-url", "env://", "MODEL.DIST_TRAIN", "True"]) == 0
+    assert "one process only, as no launcher has set WORLD_SIZE and RANK" in capsys.readouterr().out
+
+
+def test_some_variables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert main([*WORDS, "--dist-url", "env://"]) == 2
+    message = capsys.readouterr().err
+    assert "WORLD_SIZE, MASTER_PORT are not set, though RANK, MASTER_ADDR is" in message
+    assert "torchrun --nproc-per-node 2 -m recollect train" in message
+    assert not Path("runs").exists()

@@ -1,0 +1,32 @@
+"""Row 18, "unrecognized arguments: --local-rank=0": every spelling is understood; a conflict is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recollect.cli.main import main
+
+WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("words", [["--local_rank=0"], ["--local-rank=0"], ["--local-rank", "0"], []])
+def test_every_spelling(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torchrun sets with one process; the old launcher adds the flag.
+    for name, value in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert main([*WORDS, *words]) == 0
+
+
+def test_a_conflict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main([*WORDS, "--local_rank=0"]) == 2
+    assert "--local-rank is 0, but LOCAL_RANK is 1" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""Row 22, "hang at the last batch; same order each epoch": 101 samples on 2, 3 and 8 processes are each seen once an
+epoch, in another order each time, and every process takes part in every step.  (A run that ends with such a batch is in
+tests/train/distributed/test_runs.py.)
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recollect.train.data.facts import DataFacts, TrainingData
+from recollect.train.data.loader import BatchLoader
+from recollect.train.data.order import BatchOrder
+
+DATA = TrainingData(
+    name="numbers", samples=[torch.tensor(number) for number in range(101)], facts=DataFacts(kind="custom"),  # type: ignore[arg-type]
+    fingerprint="", description="",
+)  # fmt: skip
+
+
+def loaders(world_size: int) -> tuple[BatchOrder, list[BatchLoader]]:
+    order = BatchOrder(sample_count=101, batch_size=8, seed=0)
+    return order, [
+        BatchLoader(DATA, order, samples_at_a_time=8, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_each_sample_once_an_epoch(world_size: int) -> None:
+    order, ranks = loaders(world_size)
+    epochs = []
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+            parts = [loader.microbatches(step) for loader in ranks]
+            assert all(len(of_rank) > 0 for of_rank in parts)
+            assert [number for of_rank in parts if not of_rank.is_filler for batch in of_rank for number in batch] == (
+                order.indices(step)
+            )
+            seen += [int(number) for of_rank in parts if not of_rank.is_filler for batch in of_rank for number in batch]
+        assert sorted(seen) == list(range(101))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
+def test_only_a_process_without_samples_is_a_filler() -> None:
+    order, ranks = loaders(8)
+    last = order.steps_per_epoch - 1
+    assert len(order.indices(last)) == 5
+    assert sum(loader.is_filler(last) for loader in ranks) == 3
+    assert not any(loader.is_filler(0) for loader in ranks)

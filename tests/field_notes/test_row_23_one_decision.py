@@ -1,0 +1,31 @@
+"""Row 23, "save hangs": what decides about saving and stopping is the metric of all processes, in all of them.
+
+Each judges another part of the held-out data, so their own metrics differ; with one sample for each batch one of three
+processes even has more batches than the others.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.distributed.launching import GPT, metrics, own_folder, run, torchrun
+
+__all__ = ["own_folder"]
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_early_stop_and_best_checkpoint() -> None:
+    words = [*GPT, "--steps", "60", "--eval-every", "2", "--eval-samples", "7", "--early-stop", "2", "--lr", "0.3",
+             "--save-every", "1000"]  # fmt: skip
+    run(*words, "--mark", "one")
+    ended = run(*words, "--mark", "three", "--json", command=torchrun(3))
+    found = json.loads(ended.out)
+    assert found["stopped_early"]
+    one, three = metrics("one"), metrics("three")
+    judged = [line["eval"]["loss"] for line in three if "eval" in line]
+    assert judged == pytest.approx([line["eval"]["loss"] for line in one if "eval" in line][: len(judged)], rel=1e-3)
+    best = Path("runs/python-source/three/checkpoints/best").resolve().name
+    assert best == f"step-{found['best_step']:08d}"
