@@ -14,6 +14,7 @@ among the same columns, so a larger budget is never slower, and a frontier costs
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
@@ -41,6 +42,11 @@ _DESCENTS = (10, 2)
 _WORTH = 1e-3
 #: How near to the best the integer program of a region is solved then, in parts of what is to be gained.
 _GAP = 0.1
+#: Operations in the programs of one class that are solved to find columns, at most: those of long regions take long,
+#: and what they could gain is found below one level (`nested`).
+_EXACT_OPS_AT_MOST = 1000
+#: The same for descents: operations walked in all of them.
+_DESCENTS_OPS_AT_MOST = 400_000
 #: Rounds of column generation at one budget.
 _ROUNDS = 12
 
@@ -74,6 +80,10 @@ class Pool:
     _shared: frozenset[int] = field(init=False)
     _models: dict[int, PricingModel] = field(init=False)
     _exact: dict[int, ExactModel] = field(init=False)
+    _exact_ops: Counter[int] = field(init=False)
+    """Class to the operations in programs that were solved for it."""
+    _descent_ops: Counter[int] = field(init=False)
+    """Class to the operations that its descents have walked."""
     smallest: tuple[int, list[Decision]] = field(init=False)
     """The smallest peak in bytes, and its decisions, among the columns of `structure`: no measured time has a part in
     it, so that two measurements of one model name the same smallest budget."""
@@ -84,6 +94,8 @@ class Pool:
         self._shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
         self._models = {}
         self._exact = {}
+        self._exact_ops = Counter()
+        self._descent_ops = Counter()
         self.members = {}
         for region, record in enumerate(index.profile.regions):
             self.members.setdefault(record.class_id, []).append(region)
@@ -303,11 +315,18 @@ class Pool:
         `gap`: how far from the best one it may be, in cost.
         """
         # For the smallest peak, what rises within an event is most of the matter, which only the exact column shows.
-        if prices.time_weight > 0 and self.exact(start.region).usable:
+        record = self.source.index.profile.regions[start.region]
+        left = self._exact_ops[record.class_id] + record.op_count <= _EXACT_OPS_AT_MOST
+        if prices.time_weight > 0 and left and self.exact(start.region).usable:
+            self._exact_ops[record.class_id] += record.op_count
             _, decision = self.exact(start.region).bound(prices, gap)
             least = self.cost(start, prices)
             if self.cost(self.source.column(start.region, decision), prices) < least - 1e-9 * abs(least):
                 return decision
+        if prices.time_weight > 0:
+            if self._descent_ops[record.class_id] > _DESCENTS_OPS_AT_MOST:
+                return None
+            self._descent_ops[record.class_id] += record.op_count * self._tries(start.region)
         return self._descend(start, prices)
 
     def _descend(self, start: Column, prices: Prices) -> Decision:

@@ -18,7 +18,7 @@ WORDS = ["train", "--model", "tests.train.user_code:odd_model", "--dataset", "te
 
 
 def weights(mark: str) -> dict[str, torch.Tensor]:
-    return load_file(Path("runs/tests-train-user_code-numbers") / mark / "model.safetensors")
+    return load_file(Path("runs/tests.train.user_code-numbers") / mark / "model.safetensors")
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -16,7 +16,7 @@ __all__ = ["own_folder"]
 def test_rank_1_runs_out_of_memory() -> None:
     process = start("train", "--model", "tests.train.user_code:runs_out", "--dataset", "tests.train.user_code:numbers",
                     "--batch-size", "8", "--steps", "1000000", "--log-every", "20", *TWO)  # fmt: skip
-    logged(process, "tests-train-user_code-numbers/tests-train-user_code-runs_out", 2)
+    logged(process, "tests.train.user_code-numbers/tests.train.user_code-runs_out", 2)
     Path("run-out").touch()
     began = time.monotonic()
     ended = finish(process, 60)

@@ -51,7 +51,7 @@ def nested_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decisio
 
 
 @pytest.mark.usefixtures("_cheap_measuring")
-@settings(SMALL, max_examples=60)
+@settings(SMALL, max_examples=30)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
     batch = model.batch

@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 
 #: Between two looks at who has signed in.
 _LOOK_S = 0.05
+#: For the others to hear why the run cannot begin.
+_HEARING_S = 10.0
 
 
 class GroupBroken(RecollectError):
@@ -207,6 +209,10 @@ def sign_in(member: Member, timeout_s: float) -> Store:
         # Rank 0 waits for all of the time; the others may have come earlier than it.
         store.wait(["verdict"], timedelta(seconds=2 * timeout_s + 5))
         verdict = store.get("verdict").decode()
+        if member.rank > 0:
+            store.add("heard", 1)
+        elif verdict:  # the store ends with rank 0: not before the others know why
+            _await_hearers(store, member)
     except UnsupportedInput:
         raise
     except RuntimeError as error:
@@ -217,6 +223,13 @@ def sign_in(member: Member, timeout_s: float) -> Store:
     if verdict:
         raise UnsupportedInput(verdict)
     return store
+
+
+def _await_hearers(store: Store, member: Member) -> None:
+    there = sum(store.check([f"came-{rank}"]) for rank in range(1, member.world_size))
+    deadline = time.monotonic() + _HEARING_S
+    while store.add("heard", 0) < there and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
 
 
 def _verdict(store: Store, member: Member, deadline: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from recollect.errors import UnsupportedInput
@@ -23,12 +24,20 @@ class LstmConfig:
     """Number of recurrent layers."""
     dropout: float = 0.1
     """Probability of dropping, between layers and before the head."""
+    steps_at_a_time: int = 0
+    """Time steps that one call of PyTorch's LSTM goes through; 0: all of them, as one operation, whose memory cannot be
+    split. With fewer, the state is handed on, and a plan may hold some calls' memory and recompute others'."""
 
     def __post_init__(self) -> None:
         if (self.features > 0) == (self.vocabulary_size > 0):
             raise UnsupportedInput(
                 f"an lstm reads either a series or a text, but features={self.features} and "
                 f"vocabulary_size={self.vocabulary_size} were given. Set exactly one of them above zero."
+            )
+        if self.steps_at_a_time < 0:
+            raise UnsupportedInput(
+                f"steps_at_a_time is {self.steps_at_a_time}, but it counts time steps. Give 0 for all of them at once, "
+                f"or a number above zero."
             )
 
 
@@ -51,9 +60,16 @@ class Lstm(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.vocabulary_size or config.features)
+        self._steps_at_a_time = config.steps_at_a_time
 
     def forward(self, steps: Tensor) -> Tensor:
         """(batch, time, features) or token numbers (batch, time) to (batch, time, features or vocabulary)."""
-        hidden, _ = self.lstm(self.embedding(steps))
+        embedded = self.embedding(steps)
+        state = None
+        pieces = []
+        for piece in embedded.split(self._steps_at_a_time or embedded.shape[1], dim=1):
+            hidden, state = self.lstm(piece, state)
+            pieces.append(hidden)
+        hidden = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
         result: Tensor = self.head(self.dropout(hidden))
         return result
