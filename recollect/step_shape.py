@@ -93,7 +93,7 @@ def model_state(model: torch.nn.Module) -> Hashable:
             continue
         seen.add(id(module))
         children = module._modules
-        modules.append((type(module), module.training, *children))
+        modules.append((type(module), module.training, *children.keys()))
         parameters += [(p.shape, p.dtype, p.requires_grad) for p in module._parameters.values() if p is not None]
         to_visit += [child for child in children.values() if child is not None]
     return tuple(modules), tuple(parameters)

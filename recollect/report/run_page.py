@@ -1,7 +1,8 @@
 """A run's folder as one HTML page that needs nothing else: what was asked for, what was proved, how it went.
 
 Everything on it is read from the folder's files, so that the page of a run that is still going, or was stopped, can be
-made at any time (`recollect report RUN_FOLDER`).
+made at any time (`recollect report RUN_FOLDER`).  What is known at a run's end only, the page itself holds as JSON, in
+an element that is not shown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from recollect.report.svg_chart import Level, Line, line_chart
 from recollect.units import format_bytes
 
 PAGE = "report.html"
-SUMMARY = "summary.json"
+_DATA = '<script type="application/json" id="summary">'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,11 @@ def read_run(folder: Path) -> RunFiles:
             f"Give the folder that `recollect train` names at its start, ROOT_PATH/DATASET/MARK."
         )
     try:
-        summary = folder / SUMMARY
         return RunFiles(
             folder=folder,
             plan=Plan.load(folder / "plan.json"),
             metrics=_metrics(folder / "metrics.jsonl"),
-            summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+            summary=_data_of(_text(folder / PAGE)),
             config=(folder / "config.yaml").read_text(encoding="utf-8"),
             command=_text(folder / "command.txt"),
             environment=json.loads(_text(folder / "environment.json") or "{}"),
@@ -98,8 +98,17 @@ def render(run: RunFiles) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(run.name)} · recollect</title><style>{_STYLE}</style></head>\n<body><main>\n{body}\n"
-        "</main></body></html>\n"
+        f"</main>{_data(run.summary)}</body></html>\n"
     )
+
+
+def _data(summary: Mapping[str, Any] | None) -> str:
+    return "" if summary is None else _DATA + json.dumps(summary).replace("<", "\\u003c") + "</script>"
+
+
+def _data_of(page: str) -> Mapping[str, Any] | None:
+    _, found, rest = page.partition(_DATA)
+    return json.loads(rest.partition("</script>")[0]) if found else None
 
 
 def _subtitle(run: RunFiles) -> str:

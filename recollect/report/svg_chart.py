@@ -96,7 +96,7 @@ def line_chart(
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, about `count` of them."""
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-99):  # the same, as far as a chart can show
-        high = low + (abs(low) or 1.0)
+        high = low + (abs(low) if abs(low) > 1e-90 else 1.0)
     rough = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))

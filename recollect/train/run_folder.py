@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from recollect.errors import UnsupportedInput
 from recollect.records import Plan
-from recollect.report.run_page import PAGE, SUMMARY, read_run, render
+from recollect.report.run_page import PAGE, read_run, render
 from recollect.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from recollect.train.config import TrainConfig, to_yaml
 from recollect.train.data import data_name
@@ -92,7 +93,7 @@ class RunFolder:
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         with replacing(self.path / "plan.json") as temporary:
             plan.save(temporary)
-        (self.path / SUMMARY).unlink(missing_ok=True)  # of the run's earlier end
+        (self.path / PAGE).unlink(missing_ok=True)  # of the run's earlier end
         kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
@@ -113,10 +114,9 @@ class RunFolder:
             save_file(tensors, temporary, metadata={"format": "pt"})
             shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
 
-    def save_summary(self, summary: Mapping[str, object]) -> None:
-        """Write ``summary.json``, and the page that shows the run."""
-        write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        write_text(self.path / PAGE, render(read_run(self.path)))
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the page that shows the run."""
+        write_text(self.path / PAGE, render(replace(read_run(self.path), summary=summary)))
 
     def _metric_lines(self) -> list[str]:
         """Whole lines; one that was cut off by a kill is not among them."""

@@ -1,7 +1,7 @@
 """Row 23, "save hangs": what decides about saving and stopping is the metric of all processes, in all of them.
 
-Each judges another part of the held-out data, so their own metrics differ; with one sample for each batch one of three
-processes even has more batches than the others.
+Each judges another part of the held-out data, so their own metrics differ; with an odd number of batches one of the
+two even has more of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["own_folder"]
 def test_early_stop_and_best_checkpoint() -> None:
     words = [*GPT, "--steps", "60", "--eval-every", "2", "--eval-samples", "7", "--early-stop", "2", "--lr", "0.3",
              "--save-every", "1000"]  # fmt: skip
-    ended = run(*words, "--mark", "three", "--json", command=torchrun(3))
+    ended = run(*words, "--mark", "two", "--json", command=torchrun(2))
     found = json.loads(ended.out)
     assert found["stopped_early"]
-    judged = {line["step"]: line["eval"]["loss"] for line in metrics("three") if "eval" in line}
+    judged = {line["step"]: line["eval"]["loss"] for line in metrics("two") if "eval" in line}
     assert judged[found["best_step"]] == min(judged.values()) == found["best"]
     assert len(judged) == list(judged).index(found["best_step"]) + 3  # two without a better one
-    best = Path("runs/python-source/three/checkpoints/best").resolve().name
+    best = Path("runs/python-source/two/checkpoints/best").resolve().name
     assert best == f"step-{found['best_step']:08d}"

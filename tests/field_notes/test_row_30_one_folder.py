@@ -31,8 +31,8 @@ def test_resume_auto_continues_folder_log_and_metrics(tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("own_folder")
 def test_four_processes_have_one_folder() -> None:
-    for processes, steps in (("4", "2"), ("2", "4")):  # another number of processes may go on with it
-        run(*GPT, "--multiprocessing-distributed", "--nproc-per-node", processes, "--steps", steps, "--resume", "auto")
+    run(*GPT, "--multiprocessing-distributed", "--nproc-per-node", "4", "--steps", "2", "--resume", "auto")
+    run(*GPT, "--steps", "4", "--resume", "auto")  # another number of processes may go on with it
     assert [path.name for path in Path("runs/python-source").iterdir()] == ["gpt-tiny"]
     assert [line["step"] for line in metrics("python-source/gpt-tiny")] == [1, 2, 3, 4]
     log = Path("runs/python-source/gpt-tiny/log.txt").read_text()

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from recollect.errors import UnsupportedInput
-from recollect.train.checkpoint import load_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from recollect.train.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    random_state,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -36,6 +42,7 @@ def save(
         progress={"loss_before": 1.5},
         model=model,
         optimizer=optimizer,
+        random_states=[random_state()],
         further={"average": {"w": torch.ones(2)}},
         is_best=is_best,
     )
@@ -62,7 +69,8 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.identity) == (1, {"model": "m"})
     assert checkpoint.progress == {"loss_before": 1.5}
-    further = load_checkpoint(checkpoint, model=other, optimizer=other_optimizer)
+    further, knows_random = load_checkpoint(checkpoint, model=other, optimizer=other_optimizer)
+    assert knows_random
     assert torch.equal(further["average"]["w"], torch.ones(2))
     step(other, other_optimizer)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(expected, other.state_dict().values(), strict=True))

@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_the_contract_says(capsys: pytest.CaptureFixtu
     run = Path("runs/python-source/m")
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "command.txt", "config.yaml", "environment.json", "log.txt", "metrics.jsonl",
-        "model.safetensors", "plan.json",
+        "model.safetensors", "plan.json", "report.html",
     ]  # fmt: skip
     assert (run / "command.txt").read_text() == "recollect train " + " ".join(words) + "\n"
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -15,6 +15,7 @@ from tests.train.distributed.launching import (
     TWO,
     equal_bits,
     finish,
+    free_port,
     logged,
     losses,
     metrics,
@@ -30,9 +31,13 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
+    """Without one, by two starters that meet at an address, as on two machines; with one, by a single starter."""
     steps = [*GPT, "--steps", "6"]
     run(*steps, "--mark", "one")
-    run(*steps, *TWO, "--mark", "plain")
+    flags = ["--multiprocessing-distributed", "--nproc-per-node", "1", "--world-size", "2", "--mark", "plain"]
+    meeting = ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    machines = [start(*steps, *flags, *meeting, "--rank", rank) for rank in ("0", "1")]
+    assert [ended.code for ended in map(finish, machines)] == [0, 0]
     ended = run(*steps, *TWO, "--mark", "planned", "--memory", "1250KiB", "--json")
     assert losses("plain") == pytest.approx(losses("one"), rel=1e-5)
     assert losses("planned") == losses("plain")  # to the last bit
@@ -42,7 +47,7 @@ def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
     assert found["processes"] == 2
     assert found["measured_peak_bytes"] <= found["budget_bytes"] < found["plain_peak_bytes"]
     assert found["eval"]["loss"] == pytest.approx(metrics("one")[-1]["eval"]["loss"], rel=1e-4)
-    assert [path.name for path in Path("runs/python-source").iterdir()].count("planned") == 1
+    assert sorted(path.name for path in Path("runs/python-source").iterdir()) == ["one", "plain", "planned"]
 
 
 def test_torchrun_uneven_batches_microbatches_and_a_resume() -> None:
