@@ -74,8 +74,6 @@ def test_a_signal_to_the_starter_saves_once_and_ends_all() -> None:
     assert ended.err.count("the checkpoint is written") == 1
     assert Path("runs/python-source/signal/checkpoints/latest/training.pt").exists()
     assert "Traceback" not in ended.err
-    run(*GPT, *TWO, "--steps", str(metrics("signal")[-1]["step"] + 60), "--mark", "signal", "--resume", "auto",
-        "--log-every", "5")  # fmt: skip
 
 
 def test_a_process_that_is_killed_ends_the_run_and_is_named() -> None:
