@@ -5,6 +5,7 @@ that are taken have a name.
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 
@@ -27,6 +28,7 @@ def test_a_rank_that_came_twice() -> None:
     codes = []
     try:
         while not codes:
+            time.sleep(0.1)
             codes = [process.poll() for process in twice if process.poll() is not None]
         assert codes == [2]
         ended = next(finish(process) for process in twice if process.poll() is not None)
