@@ -59,7 +59,8 @@ def fit(
         reference_budget_bytes: memory that the plain step, to which the planned one is compared, may take; by default
             the budget.
         profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
-            that several processes solve the same problem. Ignored if it is of another batch.
+            that several processes solve the same problem. Ignored if it is of another model, batch, optimizer, device,
+            number of accumulation steps or PyTorch.
 
     Returns:
         `Applied`, with `plan`, `profile` and `verdict`.
@@ -130,7 +131,7 @@ def find_plan(
     """
     device = device_of(model)
     budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
-    if profile is None or profile.batch != describe_batch(batch) or profile.fingerprint != fingerprint(model):
+    if profile is None or not _is_of(profile, model, batch, spec):
         profile = measure_step(model, batch, spec, budget_bytes=budget_bytes)
     infeasible: BudgetInfeasible | None = None
     for _ in range(_MOST_ROUNDS):
@@ -157,6 +158,18 @@ def find_plan(
         profile = repaired
     raise infeasible or BudgetInfeasible(
         plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
+    )
+
+
+def _is_of(profile: Profile, model: torch.nn.Module, batch: Any, spec: StepSpec) -> bool:
+    """The profile is of this step, as far as it says."""
+    return (
+        profile.fingerprint == fingerprint(model)
+        and profile.batch == describe_batch(batch)
+        and profile.optimizer == ", ".join(type(optimizer).__name__ for optimizer in spec.optimizers)
+        and profile.accumulation_steps == spec.accumulation_steps
+        and torch.device(profile.device).type == device_of(model).type
+        and profile.torch_version == torch.__version__
     )
 
 

@@ -349,3 +349,24 @@ def test_the_models_memory_does_not_look_as_if_it_came_from_outside(name: str) -
     tensors = [*parameters, *case.model.buffers(), *(p.grad for p in parameters), *tree_leaves(case.batch)]
     tensors += [value for one in optimizers for state in one.state.values() for value in state.values()]
     assert all(t.untyped_storage().resizable() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_a_profile_that_is_given_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    right = planner.measure_step
+    monkeypatch.setattr(planner, "measure_step", lambda *a, **k: measured.append(1) or right(*a, **k))
+    profile = recollect.measure(Net(), BATCH)
+    with recollect.fit(Net(), BATCH, profile=profile) as applied:
+        assert applied.profile is profile
+    assert measured == []
+    model = Net()
+    others: list[dict[str, Any]] = [
+        {"model": model, "batch": BATCH[:128]},
+        {"model": Net(width=32), "batch": BATCH[:, :32]},
+        {"model": model, "batch": BATCH, "optimizer": torch.optim.SGD(model.parameters())},
+        {"model": model, "batch": BATCH, "accumulation_steps": 2},
+    ]
+    for number, other in enumerate(others, 1):
+        with recollect.fit(**other, profile=profile) as applied:
+            assert applied.profile is not profile
+        assert len(measured) == number

@@ -37,15 +37,15 @@ class Level:
 def line_chart(
     lines: Sequence[Line], *, levels: Sequence[Level] = (), show: Callable[[float], str] = "{:g}".format, x_name: str
 ) -> str:
-    """The chart; empty if there is no point.
+    """The chart; empty if there is no point whose value is finite.
 
     Args:
-        lines: curves; one without points is left out.
+        lines: curves; one without such points is left out.
         levels: horizontal lines; the value axis reaches all of them.
         show: a value as text.
         x_name: what the points' first numbers are.
     """
-    drawn = [Line(name=line.name, points=_thinned(line), of_many=line.of_many) for line in lines if line.points]
+    drawn = [Line(name=line.name, points=points) for line in lines if (points := _thinned(line))]
     if not drawn:
         return ""
     xs = [x for line in drawn for x, _ in line.points]

@@ -12,7 +12,7 @@ import torch
 import recollect
 from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
-from recollect.records import Plan, Profile
+from recollect.records import Profile
 from recollect.report.plan_table import format_table
 from recollect.train.checkpoint import Checkpoint, load_checkpoint
 from recollect.train.config import TrainConfig
@@ -65,15 +65,12 @@ def run(
 def _run(
     config: TrainConfig, command: Sequence[str], reporter: Reporter, group: Group, device: torch.device | None
 ) -> RunSummary | None:
-    config, source, work, folder, checkpoint = group.together(lambda: _prepared(config, group, device))
+    config, source, work, folder, evaluator, checkpoint = group.together(lambda: _prepared(config, group, device))
     checkpoint = group.from_first(checkpoint)
-    evaluator = make_evaluator(config, source, work)
     total_steps = total_steps_of(config, work)
     identity = _identity(config, work, total_steps)
     scaler = make_scaler(config.precision)
-    if checkpoint is not None:
-        _check_identity(checkpoint, identity)
-    further = {} if checkpoint is None else group.together(lambda: _restored(config, work, checkpoint))
+    further = {} if checkpoint is None else group.together(lambda: _restored(config, work, checkpoint, identity))
     average = make_average(config, work, further)
     if scaler is not None and "scaler" in further:
         scaler.load_state_dict(further["scaler"])
@@ -93,7 +90,9 @@ def _run(
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
         progress = Progress(loss_before=_first_loss(work)) if checkpoint is None else _progress_of(checkpoint)
-        group.together(lambda: _open(folder, config, command, applied.plan, first_step, reporter, group))
+        group.together(
+            lambda: _open(folder, config, command, applied, first_step, reporter) if group.is_first else None
+        )
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
         elif config.resume is not None:
@@ -144,17 +143,22 @@ def _run(
 
 def _prepared(
     config: TrainConfig, group: Group, device: torch.device | None
-) -> tuple[TrainConfig, ModelSource, Workload, RunFolder, Checkpoint | None]:
+) -> tuple[TrainConfig, ModelSource, Workload, RunFolder, Evaluator | None, Checkpoint | None]:
     """All that can be wrong with what was asked for; nothing is written."""
     config, source = resolve(config)
     folder = RunFolder(config)
     if config.tensorboard:
         import_tensorboard()
     checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
-    return config, source, build(config, source, group, device), folder, checkpoint
+    work = build(config, source, group, device)
+    return config, source, work, folder, make_evaluator(config, source, work), checkpoint
 
 
-def _restored(config: TrainConfig, work: Workload, checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _restored(
+    config: TrainConfig, work: Workload, checkpoint: Checkpoint, identity: dict[str, object]
+) -> Mapping[str, Any]:
+    """Put model, optimizer and random generators where the checkpoint left them; what else it holds."""
+    _check_identity(checkpoint, identity)
     group = work.group
     further, knows_random = load_checkpoint(
         checkpoint, model=work.model, optimizer=work.optimizer, rank=group.rank, world_size=group.world_size
@@ -175,14 +179,12 @@ def _open(
     folder: RunFolder,
     config: TrainConfig,
     command: Sequence[str],
-    plan: Plan,
+    applied: recollect.Applied,
     first_step: int,
     reporter: Reporter,
-    group: Group,
 ) -> None:
-    if group.is_first:
-        folder.open(config, command, plan, first_step)
-        reporter.open_log(folder.log)
+    folder.open(config, command, applied.plan, first_step)
+    reporter.open_log(folder.log)
 
 
 def _metrics_of(folder: RunFolder, config: TrainConfig, group: Group) -> AbstractContextManager[MetricsFile | None]:
@@ -291,17 +293,21 @@ def plan_run(
     mine = group.together(lambda: fitted(None) if group.is_first else None)
     profile = group.from_first(None if mine is None else mine.profile)
     applied = group.together(lambda: fitted(profile) if mine is None else mine)
-    try:
-        for step in work.order.sizes(first_step, total_steps).values():
-            others = work.loader.microbatches(step)
-            for place, (part, share) in enumerate(zip(others, work.shares(others), strict=True)):
-                work.loss.share = share
+    # What the processes tell each other comes first: inside `together` one may end before another.
+    steps = work.order.sizes(first_step, total_steps).values()
+    shares = {step: work.shares(work.loader.microbatches(step)) for step in steps}
+
+    def prepare_others() -> None:
+        for step in shares:
+            for place, part in enumerate(work.loader.microbatches(step)):
+                work.loss.share = shares[step][place]
                 moved = to_device(part, work.device)
-                other = type(extreme)(
-                    step=step, place=place, numbers=work.loader.numbers(step)[place], is_bound=extreme.is_bound
-                )
+                other = replace(extreme, step=step, place=place, numbers=work.loader.numbers(step)[place])
                 with naming(moved, other, beside_bytes):
                     applied.prepare(moved)
+
+    try:
+        group.together(prepare_others)
     except BaseException:
         applied.remove()
         raise

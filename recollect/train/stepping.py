@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ import recollect
 from recollect.errors import RecollectError
 from recollect.measure.step import describe_batch
 from recollect.out_of_memory import is_out_of_memory
-from recollect.train.data.loader import to_device
+from recollect.train.data.loader import Parts, to_device
 from recollect.train.distributed.group import group_broken, is_group_broken
 from recollect.train.distributed.parallel import exchanging
 from recollect.train.workload import Workload
@@ -47,13 +46,13 @@ class Stepper:
     model: nn.Module
     """What is called: the workload's, or that wrapped for several processes."""
 
-    def prepare(self, parts: list[Any]) -> None:
+    def prepare(self, parts: Parts) -> None:
         """Plan the step's batches now if there is no plan for their shapes yet."""
         for part, share in zip(parts, self.work.shares(parts), strict=True):
             self.work.loss.share = share
             self.applied.prepare(to_device(part, self.work.device))
 
-    def take(self, parts: list[Any]) -> StepOutcome:
+    def take(self, parts: Parts) -> StepOutcome:
         """Take a step on the microbatches of a batch.
 
         Raises:
@@ -75,7 +74,7 @@ class Stepper:
                 f"something else took it. Go on from the last checkpoint with --resume auto and a smaller --memory."
             ) from error
 
-    def _take(self, parts: list[Any]) -> StepOutcome:
+    def _take(self, parts: Parts) -> StepOutcome:
         work, scaler = self.work, self.scaler
         work.optimizer.zero_grad(set_to_none=False)
         total: Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 from recollect.meter import measure_peak, resident_bytes
 from recollect.train.checkpoint import random_state, save_checkpoint
 from recollect.train.config import TrainConfig
+from recollect.train.data.loader import Parts
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluation, Evaluator
 from recollect.train.optimizers import set_lr
@@ -94,11 +95,13 @@ class Training:
 
     def _signal(self, stop: StopRequest, done: int) -> int | None:
         """A signal that this process or another one got; all processes are told at the same step."""
-        if self.work.group.is_alone or done % self._ask_every:
-            return stop.signal_number if self.work.group.is_alone else None
+        if self.work.group.is_alone:
+            return stop.signal_number
+        if done % self._ask_every:
+            return None
         return max(self.work.group.gather(stop.signal_number or 0)) or None
 
-    def _step(self, parts: list[Any], done: int, first_step: int, started: float) -> bool:
+    def _step(self, parts: Parts, done: int, first_step: int, started: float) -> bool:
         """Take step ``done`` (the first is 1) and all that follows from it; True if the run ends with it."""
         config = self.config
         lr = lr_at(
@@ -150,7 +153,7 @@ class Training:
         self._watch = Stopwatch(self.work.device)
         return is_finished
 
-    def _measured(self, parts: list[Any]) -> tuple[StepOutcome, float, int]:
+    def _measured(self, parts: Parts) -> tuple[StepOutcome, float, int]:
         """A step whose memory is measured. On a CPU that makes it slower, so its time counts only if there is no
         other.
         """
@@ -163,7 +166,7 @@ class Training:
         step_ms = self._watch.mean_ms or (time.perf_counter() - started) * 1000
         return outcome, step_ms, peak_bytes
 
-    def _resident_bytes(self, parts: list[Any]) -> int:
+    def _resident_bytes(self, parts: Parts) -> int:
         average_bytes = 0 if self.average is None else self.average.nbytes
         return resident_bytes(self.work.model, parts, self.work.optimizer) + average_bytes
 
@@ -201,7 +204,7 @@ class Training:
 
     def _report(
         self,
-        parts: list[Any],
+        parts: Parts,
         done: int,
         lr: float,
         loss: float,

@@ -16,7 +16,7 @@ from recollect.errors import UnsupportedInput
 from recollect.measure.step import StepSpec, batch_tensors
 from recollect.train.config import WorkConfig
 from recollect.train.data import DataOptions, TrainingData, data_name, load_data
-from recollect.train.data.loader import BatchLoader, to_device
+from recollect.train.data.loader import BatchLoader, Parts, to_device
 from recollect.train.data.order import BatchOrder
 from recollect.train.data.rows import Columns
 from recollect.train.data.tokens import load_tokens
@@ -75,15 +75,14 @@ class Workload:
         self.loss.share = self.shares(parts)[place]
         return to_device(parts[place], self.device)
 
-    def shares(self, parts: list[Any]) -> list[float | None]:
+    def shares(self, parts: Parts) -> list[float | None]:
         """Each microbatch's share of its batch, times the number of processes; None where batches are not split.
 
         A batch that is too small to be split still has a share of 1, so that its step is like that of the others.
         """
         if self.accumulation_steps == 1 and self.group.is_alone:
             return [None] * len(parts)
-        is_filler = getattr(parts, "is_filler", False)
-        weights = [0.0 if is_filler else self.task.weight(part) for part in parts]
+        weights = [0.0 if parts.is_filler else self.task.weight(part) for part in parts]
         (total,) = self.group.sums([sum(weights)])
         if not total > 0:
             raise UnsupportedInput(

@@ -44,6 +44,9 @@ def test_larger_values_are_drawn_higher_and_later_ones_further_right() -> None:
 def test_one_point_no_point_and_equal_points() -> None:
     assert line_chart([], x_name="step") == ""
     assert line_chart([Line(name="loss", points=[])], x_name="step") == ""
+    nothing = Line(name="held out", points=[(1, math.nan), (2, math.inf)])
+    assert line_chart([nothing], x_name="step") == ""
+    assert len(points(line_chart([Line(name="loss", points=[(1, 2.0)]), nothing], x_name="step"))) == 1
     assert len(points(line_chart([Line(name="loss", points=[(3, 2.0)])], x_name="step"))) == 1
     assert len(points(line_chart([Line(name="loss", points=[(1, 0.0), (2, 0.0)])], x_name="step"))) == 2
 

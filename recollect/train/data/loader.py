@@ -100,16 +100,19 @@ class BatchLoader:
     def numbers(self, step: int) -> list[tuple[int, ...]]:
         """The numbers of the samples of each microbatch of step ``step``."""
         numbers = self._order.indices(step)
-        if self._world_size > 1:
-            ends = (len(numbers) * rank // self._world_size for rank in (self._rank, self._rank + 1))
-            numbers = numbers[slice(*ends)] or numbers[:1]
+        begin, end = self._part(len(numbers))
+        numbers = numbers[begin:end] or numbers[:1]
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
     def is_filler(self, step: int) -> bool:
         """There are fewer samples in step ``step`` than processes, and this one has none of its own."""
-        count = len(self._order.indices(step))
-        return count * self._rank // self._world_size == count * (self._rank + 1) // self._world_size
+        begin, end = self._part(len(self._order.indices(step)))
+        return begin == end
+
+    def _part(self, count: int) -> tuple[int, int]:
+        """Of so many samples, this process's: from the first number up to the second."""
+        return count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size
 
     def microbatches(self, step: int) -> Parts:
         """The microbatches of step ``step`` (the first is 0), made now.

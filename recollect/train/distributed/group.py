@@ -39,7 +39,6 @@ class Group:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     control: Any = None
     """The process group for messages: gloo, whatever carries gradients."""
 
@@ -182,7 +181,7 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
         ) from error
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        yield Group(rank=member.rank, world_size=member.world_size, local_rank=member.local_rank, control=control)
+        yield Group(rank=member.rank, world_size=member.world_size, control=control)
         with suppress(RuntimeError):  # nobody leaves while another is still talking to it, unless that is gone
             dist.barrier(group=control)
     finally:
