@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from recollect.train import TrainConfig, build, resolve
+from recollect.train import TrainConfig, Workload, build, resolve
 from recollect.train.data.loader import to_device
 from recollect.train.loop import plan_run
 from recollect.train.stepping import Stepper
@@ -37,13 +38,16 @@ Loop = Callable[[], list[float]]
 """Takes steps; returns when each of them ended."""
 
 
+def _loader(work: Workload, steps: int) -> DataLoader[Any]:
+    """Of the samples of these steps, in their order."""
+    samples: Any = [work.data.samples[number] for step in range(steps) for number in work.order.indices(step)]
+    return DataLoader(samples, batch_size=_BATCH)
+
+
 def loop_by_hand(name: str, steps: int) -> Loop:
     """As people write it."""
     work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
-    loader = torch.utils.data.DataLoader(
-        [work.data.samples[number] for step in range(steps) for number in work.order.indices(step)],  # type: ignore[arg-type]
-        batch_size=_BATCH,
-    )
+    loader = _loader(work, steps)
 
     def run() -> list[float]:
         ends = []
@@ -78,18 +82,18 @@ def own_loop(name: str, steps: int) -> Loop:
 def transformers_loop(name: str, steps: int, folder: str) -> Loop | None:
     """Hugging Face's Trainer; None if it is not installed."""
     try:
-        import accelerate  # noqa: F401
+        import accelerate  # noqa: F401  # transformers asks for it late
         from transformers import Trainer, TrainerCallback, TrainingArguments
     except ModuleNotFoundError:
         return None
     work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
 
-    class OwnLoss(Trainer):  # type: ignore[misc]
+    class OwnLoss(Trainer):  # type: ignore[misc]  # untyped
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
             loss: Tensor = work.task.loss(model, inputs["batch"])  # it takes mappings only
             return loss
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):  # type: ignore[misc]  # untyped
         ends: list[float]
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -123,12 +127,9 @@ def lightning_loop(name: str, steps: int) -> Loop | None:
         return None
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
-    loader: Any = torch.utils.data.DataLoader(
-        [work.data.samples[number] for step in range(steps) for number in work.order.indices(step)],  # type: ignore[arg-type]
-        batch_size=_BATCH,
-    )
+    loader = _loader(work, steps)
 
-    class Wrapped(lightning.LightningModule):  # type: ignore[misc]
+    class Wrapped(lightning.LightningModule):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
             super().__init__()
             self.inner = work.model
@@ -140,7 +141,7 @@ def lightning_loop(name: str, steps: int) -> Loop | None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return work.optimizer
 
-    class Clock(lightning.Callback):  # type: ignore[misc]
+    class Clock(lightning.Callback):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
             self.ends: list[float] = []
 

@@ -1,9 +1,10 @@
-"""Shared by all tests: one thread, a quiet profiler, a fixed seed, and a cost cache of their own."""
+"""Shared by all tests: one thread, a quiet profiler, a fixed seed, and a cost cache of their own; and a folder."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,10 @@ def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iter
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder, from which the project's tests can still be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

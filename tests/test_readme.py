@@ -1,12 +1,17 @@
-"""The README's Python example runs as it is printed."""
+"""The README's Python example runs as it is printed, and its training runs begin as they are."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+
+from recollect.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -28,3 +33,19 @@ def test_the_example_runs() -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert not torch.equal(before, model[0].weight)
+
+
+def test_the_training_runs_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their first two steps, within their budgets; what they reach takes too long for a test."""
+    monkeypatch.chdir(README.parent)
+    _, _, section = README.read_text(encoding="utf-8").partition("### Training\n")
+    blocks = re.findall(r"```\nrecollect (train .*?)```", section.partition("\n### ")[0], re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        words = shlex.split(re.sub(r"--epochs \d+", "--steps 2", block.replace("\\\n", " ")))
+        assert main([*words, "--eval-samples", "8", "--root-path", str(tmp_path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["measured_peak_bytes"] <= found["budget_bytes"] < 0.6 * found["plain_peak_bytes"]
+        assert found["gradients_equal"] is True

@@ -115,7 +115,7 @@ def _subtitle(run: RunFiles) -> str:
     plan = run.plan
     done = int(run.metrics[-1]["step"]) if run.metrics else 0
     state = "finished" if run.summary is not None else "not finished"
-    return f"{plan.model} · {plan.optimizer or 'no optimizer'} · {plan.device} · {done:,} steps logged, {state}"
+    return f"{plan.model} · {plan.optimizer or 'no optimizer'} · {plan.device} · {done:,} steps, {state}"
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:

@@ -67,7 +67,7 @@ class Evaluator:
         for _, sums in sorted((entry for entries, _ in everyones for entry in entries), key=lambda entry: entry[0]):
             for name, (total, count) in sums.items():
                 totals[name] += total  # type: ignore[assignment]  # Counter of floats
-                counts[name] += count  # type: ignore[assignment]
+                counts[name] += count  # type: ignore[assignment]  # of floats
         means = {name: totals[name] / counts[name] for name in totals if counts[name]}
         return Evaluation(
             metrics=self.task.summarise(means),

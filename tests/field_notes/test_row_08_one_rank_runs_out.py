@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import TWO, finish, logged, own_folder, start
-
-__all__ = ["own_folder"]
+from tests.train.distributed.launching import TWO, finish, logged, start
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -9,9 +9,8 @@ import time
 
 import pytest
 
-from tests.train.distributed.launching import GPT, TWO, finish, free_port, losses, own_folder, start
+from tests.train.distributed.launching import GPT, TWO, finish, free_port, losses, start
 
-__all__ = ["own_folder"]
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import GPT, finish, free_port, own_folder, start
-
-__all__ = ["own_folder"]
+from tests.train.distributed.launching import GPT, finish, free_port, start
 
 
 @pytest.mark.usefixtures("own_folder")

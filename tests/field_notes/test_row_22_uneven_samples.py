@@ -13,9 +13,12 @@ from recollect.train.data.loader import BatchLoader
 from recollect.train.data.order import BatchOrder
 
 DATA = TrainingData(
-    name="numbers", samples=[torch.tensor(number) for number in range(101)], facts=DataFacts(kind="custom"),  # type: ignore[arg-type]
-    fingerprint="", description="",
-)  # fmt: skip
+    name="numbers",
+    samples=[torch.tensor(number) for number in range(101)],  # type: ignore[arg-type]  # a list takes slices, too
+    facts=DataFacts(kind="custom"),
+    fingerprint="",
+    description="",
+)
 
 
 def loaders(world_size: int) -> tuple[BatchOrder, list[BatchLoader]]:

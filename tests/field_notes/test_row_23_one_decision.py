@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import GPT, metrics, own_folder, run, torchrun
-
-__all__ = ["own_folder"]
+from tests.train.distributed.launching import GPT, metrics, run, torchrun
 
 
 @pytest.mark.usefixtures("own_folder")

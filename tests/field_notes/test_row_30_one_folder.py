@@ -10,9 +10,7 @@ import pytest
 
 from recollect.cli.main import main
 from tests.field_notes.running import metrics
-from tests.train.distributed.launching import GPT, own_folder, run
-
-__all__ = ["own_folder"]
+from tests.train.distributed.launching import GPT, run
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--log-every", "1"]
 

@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_and_one_that_goes_on(run: Path, capsys: pytest.C
     assert main(["report", str(run), "--output", "other.html", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": "other.html", "finished": False, "summary": None}
     shown = Text(Path("other.html").read_text(encoding="utf-8"))
-    assert "4 steps logged, not finished" in shown.text
+    assert "4 steps, not finished" in shown.text
     assert main([*WORDS, "--mark", "a<b>", "--steps", "5", "--resume", "auto"]) == 0
     capsys.readouterr()
     assert main(["report", str(run), "--json"]) == 0

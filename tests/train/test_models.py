@@ -62,6 +62,16 @@ def test_wrong_model_arguments_are_refused(arguments: dict[str, object], message
         build(*resolve(TrainConfig(model="gpt-tiny", model_args=arguments)))
 
 
+@pytest.mark.parametrize("steps_at_a_time", [1, 13, 26, 100])
+def test_an_lstm_in_pieces_is_the_lstm(steps_at_a_time: int) -> None:
+    models = [
+        build(*resolve(TrainConfig(model="lstm", sequence_length=26, batch_size=2, model_args=arguments))).model.eval()
+        for arguments in ({}, {"steps_at_a_time": steps_at_a_time})
+    ]
+    series = torch.randn(2, 26, 1)
+    torch.testing.assert_close(models[0](series), models[1](series))
+
+
 def test_a_model_and_data_of_other_kinds_do_not_fit() -> None:
     with pytest.raises(UnsupportedInput, match=r"'resnet' is trained on images .* 'co2' gives series"):
         build(*resolve(TrainConfig(model="resnet", dataset="co2")))

@@ -24,9 +24,7 @@ TEXTS = [("word " * (1 + number % 7)).strip() for number in range(60)]
 LONG = "".join(chr(97 + number % 26) for number in range(150))
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def table(*texts: str) -> str:

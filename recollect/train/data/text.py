@@ -32,14 +32,19 @@ def python_source(form: TextForm) -> TrainingData:
 
     About a tenth of the files is held out.
     """
+    root, files = python_source_files()
+    origin = f"the standard library's source under {root}"
+    return _of_files("python-source", files, root, form, origin)
+
+
+def python_source_files() -> tuple[Path, list[Path]]:
+    """The folder of the standard library, and the files of it that `python_source` consists of."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
+    return root, [
         path
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
         if not _NOT_EVERYWHERE.intersection(path.relative_to(root).parts)
     ]
-    origin = f"the standard library's source under {root}"
-    return _of_files("python-source", files, root, form, origin)
 
 
 def text_path(path: Path, form: TextForm) -> TrainingData:

@@ -98,11 +98,16 @@ class Group:
             problem = raised
         is_input = isinstance(problem, UnsupportedInput | BudgetInfeasible | PlanMismatch)
         failures = self.gather(None if problem is None else (str(problem), is_input))
-        if problem is not None and (self.is_first or failures[0] is None or failures[0][0] != str(problem)):
-            raise problem
-        for rank, failure in enumerate(failures):
-            if failure is not None:  # the same everywhere is said once
-                raise FailedElsewhere(rank, failure[0], is_bad_input=failure[1]) from problem
+        try:
+            if problem is not None and (self.is_first or failures[0] is None or failures[0][0] != str(problem)):
+                raise problem
+            for rank, failure in enumerate(failures):
+                if failure is not None:  # the same everywhere is said once
+                    raise FailedElsewhere(rank, failure[0], is_bad_input=failure[1]) from problem
+        finally:
+            # An error whose frame holds it would keep the group's threads alive until Python ends, and they may then
+            # ask for Python's lock, which aborts the process.
+            del problem
         return result  # type: ignore[return-value]  # `work` has returned
 
 

@@ -73,13 +73,11 @@ def noting_failure() -> Iterator[None]:
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    handler = get_error_handler()
-    handler.initialize()
     try:
         yield
     except Exception as problem:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            handler.record_exception(problem)
+            get_error_handler().record_exception(problem)
         raise
 
 

@@ -34,11 +34,6 @@ class LstmConfig:
                 f"an lstm reads either a series or a text, but features={self.features} and "
                 f"vocabulary_size={self.vocabulary_size} were given. Set exactly one of them above zero."
             )
-        if self.steps_at_a_time < 0:
-            raise UnsupportedInput(
-                f"steps_at_a_time is {self.steps_at_a_time}, but it counts time steps. Give 0 for all of them at once, "
-                f"or a number above zero."
-            )
 
 
 class Lstm(nn.Module):

@@ -19,14 +19,12 @@ from tests.train.distributed.launching import (
     logged,
     losses,
     metrics,
-    own_folder,
     run,
     start,
     torchrun,
     weights,
 )
 
-__all__ = ["own_folder"]
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
