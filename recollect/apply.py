@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from recollect._fsdp_private import around_machinery
 from recollect.errors import PlanMismatch, UnsupportedInput
 from recollect.live_plan import LivePlan
 from recollect.measure.profiler import fingerprint
@@ -119,6 +120,7 @@ class Applied:
         self._own = self._live = LivePlan.of(plan)
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
+        self._leave_machinery: Callable[[], None] | None = None  # ends that FSDP2's work goes by unseen
         self.shapes: PlansByShape | None = None
         """Plans for batches of other shapes; None unless `fit` made this."""
         self._batch_is_known = False
@@ -266,6 +268,9 @@ class Applied:
                 else:
                     del module.__dict__["forward"]
         self._modules = []
+        if self._leave_machinery is not None:
+            self._leave_machinery()
+            self._leave_machinery = None
 
     def __enter__(self) -> Applied:
         return self
@@ -289,6 +294,8 @@ class Applied:
                 module.__dict__["forward"] = forward
                 self._modules.append(module)
             self._installed.fast_paths = with_fast_paths(self._model)
+            if wanted:
+                self._leave_machinery = around_machinery(self._model, self._installed.aside)
         self._live = live
         self._installed.recipes = live.recipes
         self._installed.refused = live.refused

@@ -22,6 +22,7 @@ from recollect._torch_private import (
     storage_key,
     tree_leaves,
 )
+from recollect.distributed_tensors import local
 from recollect.errors import UnsupportedInput
 
 Result = TypeVar("Result")
@@ -33,7 +34,7 @@ def resident_bytes(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
 ) -> int:
     """Bytes of every distinct storage of parameters, buffers, gradients, optimizer state and batch that lives on the
-    model's device.
+    model's device; of sharded parameters, this process's part.
     """
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
@@ -49,7 +50,7 @@ def resident_bytes(
     device = next(model.parameters()).device
     storages = {
         storage_key(t): t.untyped_storage().nbytes()
-        for t in tensors
+        for t in map(local, tensors)
         if t.device == device and t.layout is torch.strided
     }
     return sum(storages.values())

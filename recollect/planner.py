@@ -15,11 +15,13 @@ from recollect import meter
 from recollect.apply import Applied, apply
 from recollect.budget import resolve_budget
 from recollect.errors import BudgetInfeasible, UnsupportedInput
-from recollect.measure.profiler import fingerprint, measure_step
+from recollect.group import Group
+from recollect.measure.profiler import fingerprint, measure_step, measure_together
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, check_model, describe_batch, device_of
 from recollect.out_of_memory import is_out_of_memory
 from recollect.records import Plan, Profile
 from recollect.shapes import GradCheckpoint, Shapes
+from recollect.sharded import group_of
 from recollect.solve import full_plan, plain_plan, solve
 from recollect.units import format_bytes
 from recollect.verify import Trial, verify_applied
@@ -61,6 +63,9 @@ def fit(
         profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
             that several processes solve the same problem. Ignored if it is of another model, batch, optimizer, device,
             number of accumulation steps or PyTorch.
+
+    Of a model that is sharded by `fully_shard`, all its processes have to call this, and afterwards to take their steps
+    together, as FSDP2 itself demands.  The budget is each process's.
 
     Returns:
         `Applied`, with `plan`, `profile` and `verdict`.
@@ -131,34 +136,51 @@ def find_plan(
     """
     device = device_of(model)
     budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
-    if profile is None or not _is_of(profile, model, batch, spec):
-        profile = measure_step(model, batch, spec, budget_bytes=budget_bytes)
-    infeasible: BudgetInfeasible | None = None
+    group = group_of(model)  # its processes take each step, and so each decision about one, together
+    is_known = all(group.gather(profile is not None and _is_of(profile, model, batch, spec)))
+    if profile is None or not is_known:
+        profile = measure_together(model, batch, spec, budget_bytes=budget_bytes)
     for _ in range(_MOST_ROUNDS):
-        try:
-            plan = _choose(profile, budget_bytes, grad_checkpoint)
-            infeasible = None
-        except BudgetInfeasible as error:
+        found, infeasible = _choose_together(profile, budget_bytes, grad_checkpoint, group)
+        if infeasible is not None:
             # The budget that the error names shall be one that runs: try it, if the device has that much.
-            if within_budget or error.required_bytes > resolve_budget("auto", device):
-                raise
-            plan = _choose(profile, error.required_bytes, grad_checkpoint)
-            infeasible = error
+            if within_budget or not all(group.gather(infeasible.required_bytes <= resolve_budget("auto", device))):
+                raise infeasible
+            found = _choose(profile, infeasible.required_bytes, grad_checkpoint)
+        assert found is not None  # either there is a plan, or it is said why not
+        plan = found
         applied = apply(model, plan, spec=spec, profile=profile)
         try:
             repaired = _guard(model, batch, applied, spec, profile)
         except BaseException:
             applied.remove()
             raise
-        if repaired is None and infeasible is None:
+        is_held = not any(group.gather(repaired is not None))
+        if is_held and infeasible is None:
             return applied
         applied.remove()
-        if repaired is None:
+        if is_held:
             break
-        profile = repaired
+        profile = repaired or profile
     raise infeasible or BudgetInfeasible(
         plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
     )
+
+
+def _choose_together(
+    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: Group
+) -> tuple[Plan | None, BudgetInfeasible | None]:
+    """The plan; else, where one of the processes has none, what the neediest of them needs."""
+    plan: Plan | None = None
+    problem: BudgetInfeasible | None = None
+    try:
+        plan = _choose(profile, budget_bytes, grad_checkpoint)
+    except BudgetInfeasible as infeasible:
+        problem = infeasible
+    problems = [one for one in group.gather(problem) if one is not None]
+    if problems:
+        return None, max(problems, key=lambda one: one.required_bytes)
+    return plan, None
 
 
 def _is_of(profile: Profile, model: torch.nn.Module, batch: Any, spec: StepSpec) -> bool:
@@ -199,7 +221,9 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
             raise
     finally:
         trial.restore()
-    if mismatches and profile.method == "fake":  # first: positions that were refused are not this profile's either
+    if mismatches and profile.is_sharded:  # such a model cannot be measured by running it; its tapes keep it right
+        _log.warning("%d region calls ran other operations than measured: more may be held than planned", mismatches)
+    elif mismatches and profile.method == "fake":  # first: positions that were refused are not this profile's either
         _log.info("%d region calls ran other operations than measured; measuring with a real step", mismatches)
         applied.remove()
         return measure_step(model, batch, spec, concrete=True, budget_bytes=plan.budget_bytes)

@@ -213,6 +213,9 @@ class Profile:
     """Further time for each module call that is run again."""
     random_state_bytes: int = 0
     """Size of the default generator's state, where that counts (on a CPU): noted for each call that is run again."""
+    is_sharded: bool = False
+    """Each process holds a part of every parameter (FSDP2), so that nothing is replayed outside its own region's
+    backward: the weights would not be there."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "scratch" and the "times" of operations run alone
     (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""

@@ -11,6 +11,7 @@ What decides about a plan is compared before each step (`step_shape`).  For a sh
   solving as was lost by not solving.
 * No run under the meter confirms such a plan, so a margin is kept, and what repair had to add elsewhere is added here.
   Where the budget leaves no room for the margin, or a region is recomputed for the first time, there is such a run.
+  A model that FSDP2 has sharded is never run so: a trial would need all its processes.
 * A batch so small that its plain step must fit several times over is not even measured.
 
 A step whose operations were not those of its plan is counted; the shape is planned again before its next step, and
@@ -34,10 +35,12 @@ from recollect._torch_private import profiler_is_running
 from recollect.apply import Applied
 from recollect.errors import BudgetInfeasible
 from recollect.live_plan import LivePlan
+from recollect.measure.profiler import measure_step
 from recollect.measure.reshaped import measure_reshaped, operations
 from recollect.measure.step import StepSpec, device_of
 from recollect.profile_index import ProfileIndex
 from recollect.records import RERUN, Decision, Group, Plan, Profile
+from recollect.sharded import is_sharded
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
 from recollect.step_shape import StepShape, ambient_autocast, step_shape
@@ -157,6 +160,7 @@ class Shapes:
         self._budget_bytes = budget_bytes
         self._grad_checkpoint = grad_checkpoint
         self._plan_guarded = plan_guarded
+        self._is_sharded = is_sharded(model)
         self._solving_ms = planning_ms
         self._lost_ms = 0.0
         self._entries: OrderedDict[StepShape, _Entry] = OrderedDict()
@@ -249,7 +253,7 @@ class Shapes:
 
     def _is_due(self, entry: _Entry) -> bool:
         """Whether to plan a known shape again."""
-        if entry.mismatched_steps >= entry.replan_at and not entry.is_data_dependent:
+        if entry.mismatched_steps >= entry.replan_at and not (entry.is_data_dependent or self._is_sharded):
             return True
         return entry.is_reused and self._lost_ms > self._solving_ms
 
@@ -316,11 +320,23 @@ class Shapes:
 
     def _guarded(self, shape: StepShape, batch: Any) -> _Entry:
         spec = self._step_spec()
+        if self._is_sharded:  # a trial needs all processes, and the others may know their shapes already
+            return self._untried(shape, batch, spec)
         with self._applied.removed(), _no_ambient_autocast(self._model):
             applied = self._plan_guarded(batch, spec)
             applied.remove()
         self.statistics.guarded += 1
         return self._confirmed(shape, applied)
+
+    def _untried(self, shape: StepShape, batch: Any, spec: StepSpec) -> _Entry:
+        """A plan from a measurement of its own, corrected by what the latest trial showed."""
+        latest = self._references[-1]
+        with self._applied.paused(), _no_ambient_autocast(self._model):
+            profile = measure_step(self._model, batch, spec, budget_bytes=self._budget_bytes)
+        profile = replace(profile, correction_bytes=latest.correction_bytes)
+        plan, is_reused = self._choose(profile, shape)
+        self.statistics.solved += 1
+        return _Entry(live=LivePlan.of(plan), kind=shape.kind, elements=shape.elements, is_reused=is_reused)
 
     def _confirmed(self, shape: StepShape, applied: Applied) -> _Entry:
         profile, live = applied.profile, applied.live

@@ -17,12 +17,14 @@ import torch
 
 from recollect import meter
 from recollect.apply import Applied, apply
+from recollect.distributed_tensors import local
 from recollect.errors import UnsupportedInput
 from recollect.measure.host_copy import CopyFile, HostCopy, difference, same_contents
 from recollect.measure.state import RandomState, TrainingState
 from recollect.measure.step import LossFunction, StepSpec, as_optimizers, device_of, give_gradients
 from recollect.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES, Plan, Verdict
-from recollect.verify_regions import compare_regions
+from recollect.sharded import group_of
+from recollect.verify_regions import RegionComparison, compare_regions
 
 _TIMING_ROUNDS = 3
 
@@ -81,7 +83,7 @@ def verify_applied(
     trial = Trial(model, batch, applied, spec)
     try:
         guarded = trial.guarded(steps)
-        if plan.plain_peak_bytes <= allowed_bytes:
+        if all(trial.group.gather(plan.plain_peak_bytes <= allowed_bytes)):
             return _whole_step(trial, guarded, steps)
         return _per_region(trial, guarded, steps)
     finally:
@@ -109,6 +111,8 @@ class Trial:
         self.applied = applied
         self.plan = applied.plan
         self.device = device_of(model)
+        self.group = group_of(model)
+        """Those who have to take each step together."""
         self._spec = spec
         self._planned_spec = replace(spec, around_loss=lambda: applied.step(batch))
         self._given = TrainingState(model, spec.optimizers, also=(batch,))
@@ -158,9 +162,9 @@ class Trial:
         tape_bytes = counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_VALUE_HOST_BYTES
         replayed, mismatches = counts.replayed_ops, counts.mismatches + counts.unplanned_calls
         for name, parameter in self.model.named_parameters():
-            tensors[f"parameter {name}"] = HostCopy(parameter, copies)
+            tensors[f"parameter {name}"] = HostCopy(local(parameter), copies)
             if parameter.grad is not None:
-                tensors[f"gradient of {name}"] = HostCopy(parameter.grad, copies)
+                tensors[f"gradient of {name}"] = HostCopy(local(parameter.grad), copies)
         for name, buffer in self.model.named_buffers():
             tensors[f"buffer {name}"] = HostCopy(buffer, copies)
         return Outcome(
@@ -196,6 +200,15 @@ def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
         if name not in not_reproducible and not same_contents(t, planned.tensors.get(name))
     }
     rng_equal = first.random_state.equals(planned.random_state)
+    if not trial.group.is_alone:  # each has compared its part
+        everyones = trial.group.gather((differing, not_reproducible, rng_equal))
+        not_reproducible = {name for _, names, _ in everyones for name in names}
+        differing = {}
+        for found, _, _ in everyones:
+            for name, value in found.items():
+                if name not in not_reproducible:
+                    differing[name] = max(value, differing.get(name, 0.0))
+        rng_equal = all(equal for _, _, equal in everyones)
     step_ms, plain_ms = trial.times_ms(plain=True)
     plan = trial.plan
     equal = not differing and rng_equal
@@ -229,7 +242,10 @@ def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
 
 def _per_region(trial: Trial, planned: Outcome, steps: int) -> Verdict:
     plan = trial.plan
-    found = compare_regions(trial.model, trial.applied, lambda inside: trial.run(1, planned=True, inside=inside))
+    if trial.group.is_alone:
+        found = compare_regions(trial.model, trial.applied, lambda inside: trial.run(1, planned=True, inside=inside))
+    else:  # a region's weights are there only within a step
+        found = RegionComparison(unverified=[region.key for region in plan.regions if region.recipe >= 0])
     step_ms, _ = trial.times_ms(plain=False)
     within = planned.peak_bytes <= plan.budget_bytes
     ok: bool | None = not found.differing and within

@@ -29,6 +29,10 @@ FLOORS = {
     "meter": 2,
     "out_of_memory": 2,
     "budget": 2,
+    "group": 2,
+    "distributed_tensors": 2,
+    "sharded": 2,
+    "_fsdp_private": 2,
     "step_shape": 2,
     "live_plan": 3,
     "apply": 3,
@@ -156,11 +160,11 @@ def test_import_is_light() -> None:
 
 
 def test_private_pytorch_is_behind_one_door() -> None:
-    """Underscore modules of PyTorch are imported in `_torch_private` only."""
+    """Underscore modules of PyTorch are imported in `_torch_private` only, those of FSDP2 in `_fsdp_private`."""
     offenders = [
         f"recollect.{module}: {name}"
         for module, path in modules().items()
-        if module != "_torch_private"
+        if module not in ("_torch_private", "_fsdp_private")
         for name in imported_names(ast.parse(path.read_text(encoding="utf-8")))
         if name.split(".")[0] == "torch" and any(part.startswith("_") for part in name.split("."))
     ]

@@ -23,6 +23,7 @@ from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, Rep
 from recollect.cli.telling import speak_as
 from recollect.components import format_parts, parts_of_peak
 from recollect.errors import UnsupportedInput
+from recollect.group import ALONE, Group
 from recollect.measure.step import describe_batch
 from recollect.planner import find_plan
 from recollect.records import Plan, Profile, Verdict
@@ -34,8 +35,8 @@ from recollect.solve import Solver, frontier_of, next_useful_bytes
 from recollect.train import Interrupted, Reporter, TrainConfig, Workload, build, format_summary, resolve, run
 from recollect.train.data import DATASETS
 from recollect.train.distributed.devices import take_device, usual_backend
-from recollect.train.distributed.group import ALONE, Group, joined
 from recollect.train.distributed.launcher import launch, noting_failure
+from recollect.train.distributed.meeting import joined
 from recollect.train.distributed.roles import Alone, Starter, find_role
 from recollect.train.dry_run import format_dry_run, rehearse
 from recollect.train.files import replacing, write_text

@@ -22,9 +22,9 @@ from recollect.cli.flags import Command, Parser, normalise, refuse_unknown_flags
 from recollect.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from recollect.cli.telling import speak_as, tell
 from recollect.errors import BudgetInfeasible, PlanMismatch, RecollectError, UnsupportedInput
+from recollect.group import FailedElsewhere
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
-from recollect.train.distributed.group import FailedElsewhere
 from recollect.train.distributed.launcher import ProcessFailed
 from recollect.train.naming import did_you_mean
 

@@ -25,6 +25,7 @@ from recollect._torch_private import (
     is_view,
     storage_key,
 )
+from recollect.distributed_tensors import is_distributed
 from recollect.measure.layouts import Layouts, laid_out, layouts_of
 from recollect.measure.signatures import SignatureTable
 from recollect.records import Event, EventKind
@@ -137,6 +138,8 @@ class Observer(DispatchMode):
         self.in_optimizer = False
         self._in_backward = False
         self._quiet = 0
+        self._beside = 0
+        self._gathered: dict[int, int] = {}  # of tensors that come and go in place: what they hold now
         self._busy = False  # inside our own code, which asks for storages, too
         self._exposed: set[int] = set()  # storages whose memory was handed out
         self._signatures = signatures
@@ -185,6 +188,38 @@ class Observer(DispatchMode):
         self._hooks.__exit__(None, None, None)
 
     @contextmanager
+    def beside_the_step(self) -> Iterator[None]:
+        """Operations inside are not the model's, and a plan has nothing to do with them, but their memory counts."""
+        self._beside += 1
+        try:
+            yield
+        finally:
+            self._beside -= 1
+
+    def add_resizable(self, tensor: torch.Tensor) -> None:
+        """A tensor without memory, which will get some and give it back (see `resized`).  What it holds is, for the
+        model, a parameter that is always there.
+        """
+        assert tensor.untyped_storage().nbytes() == 0
+        self.add_baseline(tensor, "parameters")
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        """The tensor has got memory, or given it back."""
+        if not self._watching:
+            return
+        key = storage_key(tensor)
+        nbytes = round_up(tensor.untyped_storage().nbytes(), self._device_type)
+        if key in self._gathered and nbytes == 0:
+            self._emit(EventKind.FREE, self._gathered.pop(key))
+        elif key not in self._gathered and nbytes:
+            self._gathered[key] = index = len(self.seen.storages)
+            self.seen.values.append(RawValue(storage=index))
+            self.seen.storages.append(
+                RawStorage(nbytes=nbytes, component="activation", current=len(self.seen.values) - 1)
+            )
+            self._emit(EventKind.ALLOC, index)
+
+    @contextmanager
     def unobserved(self) -> Iterator[None]:
         """Operations inside are not noted, but see what an observed run sees (an optimizer's step counter)."""
         with self:
@@ -193,7 +228,7 @@ class Observer(DispatchMode):
     def expose(self, tensor: torch.Tensor) -> None:
         """The tensor's memory is handed out: from now on it may be written at any moment, unseen."""
         forward = self._watching and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
-        if forward and not self._quiet and not self._busy and self._counts(tensor):
+        if forward and not (self._quiet or self._beside or self._busy) and self._counts(tensor):
             self._exposed.add(self.seen.values[self._overwrite(tensor)].storage)
 
     def begin_backward(self) -> None:
@@ -226,9 +261,20 @@ class Observer(DispatchMode):
             return func(*args, **kwargs)
         was_busy, self._busy = self._busy, True
         try:
+            if self._beside:
+                return self._note_memory(func, args, kwargs)
             return self._dispatch(func, types, args, kwargs)
         finally:
             self._busy = was_busy
+
+    def _note_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._settle_sum()
+        result = func(*args, **kwargs)
+        if not describe(func).is_view:
+            for tensor in result_tensors(result):
+                if isinstance(tensor, torch.Tensor) and not is_distributed(tensor):
+                    self._value_of(tensor)
+        return result
 
     def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graph_task = current_graph_task()
@@ -351,6 +397,7 @@ class Observer(DispatchMode):
             or tensor.layout is not torch.strided
             or is_conj_or_neg(tensor)
             or not self._watching
+            or self._beside
             or isinstance(tensor, torch.nn.Parameter)
         ):
             return tensor

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from recollect._fsdp_private import plain_class, settle
 from recollect._torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,6 +33,7 @@ from recollect.measure.leftovers import Surroundings
 from recollect.measure.observer import Observer
 from recollect.measure.overhead import Overhead, eviction_ratio, measure_overhead
 from recollect.measure.regions import choose_regions
+from recollect.measure.sharded_copy import ShardedCopy
 from recollect.measure.signatures import SignatureTable
 from recollect.measure.state import TrainingState
 from recollect.measure.step import (
@@ -50,6 +52,7 @@ from recollect.records import COMPONENTS, Profile
 from recollect.replay.cursor import ROOT
 from recollect.replay.exposure import watching_exposure, with_fast_paths
 from recollect.replay.rerun import are_plain, is_pure
+from recollect.sharded import exchange_scratch, group_of, is_sharded
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +92,8 @@ def measure(
             environment variable RECOLLECT_COST_CACHE=off turns that off everywhere; RECOLLECT_CACHE_DIR names the
             folder.
 
+    Of a model that is sharded by `fully_shard`, all its processes have to call this.
+
     Raises:
         UnsupportedInput: nothing to train, no scalar loss, a compiled model, several devices.
     """
@@ -99,7 +104,27 @@ def measure(
         autocast=autocast,
         clip_norm=clip_norm,
     )
-    return measure_step(model, batch, spec, cost_cache=cost_cache)
+    return measure_together(model, batch, spec, cost_cache=cost_cache)
+
+
+def measure_together(
+    model: torch.nn.Module, batch: Any, spec: StepSpec, *, budget_bytes: int | None = None, cost_cache: bool = True
+) -> Profile:
+    """`measure_step`; of a sharded model by rank 0, for all who have a batch like its. All its processes call this."""
+    group = group_of(model)
+
+    def mine() -> Profile:
+        return measure_step(model, batch, spec, budget_bytes=budget_bytes, cost_cache=cost_cache)
+
+    if group.is_alone:
+        return mine()
+    check_model(model)
+    settle(model)
+    exchange_scratch(group, device_of(model))
+    described = describe_batch(batch)
+    firsts = group.from_first(described)
+    measured = group.from_first(group.together(lambda: mine() if group.is_first else None))
+    return group.together(lambda: measured if measured is not None and described == firsts else mine())
 
 
 def measure_step(
@@ -145,10 +170,18 @@ def measure_step(
         _log.info("%d fake kernels lay their results out otherwise than the real ones; observing again", len(wrong))
         layouts |= wrong
     begin = time.perf_counter()
-    if observer is not None and ran_otherwise(observer.seen, model, batch, spec):
+    is_parted = is_sharded(model)
+    # A real forward of a sharded model needs all its processes; whether this one is right, the guarded run finds out.
+    if observer is not None and not is_parted and ran_otherwise(observer.seen, model, batch, spec):
         _log.info("a real forward runs other operations than the fake one; measuring with a real step")
         observer = None
     method = "fake" if observer is not None else "real"
+    if observer is None and is_parted:
+        raise UnsupportedInput(
+            "the model's shapes cannot be told without running it (they depend on the data, or a part of it cannot run "
+            "without data), and a model that is sharded by fully_shard cannot be measured by running it yet. Use "
+            "DistributedDataParallel for it, or train it without a budget."
+        )
     if observer is None:
         signatures = SignatureTable()
         observer = _observe_concrete(model, batch, spec, signatures)
@@ -180,7 +213,7 @@ def measure_step(
     }
     measuring_ms["tables"] = max(0.0, (time.perf_counter() - began) * 1e3 - sum(measuring_ms.values()))
     return Profile(
-        model=type(model).__name__,
+        model=plain_class(model).__name__,
         fingerprint=fingerprint(model),
         batch=describe_batch(batch),
         device=str(device),
@@ -199,6 +232,7 @@ def measure_step(
         rerun_ms_per_op=overhead.rerun_ms_per_op,
         rerun_ms_per_call=overhead.rerun_ms_per_call,
         random_state_bytes=observer.random_state_bytes,
+        is_sharded=is_parted,
         measuring_ms={part: round(ms, 3) for part, ms in measuring_ms.items()},
         **tables,
     )
@@ -206,7 +240,7 @@ def measure_step(
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Digest of the names, shapes and dtypes of parameters and buffers, and of which parameters train."""
-    lines = [type(model).__name__]
+    lines = [plain_class(model).__name__]
     lines += [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()]
     lines += [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in model.named_buffers()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -241,12 +275,20 @@ def _observe_copy(model: torch.nn.Module, batch: Any, spec: StepSpec, observer: 
     # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
     state = TrainingState(model, spec.optimizers, also=(batch,), contents=False)
     try:
-        copied, fakes = copy_model(model, mode)
+        copied, copies = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
-        optimizers = [copy_optimizer(optimizer, fakes) for optimizer in spec.optimizers]
         with mode, _hushed("torch._subclasses.fake_tensor"):
-            give_gradients(copied)
-            _observe(copied, fake_batch, spec, optimizers, observer)
+            parameters: list[torch.Tensor] = list(copied.parameters())
+            if is_sharded(model):
+                sharded = ShardedCopy(model, copies)
+                copies = sharded.copies
+                give_gradients(copied)
+                sharded.watch(observer)
+                parameters = sharded.parameters
+            else:
+                give_gradients(copied)
+            optimizers = [copy_optimizer(optimizer, copies) for optimizer in spec.optimizers]
+            _observe(copied, parameters, fake_batch, spec, optimizers, observer)
     finally:
         state.restore()
         gc.collect()
@@ -271,7 +313,7 @@ def _observe_concrete(model: torch.nn.Module, batch: Any, spec: StepSpec, signat
         observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
         give_gradients(model)
         try:
-            _observe(model, batch, spec, list(spec.optimizers), observer)
+            _observe(model, list(model.parameters()), batch, spec, list(spec.optimizers), observer)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
@@ -305,18 +347,20 @@ def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[
 
 def _observe(
     model: torch.nn.Module,
+    parameters: Sequence[torch.Tensor],
     batch: Any,
     spec: StepSpec,
     optimizers: Sequence[torch.optim.Optimizer],
     observer: Observer,
 ) -> None:
+    """`parameters`: the model's, as the optimizers see them."""
     with torch.enable_grad():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one
             for optimizer in optimizers:
                 optimizer.step()
         observer.in_optimizer = False
-        for parameter in model.parameters():
+        for parameter in parameters:
             observer.add_baseline(parameter, "parameters")
             if parameter.grad is not None:
                 observer.add_baseline(parameter.grad, "gradients")
@@ -338,7 +382,7 @@ def _observe(
                 loss.backward()
                 observer.begin_optimizer()
                 if spec.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
+                    torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
                 for optimizer in optimizers:
                     optimizer.step()
             finally:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from recollect._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
+from recollect.distributed_tensors import is_distributed
 from recollect.errors import UnsupportedInput
 from recollect.measure.host_copy import CopyFile, HostCopy
 
@@ -149,7 +150,8 @@ class _SavedTensor:
 
     def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
         self.tensor = tensor
-        self.contents = None if file is None else HostCopy(tensor, file)
+        self.is_distributed = is_distributed(tensor)  # what it holds is in its local part, one of its attributes
+        self.contents = None if file is None or self.is_distributed else HostCopy(tensor, file)
         self.shown = tensor.detach()
         self.requires_grad = tensor.requires_grad
         self.is_leaf = tensor.is_leaf
@@ -159,6 +161,19 @@ class _SavedTensor:
         self.version = -1 if tensor.is_inference() else tensor._version
 
     def restore(self) -> None:
+        tensor = self.tensor
+        if not self.is_distributed:
+            self._restore_contents()
+        if self.is_leaf:
+            if tensor.requires_grad != self.requires_grad:
+                tensor.requires_grad_(self.requires_grad)
+            if tensor.grad is not self.gradient:
+                tensor.grad = self.gradient
+        for kind, hooks in tensor_hooks(tensor).items():
+            if hooks is not None and self.hooks[kind] is None:
+                drop_tensor_hooks(tensor, kind)
+
+    def _restore_contents(self) -> None:
         tensor, shown = self.tensor, self.shown
         if tensor.layout is torch.strided and not _shows(tensor, shown):
             tensor.data = shown
@@ -171,14 +186,6 @@ class _SavedTensor:
                 "What the tensor held is lost: load the model again, and give a loss function that uses its own "
                 "arguments (model, batch) only."
             )
-        if self.is_leaf:
-            if tensor.requires_grad != self.requires_grad:
-                tensor.requires_grad_(self.requires_grad)
-            if tensor.grad is not self.gradient:
-                tensor.grad = self.gradient
-        for kind, hooks in tensor_hooks(tensor).items():
-            if hooks is not None and self.hooks[kind] is None:
-                drop_tensor_hooks(tensor, kind)
 
 
 def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:

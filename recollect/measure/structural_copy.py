@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
+from recollect._fsdp_private import attributes_without_sharding, plain_class, sharded_modules, whole_parameters
 from recollect._torch_private import FakeTensorMode, default_foreach, tree_map
 
 
-def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.Module, dict[int, torch.Tensor]]:
-    """A deep copy whose tensors are fake, tied weights still tied; and the fake of each tensor by the original's id.
+def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.Module, dict[int, Any]]:
+    """A deep copy whose tensors are fake, tied weights still tied; and the copy of each tensor, and of much else, by
+    the original's id.
+
+    A model that `fully_shard` has sharded is copied as it was before that: whole.
 
     Raises:
         TypeError: a part of the model cannot be copied without its data.
@@ -25,17 +29,28 @@ def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.M
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{name or 'the model'} is a TorchScript module, which copies its data in C++")
-    fakes: dict[int, torch.Tensor] = {}
     # deepcopy looks an object up in its memo before copying: naming every tensor's fake there keeps data out.
     memo: dict[int, Any] = {}
+    for whole in whole_parameters(model):
+        with mode:
+            data = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
+            fake = torch.nn.Parameter(data, requires_grad=whole.requires_grad)
+        for tensor in whole.tensors:
+            memo[id(tensor)] = fake
+            if tensor.grad is not None:
+                memo[id(tensor.grad)] = None
     for tensor in _all_tensors(model):
         if id(tensor) not in memo:
-            memo[id(tensor)] = fakes[id(tensor)] = mode.from_tensor(tensor)
+            memo[id(tensor)] = mode.from_tensor(tensor)
             tensor_gradient = tensor.grad if tensor.is_leaf else None
             if tensor_gradient is not None:
                 memo[id(tensor_gradient)] = None
-    copied = copy.deepcopy(model, memo)
-    return copied, fakes
+    sharded = sharded_modules(model)
+    for module in sharded:
+        memo[id(module)] = object.__new__(plain_class(module))
+    for module in sharded:
+        memo[id(module)].__dict__.update(copy.deepcopy(attributes_without_sharding(module), memo))
+    return copy.deepcopy(model, memo), memo
 
 
 def _all_tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
@@ -71,8 +86,9 @@ def copy_batch(batch: Any, mode: FakeTensorMode) -> Any:
     return tree_map(convert, batch)
 
 
-def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, torch.Tensor]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings over the fake parameters, with empty state.
+def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> torch.optim.Optimizer:
+    """An optimizer of the same class and settings over the fake parameters (by the id of the real ones), with empty
+    state.
 
     Parameters that are not the model's keep no place in it.
     """

@@ -93,6 +93,19 @@ class Installed:
                 self.sessions.pop(thread, None)
                 session.close()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, what this thread runs is no business of the plan (FSDP2 gathers weights, exchanges gradients)."""
+        session = self.sessions.get(threading.get_ident())
+        if session is None:
+            yield
+            return
+        session.aside += 1
+        try:
+            yield
+        finally:
+            session.aside -= 1
+
 
 def unpack(packed: Any) -> Any:
     """Autograd reads what `Tape.pack` gave it."""
@@ -119,6 +132,8 @@ class Session(DispatchMode):
         self._tape: Tape | None = None
         self._next: tuple[Group | None, int] = (None, 0)  # the region that would go on with this tape
         self._active = False
+        self.aside = 0
+        """Not 0: what runs now is not the model's."""
         self.reruns: LiveRecipe | None = None
         """Of the region that runs now, if it is to be run again as a whole."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
@@ -256,7 +271,7 @@ class Session(DispatchMode):
         self._active = False
 
     def _expose(self, tensor: torch.Tensor) -> None:
-        if self._busy or current_graph_task() >= 0:
+        if self._busy or self.aside or current_graph_task() >= 0:
             return
         if self._tape is not None:
             self._tape.about_to_write(tensor)
@@ -266,13 +281,15 @@ class Session(DispatchMode):
         tape = self._tape
         was_busy, self._busy = self._busy, True
         try:
-            return Kept(tensor) if tape is None else tape.pack(tensor)
+            return Kept(tensor) if tape is None or self.aside else tape.pack(tensor)
         finally:
             self._busy = was_busy
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.aside:
+            return func(*args, **(kwargs or {}))
         info = known_facts(id(func)) or describe(func)
         if info.is_view or (
             info.is_quiet and self._tape is not None and current_graph_task() < 0 and self._tape.passes(func)

@@ -83,7 +83,7 @@ class Solver:
         Those that add much less time than the smallest plan of one level are left out: with them, time could rise with
         the budget where they are not looked at (see `_solve`).
         """
-        if not any(facts.slots for facts in self.index.facts):
+        if self.index.profile.is_sharded or not any(facts.slots for facts in self.index.facts):
             return []
         least_ms = _NESTED_SHARE * (self._smallest.step_ms - self._plain.step_ms)
         return [

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from recollect.group import ALONE, Group
 from recollect.meter import measure_peak, resident_bytes
 from recollect.train.data.facts import Samples, TrainingData
 from recollect.train.data.loader import batches_of, to_device
-from recollect.train.distributed.group import ALONE, Group
 from recollect.train.tasks import Task
 from recollect.train.tasks.task import Sums
 

@@ -12,6 +12,7 @@ import torch
 import recollect
 from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
+from recollect.group import ALONE, Group
 from recollect.records import Profile
 from recollect.report.plan_table import format_table
 from recollect.train.checkpoint import Checkpoint, load_checkpoint
@@ -20,7 +21,6 @@ from recollect.train.data import load_data
 from recollect.train.data.loader import to_device
 from recollect.train.data.split import spread
 from recollect.train.determinism import deterministic_algorithms
-from recollect.train.distributed.group import ALONE, Group
 from recollect.train.distributed.parallel import bytes_of_exchange, parallel, reaches_all
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluator

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import recollect
 from recollect.errors import RecollectError
+from recollect.group import group_broken, is_group_broken
 from recollect.measure.step import describe_batch
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train.data.loader import Parts, to_device
-from recollect.train.distributed.group import group_broken, is_group_broken
 from recollect.train.distributed.parallel import exchanging
 from recollect.train.workload import Workload
 from recollect.units import format_bytes

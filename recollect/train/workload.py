@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recollect.budget import resolve_budget
 from recollect.errors import UnsupportedInput
+from recollect.group import ALONE, Group
 from recollect.measure.step import StepSpec, batch_tensors
 from recollect.train.config import WorkConfig
 from recollect.train.data import DataOptions, TrainingData, data_name, load_data
@@ -21,7 +22,6 @@ from recollect.train.data.order import BatchOrder
 from recollect.train.data.rows import Columns
 from recollect.train.data.tokens import load_tokens
 from recollect.train.device import resolve_device
-from recollect.train.distributed.group import ALONE, Group
 from recollect.train.models import Loss, ModelSource, find_model
 from recollect.train.optimizers import make_optimizer
 from recollect.train.precision import autocast_dtype

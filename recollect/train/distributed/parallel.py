@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recollect
+from recollect.group import Group
 from recollect.measure.state import TrainingState
 from recollect.measure.step import StepSpec
-from recollect.train.distributed.group import Group
 
 
 def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reached: bool) -> nn.Module:
