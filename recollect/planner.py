@@ -155,13 +155,12 @@ def find_plan(
         except BaseException:
             applied.remove()
             raise
-        is_held = not any(group.gather(repaired is not None))
-        if is_held and infeasible is None:
+        if repaired is None and infeasible is None:
             return applied
         applied.remove()
-        if is_held:
+        if repaired is None:
             break
-        profile = repaired or profile
+        profile = repaired
     raise infeasible or BudgetInfeasible(
         plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
     )
@@ -227,14 +226,20 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
         _log.info("%d region calls ran other operations than measured; measuring with a real step", mismatches)
         applied.remove()
         return measure_step(model, batch, spec, concrete=True, budget_bytes=plan.budget_bytes)
-    if applied.refused:
-        _log.info("calibration refused operations in %d regions; solving again", len(applied.refused))
-        return _without(profile, applied.refused)
-    if measured_bytes <= plan.budget_bytes:
+    # What one process found, all heed: they have to come to the same decision.
+    refused: dict[str, set[int]] = {}
+    for positions in trial.group.gather(applied.refused):
+        for key, found in positions.items():
+            refused.setdefault(key, set()).update(found)
+    if refused:
+        _log.info("calibration refused operations in %d regions; solving again", len(refused))
+        return _without(profile, refused)
+    over_bytes = max(trial.group.gather(measured_bytes - plan.budget_bytes))
+    if over_bytes <= 0:
         return None
-    excess = measured_bytes - plan.predicted_peak_bytes
-    _log.info("the guarded run took %s more than predicted; solving again", format_bytes(excess))
-    return replace(profile, correction_bytes=profile.correction_bytes + max(excess, measured_bytes - plan.budget_bytes))
+    excess_bytes = max(trial.group.gather(measured_bytes - plan.predicted_peak_bytes))
+    _log.info("the guarded run took %s more than predicted; solving again", format_bytes(excess_bytes))
+    return replace(profile, correction_bytes=profile.correction_bytes + max(excess_bytes, over_bytes))
 
 
 def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profile:

@@ -200,7 +200,7 @@ class Profile:
     data_dependent: bool = False
     """Shapes depend on the data, so another batch may need more."""
     margin_bytes: int = 0
-    """Added to every moment: the stated margin of a data-dependent profile."""
+    """Added to every moment: the stated margin of a data-dependent profile, or of exchanges between processes."""
     correction_bytes: int = 0
     """Added to every moment: what a guarded run measured beyond (or below) the prediction."""
     mode_ms_per_op: float = 0.0

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from recollect import meter
 from recollect._fsdp_private import process_group, sharded_modules
+from recollect._fsdp_private import settle as settle
 from recollect.group import ALONE, Group
 
 #: Bytes that each process contributes to the exchanges that are measured.
@@ -81,6 +82,8 @@ class SilentExchange:
         """
         self._scratch_per_byte = scratch_per_byte
         self._scratch: torch.Tensor | None = None
+        self.largest_bytes = 0
+        """The most that one exchange took."""
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A buffer to send from or receive in."""
@@ -90,6 +93,7 @@ class SilentExchange:
         """No exchange."""
         self.let_go()
         nbytes = int(self._scratch_per_byte * max(output_tensor.nbytes, input_tensor.nbytes))
+        self.largest_bytes = max(self.largest_bytes, nbytes)
         self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=output_tensor.device)
 
     def let_go(self) -> None:

@@ -135,7 +135,7 @@ class Trial:
 
     def guarded(self, steps: int = 1) -> Outcome:
         """The planned run alone.  Its first pass lets every region calibrate; only then is anything measured."""
-        if self.applied.installed:
+        if any(self.group.gather(self.applied.installed)):
             self._start.restore()
             self._planned_spec.run(self.model, self.batch)
         return self.run(steps, planned=True)

@@ -142,8 +142,10 @@ def test_a_run_above_the_budget_is_repaired(
     """
     budget = sum(peaks) // 2
     forgotten = peaks[1] - budget
-    measure = planner.measure_step
-    monkeypatch.setattr(planner, "measure_step", lambda *a, **k: replace(measure(*a, **k), correction_bytes=-forgotten))
+    measure = planner.measure_together
+    monkeypatch.setattr(
+        planner, "measure_together", lambda *a, **k: replace(measure(*a, **k), correction_bytes=-forgotten)
+    )
     with recollect.fit(Net(), BATCH, budget=budget, reference_budget_bytes=2**40) as applied:
         assert len(solved) >= 2
         assert solved[0][0].correction_bytes == -forgotten < solved[-1][0].correction_bytes
@@ -292,8 +294,10 @@ def test_with_optimizer_accumulation_clipping_and_autocast() -> None:
 def test_repairs_are_logged(
     caplog: pytest.LogCaptureFixture, peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = planner.measure_step
-    monkeypatch.setattr(planner, "measure_step", lambda *a, **k: replace(measure(*a, **k), correction_bytes=-200_000))
+    measure = planner.measure_together
+    monkeypatch.setattr(
+        planner, "measure_together", lambda *a, **k: replace(measure(*a, **k), correction_bytes=-200_000)
+    )
     with caplog.at_level(logging.INFO, logger="recollect"):
         recollect.fit(Net(), BATCH, budget=sum(peaks) // 2, reference_budget_bytes=2**40).remove()
     assert "more than predicted" in caplog.text
@@ -303,7 +307,7 @@ def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(m
     """The live run had more operations than the fake one: positions that it refused are not the profile's."""
     model = Net()
     spec = planner.StepSpec()
-    profile = planner.measure_step(model, BATCH, spec)
+    profile = planner.measure_together(model, BATCH, spec)
     plan = planner.full_plan(profile, 2**40)
     key = profile.regions[2].key
     beyond = profile.regions[2].op_count
@@ -353,8 +357,8 @@ def test_the_models_memory_does_not_look_as_if_it_came_from_outside(name: str) -
 
 def test_a_profile_that_is_given_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    right = planner.measure_step
-    monkeypatch.setattr(planner, "measure_step", lambda *a, **k: measured.append(1) or right(*a, **k))
+    right = planner.measure_together
+    monkeypatch.setattr(planner, "measure_together", lambda *a, **k: measured.append(1) or right(*a, **k))
     profile = recollect.measure(Net(), BATCH)
     with recollect.fit(Net(), BATCH, profile=profile) as applied:
         assert applied.profile is profile

@@ -39,7 +39,7 @@ def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str, monkeypatch: p
 
     smallest_bytes, _ = solver.minimum_budget()
     budget_bytes = (smallest_bytes + plain.peak_bytes) // 2
-    monkeypatch.setattr(planner, "measure_step", lambda *_, **__: profile)  # it is measured already
+    monkeypatch.setattr(planner, "measure_together", lambda *_, **__: profile)  # it is measured already
     case = build(name)
     spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
     with find_plan(case.model, case.batch, spec, budget_bytes) as applied:

@@ -94,7 +94,8 @@ def _method(scope: Scope) -> str:
         "between the smallest peak of an eager peer and the plain peak. *Best peer*: the fastest eager peer within the "
         "budget whose loss and gradients are bit for bit plain's. *No plan below*: recollect's lower bound, in "
         "modelled time. Compiled steps draw eager PyTorch's random numbers (`fallback_random`): else nothing could be "
-        "compared. With `--at-once 2`, two models run at a time, each on a core."
+        "compared. Every process keeps the memory that it once had (glibc gives none back), so that no step pays for "
+        "getting it again. With `--at-once 2`, two models run at a time, each on a core."
     )
 
 

@@ -146,6 +146,8 @@ class Observer(DispatchMode):
         self._device_type = device_type
         self.random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
         """Of the default generator, where that counts; a CUDA generator's state is a few bytes of host memory."""
+        self.margin_bytes = 0
+        """What a step may take beyond what is seen here."""
         self._spill = spill
         self._unspill = unspill
         self._corrections = layouts or {}

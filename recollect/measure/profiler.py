@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recollect._fsdp_private import plain_class, settle
+from recollect._fsdp_private import plain_class
 from recollect._torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -52,7 +52,7 @@ from recollect.records import COMPONENTS, Profile
 from recollect.replay.cursor import ROOT
 from recollect.replay.exposure import watching_exposure, with_fast_paths
 from recollect.replay.rerun import are_plain, is_pure
-from recollect.sharded import exchange_scratch, group_of, is_sharded
+from recollect.sharded import exchange_scratch, group_of, is_sharded, settle
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def measure_together(
     model: torch.nn.Module, batch: Any, spec: StepSpec, *, budget_bytes: int | None = None, cost_cache: bool = True
 ) -> Profile:
     """`measure_step`; of a sharded model by rank 0, for all who have a batch like its. All its processes call this."""
+    check_model(model)
     group = group_of(model)
 
     def mine() -> Profile:
@@ -118,7 +119,6 @@ def measure_together(
 
     if group.is_alone:
         return mine()
-    check_model(model)
     settle(model)
     exchange_scratch(group, device_of(model))
     described = describe_batch(batch)
@@ -226,7 +226,7 @@ def measure_step(
         accumulation_steps=spec.accumulation_steps,
         method=method,
         data_dependent=data_dependent,
-        margin_bytes=int(activation_bytes * _DATA_DEPENDENT_MARGIN) if data_dependent else 0,
+        margin_bytes=int(activation_bytes * _DATA_DEPENDENT_MARGIN) if data_dependent else observer.margin_bytes,
         mode_ms_per_op=overhead.mode_ms_per_op,
         tape_ms_per_op=overhead.tape_ms_per_op,
         rerun_ms_per_op=overhead.rerun_ms_per_op,
@@ -279,16 +279,14 @@ def _observe_copy(model: torch.nn.Module, batch: Any, spec: StepSpec, observer: 
         fake_batch = copy_batch(batch, mode)
         with mode, _hushed("torch._subclasses.fake_tensor"):
             parameters: list[torch.Tensor] = list(copied.parameters())
-            if is_sharded(model):
-                sharded = ShardedCopy(model, copies)
-                copies = sharded.copies
-                give_gradients(copied)
+            sharded = ShardedCopy(model, copies) if is_sharded(model) else None
+            give_gradients(copied)
+            if sharded is not None:
                 sharded.watch(observer)
-                parameters = sharded.parameters
-            else:
-                give_gradients(copied)
+                copies, parameters = sharded.copies, sharded.parameters
             optimizers = [copy_optimizer(optimizer, copies) for optimizer in spec.optimizers]
             _observe(copied, parameters, fake_batch, spec, optimizers, observer)
+            observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
     finally:
         state.restore()
         gc.collect()

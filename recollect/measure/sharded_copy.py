@@ -44,6 +44,13 @@ class ShardedCopy:
         """What optimizers see."""
         return [self._part_of.get(id(parameter), parameter) for parameter in self.model.parameters()]
 
+    @property
+    def margin_bytes(self) -> int:
+        """What may linger beyond what was watched: on a machine with more processes than cores, gloo's threads may let
+        go of an exchange's scratch only after the next one.
+        """
+        return max(exchange.largest_bytes for exchange in self._exchanges)
+
     def watch(self, observer: Observer) -> None:
         """Have the observer told of what FSDP2 does; to be called when gradients are there."""
         for _, copied in self._pairs:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from recollect._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
-from recollect.distributed_tensors import is_distributed
+from recollect.distributed_tensors import is_distributed, local
 from recollect.errors import UnsupportedInput
 from recollect.measure.host_copy import CopyFile, HostCopy
 
@@ -121,7 +121,8 @@ class TrainingState:
         if isinstance(thing, torch.Tensor):
             saved = _SavedTensor(thing, self._file)
             self._tensors.append(saved)
-            for part in (saved.gradient, saved.attributes, *saved.hooks.values()):
+            part_here = local(thing) if saved.is_distributed else None
+            for part in (saved.gradient, saved.attributes, part_here, *saved.hooks.values()):
                 if part is not None:
                     yield part
         elif isinstance(thing, dict):
@@ -150,7 +151,7 @@ class _SavedTensor:
 
     def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
         self.tensor = tensor
-        self.is_distributed = is_distributed(tensor)  # what it holds is in its local part, one of its attributes
+        self.is_distributed = is_distributed(tensor)  # then what it holds is in its local part
         self.contents = None if file is None or self.is_distributed else HostCopy(tensor, file)
         self.shown = tensor.detach()
         self.requires_grad = tensor.requires_grad

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from recollect.errors import UnsupportedInput
+from recollect.train.distributed.sharding import parts_of_model, parts_of_optimizer
 from recollect.train.files import flush_to_disk
 
 FORMAT_VERSION = 3
@@ -55,8 +56,8 @@ def save_checkpoint(
     step: int,
     identity: Mapping[str, object],
     progress: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
     random_states: Sequence[Mapping[str, Any]],
     further: Mapping[str, Any],
     is_best: bool,
@@ -67,7 +68,7 @@ def save_checkpoint(
         checkpoints: the folder of all checkpoints of the run.
         step: optimizer steps done.
         identity, progress: see `Checkpoint`.
-        model, optimizer: what is trained.
+        model, optimizer: state dicts of what is trained, whole.
         random_states: `random_state` of each process of the run, by rank.
         further: more state, of tensors and plain data.
         is_best: it is the best so far.
@@ -80,8 +81,8 @@ def save_checkpoint(
     tensors = temporary / _TENSORS
     torch.save(
         {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "random": [dict(state) for state in random_states],
             "further": dict(further),
         },
@@ -166,8 +167,8 @@ def load_checkpoint(
     """
     saved = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
     try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        model.load_state_dict(parts_of_model(saved["model"], model))
+        optimizer.load_state_dict(parts_of_optimizer(saved["optimizer"], optimizer))
     except (RuntimeError, ValueError, KeyError) as problem:
         raise UnsupportedInput(
             f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from recollect.distributed_tensors import is_distributed, local
+from recollect.train.distributed.sharding import joined_like, part_of
+
 
 class MovingAverage:
     """Of the parameters that train; everything else of the model is as it is.
@@ -18,7 +21,8 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().to("cpu", copy=True) for name, p in self._trained.items()}
+        # Of shared-out parameters, this process's parts.
+        self._average = {name: local(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +39,7 @@ class MovingAverage:
         """
         decay = min(self._decay, step / (step + 9.0))
         for name, parameter in self._trained.items():
-            self._average[name].lerp_(parameter.detach().to("cpu"), 1 - decay)
+            self._average[name].lerp_(local(parameter).detach().to("cpu"), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -49,15 +53,19 @@ class MovingAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self._trained.items():
-            own = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(self._average[name])
+            part = local(parameter).detach()
+            own = part.to("cpu", copy=True)
+            part.copy_(self._average[name])
             self._average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        return dict(self._average)
+        """For a checkpoint; distributed like the parameters."""
+        return {
+            name: joined_like(average, self._trained[name]) if is_distributed(self._trained[name]) else average
+            for name, average in self._average.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """From a checkpoint; raises KeyError or RuntimeError if it is of another model."""
+        """From a checkpoint, whole; raises KeyError or RuntimeError if it is of another model."""
         for name, average in self._average.items():
-            average.copy_(state[name])
+            average.copy_(local(part_of(state[name], self._trained[name])))

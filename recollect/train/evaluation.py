@@ -13,6 +13,7 @@ from torch import nn
 
 from recollect.group import ALONE, Group
 from recollect.meter import measure_peak, resident_bytes
+from recollect.sharded import is_sharded, settle
 from recollect.train.data.facts import Samples, TrainingData
 from recollect.train.data.loader import batches_of, to_device
 from recollect.train.tasks import Task
@@ -47,20 +48,23 @@ class Evaluator:
         """In eval mode, without gradients and without touching random generators or statistics.
 
         Several processes share the batches; what each found is added up in the order of the batches, by all of them.
+        Where they share the model's parameters, too, each forward needs all of them: all make equally many.
         """
         found: list[tuple[int, Sums]] = []
         peak_bytes = 0
-        with _judging(self.model), torch.no_grad():
+        group = self.group
+        with judging(self.model), torch.no_grad():
             for number, batch in batches_of(
-                self.data, self.samples, self.batch_size, self.group.rank, self.group.world_size
+                self.data, self.samples, self.batch_size, group.rank, group.world_size, even=is_sharded(self.model)
             ):
                 moved = to_device(batch, self.device)
-                if not found:
+                if not peak_bytes:
                     resident = resident_bytes(self.model, moved, self.optimizer)
                     sums, peak_bytes = measure_peak(partial(self._measure, moved), resident, self.device)
                 else:
                     sums = self._measure(moved)
-                found.append((number, sums))
+                if number is not None:
+                    found.append((number, sums))
         totals: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         everyones = self.group.gather((found, peak_bytes))
@@ -83,12 +87,13 @@ class Evaluator:
 
 
 @contextmanager
-def _judging(model: nn.Module) -> Iterator[None]:
-    """Inside, all modules are in eval mode; afterwards each in its own."""
+def judging(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in eval mode; afterwards each in its own, and no weights gathered."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
+        settle(model)
         for module, training in was_training.items():
             module.training = training

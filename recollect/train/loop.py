@@ -15,6 +15,7 @@ from recollect.errors import UnsupportedInput
 from recollect.group import ALONE, Group
 from recollect.records import Profile
 from recollect.report.plan_table import format_table
+from recollect.sharded import is_sharded
 from recollect.train.checkpoint import Checkpoint, load_checkpoint
 from recollect.train.config import TrainConfig
 from recollect.train.data import load_data
@@ -22,8 +23,9 @@ from recollect.train.data.loader import to_device
 from recollect.train.data.split import spread
 from recollect.train.determinism import deterministic_algorithms
 from recollect.train.distributed.parallel import bytes_of_exchange, parallel, reaches_all
+from recollect.train.distributed.sharding import whole
 from recollect.train.ema import MovingAverage
-from recollect.train.evaluation import Evaluator
+from recollect.train.evaluation import Evaluator, judging
 from recollect.train.models import ModelSource
 from recollect.train.precision import make_scaler
 from recollect.train.preflight import largest_microbatch, naming
@@ -137,7 +139,14 @@ def _run(
         run_folder=str(folder.path),
         model_file=str(folder.model),
     )
-    group.together(lambda: _finish(folder, work, average, summary) if group.is_first else None)
+    with nullcontext() if average is None else average.in_place():
+        weights = whole(work.model.state_dict(), keep=group.is_first)
+
+        def finish() -> None:
+            folder.save_model(weights)
+            folder.save_summary(summary.to_json())
+
+        group.together(lambda: finish() if group.is_first else None)
     return summary
 
 
@@ -150,7 +159,8 @@ def _prepared(
     if config.tensorboard:
         import_tensorboard()
     checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
-    work = build(config, source, group, device)
+    sharded = config.strategy == "fsdp" and not group.is_alone
+    work = build(config, source, group, device, sharded=sharded)
     return config, source, work, folder, make_evaluator(config, source, work), checkpoint
 
 
@@ -170,7 +180,7 @@ def _restored(
 
 def _all_reached(work: Workload, applied: recollect.Applied) -> bool:
     """Whether a step gives all parameters a gradient, in every process."""
-    if work.group.is_alone:
+    if work.group.is_alone or is_sharded(work.model):
         return True
     return all(work.group.gather(reaches_all(work.model, work.microbatch(0), applied, work.spec())))
 
@@ -191,13 +201,6 @@ def _metrics_of(folder: RunFolder, config: TrainConfig, group: Group) -> Abstrac
     if not group.is_first:
         return nullcontext()
     return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None)
-
-
-def _finish(folder: RunFolder, work: Workload, average: MovingAverage | None, summary: RunSummary) -> None:
-    """Write what a finished run leaves behind."""
-    with nullcontext() if average is None else average.in_place():
-        folder.save_model(work.model)
-    folder.save_summary(summary.to_json())
 
 
 def total_steps_of(config: TrainConfig, work: Workload) -> int:
@@ -288,11 +291,15 @@ def plan_run(
                 profile=profile,
             )
 
-    # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the same.
     group = work.group
-    mine = group.together(lambda: fitted(None) if group.is_first else None)
-    profile = group.from_first(None if mine is None else mine.profile)
-    applied = group.together(lambda: fitted(profile) if mine is None else mine)
+    if is_sharded(work.model):  # no step without all of them
+        applied = fitted(None)
+    else:
+        # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the
+        # same.
+        mine = group.together(lambda: fitted(None) if group.is_first else None)
+        profile = group.from_first(None if mine is None else mine.profile)
+        applied = group.together(lambda: fitted(profile) if mine is None else mine)
     # What the processes tell each other comes first: inside `together` one may end before another.
     steps = work.order.sizes(first_step, total_steps).values()
     shares = {step: work.shares(work.loader.microbatches(step)) for step in steps}
@@ -383,15 +390,11 @@ def _progress_of(checkpoint: Checkpoint) -> Progress:
 
 def _first_loss(work: Workload) -> float:
     """The loss on the run's first batch, without dropout and without touching statistics."""
-    was_training = {module: module.training for module in work.model.modules()}
-    work.model.eval()
     parts = work.loader.microbatches(0)
     total = 0.0
-    with torch.no_grad():
+    with judging(work.model), torch.no_grad():
         for part, share in zip(parts, work.shares(parts), strict=True):
             work.loss.share = share
             with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
                 total += work.loss(work.model, to_device(part, work.device)).item()
-    for module, training in was_training.items():
-        module.training = training
     return work.group.sums([total])[0] / work.group.world_size

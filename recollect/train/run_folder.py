@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recollect.errors import UnsupportedInput
 from recollect.records import Plan
@@ -97,13 +97,13 @@ class RunFolder:
         kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
-    def save_model(self, model: nn.Module) -> None:
-        """Write ``model.safetensors``: each key of the state dict, also those that share their memory."""
+    def save_model(self, state: Mapping[str, Any]) -> None:
+        """Write ``model.safetensors``: each key of a state dict, also those that share their memory."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for name, tensor in model.state_dict().items():
+        for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 continue  # a module's own extra state; the checkpoints hold it
             host = tensor.detach().cpu().contiguous()

@@ -14,6 +14,7 @@ from recollect.measure.step import describe_batch
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train.data.loader import Parts, to_device
 from recollect.train.distributed.parallel import exchanging
+from recollect.train.distributed.sharding import whole
 from recollect.train.workload import Workload
 from recollect.units import format_bytes
 
@@ -89,7 +90,7 @@ class Stepper:
         if scaler is not None and work.clip_norm is not None:
             scaler.unscale_(work.optimizer)
         if work.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(work.model.parameters(), work.clip_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(work.model.parameters(), work.clip_norm))
         if scaler is None:
             work.optimizer.step()
         else:

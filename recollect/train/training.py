@@ -13,6 +13,7 @@ from recollect.meter import measure_peak, resident_bytes
 from recollect.train.checkpoint import random_state, save_checkpoint
 from recollect.train.config import TrainConfig
 from recollect.train.data.loader import Parts
+from recollect.train.distributed.sharding import whole
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluation, Evaluator
 from recollect.train.optimizers import set_lr
@@ -255,15 +256,19 @@ class Training:
 
     def _save(self, done: int, *, is_best: bool) -> None:
         """Rank 0 writes, and all know whether it could."""
-        random_states = self.work.group.gather(random_state())
-        self.work.group.together(
-            lambda: self._write(done, random_states, is_best=is_best) if self.work.group.is_first else None
+        group = self.work.group
+        random_states = group.gather(random_state())
+        average = None if self.average is None else self.average.state_dict()
+        state = whole(
+            {"model": self.work.model.state_dict(), "optimizer": self.work.optimizer.state_dict(), "average": average},
+            keep=group.is_first,
         )
+        group.together(lambda: self._write(done, state, random_states, is_best=is_best) if group.is_first else None)
 
-    def _write(self, done: int, random_states: list[dict[str, Any]], *, is_best: bool) -> None:
+    def _write(self, done: int, state: dict[str, Any], random_states: list[dict[str, Any]], *, is_best: bool) -> None:
         further: dict[str, Any] = {"scaler": scaler_state(self.stepper.scaler)}
-        if self.average is not None:
-            further["average"] = self.average.state_dict()
+        if state["average"] is not None:
+            further["average"] = state["average"]
         try:
             save_checkpoint(
                 self.folder.checkpoints,
@@ -271,8 +276,8 @@ class Training:
                 identity=self.identity,
                 progress=self.progress.to_json(),
                 random_states=random_states,
-                model=self.work.model,
-                optimizer=self.work.optimizer,
+                model=state["model"],
+                optimizer=state["optimizer"],
                 further=further,
                 is_best=is_best,
             )
@@ -280,7 +285,7 @@ class Training:
             reason = problem.strerror if isinstance(problem, OSError) else _disk_trouble(problem)
             if reason is None:
                 raise
-            held = sum(tensor.nbytes for tensor in self.work.model.state_dict().values() if torch.is_tensor(tensor))
+            held = sum(tensor.nbytes for tensor in state["model"].values() if torch.is_tensor(tensor))
             raise TrainingFailed(
                 f"the checkpoint of step {done} could not be written to {self.folder.checkpoints} ({reason}); the "
                 f"weights alone take {format_bytes(held)}. The checkpoints written before are whole. Make room there "

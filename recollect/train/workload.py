@@ -22,6 +22,7 @@ from recollect.train.data.order import BatchOrder
 from recollect.train.data.rows import Columns
 from recollect.train.data.tokens import load_tokens
 from recollect.train.device import resolve_device
+from recollect.train.distributed.sharding import check_can_shard, shard
 from recollect.train.models import Loss, ModelSource, find_model
 from recollect.train.optimizers import make_optimizer
 from recollect.train.precision import autocast_dtype
@@ -145,16 +146,23 @@ def for_task(data: TrainingData, task: Task) -> TrainingData:
 
 
 def build(
-    config: WorkConfig, source: ModelSource, group: Group = ALONE, device: torch.device | None = None
+    config: WorkConfig,
+    source: ModelSource,
+    group: Group = ALONE,
+    device: torch.device | None = None,
+    *,
+    sharded: bool = False,
 ) -> Workload:
     """Build what the resolved ``config`` describes, for one of the processes of ``group``, on ``device`` (default: the
-    configuration's). Seeds every random generator.
+    configuration's). Seeds every random generator.  ``sharded``: the processes share the parameters out.
 
     Raises:
         UnsupportedInput: something does not exist or does not fit; nothing has been written then.
     """
     device = device or resolve_device(config.device)
     autocast = autocast_dtype(config.precision, device)
+    if sharded:
+        check_can_shard(config.optimizer, autocast)
     budget_bytes = resolve_budget(config.memory, device, name="--memory")
     assert config.dataset is not None
     assert config.sequence_length is not None
@@ -169,6 +177,9 @@ def build(
     seed_everything(config.seed)
     built = source.build(data.facts, config.sequence_length, config.model_args)
     model = built.module.to(device).train()
+    if sharded:
+        shard(model, group, device, autocast)
+        autocast = None  # FSDP2 casts weights and inputs itself
     if group.rank > 0:  # the same weights everywhere, but not the same dropout
         seed_everything(seed_of(config.seed, group.rank, 0))
     task = choose_task(source, built, data.facts)

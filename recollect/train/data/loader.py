@@ -167,16 +167,24 @@ class _Plan:
 
 
 def batches_of(
-    data: TrainingData, samples: Samples, size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[int, Any]]:
+    data: TrainingData, samples: Samples, size: int, rank: int = 0, world_size: int = 1, *, even: bool = False
+) -> Iterator[tuple[int | None, Any]]:
     """All samples in their order, in batches of ``size`` on the CPU; the last may be smaller.  Each with its number; of
-    several processes, each makes every ``world_size``-th.
+    several processes, each makes every ``world_size``-th.  With ``even``, all make equally many: a process that would
+    have one less makes the first batch again, without a number.
     """
-    for start in range(rank * size, len(samples), size * world_size):
+    count = -(-len(samples) // size)
+    for turn in range(-(-count // world_size)):
+        number: int | None = turn * world_size + rank
+        if number is not None and number >= count:
+            if not even:
+                return
+            number = None
+        start = (number or 0) * size
         numbers = range(start, min(start + size, len(samples)))
         with _own_randomness(f"held out:{start}", data.is_random):
             batch = _batch_of(data.name, samples, numbers, data.collate)
-        yield start // size, _checked(batch)
+        yield number, _checked(batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,4 +1,7 @@
-"""The model as DistributedDataParallel: each process has all of it and a part of every batch."""
+"""The model as DistributedDataParallel: each process has all of it and a part of every batch.
+
+A model that FSDP2 has shared out (see `sharding`) exchanges its gradients by itself.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import recollect
 from recollect.group import Group
 from recollect.measure.state import TrainingState
 from recollect.measure.step import StepSpec
+from recollect.sharded import is_sharded
 
 
 def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reached: bool) -> nn.Module:
@@ -28,7 +32,7 @@ def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reache
         all_reached: a step reaches every parameter that trains; otherwise each forward looks for those that it does
             not.
     """
-    if group.is_alone or not any(parameter.requires_grad for parameter in model.parameters()):
+    if group.is_alone or is_sharded(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     return DistributedDataParallel(
         model,
@@ -40,7 +44,7 @@ def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reache
 
 def bytes_of_exchange(model: nn.Module, group: Group) -> int:
     """Bytes held beside a step: after the first one, DDP makes its buckets anew while it still has the old ones."""
-    if group.is_alone:
+    if group.is_alone or is_sharded(model):
         return 0
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 

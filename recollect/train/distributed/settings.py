@@ -8,7 +8,7 @@ from typing import Literal
 from recollect.errors import UnsupportedInput
 from recollect.train.settings import Settings
 
-Strategy = Literal["auto", "ddp", "none"]
+Strategy = Literal["auto", "ddp", "fsdp", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class DistributedSettings(Settings):
     dist_train: bool = False
     """The run is meant to have several processes: say so if it has only one; also MODEL.DIST_TRAIN in YAML"""
     strategy: Strategy = "auto"
-    """ddp: every process has the whole model and a part of each batch; none: one process only"""
+    """ddp (auto): every process has the whole model and a part of each batch; fsdp: and a part of the parameters,
+    gradients and optimizer state only; none: one process only"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
