@@ -234,13 +234,18 @@ def around_machinery(model: torch.nn.Module, around: Callable[[], AbstractContex
 def on_resize(model: torch.nn.Module, resized: Callable[[torch.Tensor], None]) -> None:
     """Have `resized` called with each tensor whose memory FSDP2 has just given back, or taken anew, in place."""
 
-    def tell_of(one: Any) -> None:
-        for tensor in one.all_gather_outputs:
-            resized(tensor)
+    def tell_of(parameters: list[Any]) -> None:
+        for one in parameters:
+            for tensor in one.all_gather_outputs:
+                resized(tensor)
 
-    for one in _parameters(model):
-        for name in ("alloc_all_gather_outputs", "free_unsharded_param"):
-            _override(one, name, _then(getattr(one, name), partial(tell_of, one)))
+    for group in _groups(model):
+        # In a group of one process, weights are not gathered but copied, by other means.
+        name = "wait_for_unshard"
+        _override(group, name, _then(getattr(group, name), partial(tell_of, group.fsdp_params)))
+        for one in group.fsdp_params:
+            for name in ("alloc_all_gather_outputs", "free_unsharded_param"):
+                _override(one, name, _then(getattr(one, name), partial(tell_of, [one])))
 
 
 def after_backward(model: torch.nn.Module, call: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shlex
@@ -79,7 +80,11 @@ def console() -> NoReturn:
     # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
     os.environ["KINETO_LOG_LEVEL"] = "99"
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code:
+        # An error's frames kept the model, and it the process group, whose threads must end before Python does.
+        gc.collect()
+    sys.exit(exit_code)
 
 
 def main(arguments: Sequence[str]) -> int:

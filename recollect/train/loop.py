@@ -293,7 +293,7 @@ def plan_run(
 
     group = work.group
     if is_sharded(work.model):  # no step without all of them
-        applied = fitted(None)
+        applied = group.together(lambda: fitted(None))
     else:
         # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the
         # same.

@@ -22,7 +22,7 @@ from recollect.train.data.order import BatchOrder
 from recollect.train.data.rows import Columns
 from recollect.train.data.tokens import load_tokens
 from recollect.train.device import resolve_device
-from recollect.train.distributed.sharding import check_can_shard, shard
+from recollect.train.distributed.sharding import can_be_cast, check_can_shard, shard
 from recollect.train.models import Loss, ModelSource, find_model
 from recollect.train.optimizers import make_optimizer
 from recollect.train.precision import autocast_dtype
@@ -178,8 +178,9 @@ def build(
     built = source.build(data.facts, config.sequence_length, config.model_args)
     model = built.module.to(device).train()
     if sharded:
-        shard(model, group, device, autocast)
-        autocast = None  # FSDP2 casts weights and inputs itself
+        by_fsdp = autocast if can_be_cast(model) else None
+        shard(model, group, device, by_fsdp)
+        autocast = None if by_fsdp is not None else autocast
     if group.rank > 0:  # the same weights everywhere, but not the same dropout
         seed_everything(seed_of(config.seed, group.rank, 0))
     task = choose_task(source, built, data.facts)

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,7 +32,7 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
     Raises:
         ProcessFailed: one ended with an error; the first is named.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -43,6 +44,8 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
         os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // starter.processes))
     # The profiler, which meters memory on a CPU, warns of each block that is older than itself; DDP frees such.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Where a process that fails writes how; PyTorch's own choice would be left behind.
+    notes = tempfile.TemporaryDirectory(prefix="recollect-")
     config = LaunchConfig(
         min_nodes=starter.machines,
         max_nodes=starter.machines,
@@ -55,9 +58,11 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
         max_restarts=0,
         monitor_interval=0.1,
         local_addr=None if several else "127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=notes.name),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "recollect", *arguments)
+        with notes:
+            elastic_launch(config, sys.executable)("-m", "recollect", *arguments)
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         raise ProcessFailed(_exit_code(first.exitcode), _described(rank, first)) from None

@@ -29,12 +29,20 @@ def shard(model: nn.Module, group: Group, device: torch.device, compute_dtype: t
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (group.world_size,))
-    policy = MixedPrecisionPolicy()
+    within, outermost = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if compute_dtype is not None:
-        policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        within = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
+        outermost = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     for unit in units_of(model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=within)
+    fully_shard(model, mesh=mesh, mp_policy=outermost)
+
+
+def can_be_cast(model: nn.Module) -> bool:
+    """Whether its weights may all be gathered in a smaller dtype.  Normalisation with running statistics cannot: they
+    stay float32, and PyTorch's kernels want the weights to be like them.  Autocast serves such models.
+    """
+    return not any(getattr(module, "running_mean", None) is not None for module in model.modules())
 
 
 def check_can_shard(optimizer: OptimizerName, compute_dtype: torch.dtype | None) -> None:
@@ -54,9 +62,7 @@ def units_of(model: nn.Module) -> list[nn.Module]:
     """The blocks whose weights are gathered one after the other: the outermost modules that are repeated in a
     `ModuleList` or `Sequential`, unless they share a parameter with something else.
     """
-    uses: Counter[int] = Counter()
-    for module in model.modules():
-        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    uses = _uses(model)
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -74,10 +80,16 @@ def units_of(model: nn.Module) -> list[nn.Module]:
 
 def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
     """It has parameters, and nothing outside of it has them, too."""
-    inside: Counter[int] = Counter()
-    for module in block.modules():
-        inside.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    inside = _uses(block)
     return bool(inside) and all(uses[key] == count for key, count in inside.items())
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """How many names each parameter has."""
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    return Counter(
+        id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None
+    )
 
 
 def _has_forward(module: nn.Module) -> bool:
