@@ -6,7 +6,6 @@ F1, below `simulate`, which walks a step with these look-ups.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,9 +47,12 @@ class ProfileIndex:
         for index, region in enumerate(profile.regions):
             for op in range(region.first_op, region.first_op + region.op_count):
                 self.region_of_op[op] = index
+        self.region_of_slot = [slot.region for slot in profile.slots]
+        self.activation_bytes = [s.nbytes if s.component == "activation" else 0 for s in profile.storages]
+        """Of each storage: its size; nothing for one that is part of the baseline, where it is counted."""
         self.slots_of_region: list[list[int]] = [[] for _ in profile.regions]
-        for slot_index, slot in enumerate(profile.slots):
-            self.slots_of_region[slot.region].append(slot_index)
+        for slot_index, region_index in enumerate(self.region_of_slot):
+            self.slots_of_region[region_index].append(slot_index)
         self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
         kinds = [event.kind for event in profile.events]
         self._backward_event = kinds.index(EventKind.BACKWARD) if EventKind.BACKWARD in kinds else 0
@@ -93,7 +95,7 @@ class ProfileIndex:
             return self.region_of_op[a]
         if kind == EventKind.EXIT:
             return a
-        return self.profile.slots[a].region if kind in _OF_SLOTS else -1
+        return self.region_of_slot[a] if kind in _OF_SLOTS else -1
 
     def producer_region(self, value: int) -> int:
         """Index of the region that made a value; -1 if none did."""
@@ -217,38 +219,39 @@ class ProfileIndex:
     def _fixed(self) -> tuple[list[int], dict[int, int], dict[int, list[tuple[int, int]]]]:
         """Level after each event and spikes of what lives whatever is decided; when each storage lives in it."""
         profile = self.profile
-        held: Counter[int] = Counter()
+        nbytes_of = self.activation_bytes
+        held = [0] * len(nbytes_of)
         level = 0
         levels: list[int] = []
         spikes: dict[int, int] = {}
         born: dict[int, int] = {}
         intervals: dict[int, list[tuple[int, int]]] = {}
-        for time, event in enumerate(profile.events):
+        for time, (kind, a) in enumerate(profile.events):
             acquire = release = -1
-            if event.kind == EventKind.ALLOC:
-                acquire = event.a
-            elif event.kind == EventKind.FREE:
-                release = event.a
-            elif event.kind == EventKind.SAVE and event.a in self.fixed_slots:
-                acquire = profile.values[profile.slots[event.a].value].storage
-            elif event.kind == EventKind.RELEASE and event.a in self.fixed_slots:
-                release = profile.values[profile.slots[event.a].value].storage
-            elif event.kind == EventKind.OP:
-                spikes[time] = profile.signatures[profile.ops[event.a].signature].scratch_bytes
-            elif event.kind == EventKind.OTHER_OP:
-                spikes[time] = profile.signatures[event.a].scratch_bytes
-            if acquire >= 0 and profile.storages[acquire].component == "activation":
+            if kind == EventKind.ALLOC:
+                acquire = a
+            elif kind == EventKind.FREE:
+                release = a
+            elif kind == EventKind.OTHER_OP:
+                spikes[time] = profile.signatures[a].scratch_bytes
+            elif kind == EventKind.OP:
+                spikes[time] = profile.signatures[profile.ops[a].signature].scratch_bytes
+            elif kind == EventKind.SAVE and a in self.fixed_slots:
+                acquire = profile.values[profile.slots[a].value].storage
+            elif kind == EventKind.RELEASE and a in self.fixed_slots:
+                release = profile.values[profile.slots[a].value].storage
+            if acquire >= 0:
                 held[acquire] += 1
                 if held[acquire] == 1:
-                    level += profile.storages[acquire].nbytes
+                    level += nbytes_of[acquire]
                     born[acquire] = time
-            if release >= 0 and profile.storages[release].component == "activation":
+            elif release >= 0:
                 held[release] -= 1
                 if held[release] == 0:
-                    level -= profile.storages[release].nbytes
+                    level -= nbytes_of[release]
                     intervals.setdefault(release, []).append((born[release], time))
             levels.append(level)
-        for storage, count in held.items():
+        for storage, count in enumerate(held):
             if count > 0:
                 intervals.setdefault(storage, []).append((born[storage], len(profile.events)))
         return levels, spikes, intervals

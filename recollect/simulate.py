@@ -142,8 +142,8 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
     return [offset + level + index.fixed_spikes.get(time, 0) for time, level in enumerate(index.fixed_levels)]
 
 
-#: Events in which a tape has a part.
-_OF_A_TAPE = frozenset({EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT})
+#: Events in which a tape has a part.  (Not a set: an enumeration's members hash slowly.)
+_OF_A_TAPE = (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT)
 
 
 def _machines(
@@ -180,7 +180,9 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
     """
     profile = index.profile
     machines = _machines(index, 0, decisions, groups)
-    held: Counter[int] = Counter()
+    # This loop is most of the time that a plan for a long chain takes: what is asked at every event is looked up first.
+    nbytes_of, owner_of_slot, owner_of_op = index.activation_bytes, index.region_of_slot, index.region_of_op
+    held = [0] * len(nbytes_of)
     level = memo = 0
     peak = peak_memo = peak_scratch = -1
     peak_event = 0
@@ -190,50 +192,54 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
     peak_label = ""
     components_at_peak: dict[str, int] = {}
     offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
-    scratch_kinds = (EventKind.OP, EventKind.OTHER_OP)
-    for time, event in enumerate(profile.events):
-        acquired: list[int] = []
-        released: list[int] = []
-        spike = 0
+    for time, (kind, a) in enumerate(profile.events):
+        spike = scratch = 0
         memo_before = memo
         level_before = level
-        kind, a = event
         if kind == EventKind.ALLOC:
-            acquired.append(a)
+            held[a] += 1
+            if held[a] == 1:
+                level += nbytes_of[a]
         elif kind == EventKind.FREE:
-            released.append(a)
+            held[a] -= 1
+            if held[a] == 0:
+                level -= nbytes_of[a]
+            continue  # no higher than it was
+        elif kind == EventKind.OTHER_OP:
+            scratch = index.fixed_spikes.get(time, 0)
+        elif kind in _OF_A_TAPE:
+            owner = owner_of_op[a] if kind == EventKind.OP else a if kind == EventKind.EXIT else owner_of_slot[a]
+            if kind == EventKind.OP:
+                scratch = index.fixed_spikes.get(time, 0)
+            elif kind == EventKind.EXIT:
+                current = -1
+            if phase == "backward":
+                where_region = owner
+            machine = machines[owner]
+            moment = machine.handle(kind, a)
+            acquired, released = moment.acquired, moment.released
+            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in machine.slots:
+                storage = profile.values[profile.slots[a].value].storage
+                if kind == EventKind.SAVE:
+                    acquired = [storage, *acquired]
+                else:
+                    released = [storage, *released]
+            memo += moment.memo_delta
+            spike = moment.spike
+            for storage in acquired:
+                held[storage] += 1
+                if held[storage] == 1:
+                    level += nbytes_of[storage]
+            for storage in released:
+                held[storage] -= 1
+                if held[storage] == 0:
+                    level -= nbytes_of[storage]
         elif kind == EventKind.ENTER:
             current = a
-        elif kind == EventKind.EXIT:
-            current = -1
         elif kind == EventKind.BACKWARD:
             phase = "backward"
         elif kind == EventKind.OPTIMIZER:
             phase = "optimizer"
-        if kind in _OF_A_TAPE:
-            owner = index.owner(event)
-            if phase == "backward":
-                where_region = owner
-            machine = machines[owner]
-            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in machine.slots:
-                storage = profile.values[profile.slots[a].value].storage
-                (acquired if kind == EventKind.SAVE else released).append(storage)
-            moment = machine.handle(kind, a)
-            acquired += moment.acquired
-            released += moment.released
-            memo += moment.memo_delta
-            spike = moment.spike
-        for storage in acquired:
-            if profile.storages[storage].component == "activation":
-                held[storage] += 1
-                if held[storage] == 1:
-                    level += profile.storages[storage].nbytes
-        for storage in released:
-            if profile.storages[storage].component == "activation":
-                held[storage] -= 1
-                if held[storage] == 0:
-                    level -= profile.storages[storage].nbytes
-        scratch = index.fixed_spikes.get(time, 0) if kind in scratch_kinds else 0
         high = max(level + memo + scratch, level_before + memo_before + spike)
         if high > peak:
             peak, peak_event = high, time
