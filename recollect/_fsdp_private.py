@@ -1,7 +1,7 @@
 """What recollect uses of FSDP2's inside (`torch.distributed.fsdp.fully_shard`), each with the reason.
 
-Seen working in PyTorch 2.13.  FSDP2 has no public way to ask which modules it has wrapped and how, to copy such a
-model, or to hear when it gathers weights and lets them go; all of that decides how much memory a step takes.
+Seen working in PyTorch 2.11 and 2.13.  FSDP2 has no public way to ask which modules it has wrapped and how, to copy
+such a model, or to hear when it gathers weights and lets them go; all of that decides how much memory a step takes.
 
 Nothing here imports FSDP2 before the user did: a model without it costs one look at `sys.modules`.
 """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import recollect
+from recollect._fsdp_private import _groups
 from recollect.profile_index import ProfileIndex
 from recollect.shapes import decisions_of
 from recollect.simulate import simulate
@@ -75,14 +76,9 @@ class Exchanges:
         self.counts = {"all_gather": 0, "reduce_scatter": 0}
 
     def watch(self, model: nn.Module) -> None:
-        for module in model.modules():
-            for group in (
-                getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
-                if hasattr(module, "_get_fsdp_state")
-                else ()
-            ):
-                for kind in self.counts:
-                    setattr(group, f"_{kind}_comm", self._counting(kind, getattr(group, f"_{kind}_comm")))
+        for group in _groups(model):
+            for kind in self.counts:
+                setattr(group, f"_{kind}_comm", self._counting(kind, getattr(group, f"_{kind}_comm")))
 
     def _counting(self, kind: str, comm: Any) -> Any:
         counts = self.counts
