@@ -11,8 +11,8 @@ import torch
 
 import recollect
 from recollect.budget import resolve_budget
-from recollect.errors import UnsupportedInput
-from recollect.group import ALONE, Group
+from recollect.errors import BudgetInfeasible, UnsupportedInput
+from recollect.group import ALONE, FailedElsewhere, Group
 from recollect.records import Profile
 from recollect.report.plan_table import format_table
 from recollect.sharded import is_sharded
@@ -293,7 +293,12 @@ def plan_run(
 
     group = work.group
     if is_sharded(work.model):  # no step without all of them
-        applied = group.together(lambda: fitted(None))
+        try:
+            applied = fitted(None)
+        except BudgetInfeasible as problem:  # all have found it: said once
+            if not group.is_first:
+                raise FailedElsewhere(0, str(problem), is_bad_input=True) from None
+            raise
     else:
         # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the
         # same.

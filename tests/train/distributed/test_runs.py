@@ -90,8 +90,11 @@ def test_a_process_that_is_killed_ends_the_run_and_is_named() -> None:
 
 
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
-    ended = finish(start(*GPT, *TWO, "--dataset", "absent.txt", "--steps", "1"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    ended = finish(start(*GPT, *TWO, "--dataset", "absent.txt", "--steps", "1", TMPDIR=str(notes)))
     assert ended.code == 2
     assert ended.err.count("absent.txt") == 1
     assert "Traceback" not in ended.err
     assert not (tmp_path / "runs").exists()
+    assert list(notes.iterdir()) == []
