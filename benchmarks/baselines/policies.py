@@ -72,7 +72,7 @@ def greedy(pool: Pool, budget_bytes: int) -> Iterator[list[Decision]]:
     chosen = [source.column(region, None) for region in range(len(classes))]
     while True:
         yield [column.decision for column in chosen]
-        if max(source.peaks([(column, 1.0) for column in chosen])) <= budget_bytes:
+        if source.peaks([(column, 1.0) for column in chosen]).max() <= budget_bytes:
             return
         best: tuple[float, int] | None = None
         exchange: Column | None = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recollect.records import Decision
-from recollect.solve.columns import Column, ColumnSource
+from recollect.solve.columns import Array, Column, ColumnSource
 
 
 class Choice:
@@ -18,8 +18,8 @@ class Choice:
         self._source = source
         self._peaks = self._walk(self.columns)
 
-    def _walk(self, columns: Sequence[Column]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return np.array(self._source.peaks((column, 1) for column in columns))
+    def _walk(self, columns: Sequence[Column]) -> Array:
+        return self._source.peaks((column, 1) for column in columns)
 
     def exchange(self, column: Column, budget_bytes: int) -> bool:
         """Take this column for its region if every moment stays within the budget; whether it was taken."""

@@ -23,7 +23,7 @@ from recollect.records import Decision, KeepSet, Profile
 from recollect.simulate import fixed_peaks, region_curve
 from recollect.solve.patterns import Timeline, timelines
 
-_Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ class Column:
         return self.shape.held_bytes
 
     @cached_property
-    def delta_arrays(self) -> tuple[_Array, _Array]:
+    def delta_arrays(self) -> tuple[Array, Array]:
         """Times and private bytes of the changes of level."""
         moments = self.timeline.moments
         return (
@@ -71,7 +71,7 @@ class Column:
         )
 
     @cached_property
-    def extra_arrays(self) -> tuple[_Array, _Array]:
+    def extra_arrays(self) -> tuple[Array, Array]:
         """Times and bytes of the moments in which the column rises, for an instant, above its level after them."""
         moments = self.timeline.moments
         return (
@@ -166,7 +166,7 @@ class ColumnSource:
             levels=tuple(levels),
         )
 
-    def peaks(self, chosen: Iterable[tuple[Column, float]]) -> list[float]:
+    def peaks(self, chosen: Iterable[tuple[Column, float]]) -> Array:
         """Highest bytes within every event for columns taken with weights (1 for a plan; fractions in a relaxation)."""
         count = len(self.base)
         times, sizes, extra_times, extra_sizes = [], [], [], []
@@ -186,11 +186,11 @@ class ColumnSource:
             nbytes_of_storage = self.index.profile.storages[storage].nbytes
             for time, change in _union_changes(intervals):
                 changes[time] += change * nbytes_of_storage
-        peaks: list[float] = (self._base + np.cumsum(changes[:count]) + _sums(extra_times, extra_sizes, count)).tolist()
+        peaks: Array = self._base + np.cumsum(changes[:count]) + _sums(extra_times, extra_sizes, count)
         return peaks
 
 
-def _sums(times: list[_Array], sizes: list[_Array], count: int) -> _Array:
+def _sums(times: list[Array], sizes: list[Array], count: int) -> Array:
     """Sum of the sizes at each time from 0 to `count` - 1."""
     if not times:
         return np.zeros(count)

@@ -120,7 +120,7 @@ class Pool:
         if not larger:
             return
         smallest, _ = self.smallest
-        plain = max(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))))
+        plain = float(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))).max())
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
 

@@ -34,7 +34,7 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[
         return decisions, 0.0
     region = open_regions[0]
     others = [(column, weight) for column, weight in pool.master.chosen(decisions) if column.region != region]
-    room = [budget_bytes - peak for peak in source.peaks(others)]
+    room = (budget_bytes - source.peaks(others)).tolist()
     span = index.events_of_region[region]
     capacities = {time: room[time] for time in pool.master.moments if span[0] <= time <= span[-1]}
     bound_ms = 0.0
@@ -53,7 +53,7 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[
         column = source.column(region, decision)
         if column.overhead_ms >= source.column(region, decisions[region]).overhead_ms:
             break
-        peaks = source.peaks([*others, (column, 1)])
+        peaks = source.peaks([*others, (column, 1)]).tolist()
         if max(peaks) <= budget_bytes:
             return [decision if place == region else other for place, other in enumerate(decisions)], bound_ms
         for time in sorted(range(len(peaks)), key=lambda t: -peaks[t])[:_MOMENTS]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from math import gcd
 from operator import le
 
+import numpy as np
+
 from recollect.records import Decision
-from recollect.solve.columns import Column, ColumnSource
+from recollect.solve.columns import Array, Column, ColumnSource
 from recollect.solve.highs import INFINITY, Program, Solution
 from recollect.solve.pricing import Prices
 
@@ -75,7 +77,7 @@ class Master:
     unit: int = field(init=False)
     """Greatest common divisor of all sizes: bytes are counted in it."""
     _classes: list[int] = field(init=False)
-    _stretches: list[int] = field(init=False)
+    _stretches: Array = field(init=False)
     _places: list[list[tuple[int, bool]]] = field(init=False)
     """Region, moment: where the moment is in the region's timeline."""
     _vectors: list[list[list[tuple[int, tuple[int, ...]]]]] = field(init=False)
@@ -90,7 +92,7 @@ class Master:
         self._classes = [region.class_id for region in profile.regions]
         for class_id in self._classes:
             self.decisions.setdefault(class_id, {None: None})
-        self._stretches = _stretches(self.source)
+        self._stretches = np.array(_stretches(self.source))
         self._vectors = [[] for _ in self._classes]
         self._places = [[] for _ in self._classes]
         plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
@@ -103,17 +105,19 @@ class Master:
         self.decisions[class_id][decision] = None
         return True
 
-    def add_moments(self, peaks: Sequence[float], limit: float) -> bool:
+    def add_moments(self, peaks: Array, limit: float) -> bool:
         """Take in the worst moment of each stretch that is above `limit` bytes; True if one is new."""
-        worst: dict[int, int] = {}
-        for time, peak in enumerate(peaks):
-            stretch = self._stretches[time]
-            if peak > limit and (stretch not in worst or peak > peaks[worst[stretch]]):
-                worst[stretch] = time
-        known = set(self.moments)
-        new = sorted((t for t in worst.values() if t not in known), key=lambda t: -peaks[t])[:_MOMENTS_PER_ROUND]
-        self.moments += new
-        return bool(new)
+        times = np.flatnonzero(peaks > limit)
+        if not times.size:
+            return False
+        stretches = self._stretches[times]
+        order = np.lexsort((times, -peaks[times], stretches))  # stretch by stretch, the worst first
+        _, first = np.unique(stretches[order], return_index=True)
+        worst = np.sort(times[order[first]])
+        new = worst[~np.isin(worst, self.moments)]
+        new = new[np.argsort(-peaks[new], kind="stable")][:_MOMENTS_PER_ROUND]
+        self.moments += new.tolist()
+        return bool(new.size)
 
     def _build(self, budget_bytes: int | None, *, relaxed: bool = False) -> _Built:
         """With a budget: least time within it. Without: least peak, the last variable being the peak."""
@@ -291,10 +295,10 @@ class Master:
                 bound_ms = max(bound_ms, solution.bound)
             decisions = self._decisions(built, solution)
             peaks = self.source.peaks(self.chosen(decisions))
-            if max(peaks) <= budget_bytes:
+            if peaks.max() <= budget_bytes:
                 return decisions, bound_ms
             if not self.add_moments(peaks, budget_bytes):  # the solver's tolerance was more than a byte
-                tightened -= max(self.unit, int(max(peaks)) - budget_bytes)
+                tightened -= max(self.unit, int(peaks.max()) - budget_bytes)
 
     def smallest(self) -> tuple[int, list[Decision]]:
         """The least peak in bytes that the columns on offer can reach, and decisions that reach it."""
@@ -305,8 +309,8 @@ class Master:
             assert solution is not None, "without a budget there is always a choice"
             decisions = self._decisions(built, solution)
             peaks = self.source.peaks(self.chosen(decisions))
-            if best is None or max(peaks) < best[0]:
-                best = (int(max(peaks)), decisions)
+            if best is None or peaks.max() < best[0]:
+                best = (int(peaks.max()), decisions)
             bound = solution.cost * self.unit
             if best[0] <= bound + self.unit / 2 or not self.add_moments(peaks, bound + self.unit / 2):
                 return best

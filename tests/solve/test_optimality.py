@@ -363,7 +363,7 @@ def test_the_bound_is_never_above_the_plan() -> None:
     for seed in range(18):
         profile = random_profile(seed + 500, regions=7, most_ops=9)
         pool = make_pool(profile)
-        plain = max(pool.source.peaks(pool.master.chosen([None] * len(profile.regions))))
+        plain = pool.source.peaks(pool.master.chosen([None] * len(profile.regions))).max()
         for share in (0.0, 0.3, 0.7):
             budget = pool.smallest[0] + int((plain - pool.smallest[0]) * share)
             outcome = restricted(pool, lambda _, __: True, budget)
@@ -384,7 +384,7 @@ def test_where_every_decision_is_on_offer_the_bound_is_the_plan() -> None:
     for seed in range(12):
         profile = random_profile(seed + 900, regions=5, most_ops=4)
         pool = make_pool(profile)
-        plain = max(pool.source.peaks(pool.master.chosen([None] * len(profile.regions))))
+        plain = pool.source.peaks(pool.master.chosen([None] * len(profile.regions))).max()
         for share in (0.2, 0.6):
             budget = pool.smallest[0] + int((plain - pool.smallest[0]) * share)
             plan = Solver(profile).solve(budget)
