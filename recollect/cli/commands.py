@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def _train(
     with ExitStack() as stack:
         # With --json, stdout belongs to the one document; people read stderr.
         stream = sys.stderr if options.json else sys.stdout
+        if options.json:  # some libraries print what they think of the machine
+            stack.enter_context(redirect_stdout(sys.stderr))
         if not group.is_first:
             stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = stack.enter_context(Reporter(stream, quiet=options.quiet))

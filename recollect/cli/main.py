@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import shlex
@@ -27,6 +26,7 @@ from recollect.group import FailedElsewhere
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train import Interrupted
 from recollect.train.distributed.launcher import ProcessFailed
+from recollect.train.distributed.meeting import was_of_a_group
 from recollect.train.naming import did_you_mean
 
 EXIT_FAILED = 1
@@ -81,9 +81,13 @@ def console() -> NoReturn:
     os.environ["KINETO_LOG_LEVEL"] = "99"
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     exit_code = main(sys.argv[1:])
-    if exit_code:
-        # An error's frames kept the model, and it the process group, whose threads must end before Python does.
-        gc.collect()
+    if was_of_a_group():
+        # Threads of the process group may outlive it, and abort the process when they ask for Python's lock while that
+        # is coming to its end: the end is left out.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)
 
 

@@ -7,6 +7,7 @@ came twice, a port that is taken, a rank 0 that cannot be reached.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,14 @@ from recollect.train.distributed.roles import Member
 _LOOK_S = 0.05
 #: For the others to hear why the run cannot begin.
 _HEARING_S = 10.0
+
+
+_joined: set[int] = set()
+
+
+def was_of_a_group() -> bool:
+    """Whether this process has been one of a group."""
+    return os.getpid() in _joined
 
 
 @contextmanager
@@ -55,6 +64,7 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
             f"the processes have met, but {backend} cannot connect them ({str(error).splitlines()[0]}). "
             f"Choose another --dist-backend: gloo works everywhere, nccl on NVIDIA GPUs."
         ) from error
+    _joined.add(os.getpid())
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield Group(rank=member.rank, world_size=member.world_size, control=control)

@@ -45,7 +45,7 @@ def hosts() -> Iterator[list[list[str]]]:
 def test_two_hosts_train_like_one_process(hosts: list[list[str]]) -> None:
     steps = [*GPT, "--steps", "4"]
     run(*steps, "--mark", "one")
-    for strategy, memory in (("ddp", "1100KiB"), ("fsdp", "800KiB")):
+    for strategy, memory in (("ddp", "950KiB"), ("fsdp", "650KiB")):
         options = ["--strategy", strategy, "--mark", strategy, "--memory", memory, "--json"]
         running = []
         for number, before in enumerate(hosts):
