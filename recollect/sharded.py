@@ -36,7 +36,7 @@ def group_of(model: torch.nn.Module) -> Group:
     return Group(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)
 
 
-_scratch: dict[str, tuple[float, float]] = {}
+_scratch: dict[tuple[str, int], tuple[float, float]] = {}
 
 
 def exchange_scratch(group: Group, device: torch.device) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def exchange_scratch(group: Group, device: torch.device) -> tuple[float, float]:
     """
     if device.type != "cpu" or group.world_size == 1:
         return 0.0, 0.0
-    key = group.control.group_name
+    key = group.control.group_name, group.world_size
     if key not in _scratch:
         part = torch.zeros(_PROBE_BYTES // 4)
         whole = torch.zeros(part.numel() * group.world_size)

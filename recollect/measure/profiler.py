@@ -119,7 +119,6 @@ def measure_together(
 
     if group.is_alone:
         return mine()
-    settle(model)
     exchange_scratch(group, device_of(model))
     described = describe_batch(batch)
     firsts = group.from_first(described)
@@ -142,6 +141,7 @@ def measure_step(
     """
     began = time.perf_counter()
     check_model(model)
+    settle(model)
     device = device_of(model)
     cache = CostCache(device) if cost_cache and not untimed else NoCache()
     room_bytes = None if budget_bytes is None else budget_bytes - resident_bytes(model, batch, spec.optimizers)

@@ -27,7 +27,7 @@ class ShardedCopy:
     def __init__(self, model: torch.nn.Module, copies: dict[int, Any]) -> None:
         """Shards `copies[id(model)]`; call it where fake tensors are made."""
         self.model: torch.nn.Module = copies[id(model)]
-        self._pairs = [(real, copied) for real, copied in shard_like(model, copies)]
+        self._pairs = shard_like(model, copies)
         gather_ratio, scatter_ratio = exchange_scratch(group_of(model), device_of(model))
         self._exchanges = SilentExchange(gather_ratio), SilentExchange(scatter_ratio)
         exchange_by(self.model, *self._exchanges)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import recollect
 from recollect.errors import UnsupportedInput
+from recollect.group import ALONE
 from recollect.measure.profiler import fingerprint
 from recollect.sharded import group_of, is_sharded
 
@@ -102,7 +103,9 @@ def test_a_plan_keeps_its_budget_and_the_bits(mesh: DeviceMesh, reshard_after_fo
 def test_the_profile_is_of_the_model_and_says_that_it_is_sharded(mesh: DeviceMesh) -> None:
     model = sharded(mesh)
     assert is_sharded(model)
+    assert not is_sharded(Net())
     assert group_of(model).world_size == 1
+    assert group_of(Net()) is ALONE
     profile = recollect.measure(model, BATCH)
     assert profile.is_sharded
     assert profile.model == "Net"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from recollect.train.distributed.sharding import units_of
@@ -80,11 +78,3 @@ def test_units_are_repeated_blocks_that_share_nothing() -> None:
         }
     )
     assert units_of(model) == list(model["blocks"])  # type: ignore[arg-type]  # a ModuleList
-
-
-def test_a_plain_model_is_not_taken_for_a_sharded_one() -> None:
-    from recollect.sharded import ALONE, group_of, is_sharded
-
-    assert "torch.distributed.fsdp" in sys.modules or not is_sharded(nn.Linear(2, 2))
-    assert group_of(nn.Linear(2, 2)) is ALONE
-    assert torch.equal(torch.ones(2), torch.ones(2))
