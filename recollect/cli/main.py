@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -75,6 +76,10 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
 }
 
 
+#: For another process of the run to say what is wrong.
+_TELLING_S = 2.0
+
+
 def console() -> NoReturn:
     """The `recollect` program."""
     # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
@@ -96,8 +101,13 @@ def main(arguments: Sequence[str]) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        return _run(arguments)
-    except FailedElsewhere as problem:  # it is told there
+        try:
+            return _run(arguments)
+        finally:  # what follows is short; a SIGTERM may end it
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, previous)
+    except FailedElsewhere as problem:
+        time.sleep(_TELLING_S)  # it is told there; a launcher that saw this process end first would cut it off
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
     except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
         return _tell(problem, EXIT_BAD_INPUT)
@@ -119,8 +129,6 @@ def main(arguments: Sequence[str]) -> int:
         return _tell(f"failed while running `recollect {shlex.join(arguments)}`: {what}", EXIT_FAILED)
     finally:
         speak_as("")
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
 
 
 class _Terminated(BaseException):
