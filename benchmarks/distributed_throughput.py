@@ -19,17 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from benchmarks.loops import Loop, by_hand, by_stepper
 from recollect.group import Group
 from recollect.train import TrainConfig, Workload, build, resolve
-from recollect.train.data.loader import to_device
 from recollect.train.distributed.meeting import joined
 from recollect.train.distributed.parallel import parallel
 from recollect.train.distributed.roles import Member, find_role
@@ -42,9 +40,6 @@ _BATCH = 32
 _PROCESSES = 2
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_PROCESSES), "-m"]
 
-Loop = Callable[[], list[float]]
-"""Takes steps; returns when each of them ended."""
-
 
 def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loop:
     """As people write it."""
@@ -52,40 +47,20 @@ def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loo
     size = _BATCH // group.world_size
     numbers = [number for step in range(steps) for number in work.order.indices(step)]
     mine = [n for place in range(group.rank * size, len(numbers), _BATCH) for n in numbers[place : place + size]]
-    loader = DataLoader([work.data.samples[number] for number in mine], batch_size=size)  # type: ignore[arg-type]
-
-    def run() -> list[float]:
-        ends = []
-        for batch in loader:
-            work.optimizer.zero_grad(set_to_none=False)
-            loss: Tensor = work.task.loss(model, to_device(batch, work.device))
-            loss.backward()
-            work.optimizer.step()
-            ends.append(time.perf_counter())
-        return ends
-
-    return run
+    loader = DataLoader([work.data.samples[number] for number in mine], batch_size=size)
+    return by_hand(work, model, loader)
 
 
 def own_loop(config: TrainConfig, work: Workload, group: Group, steps: int) -> Loop:
     """As `recollect train` takes steps between two logged ones."""
     applied, _ = plan_run(config, work, None, 0, steps)
     model = parallel(work.model, group, work.device, all_reached=True)
-    stepper = Stepper(work=work, applied=applied, scaler=None, model=model)
-
-    def run() -> list[float]:
-        ends = []
-        for parts in work.loader.stream(0, steps):
-            stepper.take(parts)
-            ends.append(time.perf_counter())
-        return ends
-
-    return run
+    return by_stepper(Stepper(work=work, applied=applied, scaler=None, model=model), steps)
 
 
 def compare(name: str, strategy: str, rounds: int, steps: int) -> None:
     """In each of the processes; rank 0 prints the two medians in ms."""
-    config, source = resolve(TrainConfig(model=name, batch_size=_BATCH, strategy=strategy))  # type: ignore[arg-type]
+    config, source = resolve(TrainConfig(model=name, batch_size=_BATCH, strategy=strategy))
     role = find_role(config, os.environ, 0)
     assert isinstance(role, Member)
     torch.set_num_threads(1)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.loops import Loop, by_hand, by_stepper
 from recollect.train import TrainConfig, Workload, build, resolve
-from recollect.train.data.loader import to_device
 from recollect.train.loop import plan_run
 from recollect.train.stepping import Stepper
 
 MODELS = ("gpt-tiny", "gpt", "resnet-tiny", "resnet", "lstm-tiny", "lstm")
 _BATCH = 16
-
-Loop = Callable[[], list[float]]
-"""Takes steps; returns when each of them ended."""
 
 
 def _loader(work: Workload, steps: int) -> DataLoader[Any]:
@@ -47,19 +43,7 @@ def _loader(work: Workload, steps: int) -> DataLoader[Any]:
 def loop_by_hand(name: str, steps: int) -> Loop:
     """As people write it."""
     work = build(*resolve(TrainConfig(model=name, batch_size=_BATCH)))
-    loader = _loader(work, steps)
-
-    def run() -> list[float]:
-        ends = []
-        for batch in loader:
-            work.optimizer.zero_grad(set_to_none=False)
-            loss: Tensor = work.task.loss(work.model, to_device(batch, work.device))
-            loss.backward()
-            work.optimizer.step()
-            ends.append(time.perf_counter())
-        return ends
-
-    return run
+    return by_hand(work, work.model, _loader(work, steps))
 
 
 def own_loop(name: str, steps: int) -> Loop:
@@ -67,16 +51,7 @@ def own_loop(name: str, steps: int) -> Loop:
     config, source = resolve(TrainConfig(model=name, batch_size=_BATCH))
     work = build(config, source)
     applied, _ = plan_run(config, work, None, 0, steps)
-    stepper = Stepper(work=work, applied=applied, scaler=None, model=work.model)
-
-    def run() -> list[float]:
-        ends = []
-        for parts in work.loader.stream(0, steps):
-            stepper.take(parts)
-            ends.append(time.perf_counter())
-        return ends
-
-    return run
+    return by_stepper(Stepper(work=work, applied=applied, scaler=None, model=work.model), steps)
 
 
 def transformers_loop(name: str, steps: int, folder: str) -> Loop | None:

@@ -30,8 +30,7 @@ _PACKAGE = "torch.distributed.fsdp"
 
 def sharded_modules(model: torch.nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on, outer ones first."""
-    kind = getattr(sys.modules.get(_PACKAGE), "FSDPModule", None)
-    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+    return [module for module in model.modules() if _is_sharded_kind(type(module))] if _PACKAGE in sys.modules else []
 
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:

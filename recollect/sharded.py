@@ -77,8 +77,7 @@ class SilentExchange:
 
     def __init__(self, scratch_per_byte: float) -> None:
         """Its scratch stays until the next exchange of its kind, as it may with gloo, which lets go of scratch in a
-        thread of its own: often only when the process is at its next operations already (in 10 to 14 of 40
-        reduce-scatters where that was looked at).
+        thread of its own: often only when the process is at its next operations already.
         """
         self._scratch_per_byte = scratch_per_byte
         self._scratch: torch.Tensor | None = None

@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
 
+import torch  # after that
+
 
 @pytest.fixture(autouse=True, scope="session")
 def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -23,6 +25,16 @@ def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iter
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine that seems to have two GPUs; the devices that were made current."""
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
 
 
 @pytest.fixture

@@ -32,8 +32,7 @@ FULL = Scope(
     ratios=(0.5, 0.0),
 )
 #: For the workers' glibc: never give memory back to the system. By default, how a process's heap happens to lie decides
-#: whether each step gives some back and takes it again, page by page: 18 ms of a ConvNeXt step of 325 ms in one
-#: process, nothing in the next, whatever the method.
+#: whether each step gives some back and takes it again, page by page, whatever the method.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 QUICK = Scope(families=("gpt", "convnext", "unet"), fractions=(0.1, 0.45), rounds=3, every_k=(1, 2), more_peers=False)
 

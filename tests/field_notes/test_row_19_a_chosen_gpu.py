@@ -15,30 +15,20 @@ from recollect.train.distributed.settings import DistributedSettings
 SECOND = Member(rank=1, world_size=2, local_rank=1, shares_machine=True, meeting="tcp://127.0.0.1:1")
 
 
-@pytest.fixture(autouse=True)
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """A machine with two GPUs, as far as is asked; the devices that were made current."""
-    made_current: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
-    return made_current
-
-
 @pytest.mark.parametrize("role", [Alone(), SECOND])
 def test_that_gpu_and_no_word(
     role: Alone | Member,
-    taken: list[torch.device],
+    gpus: list[torch.device],
     capsys: pytest.CaptureFixture[str],
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     second = torch.device("cuda", 1)
     assert take_device(role, DistributedSettings(gpu=1), "auto") == second  # the run's introduction names it
-    assert taken == [second]
+    assert gpus == [second]
     assert not list(recwarn)
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_same_gpu_for_all_is_an_error() -> None:
+def test_the_same_gpu_for_all_is_an_error(gpus: list[torch.device]) -> None:
     with pytest.raises(UnsupportedInput, match=r"would put all processes of this machine on one GPU; this one's is 1"):
         take_device(SECOND, DistributedSettings(gpu=0), "auto")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recollect.train.data.facts import DataFacts, TrainingData
-from recollect.train.data.loader import BatchLoader
+from recollect.train.data.loader import BatchLoader, batches_of
 from recollect.train.data.order import BatchOrder
 
 DATA = TrainingData(
@@ -52,3 +52,13 @@ def test_only_a_process_without_samples_is_a_filler() -> None:
     assert len(order.indices(last)) == 5
     assert sum(loader.is_filler(last) for loader in ranks) == 3
     assert not any(loader.is_filler(0) for loader in ranks)
+
+
+def test_an_evaluation_that_needs_all_processes_has_as_many_batches_in_each() -> None:
+    """101 samples in 13 batches of 8 on 2 processes: the second one makes the first batch again, uncounted."""
+    uneven = [list(batches_of(DATA, DATA.samples, 8, rank, 2)) for rank in range(2)]
+    assert [len(found) for found in uneven] == [7, 6]
+    even = [list(batches_of(DATA, DATA.samples, 8, rank, 2, even=True)) for rank in range(2)]
+    assert [len(found) for found in even] == [7, 7]
+    assert [number for found in even for number, _ in found] == [*range(0, 13, 2), *range(1, 13, 2), None]
+    assert torch.equal(even[1][-1][1], even[0][0][1])

@@ -74,7 +74,7 @@ def sharded(mesh: DeviceMesh, **options: Any) -> Net:
 def test_a_plan_keeps_its_budget_and_the_bits(mesh: DeviceMesh, reshard_after_forward: bool) -> None:
     model = sharded(mesh, reshard_after_forward=reshard_after_forward)
     optimizer = torch.optim.AdamW(model.parameters())
-    before = {name: parameter.to_local().clone() for name, parameter in model.named_parameters()}  # type: ignore[operator]
+    before = {name: parameter.to_local().clone() for name, parameter in model.named_parameters()}
     hooks = [dict(module._forward_pre_hooks) for module in model.modules()]
     keys = list(model.state_dict())
     with recollect.fit(model, BATCH, optimizer=optimizer) as applied:
@@ -131,7 +131,7 @@ def test_other_shapes_are_planned_without_a_trial(mesh: DeviceMesh) -> None:
     with recollect.fit(model, BATCH, budget=budget) as applied:
         other = torch.randn(96, 32)
         applied.prepare(other)
-        statistics = applied.shapes.statistics  # type: ignore[union-attr]  # fit has set them
+        statistics = applied.shapes.statistics
         assert statistics.guarded == 0
         applied.loss(model, other).backward()
         assert applied.plan_in_force is not None

@@ -7,7 +7,6 @@ came twice, a port that is taken, a rank 0 that cannot be reached.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,12 +26,12 @@ _LOOK_S = 0.05
 _HEARING_S = 10.0
 
 
-_joined: set[int] = set()
+_has_joined = False
 
 
 def was_of_a_group() -> bool:
     """Whether this process has been one of a group."""
-    return os.getpid() in _joined
+    return _has_joined
 
 
 @contextmanager
@@ -64,7 +63,8 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
             f"the processes have met, but {backend} cannot connect them ({str(error).splitlines()[0]}). "
             f"Choose another --dist-backend: gloo works everywhere, nccl on NVIDIA GPUs."
         ) from error
-    _joined.add(os.getpid())
+    global _has_joined
+    _has_joined = True
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield Group(rank=member.rank, world_size=member.world_size, control=control)

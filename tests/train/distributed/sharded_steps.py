@@ -83,7 +83,7 @@ class Exchanges:
     def _counting(self, kind: str, comm: Any) -> Any:
         counts = self.counts
 
-        class Counting(type(comm)):  # type: ignore[misc]  # made at run time
+        class Counting(type(comm)):
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 counts[kind] += 1
                 return super().__call__(*args, **kwargs)
@@ -125,7 +125,7 @@ def look(width: int, blocks: int, sequences: int, precision: str) -> dict[str, A
     generator = torch.Generator().manual_seed(dist.get_rank())
     batch = torch.randint(0, TOKENS, (sequences, LENGTH), generator=generator)
     settings: dict[str, Any] = {"loss": loss_of, "optimizer": optimizer, "clip_norm": 1.0}
-    before = [parameter.to_local().clone() for parameter in model.parameters()]  # type: ignore[operator]  # DTensors
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
 
     with recollect.fit(model, batch, **settings) as plain:
         plain_verdict = plain.verdict
@@ -148,12 +148,12 @@ def look(width: int, blocks: int, sequences: int, precision: str) -> dict[str, A
         optimizer.zero_grad()
         with planned.paused():
             loss_of(model, batch).backward()
-        expected = [parameter.grad.to_local().clone() for parameter in model.parameters()]  # type: ignore[union-attr]
+        expected = [parameter.grad.to_local().clone() for parameter in model.parameters()]
         optimizer.zero_grad()
         with planned.step(batch):
             loss_of(model, batch).backward()
         inside = all(
-            torch.equal(parameter.grad.to_local(), wanted)  # type: ignore[union-attr]  # DTensors
+            torch.equal(parameter.grad.to_local(), wanted)
             for parameter, wanted in zip(model.parameters(), expected, strict=True)
         )
     return {
@@ -167,8 +167,7 @@ def look(width: int, blocks: int, sequences: int, precision: str) -> dict[str, A
         "exchanges": (with_plan, without),
         "equal_inside": inside,
         "unchanged": all(
-            torch.equal(parameter.to_local(), old)  # type: ignore[operator]  # DTensors
-            for parameter, old in zip(model.parameters(), before, strict=True)
+            torch.equal(parameter.to_local(), old) for parameter, old in zip(model.parameters(), before, strict=True)
         ),
     }
 

@@ -205,16 +205,6 @@ def test_the_first_machine_of_slurms_list(nodes: str, first: str) -> None:
 # ------------------------------------------------------------------------------------------------ devices
 
 
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """A machine that seems to have two GPUs; the devices that were made current."""
-    taken: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    return taken
-
-
 def taken(found: Role, device: str = "auto", **flags: Any) -> str:
     assert not isinstance(found, Starter)
     return str(take_device(found, DistributedSettings(**flags), device))

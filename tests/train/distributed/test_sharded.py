@@ -77,4 +77,4 @@ def test_units_are_repeated_blocks_that_share_nothing() -> None:
             "head": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Dropout()),
         }
     )
-    assert units_of(model) == list(model["blocks"])  # type: ignore[arg-type]  # a ModuleList
+    assert units_of(model) == list(model["blocks"])
