@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
+if TYPE_CHECKING:
+    import torch  # at run time not here: some tests run where torch is blocked
 
-import torch  # after that
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,6 +32,8 @@ def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """A machine that seems to have two GPUs; the devices that were made current."""
+    import torch
+
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
