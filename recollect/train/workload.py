@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -80,11 +81,17 @@ class Workload:
         """Each microbatch's share of its batch, times the number of processes; None where batches are not split.
 
         A batch that is too small to be split still has a share of 1, so that its step is like that of the others.
+        The processes ask each other only where it takes more than the numbers of samples, which all of them know.
         """
         if self.accumulation_steps == 1 and self.group.is_alone:
             return [None] * len(parts)
-        weights = [0.0 if parts.is_filler else self.task.weight(part) for part in parts]
-        (total,) = self.group.sums([sum(weights)])
+        total: float
+        weights: Sequence[float]
+        if self.task.samples_weigh_alike:
+            weights, total = parts.sizes, parts.batch_size
+        else:
+            weights = [0.0 if parts.is_filler else self.task.weight(part) for part in parts]
+            (total,) = self.group.sums([sum(weights)])
         if not total > 0:
             raise UnsupportedInput(
                 "a batch has no element that its loss is a mean over (no token to predict, no sample), so there is no "

@@ -50,8 +50,8 @@ def test_only_a_process_without_samples_is_a_filler() -> None:
     order, ranks = loaders(8)
     last = order.steps_per_epoch - 1
     assert len(order.indices(last)) == 5
-    assert sum(loader.is_filler(last) for loader in ranks) == 3
-    assert not any(loader.is_filler(0) for loader in ranks)
+    assert sum(loader.microbatches(last).is_filler for loader in ranks) == 3
+    assert not any(loader.microbatches(0).is_filler for loader in ranks)
 
 
 def test_an_evaluation_that_needs_all_processes_has_as_many_batches_in_each() -> None:

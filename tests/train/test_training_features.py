@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recollect.cli.main import main
+from recollect.group import Group
 from recollect.train.config import TrainConfig
-from recollect.train.data.loader import to_device
+from recollect.train.data.loader import BatchLoader, to_device
 from recollect.train.ema import MovingAverage
 from recollect.train.optimizers import make_optimizer
 from recollect.train.schedules import lr_at
@@ -173,6 +175,28 @@ def test_a_custom_loss_says_what_it_is_a_mean_over() -> None:
     parts = work.loader.microbatches(0)
     counts = [float((part != 0).sum()) for part in parts]
     assert work.shares(parts) == [count / sum(counts) for count in counts]
+
+
+@pytest.mark.parametrize("model", ["gpt-tiny", "lstm-tiny", "resnet-tiny"])
+def test_where_samples_weigh_alike_their_numbers_are_shares_enough(model: str) -> None:
+    """So that no process has to ask the others."""
+
+    class Silent(Group):
+        def sums(self, values: Sequence[float]) -> list[float]:
+            raise AssertionError("asked")
+
+    work = workload(model=model, batch_size=8, microbatch_size=2)
+    assert work.task.samples_weigh_alike
+    for step in (0, work.order.steps_per_epoch - 1):
+        found = []
+        for rank in range(3):
+            loader = BatchLoader(work.data, work.order, samples_at_a_time=2, rank=rank, world_size=3)
+            own = replace(work, group=Silent(rank=rank, world_size=3), loader=loader)
+            parts = loader.microbatches(step)
+            found += [(share, work.task.weight(part)) for share, part in zip(own.shares(parts), parts, strict=True)]
+        total = sum(weight for share, weight in found if share)
+        expected = [3 * weight / total if share else 0.0 for share, weight in found]
+        assert [share for share, _ in found] == pytest.approx(expected, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

@@ -35,10 +35,17 @@ class _Request:
 class Parts(list[Any]):
     """The microbatches of one step, of one process."""
 
-    def __init__(self, batches: Iterable[Any], *, is_filler: bool = False) -> None:
+    def __init__(self, batches: Iterable[Any], sizes: Sequence[int], batch_size: int) -> None:
         super().__init__(batches)
-        self.is_filler = is_filler
+        self.sizes = tuple(sizes)
+        """Samples of each microbatch."""
+        self.batch_size = batch_size
+        """Samples of the step, of all processes."""
+
+    @property
+    def is_filler(self) -> bool:
         """There are fewer samples than processes, and this one only goes along, with a sample of another."""
+        return not any(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +112,11 @@ class BatchLoader:
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
-    def is_filler(self, step: int) -> bool:
-        """There are fewer samples in step ``step`` than processes, and this one has none of its own."""
-        begin, end = self._part(len(self._order.indices(step)))
-        return begin == end
+    def _sizes(self, step: int) -> tuple[list[int], int]:
+        """Samples of each microbatch of step ``step``, none where this process has none of its own; and of all."""
+        count = len(self._order.indices(step))
+        begin, end = self._part(count)
+        return [len(numbers) if begin < end else 0 for numbers in self.numbers(step)], count
 
     def _part(self, count: int) -> tuple[int, int]:
         """Of so many samples, this process's: from the first number up to the second."""
@@ -121,7 +129,7 @@ class BatchLoader:
             UnsupportedInput: the samples cannot be read, or put into one batch.
         """
         built = (_checked(self._built.__getitems__(request)) for request in self._requests(step))
-        return Parts(built, is_filler=self.is_filler(step))
+        return Parts(built, *self._sizes(step))
 
     def stream(self, first_step: int, total_steps: int) -> Iterator[Parts]:
         """The microbatches of each step from `first_step` up to `total_steps`.
@@ -133,7 +141,7 @@ class BatchLoader:
             for step in range(first_step, total_steps):
                 yield self.microbatches(step)
             return
-        counts = [(len(self.numbers(step)), self.is_filler(step)) for step in range(first_step, total_steps)]
+        all_sizes = [self._sizes(step) for step in range(first_step, total_steps)]
         loader = DataLoader(
             self._built,
             batch_sampler=_Plan(self, first_step, total_steps),  # type: ignore[arg-type]  # of requests, not of lists
@@ -145,8 +153,8 @@ class BatchLoader:
         )
         batches = iter(loader)
         try:
-            for count, is_filler in counts:
-                yield Parts((_checked(_next_of(batches)) for _ in range(count)), is_filler=is_filler)
+            for sizes, batch_size in all_sizes:
+                yield Parts((_checked(_next_of(batches)) for _ in sizes), sizes, batch_size)
         finally:
             del batches  # ends the workers
 

@@ -38,7 +38,14 @@ def causal_lm(facts: DataFacts) -> Task:
             found["bits_per_byte"] = loss / math.log(2) / facts.bytes_per_token
         return found
 
-    return Task(name="causal-lm", loss=loss_of, weight=targets_of, measure=measure, summarise=summarise)
+    return Task(
+        name="causal-lm",
+        loss=loss_of,
+        weight=targets_of,
+        samples_weigh_alike=not facts.is_padded,
+        measure=measure,
+        summarise=summarise,
+    )
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:

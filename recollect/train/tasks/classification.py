@@ -49,4 +49,12 @@ def _classification(name: TaskName, scores: _Scores) -> Task:
             "accuracy": (float((logits.argmax(-1) == labels).sum()), count),
         }
 
-    return Task(name=name, loss=loss, weight=samples_in, measure=measure, best="accuracy", larger_is_better=True)
+    return Task(
+        name=name,
+        loss=loss,
+        weight=samples_in,
+        samples_weigh_alike=True,
+        measure=measure,
+        best="accuracy",
+        larger_is_better=True,
+    )

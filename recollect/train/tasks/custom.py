@@ -21,14 +21,15 @@ def custom(facts: DataFacts, loss: Loss | None = None) -> Task:
     function (model, batch) to a dictionary of (sum, count), adds metrics to the loss.
     """
     used = loss or own_loss
-    weight = getattr(used, "weight", samples_in)
+    weight = getattr(used, "weight", None)
+    weight_of = samples_in if weight is None else weight
     metrics = getattr(used, "metrics", None)
 
     def measure(model: nn.Module, batch: Any) -> Sums:
-        found: Sums = {"loss": mean_and_count(used(model, batch), weight(batch))}
+        found: Sums = {"loss": mean_and_count(used(model, batch), weight_of(batch))}
         return found if metrics is None else {**found, **metrics(model, batch)}
 
-    return Task(name="custom", loss=used, weight=weight, measure=measure)
+    return Task(name="custom", loss=used, weight=weight_of, samples_weigh_alike=weight is None, measure=measure)
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:

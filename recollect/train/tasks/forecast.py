@@ -43,6 +43,7 @@ def forecast(facts: DataFacts) -> Task:
         name="forecast",
         loss=next_step_loss,
         weight=lambda series: float(series[:, 1:].numel()),
+        samples_weigh_alike=True,
         measure=measure,
         summarise=summarise,
     )

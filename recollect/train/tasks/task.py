@@ -30,6 +30,8 @@ class Task:
     weight: Callable[[Any], float]
     """How many elements (tokens, samples, time steps) that mean is over, from the batch alone: so that a batch in parts
     has exactly the gradients of the whole."""
+    samples_weigh_alike: bool = False
+    """Each sample has as many of these elements, so that the numbers of samples do as well."""
     measure: Callable[[nn.Module, Any], Sums]
     """Metrics of one batch, without gradients."""
     summarise: Callable[[Mapping[str, float]], dict[str, float]] = _as_they_are
