@@ -30,6 +30,7 @@ from recollect.group import Group
 from recollect.train import TrainConfig, Workload, build, resolve
 from recollect.train.distributed.meeting import joined
 from recollect.train.distributed.parallel import parallel
+from recollect.train.distributed.reach import Reach
 from recollect.train.distributed.roles import Member, find_role
 from recollect.train.loop import plan_run
 from recollect.train.stepping import Stepper
@@ -54,7 +55,7 @@ def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loo
 def own_loop(config: TrainConfig, work: Workload, group: Group, steps: int) -> Loop:
     """As `recollect train` takes steps between two logged ones."""
     applied, _ = plan_run(config, work, None, 0, steps)
-    model = parallel(work.model, group, work.device, all_reached=True)
+    model = parallel(work.model, group, work.device, reach=Reach.ALL)
     return by_stepper(Stepper(work=work, applied=applied, scaler=None, model=model), steps)
 
 

@@ -239,6 +239,19 @@ def profiler_is_running() -> bool:
     return bool(torch._C._autograd._profiler_enabled())
 
 
+def has_finished_exchange(model: torch.nn.parallel.DistributedDataParallel) -> bool:
+    """Whether the backward that just ended has exchanged all gradients; PyTorch itself only asks at the next forward,
+    when the optimizer has used them.
+    """
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        if "finished reduction" not in str(error):
+            raise
+        return False
+    return True
+
+
 def find_overload(name: str) -> Any:
     """The operator overload of a name such as ``aten.mm.default``; None if this PyTorch has none."""
     namespace, operator, overload = [*name.split("."), "", ""][:3]

@@ -22,7 +22,8 @@ from recollect.train.data import load_data
 from recollect.train.data.loader import to_device
 from recollect.train.data.split import spread
 from recollect.train.determinism import deterministic_algorithms
-from recollect.train.distributed.parallel import bytes_of_exchange, parallel, reaches_all
+from recollect.train.distributed.parallel import bytes_of_exchange, parallel
+from recollect.train.distributed.reach import Reach, reach_of
 from recollect.train.distributed.sharding import whole
 from recollect.train.ema import MovingAverage
 from recollect.train.evaluation import Evaluator, judging
@@ -87,7 +88,13 @@ def _run(
     _introduce(config, source, work, folder, evaluator, reporter)
     applied, beside_bytes = plan_run(config, work, average, first_step, total_steps)
     try:
-        model = parallel(work.model, group, work.device, all_reached=_all_reached(work, applied))
+        model = parallel(
+            work.model,
+            group,
+            work.device,
+            reach=_reach(config, work, applied),
+            accumulation_steps=work.accumulation_steps,
+        )
         reporter.say(format_plan(applied.plan))
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
@@ -178,11 +185,13 @@ def _restored(
     return further
 
 
-def _all_reached(work: Workload, applied: recollect.Applied) -> bool:
-    """Whether a step gives all parameters a gradient, in every process."""
+def _reach(config: TrainConfig, work: Workload, applied: recollect.Applied) -> Reach:
+    """Which parameters a step gives a gradient, in every process."""
     if work.group.is_alone or is_sharded(work.model):
-        return True
-    return all(work.group.gather(reaches_all(work.model, work.microbatch(0), applied, work.spec())))
+        return Reach.ALL
+    if config.ddp_find_unused_parameters == "on":
+        return Reach.VARYING
+    return max(work.group.gather(reach_of(work.model, work.microbatch(0), applied, work.spec())))
 
 
 def _open(

@@ -13,7 +13,7 @@ from recollect.group import group_broken, is_group_broken
 from recollect.measure.step import describe_batch
 from recollect.out_of_memory import is_out_of_memory
 from recollect.train.data.loader import Parts, to_device
-from recollect.train.distributed.parallel import exchanging
+from recollect.train.distributed.parallel import exchanging, is_exchanged
 from recollect.train.distributed.sharding import whole
 from recollect.train.workload import Workload
 from recollect.units import format_bytes
@@ -57,7 +57,7 @@ class Stepper:
         """Take a step on the microbatches of a batch.
 
         Raises:
-            TrainingFailed: the device has no more memory.
+            TrainingFailed: the device has no more memory; or not all gradients were exchanged.
         """
         try:
             return self._take(parts)
@@ -86,6 +86,12 @@ class Stepper:
                 (loss if scaler is None else scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        if not is_exchanged(self.model):
+            raise TrainingFailed(
+                "a step has left out parameters that the first one gave gradients, so not all gradients were exchanged "
+                "between the processes. The step has changed nothing. Go on from the last checkpoint with --resume "
+                "auto and --ddp-find-unused-parameters on, which lets each step use other parameters."
+            )
         norm = None
         if scaler is not None and work.clip_norm is not None:
             scaler.unscale_(work.optimizer)

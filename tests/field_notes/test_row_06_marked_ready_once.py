@@ -25,5 +25,7 @@ def test_called_twice_unused_and_frozen() -> None:
     run(*WORDS, "--mark", "one")
     run(*WORDS, *TWO, "--mark", "two")
     run(*WORDS, *TWO, "--mark", "planned", "--grad-checkpoint", "full")
+    run(*WORDS, *TWO, "--mark", "parts", "--grad-checkpoint", "full", "--microbatch-size", "2")
     assert equal_bits(weights("planned"), weights("two"))
     torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights("parts"), weights("one"), rtol=1e-5, atol=1e-7)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -153,6 +155,33 @@ class Odd(nn.Module):
 
 def odd_model() -> nn.Module:
     return Odd()
+
+
+class LeavesOut(OwnLoss):
+    """Has a second branch that only some steps use."""
+
+    def __init__(self, uses: Callable[[Tensor], bool]) -> None:
+        super().__init__(8)
+        self.side = nn.Linear(4, 1)
+        self._uses = uses
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        found = super().forward(inputs, targets)
+        return {"loss": found["loss"] + self.side(inputs).mean() ** 2} if self._uses(inputs) else found
+
+
+def leaves_out_by_data() -> nn.Module:
+    return LeavesOut(lambda inputs: bool(inputs.sum() > 0))
+
+
+def leaves_out_at_random() -> nn.Module:
+    return LeavesOut(lambda _: random.random() < 0.5)
+
+
+def leaves_out_later() -> nn.Module:
+    """Which nothing announces."""
+    calls = itertools.count()
+    return LeavesOut(lambda _: next(calls) < 40)
 
 
 class RunsOut(OwnLoss):

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import recollect
+from recollect._torch_private import has_finished_exchange
 from recollect.group import Group
-from recollect.measure.state import TrainingState
-from recollect.measure.step import StepSpec
 from recollect.sharded import is_sharded
+from recollect.train.distributed.reach import Reach
 
 
-def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reached: bool) -> nn.Module:
+def parallel(
+    model: nn.Module, group: Group, device: torch.device, *, reach: Reach, accumulation_steps: int = 1
+) -> nn.Module:
     """The model, exchanging its gradients with the group's other processes at the end of each backward.
 
     Gradients are views of the buckets that are exchanged, so in steady state the exchange holds nothing of its own.
@@ -29,8 +29,9 @@ def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reache
         model: with the same weights in every process.
         group: the processes.
         device: this process's.
-        all_reached: a step reaches every parameter that trains; otherwise each forward looks for those that it does
-            not.
+        reach: which parameters a step gives a gradient. Where steps reach the same ones, DDP learns them in the first
+            (its static graph); where they vary, each forward looks for those that it does not reach.
+        accumulation_steps: with more than one backward in a step, DDP does not learn them.
     """
     if group.is_alone or is_sharded(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         return model
@@ -38,8 +39,17 @@ def parallel(model: nn.Module, group: Group, device: torch.device, *, all_reache
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        find_unused_parameters=not all_reached,
+        static_graph=reach is Reach.SAME and accumulation_steps == 1,
+        find_unused_parameters=reach is Reach.VARYING or (reach is Reach.SAME and accumulation_steps > 1),
     )
+
+
+def is_exchanged(model: nn.Module) -> bool:
+    """After the last backward of a step: False if DDP still waits for a gradient that it was told each step has.
+
+    The optimizer would then use gradients that differ from process to process.
+    """
+    return not isinstance(model, DistributedDataParallel) or has_finished_exchange(model)
 
 
 def bytes_of_exchange(model: nn.Module, group: Group) -> int:
@@ -55,16 +65,3 @@ def exchanging(model: nn.Module, *, last: bool) -> Iterator[None]:
     quiet = isinstance(model, DistributedDataParallel) and not last
     with model.no_sync() if quiet else nullcontext():  # type: ignore[operator]  # DDP's
         yield
-
-
-def reaches_all(model: nn.Module, batch: Any, applied: recollect.Applied, spec: StepSpec) -> bool:
-    """Whether a step on ``batch`` gives every parameter that trains a gradient; everything is put back afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = TrainingState(model, spec.optimizers, also=(batch,))
-    try:
-        for parameter in trained:
-            parameter.grad = None
-        applied.loss(model, batch).backward()
-        return all(parameter.grad is not None for parameter in trained)
-    finally:
-        state.restore()

@@ -41,6 +41,9 @@ class DistributedSettings(Settings):
     """ddp (auto): every process has the whole model and a part of each batch; fsdp: and a part of the parameters,
     gradients and optimizer state only; none: one process only"""
 
+    ddp_find_unused_parameters: Literal["auto", "on"] = "auto"
+    """on: each step may use other parameters; auto: only if data or Python's random numbers decide about them"""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(1, "nproc_per_node", "dist_timeout")
