@@ -21,7 +21,6 @@ costs little.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -43,7 +42,7 @@ from recollect.records import RERUN, Decision, Group, Plan, Profile
 from recollect.sharded import is_sharded
 from recollect.solve import Solver
 from recollect.solve.build import build_plan
-from recollect.step_shape import StepShape, ambient_autocast, step_shape
+from recollect.step_shape import ModelWatch, StepShape, ambient_autocast, step_shape
 from recollect.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -166,9 +165,7 @@ class Shapes:
         self._entries: OrderedDict[StepShape, _Entry] = OrderedDict()
         self._calls: dict[StepShape, _Entry] = {}
         self._references: list[_Reference] = []  # the latest last
-        self._kinds: dict[Hashable, int] = {}
-        self._last_kind: tuple[Hashable, int] = (None, -1)
-        self._numbers = itertools.count()
+        self._watch = ModelWatch(model)
         self._current: _Entry | None = None
 
     def __len__(self) -> int:
@@ -230,15 +227,7 @@ class Shapes:
             self.statistics.mismatched_steps += 1
 
     def _shape_of(self, batch: Any) -> StepShape:
-        """With a number for its `kind`, which is long and looked up several times a step: equal for equal kinds."""
-        shape = step_shape(self._model, batch, self._spec.optimizers)
-        kind, number = self._last_kind
-        if shape.kind != kind:
-            if len(self._kinds) > 4 * MOST_KINDS:
-                self._kinds.clear()
-            number = self._kinds.setdefault(shape.kind, next(self._numbers))
-            self._last_kind = shape.kind, number
-        return replace(shape, kind=number)
+        return step_shape(self._watch, batch, self._spec.optimizers)
 
     def _unplanned(self) -> LivePlan:
         self.statistics.unplanned_calls += 1
@@ -312,7 +301,7 @@ class Shapes:
 
     def _step_spec(self) -> StepSpec:
         """The step as it runs now: an open autocast context counts as the step's own."""
-        ambient = ambient_autocast(self._model)
+        ambient = ambient_autocast(self._watch.device_type)
         if ambient is None:
             return self._spec
         settings = {one.name: getattr(self._spec, one.name) for one in fields(self._spec)}

@@ -42,10 +42,10 @@ class StepShape:
         return max([1.0, *(math.prod(a) / max(1, math.prod(b)) for a, b in pairs)])
 
 
-def step_shape(model: torch.nn.Module, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepShape:
+def step_shape(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepShape:
     """The shape of a training step on `batch`, as things are now."""
     shape = arguments_shape(batch)
-    state = model_state(model), optimizer_state(optimizers), settings_in_force(model)
+    state = watch.state(), optimizer_state(optimizers), settings_in_force(watch.device_type)
     return StepShape(shape.sizes, shape.numbers, (shape.kind, state))
 
 
@@ -76,27 +76,90 @@ def arguments_shape(thing: Any) -> StepShape:
     return StepShape(tuple(sizes), tuple(numbers), tuple(kind))
 
 
-def model_state(model: torch.nn.Module) -> Hashable:
-    """Which modules there are, which of them train, and the shapes, dtypes and `requires_grad` of the parameters.
+class ModelState:
+    """Which modules there are, which of them train, and the shapes, dtypes and `requires_grad` of the parameters."""
 
-    Taken before every step, so it walks the modules' own tables: `named_modules` and `parameters` take two to four
-    times as long.
-    """
-    modules: list[Hashable] = []
-    parameters: list[Hashable] = []
-    places: dict[torch.nn.Module, int] = {}
-    to_visit = [model]
-    while to_visit:
-        module = to_visit.pop()
-        if module in places:
-            modules.append(places[module])  # here again
-            continue
-        places[module] = len(places)
-        children = module._modules
-        modules.append((type(module), module.training, *children.keys()))
-        parameters += [(p.shape, p.dtype, p.requires_grad) for p in module._parameters.values() if p is not None]
-        to_visit += [child for child in children.values() if child is not None]
-    return tuple(modules), tuple(parameters)
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: Hashable) -> None:
+        self._value = value
+        self._hash = hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, ModelState) and self._value == other._value)
+
+
+class ModelWatch:
+    """Tells the state of one model.  It is asked before every step, so it describes anew only what has changed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._modules: list[tuple[torch.nn.Module, type, bool, tuple[torch.nn.Module | None, ...]]] = []
+        self._parameters: list[tuple[dict[str, Any], tuple[tuple[Any, ...], ...]]] = []
+        self._state: ModelState | None = None
+        self._first = next(model.parameters())
+
+    @property
+    def device_type(self) -> str:
+        """Where its first parameter is."""
+        return self._first.device.type
+
+    def state(self) -> ModelState:
+        """As it is now."""
+        if self._state is None or not self._is_unchanged():
+            self._state = self._described()
+        return self._state
+
+    def _is_unchanged(self) -> bool:
+        for module, kind, training, children in self._modules:
+            if module.training is not training or type(module) is not kind:
+                return False
+            now = module._modules
+            if len(now) != len(children) or any(a is not b for a, b in zip(now.values(), children, strict=True)):
+                return False
+        for table, known in self._parameters:
+            if len(table) != len(known):
+                return False
+            for now_there, (parameter, shape, dtype, requires_grad) in zip(table.values(), known, strict=True):
+                if now_there is not parameter or (
+                    parameter is not None
+                    and (
+                        parameter.requires_grad is not requires_grad
+                        or parameter.dtype is not dtype
+                        or parameter.shape != shape
+                    )
+                ):
+                    return False
+        return True
+
+    def _described(self) -> ModelState:
+        """It walks the modules' own tables: `named_modules` and `parameters` take two to four times as long."""
+        modules: list[Hashable] = []
+        parameters: list[Hashable] = []
+        places: dict[torch.nn.Module, int] = {}
+        self._modules, self._parameters = [], []
+        self._first = next(self._model.parameters(), self._first)
+        to_visit = [self._model]
+        while to_visit:
+            module = to_visit.pop()
+            if module in places:
+                modules.append(places[module])  # here again
+                continue
+            places[module] = len(places)
+            children = module._modules
+            modules.append((type(module), module.training, *children.keys()))
+            self._modules.append((module, type(module), module.training, tuple(children.values())))
+            own = [None if p is None else (p.shape, p.dtype, p.requires_grad) for p in module._parameters.values()]
+            if own:
+                found = zip(module._parameters.values(), own, strict=True)
+                known = tuple((p, *(described or (None, None, None))) for p, described in found)
+                self._parameters.append((module._parameters, known))
+            parameters += [described for described in own if described is not None]
+            to_visit += [child for child in children.values() if child is not None]
+        return ModelState((tuple(modules), tuple(parameters)))
 
 
 def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
@@ -104,19 +167,18 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
     return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
 
 
-def settings_in_force(model: torch.nn.Module) -> Hashable:
+def settings_in_force(device_type: str) -> Hashable:
     """PyTorch's settings that decide which kernels run."""
     return (
-        ambient_autocast(model),
+        ambient_autocast(device_type),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         torch.get_num_threads(),
     )
 
 
-def ambient_autocast(model: torch.nn.Module) -> torch.dtype | None:
-    """The dtype of an autocast context that is open now for the model's device."""
-    device_type = next(model.parameters()).device.type
+def ambient_autocast(device_type: str) -> torch.dtype | None:
+    """The dtype of an autocast context that is open now for a kind of device."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 

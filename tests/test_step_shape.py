@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from recollect.replay.exposure import ExposureWatch
-from recollect.step_shape import StepShape, step_shape
+from recollect.step_shape import ModelWatch, StepShape, step_shape
 
 x, y = torch.zeros(4, 8), torch.zeros(4, 8)
 
@@ -22,7 +22,7 @@ class Holder:
 
 
 def shape_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.Optimizer) -> StepShape:
-    return step_shape(model or nn.Linear(8, 8), batch, optimizers)
+    return step_shape(ModelWatch(model or nn.Linear(8, 8)), batch, optimizers)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,13 @@ def test_different(one: Any, other: Any) -> None:
 def test_the_model_and_the_settings_count() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
     optimizer = torch.optim.SGD(model.parameters())
-    shapes = [shape_of(x, model, optimizer)]
+    watch = ModelWatch(model)
+    shapes = [step_shape(watch, x, (optimizer,))]
 
     def changed() -> None:
-        now = shape_of(x, model, optimizer)
-        assert now == shape_of(x, model, optimizer)
+        now = step_shape(watch, x, (optimizer,))
+        assert now == step_shape(watch, x, (optimizer,)) == shape_of(x, model, optimizer)
+        assert hash(now) == hash(shape_of(x, model, optimizer))
         assert now not in shapes
         assert (now.sizes, now.numbers) == (shapes[0].sizes, shapes[0].numbers)
         shapes.append(now)
@@ -93,6 +95,14 @@ def test_the_model_and_the_settings_count() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         changed()
     model[1] = nn.Identity()
+    changed()
+    model[2].bias = None
+    changed()
+    model[2].weight.data = torch.zeros(3, 8)
+    changed()
+    del model[0]
+    changed()
+    model.add_module("0", model[1])  # the same one twice
     changed()
 
 
