@@ -112,11 +112,11 @@ class BatchLoader:
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
-    def _sizes(self, step: int) -> tuple[list[int], int]:
-        """Samples of each microbatch of step ``step``, none where this process has none of its own; and of all."""
+    def _sizes(self, step: int, made: list[int]) -> tuple[list[int], int]:
+        """Of the samples `made` for each microbatch of step ``step``, those of this process; and those of all."""
         count = len(self._order.indices(step))
         begin, end = self._part(count)
-        return [len(numbers) if begin < end else 0 for numbers in self.numbers(step)], count
+        return made if begin < end else [0] * len(made), count
 
     def _part(self, count: int) -> tuple[int, int]:
         """Of so many samples, this process's: from the first number up to the second."""
@@ -128,8 +128,9 @@ class BatchLoader:
         Raises:
             UnsupportedInput: the samples cannot be read, or put into one batch.
         """
-        built = (_checked(self._built.__getitems__(request)) for request in self._requests(step))
-        return Parts(built, *self._sizes(step))
+        requests = self._requests(step)
+        built = (_checked(self._built.__getitems__(request)) for request in requests)
+        return Parts(built, *self._sizes(step, [len(request.numbers) for request in requests]))
 
     def stream(self, first_step: int, total_steps: int) -> Iterator[Parts]:
         """The microbatches of each step from `first_step` up to `total_steps`.
@@ -141,7 +142,8 @@ class BatchLoader:
             for step in range(first_step, total_steps):
                 yield self.microbatches(step)
             return
-        all_sizes = [self._sizes(step) for step in range(first_step, total_steps)]
+        steps = range(first_step, total_steps)
+        all_sizes = [self._sizes(step, [len(numbers) for numbers in self.numbers(step)]) for step in steps]
         loader = DataLoader(
             self._built,
             batch_sampler=_Plan(self, first_step, total_steps),  # type: ignore[arg-type]  # of requests, not of lists
