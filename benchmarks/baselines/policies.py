@@ -19,7 +19,7 @@ from recollect.profile_index import ProfileIndex
 from recollect.records import Decision, Profile
 from recollect.simulate import Simulation, simulate
 from recollect.solve.columns import Column, ColumnSource
-from recollect.solve.generate import Pool, untimed
+from recollect.solve.generate import ENUMERATE_AT_MOST, Pool, untimed
 from recollect.solve.highs import INFINITY, Program
 from recollect.solve.master import Master
 
@@ -38,9 +38,10 @@ class Outcome:
     simulation: Simulation
 
 
-def make_pool(profile: Profile) -> Pool:
-    """The columns that recollect's solver chooses among."""
-    return Pool(ColumnSource(ProfileIndex(profile)), Pool(ColumnSource(ProfileIndex(untimed(profile)))))
+def make_pool(profile: Profile, enumerate_at_most: int = ENUMERATE_AT_MOST) -> Pool:
+    """The columns that recollect's solver chooses among; or more, where it would not enumerate a class."""
+    structure = Pool(ColumnSource(ProfileIndex(untimed(profile))))
+    return Pool(ColumnSource(ProfileIndex(profile)), structure, enumerate_at_most)
 
 
 def best_that_fits(index: ProfileIndex, candidates: Iterable[list[Decision]], budget_bytes: int) -> Outcome | None:

@@ -26,7 +26,7 @@ from recollect.solve.master import Master, Relaxation
 from recollect.solve.pricing import Prices, PricingModel
 
 #: A class is enumerated when that takes at most so many columns over all its regions.
-_ENUMERATE_AT_MOST = 3000
+ENUMERATE_AT_MOST = 3000
 #: Points of the sweep over the price of held bytes, for each class.
 _SWEEP_AT_MOST = 24
 #: Columns evaluated in one descent, at most, and operations walked for them: what a longer region could gain is found
@@ -72,6 +72,7 @@ class Pool:
     structure: Pool | None = None
     """The pool of the same profile without measured times (`untimed`): its columns are on offer here, too. None: this
     is that pool, and columns are only generated for the smallest peak."""
+    enumerate_at_most: int = field(default_factory=lambda: ENUMERATE_AT_MOST)
     master: Master = field(init=False)
     members: dict[int, list[int]] = field(init=False)
     """Class to its regions."""
@@ -182,7 +183,7 @@ class Pool:
         if all(index.may_rerun(region) for region in regions):
             self.master.offer(class_id, RERUN)
         useful = useful_values(index, regions[0])
-        if len(regions) << len(useful) <= _ENUMERATE_AT_MOST:
+        if len(regions) << len(useful) <= self.enumerate_at_most:
             self.enumerated.add(class_id)
             for values in chain.from_iterable(combinations(useful, size) for size in range(len(useful) + 1)):
                 self._offer(class_id, keep_set(index, values))

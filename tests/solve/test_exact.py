@@ -70,7 +70,7 @@ def knapsack_profile(seed: int) -> Profile:
 )
 def test_a_lone_region_gets_its_best_decision(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its keep sets are not enumerated, at any budget, and the bound says so."""
-    monkeypatch.setattr(generate, "_ENUMERATE_AT_MOST", 0)
+    monkeypatch.setattr(generate, "ENUMERATE_AT_MOST", 0)
     solver = Solver(profile)
     if len(solver.index.facts[0].optional) > 9:
         pytest.skip("too many keep sets to try them all")

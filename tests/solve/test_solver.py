@@ -103,7 +103,7 @@ def test_bound_and_feasibility_without_enumeration(seed: int) -> None:
     index = ProfileIndex(profile)
     outcomes = brute_force(index, 600)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["recollect.solve.generate"], "_ENUMERATE_AT_MOST", 0)
+        patch.setattr(sys.modules["recollect.solve.generate"], "ENUMERATE_AT_MOST", 0)
         solver = Solver(profile)
         required = solver.smallest_at_one_level().peak_bytes
         assert required >= min(peak for peak, _ in outcomes)
