@@ -9,6 +9,8 @@ among the same columns, so a larger budget is never slower, and a frontier costs
 3. Column generation (Dantzig & Wolfe 1960) at a ladder of budgets: the master's relaxation prices bytes at the moments
    that bind, pricing finds the keep set that these prices want, until none is new.  Where what is memoised during
    replay matters, a descent by single exchanges on the exact column starts from the best columns known.
+4. All of these lie on the hull, or near it. Where a class has few regions, no mixture of such columns comes near the
+   points between two of them, so some are sought: the fastest keep sets within so many held bytes (Haimes et al. 1971).
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ _SWEEP_AT_MOST = 24
 #: below one level (`nested`).
 _DESCENT_AT_MOST = 240
 _DESCENT_OPS_AT_MOST = 40_000
+#: Points sought between those of the hull: for each class, for all regions of a class together, and operations in their
+#: programs.
+_BETWEEN_AT_MOST = 24
+_BETWEEN_ALL = 240
+_BETWEEN_OPS_AT_MOST = 2400
 #: Budgets at which columns are generated, between the smallest peak and the plain one.
 _LADDER = (0.01, 0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
 #: Regions of a class from which a descent is tried in one round, until one finds something: for the smallest peak,
@@ -124,6 +131,9 @@ class Pool:
         plain = float(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))).max())
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
+        for class_id, regions in larger.items():
+            for decision in self._between(class_id, regions):
+                self._offer(class_id, decision)
 
     @property
     def is_complete(self) -> bool:
@@ -235,6 +245,21 @@ class Pool:
             if found[0] + price * found[1] < line * (1 - 1e-9):
                 yield found[2]
                 spans += [((ms_a, bytes_a, a), found), (found, (ms_b, bytes_b, b))]
+
+    def _between(self, class_id: int, regions: list[int]) -> Iterator[Decision]:
+        """The fastest keep sets of a region within evenly spaced numbers of bytes held when backward begins."""
+        region = regions[len(regions) // 2]
+        points = min(_BETWEEN_AT_MOST, _BETWEEN_ALL // len(regions))
+        ops = self.source.index.profile.regions[region].op_count
+        if points < 2 or points * ops > _BETWEEN_OPS_AT_MOST or not self.exact(region).usable:
+            return
+        middle = self.source.index.backward_event()
+        held = [self.source.column(region, decision).held_bytes for decision in self.master.decisions[class_id]]
+        for place in range(1, points):
+            capacity = min(held) + (max(held) - min(held)) * place // points
+            answer = self.exact(region).within({middle: capacity}, {middle: frozenset()})
+            if answer is not None:
+                yield answer[1]
 
     def _low_peaks(self, region: int) -> Iterator[Decision]:
         """Keep sets on the way to the lowest peak that the region itself reaches, starting from dropping all."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain, combinations, product
+from operator import le
 from pathlib import Path
 
 import pytest
@@ -279,3 +280,20 @@ def test_the_smallest_budget_does_not_depend_on_measured_times() -> None:
         noisy = tuple(replace(signature, ms=signature.ms * rng.uniform(0.05, 20)) for signature in profile.signatures)
         found.add(minimum_budget(replace(profile, signatures=noisy)))
     assert len(found) == 1
+
+
+def test_what_lies_between_points_of_the_hull_is_on_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four blocks: mixtures of what is on the hull do not come near every budget. No plan gets slower by it."""
+    profile = gpt_profile(4)
+    budgets = [budget_at(profile, share) for share in (0.3, 0.45, 0.6, 0.75, 0.9)]
+    found = [solve(profile, budget).predicted_step_ms for budget in budgets]
+    monkeypatch.setattr(sys.modules["recollect.solve.generate"], "_BETWEEN_AT_MOST", 0)
+    on_hull = [solve(profile, budget).predicted_step_ms for budget in budgets]
+    assert all(map(le, found, on_hull))
+    assert sum(found) < sum(on_hull)
+
+
+def budget_at(profile: Profile, share: float) -> int:
+    """A budget between the smallest and the plain peak."""
+    least_bytes, plain_bytes = minimum_budget(profile)[0], plain_plan(profile, 0).predicted_peak_bytes
+    return least_bytes + int((plain_bytes - least_bytes) * share)
