@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recollect._torch_private import find_overload
-from recollect.measure.observer import ModuleEvent, Observation
+from recollect.measure.observation import ModuleEvent, Observation
 from recollect.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 from recollect.replay.cursor import LOSS, RegionCursor
 from recollect.replay.ops import describe

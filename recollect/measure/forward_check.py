@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recollect._torch_private import DispatchMode, current_graph_task
-from recollect.measure.observer import Observation
+from recollect.measure.observation import Observation
 from recollect.measure.state import TrainingState
 from recollect.measure.step import StepSpec
 from recollect.replay.ops import describe

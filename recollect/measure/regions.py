@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from recollect.measure.observer import ModuleEvent, Observation
+from recollect.measure.observation import ModuleEvent, Observation
 from recollect.records import Event, EventKind
 from recollect.replay.cursor import ROOT
 
