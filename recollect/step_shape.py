@@ -97,7 +97,7 @@ class ModelWatch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._modules: list[tuple[torch.nn.Module, type, bool, tuple[torch.nn.Module | None, ...]]] = []
+        self._modules: list[tuple[torch.nn.Module, type, bool, dict[str, torch.nn.Module | None]]] = []
         self._parameters: list[tuple[dict[str, Any], tuple[tuple[Any, ...], ...]]] = []
         self._state: ModelState | None = None
         self._first = next(model.parameters())
@@ -115,10 +115,7 @@ class ModelWatch:
 
     def _is_unchanged(self) -> bool:
         for module, kind, training, children in self._modules:
-            if module.training is not training or type(module) is not kind:
-                return False
-            now = module._modules
-            if len(now) != len(children) or any(a is not b for a, b in zip(now.values(), children, strict=True)):
+            if module.training is not training or type(module) is not kind or module._modules != children:
                 return False
         for table, known in self._parameters:
             if len(table) != len(known):
@@ -151,12 +148,11 @@ class ModelWatch:
             places[module] = len(places)
             children = module._modules
             modules.append((type(module), module.training, *children.keys()))
-            self._modules.append((module, type(module), module.training, tuple(children.values())))
+            self._modules.append((module, type(module), module.training, dict(children)))
             own = [None if p is None else (p.shape, p.dtype, p.requires_grad) for p in module._parameters.values()]
-            if own:
-                found = zip(module._parameters.values(), own, strict=True)
-                known = tuple((p, *(described or (None, None, None))) for p, described in found)
-                self._parameters.append((module._parameters, known))
+            found = zip(module._parameters.values(), own, strict=True)
+            known = tuple((p, *(described or (None, None, None))) for p, described in found)
+            self._parameters.append((module._parameters, known))
             parameters += [described for described in own if described is not None]
             to_visit += [child for child in children.values() if child is not None]
         return ModelState((tuple(modules), tuple(parameters)))

@@ -100,6 +100,10 @@ def test_the_model_and_the_settings_count() -> None:
     changed()
     model[2].weight.data = torch.zeros(3, 8)
     changed()
+    model[1].register_parameter("scale", nn.Parameter(torch.ones(8)))
+    changed()
+    model._modules["last"] = model._modules.pop("2")
+    changed()
     del model[0]
     changed()
     model.add_module("0", model[1])  # the same one twice

@@ -36,7 +36,8 @@ def test_what_is_known_of_steps(factory: type[torch.nn.Module], expected: Reach)
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("factory", ["leaves_out_by_data", "leaves_out_at_random"])
 def test_each_step_may_use_other_parameters(factory: str) -> None:
-    run(*WORDS, f"tests.train.user_code:{factory}", *TWO, "--mark", "two")
+    ended = run(*WORDS, f"tests.train.user_code:{factory}", *TWO, "--mark", "two")
+    assert "arning" not in ended.err
 
 
 @pytest.mark.usefixtures("own_folder")
