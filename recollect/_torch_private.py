@@ -239,6 +239,21 @@ def profiler_is_running() -> bool:
     return bool(torch._C._autograd._profiler_enabled())
 
 
+def inside_ddp() -> bool:
+    """Whether a DistributedDataParallel is calling its module now."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+
+
+def ddp_begins(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation is the mark that DDP sets for profilers before its forward: the first that shows of it."""
+    return func is _MARK_BEGINS and bool(args) and args[0] == "DistributedDataParallel.forward"
+
+
+#: The operation that ends a profiler's mark.
+MARK_ENDS = torch.ops.profiler._record_function_exit._RecordFunction
+_MARK_BEGINS = torch.ops.profiler._record_function_enter_new.default
+
+
 def has_finished_exchange(model: torch.nn.parallel.DistributedDataParallel) -> bool:
     """Whether the backward that just ended has exchanged all gradients; PyTorch itself only asks at the next forward,
     when the optimizer has used them.

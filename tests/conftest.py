@@ -42,6 +42,16 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 
 @pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of processes that has this one only."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty working folder, from which the project's tests can still be imported."""
     monkeypatch.chdir(tmp_path)

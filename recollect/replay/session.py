@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from recollect._torch_private import (
+    MARK_ENDS,
     DispatchMode,
     current_graph_task,
+    ddp_begins,
     dispatch_depth,
     function_mode_depth,
+    inside_ddp,
     saved_tensor_hooks_allowed,
     top_dispatch_mode,
     top_function_mode,
@@ -32,7 +35,7 @@ from recollect._torch_private import (
 from recollect.errors import UnsupportedInput
 from recollect.records import Group
 from recollect.replay.calibration import Calibrator
-from recollect.replay.cursor import LOSS, RegionCursor
+from recollect.replay.cursor import LOSS, ROOT, RegionCursor
 from recollect.replay.exposure import ExposureWatch
 from recollect.replay.ops import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from recollect.replay.pending import Pending
@@ -88,6 +91,8 @@ class Installed:
                 yield session.reruns
             finally:
                 session.exit()
+                if path == ROOT and inside_ddp():
+                    session.ddp_goes_on()
         finally:
             if session.is_over:
                 self.sessions.pop(thread, None)
@@ -134,6 +139,9 @@ class Session(DispatchMode):
         self._active = False
         self.aside = 0
         """Not 0: what runs now is not the model's."""
+        self._in_ddp = False
+        """What runs now is DDP's own: before the model (buffers sent around, buckets made) or after it (results cloned,
+        where it looks for unused parameters). The step was measured without it, so it is no part of a tape."""
         self.reruns: LiveRecipe | None = None
         """Of the region that runs now, if it is to be run again as a whole."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
@@ -158,12 +166,18 @@ class Session(DispatchMode):
 
     def enter(self, path: str, may_rerun: Callable[[], bool]) -> None:
         """A region call begins; `may_rerun` as for `Installed.region`."""
+        self._in_ddp = False
         self._frames.append((self._active, self._beneath()))
         self._cursor.push(path)
         self._begin(may_rerun)
 
+    def ddp_goes_on(self) -> None:
+        """The model that DDP wraps has just returned."""
+        self._in_ddp = self._active and self._tape is not None
+
     def exit(self) -> None:
         """The innermost region call ends (also on an exception)."""
+        self._in_ddp = False
         self._cursor.pop()
         was_active, _ = self._frames.pop()
         self._switch(was_active)
@@ -281,7 +295,7 @@ class Session(DispatchMode):
         tape = self._tape
         was_busy, self._busy = self._busy, True
         try:
-            return Kept(tensor) if tape is None or self.aside else tape.pack(tensor)
+            return Kept(tensor) if tape is None or self.aside or self._in_ddp else tape.pack(tensor)
         finally:
             self._busy = was_busy
 
@@ -292,7 +306,11 @@ class Session(DispatchMode):
             return func(*args, **(kwargs or {}))
         info = known_facts(id(func)) or describe(func)
         if info.is_view or (
-            info.is_quiet and self._tape is not None and current_graph_task() < 0 and self._tape.passes(func)
+            info.is_quiet
+            and not self._in_ddp
+            and self._tape is not None
+            and current_graph_task() < 0
+            and self._tape.passes(func)
         ):
             return info.call(*args, **kwargs) if kwargs else info.call(*args)
         kwargs = kwargs or {}
@@ -308,6 +326,11 @@ class Session(DispatchMode):
                 self._pending.before_write(tensor)
         tape = self._tape
         if tape is None:
+            return func(*args, **kwargs)
+        if self._in_ddp or ddp_begins(func, args):
+            self._in_ddp = func is not MARK_ENDS
+            for tensor in mutated_tensors(info, args, kwargs):
+                tape.about_to_write(tensor)
             return func(*args, **kwargs)
         if current_graph_task() >= 0:  # a backward inside forward: not the region's own, but its writes count
             if self._cursor.depth == 1 and self._cursor.path == LOSS:

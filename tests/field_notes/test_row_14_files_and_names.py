@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import recollect
@@ -129,13 +128,6 @@ def test_a_compiled_model_is_refused_so_that_its_names_cannot_mix() -> None:
     assert all(name.startswith("_orig_mod.") for name in compiled.state_dict())
     with pytest.raises(UnsupportedInput, match=r"as it was before torch\.compile"):
         recollect.fit(compiled, BATCHES[0])
-
-
-@pytest.fixture
-def one_process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process_group")
