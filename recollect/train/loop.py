@@ -15,6 +15,7 @@ from recollect.errors import BudgetInfeasible, UnsupportedInput
 from recollect.group import ALONE, FailedElsewhere, Group
 from recollect.records import Profile
 from recollect.report.plan_table import format_table
+from recollect.shapes import Shapes
 from recollect.sharded import is_sharded
 from recollect.train.checkpoint import Checkpoint, load_checkpoint
 from recollect.train.config import TrainConfig
@@ -122,16 +123,19 @@ def _run(
                 beside_bytes=beside_bytes,
             )
             training.run(first_step)
-        verdict = applied.verdict
+        verdict, shapes = applied.verdict, applied.shapes
         assert verdict is not None  # fit has judged what it returns
+        mismatched_steps = shapes.statistics.mismatched_steps if isinstance(shapes, Shapes) else 0
     finally:
         applied.remove()
-    peaks = group.gather(max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes))
+    peak_bytes = max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes)
+    everyones = group.gather((peak_bytes, mismatched_steps))
     summary = RunSummary(
         plan=applied.plan,
         verdict=verdict,
         budget_bytes=work.budget_bytes,
-        measured_peak_bytes=max(peaks),
+        measured_peak_bytes=max(peak for peak, _ in everyones),
+        mismatched_steps=max(steps for _, steps in everyones),
         processes=group.world_size,
         beside_bytes=beside_bytes,
         first_step=first_step,

@@ -21,6 +21,8 @@ class RunSummary:
     budget_bytes: int
     measured_peak_bytes: int
     """The highest of all measured steps and evaluations."""
+    mismatched_steps: int
+    """In which a region ran other operations than its plan says."""
     beside_bytes: int
     """Of the budget: held beside the step (the moving average of the weights, the batch's other parts)."""
     first_step: int
@@ -61,6 +63,7 @@ class RunSummary:
             "budget_bytes": self.budget_bytes,
             "predicted_peak_bytes": self.plan.predicted_peak_bytes + self.beside_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
+            "mismatched_steps": self.mismatched_steps,
             "plain_peak_bytes": verdict.plain_peak_bytes,
             "plain_peak_source": verdict.plain_peak_source,
             "plain_step_ms": verdict.plain_step_ms,
@@ -114,6 +117,7 @@ def format_summary(summary: RunSummary) -> str:
             f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
             f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}",
         ),
+        *_off_plan(summary),
         ("slowdown", _slowdown(plan, verdict)),
         ("gradients", _equal(verdict, verdict.gradients_equal)),
         ("buffers", _equal(verdict, verdict.buffers_equal)),
@@ -126,6 +130,14 @@ def format_summary(summary: RunSummary) -> str:
         ("run folder", summary.run_folder),
     ]
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _off_plan(summary: RunSummary) -> list[tuple[str, str]]:
+    count = summary.mismatched_steps
+    if not count:
+        return []
+    steps = "step" if count == 1 else "steps"
+    return [("off plan", f"{count} {steps} ran other operations than planned, and recomputed all that is safe there")]
 
 
 def _judged(summary: RunSummary) -> list[tuple[str, str]]:

@@ -233,3 +233,12 @@ def test_kills_at_any_moment_leave_a_good_checkpoint() -> None:
         reached = done
     assert main(["train", *GPT, "--steps", str(reached + 1), "--resume", "auto"]) == 0
     assert [line["step"] for line in metrics(run)] == list(range(1, reached + 2))
+
+
+def test_steps_that_do_not_follow_their_plan_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset", "tests.train.user_code:numbers", "--batch-size", "8", "--steps", "60"]
+    words += ["--grad-checkpoint", "full", "--model"]
+    assert main(["train", *words, "tests.train.user_code:own_loss_model", "--mark", "steady"]) == 0
+    assert "off plan" not in capsys.readouterr().out
+    assert main(["train", *words, "tests.train.user_code:changes_later", "--mark", "changing"]) == 0
+    assert "ran other operations than planned" in capsys.readouterr().out

@@ -184,6 +184,21 @@ def leaves_out_later() -> nn.Module:
     return LeavesOut(lambda _: next(calls) < 40)
 
 
+class ChangesLater(OwnLoss):
+    """Computes something else after some calls, without a sign of it."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self._calls = itertools.count()
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return super().forward(inputs.sin() if next(self._calls) < 40 else inputs.cos().exp(), targets)
+
+
+def changes_later() -> nn.Module:
+    return ChangesLater()
+
+
 class RunsOut(OwnLoss):
     """In the process of rank 1 it has no more memory as soon as there is a file ``run-out``."""
 

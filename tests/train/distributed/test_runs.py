@@ -43,6 +43,7 @@ def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
     assert weights("one").keys() == weights("plain").keys()
     found = json.loads(ended.out)
     assert found["processes"] == 2
+    assert found["mismatched_steps"] == 0
     assert found["measured_peak_bytes"] <= found["budget_bytes"] < found["plain_peak_bytes"]
     assert found["eval"]["loss"] == pytest.approx(metrics("one")[-1]["eval"]["loss"], rel=1e-4)
     assert sorted(path.name for path in Path("runs/python-source").iterdir()) == ["one", "plain", "planned"]
