@@ -239,19 +239,19 @@ def profiler_is_running() -> bool:
     return bool(torch._C._autograd._profiler_enabled())
 
 
-def inside_ddp() -> bool:
-    """Whether a DistributedDataParallel is calling its module now."""
+def ddp_runs_its_module() -> bool:
+    """Whether a DistributedDataParallel is calling the module that it wraps now."""
     return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
 
 
 def ddp_begins(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation is the mark that DDP sets for profilers before its forward: the first that shows of it."""
-    return func is _MARK_BEGINS and bool(args) and args[0] == "DistributedDataParallel.forward"
+    return func is MARK_BEGINS and bool(args) and args[0] == "DistributedDataParallel.forward"
 
 
-#: The operation that ends a profiler's mark.
+#: The operations that begin and end a profiler's mark (`torch.profiler.record_function`).
+MARK_BEGINS = torch.ops.profiler._record_function_enter_new.default
 MARK_ENDS = torch.ops.profiler._record_function_exit._RecordFunction
-_MARK_BEGINS = torch.ops.profiler._record_function_enter_new.default
 
 
 def has_finished_exchange(model: torch.nn.parallel.DistributedDataParallel) -> bool:

@@ -162,7 +162,7 @@ def _describe(func: Any) -> OpInfo:
         func=func,
         call=plain_call(func),
         name=name,
-        is_view=(not mutates and returns_alias) or func.namespace == "prim",
+        is_view=(not mutates and returns_alias) or func.namespace in ("prim", "profiler"),
         mutates=mutates,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_uninitialised=uninitialised,

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from recollect._torch_private import (
+    MARK_BEGINS,
     MARK_ENDS,
     DispatchMode,
     current_graph_task,
     ddp_begins,
+    ddp_runs_its_module,
     dispatch_depth,
     function_mode_depth,
-    inside_ddp,
     saved_tensor_hooks_allowed,
     top_dispatch_mode,
     top_function_mode,
@@ -35,7 +36,7 @@ from recollect._torch_private import (
 from recollect.errors import UnsupportedInput
 from recollect.records import Group
 from recollect.replay.calibration import Calibrator
-from recollect.replay.cursor import LOSS, ROOT, RegionCursor
+from recollect.replay.cursor import LOSS, RegionCursor
 from recollect.replay.exposure import ExposureWatch
 from recollect.replay.ops import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from recollect.replay.pending import Pending
@@ -91,8 +92,6 @@ class Installed:
                 yield session.reruns
             finally:
                 session.exit()
-                if path == ROOT and inside_ddp():
-                    session.ddp_goes_on()
         finally:
             if session.is_over:
                 self.sessions.pop(thread, None)
@@ -140,8 +139,8 @@ class Session(DispatchMode):
         self.aside = 0
         """Not 0: what runs now is not the model's."""
         self._in_ddp = False
-        """What runs now is DDP's own: before the model (buffers sent around, buckets made) or after it (results cloned,
-        where it looks for unused parameters). The step was measured without it, so it is no part of a tape."""
+        """Outside the model, and inside DDP's forward. Before it calls what it wraps, it sends buffers around and makes
+        buckets; afterwards it may clone results. The step was measured without that, so it is no part of a tape."""
         self.reruns: LiveRecipe | None = None
         """Of the region that runs now, if it is to be run again as a whole."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
@@ -171,14 +170,10 @@ class Session(DispatchMode):
         self._cursor.push(path)
         self._begin(may_rerun)
 
-    def ddp_goes_on(self) -> None:
-        """The model that DDP wraps has just returned."""
-        self._in_ddp = self._active and self._tape is not None
-
     def exit(self) -> None:
         """The innermost region call ends (also on an exception)."""
-        self._in_ddp = False
         self._cursor.pop()
+        self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
         was_active, _ = self._frames.pop()
         self._switch(was_active)
         if self._cursor.depth:
@@ -295,7 +290,7 @@ class Session(DispatchMode):
         tape = self._tape
         was_busy, self._busy = self._busy, True
         try:
-            return Kept(tensor) if tape is None or self.aside or self._in_ddp else tape.pack(tensor)
+            return Kept(tensor) if tape is None or self.aside or self._is_ddps() else tape.pack(tensor)
         finally:
             self._busy = was_busy
 
@@ -312,6 +307,8 @@ class Session(DispatchMode):
             and current_graph_task() < 0
             and self._tape.passes(func)
         ):
+            if func is MARK_BEGINS or func is MARK_ENDS:
+                self._note_mark(func, args)
             return info.call(*args, **kwargs) if kwargs else info.call(*args)
         kwargs = kwargs or {}
         was_busy, self._busy = self._busy, True
@@ -320,6 +317,16 @@ class Session(DispatchMode):
         finally:
             self._busy = was_busy
 
+    def _note_mark(self, func: Any, args: tuple[Any, ...]) -> None:
+        if ddp_begins(func, args):
+            self._in_ddp = True
+        elif func is MARK_ENDS and self._is_ddps():
+            self._in_ddp = False
+
+    def _is_ddps(self) -> bool:
+        """What runs now is DDP's own, and not what it wraps."""
+        return self._in_ddp and not ddp_runs_its_module()
+
     def _run(self, func: Any, info: OpInfo, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if info.mutates or info.undeclared_writes:
             for tensor in (*mutated_tensors(info, args, kwargs), *undeclared_writes(info, args)):
@@ -327,8 +334,7 @@ class Session(DispatchMode):
         tape = self._tape
         if tape is None:
             return func(*args, **kwargs)
-        if self._in_ddp or ddp_begins(func, args):
-            self._in_ddp = func is not MARK_ENDS
+        if self._is_ddps():
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)

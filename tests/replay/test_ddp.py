@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -85,3 +86,38 @@ def test_so_does_one_that_is_begun_by_hand() -> None:
         loss.backward()
     assert applied.statistics.mismatches == 0
     assert applied.statistics.replayed_ops > 0
+
+
+class WithLoss(nn.Module):
+    """A model and its loss, as people wrap them for DDP; a profiler's mark of their own inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Tensor) -> Tensor:
+        scaled = batch.mul(0.5).tanh()
+        with torch.profiler.record_function("loss"):
+            return loss_of(self.model, scaled)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_what_ddp_wraps_may_hold_the_loss_too() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    plain = copy.deepcopy(model)
+    loss = WithLoss(plain)(BATCH)
+    loss.backward()
+    applied = recollect.fit(model, BATCH, loss=lambda m, batch: WithLoss(m)(batch), grad_checkpoint="full")
+    assert "<loss>#0/1" in {region.key for region in applied.plan.regions if region.recipe >= 0}
+    wrapped = DistributedDataParallel(WithLoss(model), find_unused_parameters=True)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)
+        with applied.step(BATCH):
+            loss = wrapped(BATCH)
+        loss.backward()
+    assert applied.statistics.mismatches == 0
+    assert applied.statistics.replayed_ops > 0
+    expected = [p.grad for name, p in plain.named_parameters() if not name.startswith("unused")]
+    found = [p.grad for name, p in model.named_parameters() if not name.startswith("unused")]
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
