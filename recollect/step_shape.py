@@ -97,8 +97,7 @@ class ModelWatch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._modules: list[tuple[torch.nn.Module, type, bool, dict[str, torch.nn.Module | None]]] = []
-        self._parameters: list[tuple[dict[str, Any], tuple[tuple[Any, ...], ...]]] = []
+        self._modules: list[tuple[torch.nn.Module, type, bool, dict[str, Any], list[tuple[Any, ...]]]] = []
         self._state: ModelState | None = None
         self._first = next(model.parameters())
 
@@ -114,10 +113,10 @@ class ModelWatch:
         return self._state
 
     def _is_unchanged(self) -> bool:
-        for module, kind, training, children in self._modules:
+        for module, kind, training, children, known in self._modules:
             if module.training is not training or type(module) is not kind or module._modules != children:
                 return False
-        for table, known in self._parameters:
+            table = module._parameters
             if len(table) != len(known):
                 return False
             for now_there, (parameter, shape, dtype, requires_grad) in zip(table.values(), known, strict=True):
@@ -137,7 +136,7 @@ class ModelWatch:
         modules: list[Hashable] = []
         parameters: list[Hashable] = []
         places: dict[torch.nn.Module, int] = {}
-        self._modules, self._parameters = [], []
+        self._modules = []
         self._first = next(self._model.parameters(), self._first)
         to_visit = [self._model]
         while to_visit:
@@ -148,12 +147,12 @@ class ModelWatch:
             places[module] = len(places)
             children = module._modules
             modules.append((type(module), module.training, *children.keys()))
-            self._modules.append((module, type(module), module.training, dict(children)))
-            own = [None if p is None else (p.shape, p.dtype, p.requires_grad) for p in module._parameters.values()]
-            found = zip(module._parameters.values(), own, strict=True)
-            known = tuple((p, *(described or (None, None, None))) for p, described in found)
-            self._parameters.append((module._parameters, known))
-            parameters += [described for described in own if described is not None]
+            known = [
+                (None, None, None, None) if p is None else (p, p.shape, p.dtype, p.requires_grad)
+                for p in module._parameters.values()
+            ]
+            self._modules.append((module, type(module), module.training, dict(children), known))
+            parameters += [described[1:] for described in known if described[0] is not None]
             to_visit += [child for child in children.values() if child is not None]
         return ModelState((tuple(modules), tuple(parameters)))
 

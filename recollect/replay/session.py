@@ -334,15 +334,12 @@ class Session(DispatchMode):
         tape = self._tape
         if tape is None:
             return func(*args, **kwargs)
-        if self._is_ddps():
-            for tensor in mutated_tensors(info, args, kwargs):
-                tape.about_to_write(tensor)
-            return func(*args, **kwargs)
-        if current_graph_task() >= 0:  # a backward inside forward: not the region's own, but its writes count
-            if self._cursor.depth == 1 and self._cursor.path == LOSS:
-                # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is no
-                # forward; should it be one after all, autograd keeps what it saves, as in the plain step.
-                self._end_tape()
+        in_backward = current_graph_task() >= 0
+        if in_backward and self._cursor.depth == 1 and self._cursor.path == LOSS:
+            # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is no forward;
+            # should it be one after all, autograd keeps what it saves, as in the plain step.
+            self._end_tape()
+        if in_backward or self._is_ddps():  # not the region's own, but its writes count
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)

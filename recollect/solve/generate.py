@@ -79,7 +79,7 @@ class Pool:
     structure: Pool | None = None
     """The pool of the same profile without measured times (`untimed`): its columns are on offer here, too. None: this
     is that pool, and columns are only generated for the smallest peak."""
-    enumerate_at_most: int = field(default_factory=lambda: ENUMERATE_AT_MOST)
+    enumerate_at_most: int = field(default_factory=lambda: ENUMERATE_AT_MOST)  # looked up late: tests set it
     master: Master = field(init=False)
     members: dict[int, list[int]] = field(init=False)
     """Class to its regions."""

@@ -35,12 +35,13 @@ def parallel(
     """
     if group.is_alone or is_sharded(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         return model
+    is_static = reach is Reach.SAME and accumulation_steps == 1
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        static_graph=reach is Reach.SAME and accumulation_steps == 1,
-        find_unused_parameters=reach is Reach.VARYING or (reach is Reach.SAME and accumulation_steps > 1),
+        static_graph=is_static,
+        find_unused_parameters=reach is not Reach.ALL and not is_static,
     )
 
 
