@@ -24,19 +24,19 @@ class DispatchMode(TorchDispatchMode):
     """A dispatch mode with annotated methods. Subclasses define `__torch_dispatch__`."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
     def put_on(self) -> None:
         """Put it on this thread's stack of modes."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self.__enter__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
     def take_off(self) -> None:
         """Take it off; it must be on top."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
 
 #: Address of a tensor's StorageImpl, without building a Python storage object: a tape asks for it on every argument.
-storage_key: Callable[[torch.Tensor], int] = torch._C._storage_id  # type: ignore[attr-defined]
+storage_key: Callable[[torch.Tensor], int] = torch._C._storage_id  # type: ignore[attr-defined]  # not in PyTorch's stubs
 
 _ADINPLACE = torch._C.DispatchKey.ADInplaceOrView
 
@@ -104,7 +104,7 @@ class below_autograd:  # noqa: N801  (used as a statement, like torch.no_grad)
             torch._C._DisableAutocast(),
         )
         for guard in self._guards:
-            guard.__enter__()  # type: ignore[no-untyped-call]
+            guard.__enter__()  # type: ignore[no-untyped-call]  # PyTorch's guard is not annotated
 
     def __exit__(self, *error: object) -> None:
         for guard in reversed(self._guards):
@@ -162,7 +162,7 @@ def top_saved_tensor_hooks() -> object:
 
 def saved_tensor_hooks_allowed() -> bool:
     """Whether saved-tensor hooks may be pushed now: not inside `torch.func.grad` and its kin."""
-    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]  # not in PyTorch's stubs
 
 
 def top_dispatch_mode() -> object:

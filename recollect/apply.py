@@ -57,7 +57,7 @@ class RegionForward:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.had_own:
             return _identity, (self.original,)
-        return getattr, (self.original.__self__, "forward")  # type: ignore[attr-defined]
+        return getattr, (self.original.__self__, "forward")  # type: ignore[attr-defined]  # a bound method
 
 
 def _identity(thing: Any) -> Any:

@@ -180,7 +180,7 @@ class Patched(Net):
     def __init__(self) -> None:
         super().__init__()
         for layer in self.layers:
-            layer.forward = layer.forward  # type: ignore[method-assign]
+            layer.forward = layer.forward  # type: ignore[method-assign]  # as users do it
 
 
 def test_a_forward_that_was_there_before_is_restored() -> None:
@@ -254,7 +254,7 @@ def test_what_cannot_be_planned_is_refused(plan: Plan) -> None:
     with pytest.raises(UnsupportedInput, match=r"torch\.compile"):
         recollect.apply(in_place, plan)
     with pytest.raises(UnsupportedInput, match=r"not a torch\.nn\.Module"):
-        recollect.apply(lambda x: x, plan)  # type: ignore[arg-type]
+        recollect.apply(lambda x: x, plan)  # type: ignore[arg-type]  # the mistake that is told
 
 
 def test_a_plain_plan_installs_nothing(model: Net) -> None:

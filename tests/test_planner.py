@@ -116,7 +116,7 @@ def test_budgets_that_cannot(budget: Any) -> None:
 
 def test_an_unknown_grad_checkpoint() -> None:
     with pytest.raises(UnsupportedInput, match="'sometimes' is not a choice"):
-        recollect.fit(Net(), BATCH, grad_checkpoint="sometimes")  # type: ignore[arg-type]
+        recollect.fit(Net(), BATCH, grad_checkpoint="sometimes")  # type: ignore[arg-type]  # the mistake that is told
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ class Raw(torch.autograd.Function):
         return doubled
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # PyTorch's signature is wider
         out, doubled = ctx.saved_tensors
         return grad * out * doubled
 

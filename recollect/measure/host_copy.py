@@ -37,7 +37,7 @@ class CopyFile:
         begin = self._end
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="recollect-", buffering=0)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(prefix="recollect-", buffering=0)  # noqa: SIM115  # closed with the copy
                 weakref.finalize(self, self._file.close)  # before the file's own end, also in a cycle of references
             self._file.seek(begin)
             view = memoryview(data)
@@ -59,7 +59,7 @@ class CopyFile:
         self._file.seek(begin)
         view = memoryview(target)
         while len(view):
-            count = self._file.readinto(view)  # type: ignore[attr-defined]
+            count = self._file.readinto(view)  # type: ignore[attr-defined]  # unbuffered files have it
             if not count:
                 raise RecollectError(
                     "a temporary file that holds what measuring must put back was cut short by something else, so the "

@@ -197,8 +197,8 @@ def _measure_rerun(cold: bool) -> tuple[float, float]:
 
 def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, rerun: bool) -> torch.Tensor:
     if not rerun:
-        return chain(weight, times_ms)  # type: ignore[no-any-return]
-    return ModuleCall(chain, chain.forward, {"times_ms": times_ms}, Statistics(), _OPS).run((weight,))  # type: ignore[no-any-return]
+        return chain(weight, times_ms)  # type: ignore[no-any-return]  # what it returns is a tensor
+    return ModuleCall(chain, chain.forward, {"times_ms": times_ms}, Statistics(), _OPS).run((weight,))  # type: ignore[no-any-return]  # what it returns is a tensor
 
 
 def _installed() -> Installed:

@@ -27,7 +27,7 @@ class RegionCursor:
         """The innermost call ends; the caller's next segment begins."""
         self._stack.pop()
         if self._stack:
-            self._stack[-1][2] += 1  # type: ignore[operator]
+            self._stack[-1][2] += 1  # type: ignore[operator]  # the third one is a number
 
     @property
     def depth(self) -> int:

@@ -43,11 +43,11 @@ class ExposureWatch(TorchFunctionMode):
 
     def put_on(self) -> None:
         """Put it on this thread's stack of function modes."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self.__enter__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
     def take_off(self) -> None:
         """Take it off; it must be on top."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

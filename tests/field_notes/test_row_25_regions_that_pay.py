@@ -73,7 +73,7 @@ def test_a_region_whose_replay_saves_nothing_at_the_peak_is_left_alone(
             module.register_forward_pre_hook(lambda *_, path=path: None)
             inner = module.up
             inner.register_forward_hook(
-                lambda *_, path=path: active.__setitem__(path, isinstance(top_mode(), Session))  # type: ignore[func-returns-value]
+                lambda *_, path=path: active.__setitem__(path, isinstance(top_mode(), Session))  # type: ignore[func-returns-value]  # a statement in a lambda
             )
     with recollect.apply(model, plan) as applied:
         applied.loss(model, BATCH).backward()

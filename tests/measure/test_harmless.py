@@ -133,7 +133,7 @@ class Busy(nn.Module):
         self.generator = torch.Generator().manual_seed(3)
         self.python_random = random.Random(4)
         self.state_of_last = torch.zeros(WIDTH)
-        self.embed.weight.note = ["mine"]  # type: ignore[attr-defined]
+        self.embed.weight.note = ["mine"]  # type: ignore[attr-defined]  # set by hand
 
     def forward(self, tokens: Tensor) -> Tensor:
         self.calls += 1
@@ -153,7 +153,7 @@ class Busy(nn.Module):
             self.frozen.weight.mul_(0.5)
             self.frozen.weight.data = self.frozen.weight.data.clone()
         self.frozen.requires_grad_(True)
-        self.embed.weight.note.append("yours")  # type: ignore[attr-defined]
+        self.embed.weight.note.append("yours")  # type: ignore[attr-defined]  # set by hand
         self.head.weight.register_hook(lambda gradient: gradient)
         self.register_forward_hook(lambda *_: None)
         self.layers[0].train(not self.layers[0].training)
@@ -297,7 +297,7 @@ def test_a_loss_that_reaches_past_its_arguments(harmless: Callable[..., None]) -
     harmless(model, optimizer, TOKENS)
 
     def loss(copied: nn.Module, tokens: Tensor) -> Tensor:
-        model.lazy = copied(tokens).sum()  # type: ignore[assignment]
+        model.lazy = copied(tokens).sum()  # type: ignore[assignment]  # set by hand
         return loss_of(model, TOKENS)
 
     recollect.measure(model, TOKENS, loss=loss, optimizer=optimizer)
@@ -360,7 +360,7 @@ def make_closure() -> Callable[[], Tensor]:
 IN_CLOSURE = make_closure()
 
 
-def default_argument(cache: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006
+def default_argument(cache: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006  # the trap that is tested
     return cache.setdefault(WIDTH, torch.arange(float(WIDTH)))
 
 
@@ -433,7 +433,7 @@ def _empty_places() -> None:
     cached_positions.cache_clear()
     GLOBAL = HOLDER.table = Lazy.shared = OfClass.table = None
     IN_CLOSURE = make_closure()
-    default_argument.__defaults__[0].clear()  # type: ignore[index]
+    default_argument.__defaults__[0].clear()  # type: ignore[index]  # has defaults
 
 
 @pytest.mark.usefixtures("_empty_places")
@@ -548,7 +548,7 @@ def test_an_installed_plan_is_not_the_steps_doing() -> None:
     state = TrainingState(model, ())
     forward = Installed(recipes={})
     model.__dict__["forward"] = forward
-    model.mark = 1  # type: ignore[assignment]
+    model.mark = 1  # type: ignore[assignment]  # set by hand
     state.restore()
     assert model.__dict__["forward"] is forward
     assert "mark" not in vars(model)

@@ -181,8 +181,8 @@ def specs(draw: st.DrawFn, *, rows: int = 16, columns: int = 64) -> dict[str, An
 
 def cheap_measuring() -> None:
     """Times do not matter here, only bytes."""
-    profiler.measure_overhead = lambda *_, **__: Overhead(0.001, 0.001, 0.0005, 0.001)  # type: ignore[attr-defined]
-    costs._time_ms = lambda *_, **__: 0.01  # type: ignore[assignment]
+    profiler.measure_overhead = lambda *_, **__: Overhead(0.001, 0.001, 0.0005, 0.001)  # type: ignore[attr-defined]  # set by hand
+    costs._time_ms = lambda *_, **__: 0.01  # type: ignore[assignment]  # set by hand
 
 
 def silence() -> None:

@@ -28,7 +28,7 @@ class Cube(torch.autograd.Function):
         return square * x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # PyTorch's signature is wider
         x, square = ctx.saved_tensors
         return grad * (3 * square + 0 * x)
 
@@ -44,7 +44,7 @@ class TwoOutputs(torch.autograd.Function):
         return first, second
 
     @staticmethod
-    def backward(ctx: Any, first_grad: Tensor | None, second_grad: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, first_grad: Tensor | None, second_grad: Tensor | None) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
         x, y, first, second = ctx.saved_tensors
         grads = [torch.zeros_like(x), torch.zeros_like(y)]
         if first_grad is not None:
@@ -63,7 +63,7 @@ class ScaleInPlace(torch.autograd.Function):
         return x.mul_(0.5)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # PyTorch's signature is wider
         return grad * 0.5
 
 
@@ -78,7 +78,7 @@ class RawSine(torch.autograd.Function):
         return out * 2
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # PyTorch's signature is wider
         x, out = ctx.saved_tensors
         return grad * x.cos() * 2 + 0 * out
 
@@ -274,7 +274,7 @@ def generated(_: Program, a: Tensor, b: Tensor) -> Tensor:
         for row in a[:3]:
             yield (row * b).sin()
 
-    return sum(parts())  # type: ignore[return-value]
+    return sum(parts())  # type: ignore[return-value]  # a sum of tensors is a tensor
 
 
 def failed_attempt(model: Program, a: Tensor, b: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Program(nn.Module):
         self.code, self.rows, self.columns, self.form = code, rows, columns, form
         self.linears = nn.ModuleList(nn.Linear(columns, columns) for _ in range(2))
         self.tied = nn.Linear(columns, columns, bias=False)
-        self.tied.weight = self.linears[0].weight  # type: ignore[union-attr]
+        self.tied.weight = self.linears[0].weight  # type: ignore[union-attr]  # a layer of the list
         self.block = Block(columns)
         self.batch_norm = nn.BatchNorm1d(columns)
         self.conv = nn.Conv1d(2, 2, 3, padding=1)
@@ -114,7 +114,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
         tensors = tuple(result.values())
     else:
         tensors = (result.main, *result.extra.values())
-    return sum((F.log_softmax(t, -1) * t.tanh()).mean() for t in tensors)  # type: ignore[return-value]
+    return sum((F.log_softmax(t, -1) * t.tanh()).mean() for t in tensors)  # type: ignore[return-value]  # a sum of tensors is a tensor
 
 
 @st.composite

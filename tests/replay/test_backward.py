@@ -154,7 +154,7 @@ def test_backward_may_be_inside_the_region_of_the_step() -> None:
             loss.backward()
         assert installed.statistics.replayed_ops > 0
         gradients.append((x.grad, w.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]  # none is None
 
 
 def test_a_graph_outlives_the_engine() -> None:

@@ -238,7 +238,7 @@ def test_the_user_may_allow_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_classes_of_modules_can_be_allowed() -> None:
     with pytest.raises(UnsupportedInput, match=r"allow_rerun\(MyBlock\)"):
-        allow_rerun(Net(feed_forward))  # type: ignore[arg-type]
+        allow_rerun(Net(feed_forward))  # type: ignore[arg-type]  # the mistake that is told
 
 
 class WritesItsArgument(Pure):

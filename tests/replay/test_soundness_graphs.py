@@ -254,7 +254,7 @@ def test_interrupted(where: str, error: type[BaseException]) -> None:
         layer = stage.model.layers[1]
         random_state = torch.get_rng_state()
         if where == "forward":
-            layer.norm.forward = fail  # type: ignore[method-assign]
+            layer.norm.forward = fail  # type: ignore[method-assign]  # as users do it
         elif where == "forward hook":
             handle = layer.up.register_forward_hook(fail)
         elif where == "pack":

@@ -229,7 +229,7 @@ def test_the_next_forward_moves_what_a_pending_backward_needs() -> None:
     installed = Installed(recipes={})
     replayed = both(lambda: installed.region("r"))
     assert installed.statistics.replayed_ops > 0
-    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))  # type: ignore[arg-type]  # none is None
 
 
 @pytest.mark.parametrize("where", ["inside", "outside", "another region"])

@@ -34,7 +34,7 @@ def _configure(
                 f"--model-args {key}={value} does not fit the model {name!r}. "
                 f"{key} must be a non-negative {types[key].__name__}."
             )
-    return kind(**{**settings, **arguments})  # type: ignore[arg-type]
+    return kind(**{**settings, **arguments})  # type: ignore[arg-type]  # checked against the fields
 
 
 def _gpt(name: str, summary: str, **preset: int) -> ModelSource:

@@ -204,4 +204,4 @@ def _load(model_class: Any, path: Path, config: Any) -> nn.Module:
             path,
             shown,
         )
-    return made  # type: ignore[no-any-return]
+    return made  # type: ignore[no-any-return]  # transformers is not annotated

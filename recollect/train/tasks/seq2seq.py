@@ -25,7 +25,7 @@ def seq2seq(facts: DataFacts) -> Task:
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     # The decoder sees the target shifted by one; transformers' models know what stands at its beginning.
-    shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]  # transformers' own method
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=shifted)
     return prediction_of(output, "logits")
 
