@@ -4,7 +4,7 @@
 #   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
 #   make test    TESTS=tests/cli        all tests, or those under TESTS
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
-#   make bench   QUICK=1                recollect and its peers side by side (about 45 minutes; with QUICK=1 under 8)
+#   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
 #   make lint                           ruff and strict mypy
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
@@ -45,7 +45,7 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.installed-train
-	$(BIN)/recollect train $(DEMO) $(ARGS)
+	$(BIN)/tightfit train $(DEMO) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)

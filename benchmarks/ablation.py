@@ -2,17 +2,17 @@
 
     python -m benchmarks.ablation [MODEL ...] [--size tiny] [--output FILE.md]
 
-Figures are the predicted step's added time in percent of the plain step, from recollect's own simulator; "-" where
-nothing fits the budget.  Budgets lie between the smallest one that recollect can run (0 %) and the plain
+Figures are the predicted step's added time in percent of the plain step, from tightfit's own simulator; "-" where
+nothing fits the budget.  Budgets lie between the smallest one that tightfit can run (0 %) and the plain
 peak (100 %).
 
-* *recollect*: the full solver.
+* *tightfit*: the full solver.
 * *one level*: without plans below one level (no nests: nothing is replayed twice).
 * *tapes only*: one level, and no module is run again as a whole.
 * *saved only*: keep sets may name only what autograd saves, not values on the way to it.
 * *all or nothing*: a region is untouched or drops everything, as with `torch.utils.checkpoint`; chosen exactly.
-* *greedy*: recollect's columns, chosen by least ms for each held byte instead of by the program.
-* *knapsack*: recollect's columns, chosen exactly under a limit on the sum of held bytes instead of the peak.
+* *greedy*: tightfit's columns, chosen by least ms for each held byte instead of by the program.
+* *knapsack*: tightfit's columns, chosen exactly under a limit on the sum of held bytes instead of the peak.
 * *every k-th*: everything dropped in every k-th region, the best k.
 * *rotor*: rotor's programme on the chain of regions (Beaumont et al. 2019), the fastest one-level schedule that fits.
 
@@ -30,17 +30,17 @@ from pathlib import Path
 from benchmarks.baselines.policies import best_that_fits, every_kth, greedy, knapsack, make_pool, restricted
 from benchmarks.baselines.rotor import chain_of, in_slots, one_level_decisions, rotor
 from benchmarks.suite_profiles import heading, suite_profile
-from recollect.errors import BudgetInfeasible
-from recollect.profile_index import ProfileIndex
-from recollect.records import RERUN, Decision, Profile
-from recollect.solve import Solver
-from tests.solve.profiles import gpt_profile
+from tests.solver.profiles import gpt_profile
+from tightfit.errors import BudgetInfeasible
+from tightfit.records import RERUN, Decision, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.solver import Solver
 
 MODELS = ("gpt", "llama", "bert", "vit", "resnet", "unet", "lstm")
 #: Budgets, in parts of the way from the smallest one to the plain peak.
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)
 COLUMNS = (
-    "recollect",
+    "tightfit",
     "one level",
     "tapes only",
     "saved only",
@@ -104,7 +104,7 @@ def rows_of(profile: Profile) -> list[Row]:
             plan = solver.solve(budget_bytes)
         except BudgetInfeasible:
             continue
-        note("recollect", plan.predicted_step_ms)
+        note("tightfit", plan.predicted_step_ms)
         every = restricted(pool, lambda _, __: True, budget_bytes) if budget_bytes >= one_level_bytes else None
         outcomes = {
             "one level": every,
@@ -170,7 +170,7 @@ def main() -> None:
             lines.append(line)
     lines += [
         "",
-        "Aggregation: a chain of identical blocks (`tests/solve/profiles.py`), at half of its plain peak.",
+        "Aggregation: a chain of identical blocks (`tests/solver/profiles.py`), at half of its plain peak.",
         "",
         "| blocks | aggregated | seconds to solve | added ms | bound on added ms |",
         "|---|---|---|---|---|",

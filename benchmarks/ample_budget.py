@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-import recollect
-from recollect.train import TrainConfig, build, resolve
+import tightfit
+from tightfit.train import TrainConfig, build, resolve
 
 ROUNDS = 40
 
@@ -34,7 +34,7 @@ def main() -> None:
         config, source = resolve(TrainConfig(model=name))
         work = build(config, source)
         batch = work.batch(0)
-        applied = recollect.fit(work.model, batch, budget="75%", loss=work.loss, optimizer=work.optimizer)
+        applied = tightfit.fit(work.model, batch, budget="75%", loss=work.loss, optimizer=work.optimizer)
         plain_ms, ample_ms = [], []
         for _ in range(ROUNDS):
             plain_ms.append(milliseconds(lambda work=work, batch=batch: work.loss(work.model, batch)))

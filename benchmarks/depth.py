@@ -24,19 +24,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect import meter
-from recollect.profile_index import ProfileIndex
-from recollect.records import Plan, Profile
-from recollect.shapes import decisions_of
-from recollect.simulate import simulate
-from recollect.solve import Solver
-from recollect.solve.build import build_plan
-from recollect.solve.nested import NestedPlans
+import tightfit
+from tightfit.device import memory as meter
+from tightfit.planning.plan_cache import decisions_of
+from tightfit.records import Plan, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import simulate
+from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.recursive import NestedPlans
+from tightfit.solver.solver import Solver
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.chains import RNN, ResidualMLP
+from tests.support.chains import RNN, ResidualMLP
 
 DEPTHS = (50, 100, 200)
 ROUNDS = 7
@@ -70,7 +70,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def step_ms(model: nn.Module, batch: Tensor, applied: recollect.Applied | None) -> float:
+def step_ms(model: nn.Module, batch: Tensor, applied: tightfit.Applied | None) -> float:
     """One forward and backward."""
     model.zero_grad(set_to_none=False)
     begin = time.perf_counter()
@@ -84,7 +84,7 @@ def row(name: str, depth: int, model: nn.Module, batch: Tensor, profile: Profile
         parameter.grad = torch.zeros_like(parameter)
     step_ms(model, batch, None)
     plain = gradients(model)
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         step_ms(model, batch, applied)  # calibrates
         resident = meter.resident_bytes(model, batch)
         _, peak_bytes = meter.measure_peak(lambda: step_ms(model, batch, applied), resident)
@@ -112,7 +112,7 @@ def main() -> None:
             torch.manual_seed(0)
             model: nn.Module = ResidualMLP(depth, 64) if name == "residual MLP" else RNN(64)
             batch = torch.randn(1024, 64) if name == "residual MLP" else torch.randn(depth, 512, 64)
-            profile = recollect.measure(model, batch)
+            profile = tightfit.measure(model, batch)
             for kind, plan in plans(profile).items():
                 print(row(name, depth, model, batch, profile, kind, plan), flush=True)
 

@@ -4,7 +4,7 @@
 
 Both loops run in the same two processes, in interleaved rounds, each as often first as second: one as people write it
 (DistributedDataParallel or `fully_shard`, a DataLoader for each process's part of every batch), one that takes steps as
-`recollect train` does between two logged ones.  No budget.  A loop's time is from the end of its first step to the end
+`tightfit train` does between two logged ones.  No budget.  A loop's time is from the end of its first step to the end
 of its last, of the slower process; the ratio is of medians.  The second table is the time from the start of the program
 to the end of a run of one step.
 """
@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from benchmarks.loops import Loop, by_hand, by_stepper
-from recollect.group import Group
-from recollect.train import TrainConfig, Workload, build, resolve
-from recollect.train.distributed.meeting import joined
-from recollect.train.distributed.parallel import parallel
-from recollect.train.distributed.reach import Reach
-from recollect.train.distributed.roles import Member, find_role
-from recollect.train.loop import plan_run
-from recollect.train.stepping import Stepper
+from tightfit.distributed.process_group import Group
+from tightfit.train import TrainConfig, Workload, build, resolve
+from tightfit.train.launch.rendezvous import joined
+from tightfit.train.launch.roles import Member, find_role
+from tightfit.train.optimizer_step import Stepper
+from tightfit.train.parallel.ddp import parallel
+from tightfit.train.parallel.unused_parameters import Reach
+from tightfit.train.run import plan_run
 
 MODELS = ("gpt", "resnet", "lstm")
 STRATEGIES = ("ddp", "fsdp")
@@ -53,7 +53,7 @@ def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loo
 
 
 def own_loop(config: TrainConfig, work: Workload, group: Group, steps: int) -> Loop:
-    """As `recollect train` takes steps between two logged ones."""
+    """As `tightfit train` takes steps between two logged ones."""
     applied, _ = plan_run(config, work, None, 0, steps)
     model = parallel(work.model, group, work.device, reach=Reach.ALL)
     return by_stepper(Stepper(work=work, applied=applied, scaler=None, model=model), steps)
@@ -69,7 +69,7 @@ def compare(name: str, strategy: str, rounds: int, steps: int) -> None:
         works = [build(config, source, group, sharded=strategy == "fsdp") for _ in range(2)]
         loops = {
             "hand": loop_by_hand(works[0], group, steps, strategy),
-            "recollect": own_loop(config, works[1], group, steps),
+            "tightfit": own_loop(config, works[1], group, steps),
         }
         times: dict[str, list[float]] = {loop: [] for loop in loops}
         for turn in range(rounds + 1):
@@ -101,7 +101,7 @@ def main() -> None:
         f"{options.rounds} interleaved rounds of {options.steps} steps of {_BATCH} samples (of both processes); "
         f"`python -m benchmarks.distributed_throughput {words}`.",
         "",
-        "| model | strategy | by hand, ms a step | recollect, ms a step | steps per second against by hand |",
+        "| model | strategy | by hand, ms a step | tightfit, ms a step | steps per second against by hand |",
         "|---|---|---|---|---|",
     ]
     for name in options.models or MODELS:
@@ -113,16 +113,16 @@ def main() -> None:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"},
             ).stdout  # fmt: skip
             ms = json.loads(said.splitlines()[-1])
-            ratio = ms["hand"] / ms["recollect"]
-            lines.append(f"| {name} | {strategy} | {ms['hand']:.1f} | {ms['recollect']:.1f} | {ratio:.3f} |")
+            ratio = ms["hand"] / ms["tightfit"]
+            lines.append(f"| {name} | {strategy} | {ms['hand']:.1f} | {ms['tightfit']:.1f} | {ratio:.3f} |")
             print(lines[-1], flush=True)
     lines += ["", "| started by | program start to the end of a run of one step of gpt-tiny, s |", "|---|---|"]
     several = ["--multiprocessing-distributed", "--nproc-per-node", "2"]
     ways: dict[str, tuple[list[str], list[str]]] = {
-        "one process": ([sys.executable, "-m", "recollect"], []),
-        "--multiprocessing-distributed, 2 processes": ([sys.executable, "-m", "recollect"], several),
-        "the same, --strategy fsdp": ([sys.executable, "-m", "recollect"], [*several, "--strategy", "fsdp"]),
-        "torchrun, 2 processes": ([*_TORCHRUN, "recollect"], []),
+        "one process": ([sys.executable, "-m", "tightfit"], []),
+        "--multiprocessing-distributed, 2 processes": ([sys.executable, "-m", "tightfit"], several),
+        "the same, --strategy fsdp": ([sys.executable, "-m", "tightfit"], [*several, "--strategy", "fsdp"]),
+        "torchrun, 2 processes": ([*_TORCHRUN, "tightfit"], []),
     }
     with tempfile.TemporaryDirectory() as folder:
         for way, (command, flags) in ways.items():

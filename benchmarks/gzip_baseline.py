@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gzip
 
-from recollect.train.data.split import divided
-from recollect.train.data.text import HELD_OUT_SHARE, python_source_files
+from tightfit.train.data.split import divided
+from tightfit.train.data.text import HELD_OUT_SHARE, python_source_files
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The two loops that are compared: one by hand, and the one that `recollect train` runs between two logged steps."""
+"""The two loops that are compared: one by hand, and the one that `tightfit train` runs between two logged steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recollect.train import Workload
-from recollect.train.data.loader import to_device
-from recollect.train.stepping import Stepper
+from tightfit.train import Workload
+from tightfit.train.data.loader import to_device
+from tightfit.train.optimizer_step import Stepper
 
 Loop = Callable[[], list[float]]
 """Takes steps; returns when each of them ended."""
@@ -33,7 +33,7 @@ def by_hand(work: Workload, model: nn.Module, loader: Iterable[Any]) -> Loop:
 
 
 def by_stepper(stepper: Stepper, steps: int) -> Loop:
-    """As `recollect train` takes steps between two logged ones."""
+    """As `tightfit train` takes steps between two logged ones."""
 
     def run() -> list[float]:
         ends = []

@@ -3,8 +3,8 @@
     python benchmarks/memory_model.py [MODEL ...] [--size tiny] [--output FILE.md]
 
 Each model runs in a process of its own: a crash is a row.  Peaks are of one step (forward, backward, optimizer) in
-which gradients and optimizer state are resident; "measured" is the independent meter of `recollect.meter`, the worst of
-three steps.  Budgets lie evenly between the smallest one that `solve` has a plan for and the plain peak.
+which gradients and optimizer state are resident; "measured" is the independent meter of `tightfit.device.memory`, the
+worst of three steps.  Budgets lie evenly between the smallest one that `solve` has a plan for and the plain peak.
 
 * *predicted*: what the profile alone says, before any real step of the plan.
 * *repaired*: the prediction of the plan that `fit` installs, after its guarded runs.
@@ -94,9 +94,9 @@ def mem_tracker_peak(name: str, size: Any) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    from recollect.measure.step import StepSpec, give_gradients
-    from recollect.measure.structural_copy import copy_batch, copy_model, copy_optimizer
     from tests.suite import build
+    from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
+    from tightfit.step.step import StepSpec, give_gradients
 
     case = build(name, size)
     optimizers = case.optimizers()
@@ -121,12 +121,12 @@ def mem_tracker_peak(name: str, size: Any) -> int:
 
 
 def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain: Any) -> Cell:
-    import recollect
-    from recollect import planner
-    from recollect.errors import BudgetInfeasible
-    from recollect.measure.step import StepSpec
+    import tightfit
     from tests.suite import build
     from tests.suite.running import train
+    from tightfit.errors import BudgetInfeasible
+    from tightfit.planning import fit as planner
+    from tightfit.step.step import StepSpec
 
     def run(applied: Any, case: Any) -> Any:
         found = train(case, STEPS, loss=lambda: applied.loss(case.model, case.batch))
@@ -139,7 +139,7 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     cell.predicted = plan.predicted_peak_bytes
     case = build(name, size)
     spec = StepSpec(loss=case.loss)
-    with recollect.apply(case.model, plan, spec=spec) as applied:
+    with tightfit.apply(case.model, plan, spec=spec) as applied:
         train(case, 1, loss=lambda: applied.loss(case.model, case.batch), metered=False)  # calibrates
         refused = bool(applied.refused)
         case.model.load_state_dict(build(name, size).model.state_dict())
@@ -175,11 +175,11 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
 
 
 def one_model(name: str, size: Any) -> Row:
-    from recollect.measure.profiler import measure_step
-    from recollect.measure.step import StepSpec
-    from recollect.solve.solver import Solver
     from tests.suite import OPTIMIZER_KINDS, build
     from tests.suite.running import settle, train
+    from tightfit.profiling.measure import measure_step
+    from tightfit.solver.solver import Solver
+    from tightfit.step.step import StepSpec
 
     def measured(kind: Any = "adamw-foreach") -> Any:
         case = build(name, size)
@@ -356,7 +356,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 def run_in_process(name: str, size: str, cache: str) -> Row:
     command = [sys.executable, __file__, name, "--size", size, "--one"]
-    environment = os.environ | {"RECOLLECT_CACHE_DIR": cache}
+    environment = os.environ | {"TIGHTFIT_CACHE_DIR": cache}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
     except subprocess.TimeoutExpired:

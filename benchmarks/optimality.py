@@ -1,4 +1,4 @@
-"""How far recollect's plans are from optimal: its own bound, Checkmate's optimum, and the time to solve.
+"""How far tightfit's plans are from optimal: its own bound, Checkmate's optimum, and the time to solve.
 
     python -m benchmarks.optimality [MODEL ...] [--size tiny] [--time-limit 60] [--output FILE.md]
 
@@ -11,8 +11,8 @@ the plain peak (100 %).
    `COLUMN_BUDGETS` budgets for each class that is not enumerated) on offer beside the solver's own columns.
 2. *One block*: only the region that saves most may drop anything, and the mechanism costs nothing.  Checkmate
    (`benchmarks/baselines/checkmate.py`) has the larger plan space, so its optimum is never slower than a plan at one
-   level.  Where it is faster, what it holds at the end of forward is given to recollect's simulator as a keep set: if
-   that fits and is as fast, the plan was in recollect's space and the solver missed it; otherwise the difference is
+   level.  Where it is faster, what it holds at the end of forward is given to tightfit's simulator as a keep set: if
+   that fits and is as fast, the plan was in tightfit's space and the solver missed it; otherwise the difference is
    that of the spaces.
 3. *Several blocks*: the same for the four first blocks at once, under a time limit: Checkmate's best and its bound.
 4. *Time to solve* chains of identical blocks.
@@ -28,13 +28,13 @@ from pathlib import Path
 from benchmarks.baselines.checkmate import Optimum, checkmate, only
 from benchmarks.baselines.policies import make_pool, restricted
 from benchmarks.suite_profiles import heading, suite_profile
-from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Profile
-from recollect.simulate import simulate
-from recollect.solve import Solver
-from recollect.solve.columns import keep_set
-from recollect.solve.generate import Pool
-from tests.solve.profiles import gpt_profile
+from tests.solver.profiles import gpt_profile
+from tightfit.records import Decision, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import simulate
+from tightfit.solver.column_generation import Pool
+from tightfit.solver.columns import keep_set
+from tightfit.solver.solver import Solver
 
 MODELS = ("gpt", "llama", "bert", "vit", "resnet", "unet", "lstm")
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
@@ -50,7 +50,7 @@ _SAME_MS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """recollect and Checkmate on one row of regions at one budget."""
+    """tightfit and Checkmate on one row of regions at one budget."""
 
     share: float
     budget_bytes: int
@@ -83,7 +83,7 @@ def first_blocks(index: ProfileIndex, most: int = BLOCKS) -> tuple[int, int]:
 def compare(
     profile: Profile, first: int, count: int, shares: tuple[float, ...], time_limit_s: float
 ) -> list[Comparison]:
-    """recollect against Checkmate on one row; nothing where the row has no part in the peak."""
+    """tightfit against Checkmate on one row; nothing where the row has no part in the peak."""
     alone = only(profile, first, count)
     solver = Solver(alone)
     index = solver.index
@@ -118,18 +118,18 @@ def _verdict(
         return "equal" if optimum.status == "optimal" else "equal so far"
     if optimum.recompute_ms > plan_ms:
         if below_one_level:  # its one tape over the step also drops what a later region saves of the row's results
-            return "recollect faster: below one level, where it also drops what other regions save of the row"
-        return "recollect faster" if optimum.status == "optimal" else "recollect faster, so far"
+            return "tightfit faster: below one level, where it also drops what other regions save of the row"
+        return "tightfit faster" if optimum.status == "optimal" else "tightfit faster, so far"
     decisions: list[Decision] = [None] * len(index.profile.regions)
     for region in range(first, first + count):
         if index.facts[region].slots:
             decisions[region] = keep_set(index, optimum.held & index.facts[region].optional)
     walked = simulate(index, decisions)
     if walked.peak_bytes > budget_bytes:
-        return "Checkmate faster; its keep set does not fit recollect's replay"
+        return "Checkmate faster; its keep set does not fit tightfit's replay"
     if walked.replay_ms < plan_ms - _SAME_MS:
-        return f"Checkmate faster; its keep set fits recollect at {walked.replay_ms:.3f} ms: missed by the solver"
-    return "Checkmate faster; its keep set is no faster in recollect's replay"
+        return f"Checkmate faster; its keep set fits tightfit at {walked.replay_ms:.3f} ms: missed by the solver"
+    return "Checkmate faster; its keep set is no faster in tightfit's replay"
 
 
 def _table(name: str, key: str, rows: list[Comparison]) -> list[str]:
@@ -217,7 +217,7 @@ def solve_times(blocks: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How far recollect's plans are from optimal, under the model.")
+    parser = argparse.ArgumentParser(description="How far tightfit's plans are from optimal, under the model.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"models of the suite (default: {' '.join(MODELS)})")
     parser.add_argument("--size", default="bench", choices=("tiny", "bench"))
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for each of Checkmate's")

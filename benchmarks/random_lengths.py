@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import recollect
-from recollect.measure.step import StepSpec
-from recollect.meter import measure_peak, resident_bytes
-from recollect.solve import Solver
-from recollect.train.models.gpt import Gpt, GptConfig
-from recollect.units import format_bytes
+import tightfit
+from tightfit.device.memory import measure_peak, resident_bytes
+from tightfit.solver.solver import Solver
+from tightfit.step.step import StepSpec
+from tightfit.train.models.gpt import Gpt, GptConfig
+from tightfit.units import format_bytes
 
 SHORTEST, MIDDLE, LONGEST = 33, 96, 160
 BATCH, INCOMPLETE_BATCH, WORDS = 8, 5, 128
@@ -60,11 +60,11 @@ def main() -> None:
     model = Gpt(GptConfig(vocabulary_size=WORDS, sequence_length=LONGEST, width=64, layers=3))
     optimizer = torch.optim.AdamW(model.parameters())
     spec = StepSpec(loss=loss_of, optimizers=(optimizer,))
-    longest = Solver(recollect.measure(model, batch_of(LONGEST, BATCH), loss=loss_of, optimizer=optimizer))
+    longest = Solver(tightfit.measure(model, batch_of(LONGEST, BATCH), loss=loss_of, optimizer=optimizer))
     smallest, plain_bytes = longest.minimum_budget()[0], longest.plain(0).plain_peak_bytes
     budget = smallest + (plain_bytes - smallest) // 10
     began = time.perf_counter()
-    applied = recollect.fit(
+    applied = tightfit.fit(
         model, batch_of(MIDDLE, BATCH), budget=budget, loss=loss_of, optimizer=optimizer, reference_budget_bytes=2**40
     )
     fit_s = time.perf_counter() - began

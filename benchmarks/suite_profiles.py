@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-import recollect
-from recollect.records import Profile
+import tightfit
 from tests.suite import Size, build
+from tightfit.records import Profile
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
@@ -21,7 +21,7 @@ def suite_profile(name: str, size: Size) -> Profile:
     if Path(name).suffix == ".json":
         return Profile.load(name)
     case = build(name, size)
-    return recollect.measure(case.model, case.batch, loss=case.loss, optimizer=case.optimizers())
+    return tightfit.measure(case.model, case.batch, loss=case.loss, optimizer=case.optimizers())
 
 
 def heading(title: str, module: str, size: str) -> list[str]:

@@ -22,12 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from recollect.measure.profiler import measure_step
-from recollect.measure.step import StepSpec
-from recollect.profile_index import ProfileIndex
-from recollect.records import Recipe
-from recollect.replay.recipe import LiveRecipe
-from recollect.replay.session import Installed
+from tightfit.profiling.measure import measure_step
+from tightfit.records import Recipe
+from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.session import Installed
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.step.step import StepSpec
 
 # name: hidden, heads, key-value heads, intermediate, batch, tokens
 CUDA_SIZES = {

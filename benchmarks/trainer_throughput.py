@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer_throughput [MODEL ...] [--rounds 15] [--steps 20] [--output FILE.md]
 
-The loops are one written by hand, `recollect train`'s between two logged steps, Hugging Face's `Trainer` and
+The loops are one written by hand, `tightfit train`'s between two logged steps, Hugging Face's `Trainer` and
 Lightning's; the last two where they are installed (`make bench` installs them), without logging, checkpoints or
 progress.  Rounds are interleaved in one process; a loop's time is from the end of its first step to the end of its
 last, and the ratio is of medians.  The second table is the time from the start of the program to the end of a run of
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.loops import Loop, by_hand, by_stepper
-from recollect.train import TrainConfig, Workload, build, resolve
-from recollect.train.loop import plan_run
-from recollect.train.stepping import Stepper
+from tightfit.train import TrainConfig, Workload, build, resolve
+from tightfit.train.optimizer_step import Stepper
+from tightfit.train.run import plan_run
 
 MODELS = ("gpt-tiny", "gpt", "resnet-tiny", "resnet", "lstm-tiny", "lstm")
 _BATCH = 16
@@ -47,7 +47,7 @@ def loop_by_hand(name: str, steps: int) -> Loop:
 
 
 def own_loop(name: str, steps: int) -> Loop:
-    """As `recollect train` takes steps between two logged ones."""
+    """As `tightfit train` takes steps between two logged ones."""
     config, source = resolve(TrainConfig(model=name, batch_size=_BATCH))
     work = build(config, source)
     applied, _ = plan_run(config, work, None, 0, steps)
@@ -135,10 +135,10 @@ def lightning_loop(name: str, steps: int) -> Loop | None:
 
 
 def first_step_seconds(name: str, folder: str) -> float:
-    """From the start of `recollect train` to its end after one step."""
+    """From the start of `tightfit train` to its end after one step."""
     words = ["train", "--model", name, "--steps", "1", "--root-path", folder, "--mark", str(time.monotonic_ns())]
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "recollect", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "tightfit", *words], check=True, capture_output=True)
     return time.perf_counter() - began
 
 
@@ -158,14 +158,14 @@ def main() -> None:
         "",
         "Milliseconds a step; in brackets, steps per second against the loop by hand.",
         "",
-        "| model | by hand | recollect | Hugging Face Trainer | Lightning |",
+        "| model | by hand | tightfit | Hugging Face Trainer | Lightning |",
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models or MODELS:
             loops: dict[str, Loop | None] = {
                 "hand": loop_by_hand(name, options.steps),
-                "recollect": own_loop(name, options.steps),
+                "tightfit": own_loop(name, options.steps),
                 "transformers": transformers_loop(name, options.steps, folder),
                 "lightning": lightning_loop(name, options.steps),
             }

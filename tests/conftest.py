@@ -18,9 +18,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads
 @pytest.fixture(autouse=True, scope="session")
 def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The user's own cache of operation costs is neither read nor written; within a session, costs are shared."""
-    before = {name: os.environ.get(name) for name in ("RECOLLECT_CACHE_DIR", "RECOLLECT_COST_CACHE")}
-    os.environ["RECOLLECT_CACHE_DIR"] = str(tmp_path_factory.mktemp("recollect-cache"))
-    os.environ.pop("RECOLLECT_COST_CACHE", None)
+    before = {name: os.environ.get(name) for name in ("TIGHTFIT_CACHE_DIR", "TIGHTFIT_COST_CACHE")}
+    os.environ["TIGHTFIT_CACHE_DIR"] = str(tmp_path_factory.mktemp("tightfit-cache"))
+    os.environ.pop("TIGHTFIT_COST_CACHE", None)
     yield
     for name, value in before.items():
         if value is None:

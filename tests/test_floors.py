@@ -8,40 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "recollect"
+PACKAGE = Path(__file__).parent.parent / "tightfit"
 
-#: The floor of each module or subpackage of recollect.
+#: The floor of each module or subpackage of tightfit.
 FLOORS = {
     "units": 0,
-    "components": 0,
+    "peak_breakdown": 0,
     "errors": 0,
-    "codec": 0,  # turns any frozen dataclass into JSON and back; knows none of the records that use it
-    "nesting": 0,
     "records": 0,
-    "profile_index": 1,
-    "rerun_model": 1,
-    "tape_model": 1,
-    "simulate": 1,
-    "solve": 1,
+    "simulation": 1,
+    "solver": 1,
     "_torch_private": 2,
-    "measure": 2,
+    "profiling": 2,
     "replay": 2,
-    "meter": 2,
-    "out_of_memory": 2,
-    "budget": 2,
-    "group": 2,
-    "distributed_tensors": 2,
-    "sharded": 2,
-    "_fsdp_private": 2,
-    "step_shape": 2,
-    "live_plan": 3,
-    "apply": 3,
-    "verify": 3,
-    "verify_regions": 3,
+    "operators": 2,
+    "device": 2,
+    "distributed": 2,
+    "step": 2,
+    "installation": 3,
+    "verification": 3,
     "report": 3,
-    "shapes": 4,
-    "planner": 4,
-    "": 4,  # the façade, recollect/__init__.py
+    "planning": 4,
+    "": 4,  # the façade, tightfit/__init__.py
     "train": 5,
     "cli": 6,
     "__main__": 6,
@@ -87,17 +75,17 @@ def package_imports(known: dict[str, Path], path: Path) -> set[str]:
     found = set()
     for name in imported_names(ast.parse(path.read_text(encoding="utf-8"))):
         head, _, rest = name.partition(".")
-        if head == "recollect" and rest in known:
+        if head == "tightfit" and rest in known:
             found.add(rest)
-    # `from recollect import codec` names the package on the way to a module: only a name that is not a module is taken
+    # `from tightfit import codec` names the package on the way to a module: only a name that is not a module is taken
     # from the façade itself.
     takes_from_facade = any(
         (
             isinstance(node, ast.ImportFrom)
-            and node.module == "recollect"
+            and node.module == "tightfit"
             and any(alias.name not in known for alias in node.names)
         )
-        or (isinstance(node, ast.Import) and any(alias.name == "recollect" for alias in node.names))
+        or (isinstance(node, ast.Import) and any(alias.name == "tightfit" for alias in node.names))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     )
     return found if takes_from_facade else found - {""}
@@ -105,14 +93,14 @@ def package_imports(known: dict[str, Path], path: Path) -> set[str]:
 
 def floor_of(module: str) -> int:
     head = module.split(".")[0]
-    assert head in FLOORS, f"recollect/{head} has no floor: give it one in tests/test_floors.py"
+    assert head in FLOORS, f"tightfit/{head} has no floor: give it one in tests/test_floors.py"
     return FLOORS[head]
 
 
 def test_imports_go_down_only() -> None:
     known = modules()
     upward = [
-        f"recollect.{importer} (F{floor_of(importer)}) imports recollect.{imported} (F{floor_of(imported)})"
+        f"tightfit.{importer} (F{floor_of(importer)}) imports tightfit.{imported} (F{floor_of(imported)})"
         for importer, path in known.items()
         for imported in package_imports(known, path)
         if floor_of(imported) > floor_of(importer)
@@ -130,13 +118,13 @@ def test_there_are_no_cycles() -> None:
 def test_the_import_parser_sees_what_it_should() -> None:
     code = (
         "from typing import TYPE_CHECKING\n"
-        "import recollect.units\n"
-        "if TYPE_CHECKING:\n    from recollect.apply import Applied\n"
-        "def f():\n    from recollect import verify\n"
+        "import tightfit.units\n"
+        "if TYPE_CHECKING:\n    from tightfit.apply import Applied\n"
+        "def f():\n    from tightfit import verify\n"
     )
     names = imported_names(ast.parse(code))
-    assert {"recollect.units", "recollect.verify"} <= names
-    assert "recollect.apply" not in names
+    assert {"tightfit.units", "tightfit.verify"} <= names
+    assert "tightfit.apply" not in names
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -145,15 +133,15 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_low_floors_import_without_torch() -> None:
     """Reading a profile, solving it and reading the plan need no PyTorch."""
-    names = sorted(f"recollect.{name}" for name in modules() if name and floor_of(name) in TORCH_FREE_FLOORS)
-    assert {"recollect.units", "recollect.solve", "recollect.simulate"} <= set(names)
+    names = sorted(f"tightfit.{name}" for name in modules() if name and floor_of(name) in TORCH_FREE_FLOORS)
+    assert {"tightfit.units", "tightfit.solver", "tightfit.simulation.simulator"} <= set(names)
     result = run_python(f"import sys; sys.modules['torch'] = None; import {', '.join(names)}")
     assert result.returncode == 0, result.stderr
 
 
 def test_import_is_light() -> None:
     heavy = ("transformers", "matplotlib", "scipy", "sklearn", "statsmodels", "pandas")
-    code = f"import sys, recollect; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, tightfit; print([name for name in {heavy!r} if name in sys.modules])"
     result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
@@ -162,9 +150,9 @@ def test_import_is_light() -> None:
 def test_private_pytorch_is_behind_one_door() -> None:
     """Underscore modules of PyTorch are imported in `_torch_private` only, those of FSDP2 in `_fsdp_private`."""
     offenders = [
-        f"recollect.{module}: {name}"
+        f"tightfit.{module}: {name}"
         for module, path in modules().items()
-        if module not in ("_torch_private", "_fsdp_private")
+        if module not in ("_torch_private", "distributed._fsdp_private")
         for name in imported_names(ast.parse(path.read_text(encoding="utf-8")))
         if name.split(".")[0] == "torch" and any(part.startswith("_") for part in name.split("."))
     ]

@@ -1,11 +1,11 @@
-"""`recollect.__all__` is the public face: complete, importable, documented."""
+"""`tightfit.__all__` is the public face: complete, importable, documented."""
 
 from __future__ import annotations
 
 import inspect
 import types
 
-import recollect
+import tightfit
 
 #: The contract: what outside code may rely on.
 CONTRACT = {
@@ -19,7 +19,7 @@ CONTRACT = {
     "Profile",
     "Plan",
     "Verdict",
-    "RecollectError",
+    "TightfitError",
     "BudgetInfeasible",
     "PlanMismatch",
     "VerificationFailed",
@@ -28,21 +28,21 @@ CONTRACT = {
 
 
 def test_the_contract_is_kept() -> None:
-    assert set(recollect.__all__) >= CONTRACT
+    assert set(tightfit.__all__) >= CONTRACT
 
 
 def test_all_is_complete() -> None:
-    assert len(recollect.__all__) == len(set(recollect.__all__))
+    assert len(tightfit.__all__) == len(set(tightfit.__all__))
     public = {
         name
-        for name, value in vars(recollect).items()
+        for name, value in vars(tightfit).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
     }
-    assert public <= set(recollect.__all__)
+    assert public <= set(tightfit.__all__)
 
 
 def test_every_public_name_resolves_and_is_documented() -> None:
-    for name in recollect.__all__:
-        value = getattr(recollect, name)
+    for name in tightfit.__all__:
+        value = getattr(tightfit, name)
         if inspect.isclass(value) or inspect.isfunction(value):
-            assert inspect.getdoc(value), f"recollect.{name} has no docstring"
+            assert inspect.getdoc(value), f"tightfit.{name} has no docstring"

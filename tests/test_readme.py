@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.cli.main import main
+from tightfit.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -41,7 +41,7 @@ def test_the_training_runs_begin(
     """Their first two steps, within their budgets; what they reach takes too long for a test."""
     monkeypatch.chdir(README.parent)
     _, _, section = README.read_text(encoding="utf-8").partition("### Training\n")
-    blocks = re.findall(r"```\nrecollect (train .*?)```", section.partition("\n### ")[0], re.DOTALL)
+    blocks = re.findall(r"```\ntightfit (train .*?)```", section.partition("\n### ")[0], re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         words = shlex.split(re.sub(r"--epochs \d+", "--steps 2", block.replace("\\\n", " ")))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from recollect import planner
-from recollect.measure import costs, profiler
-from recollect.measure.overhead import Overhead
-from recollect.measure.profiler import measure_step
-from recollect.measure.step import StepSpec
-from recollect.planner import find_plan
-from recollect.solve.solver import Solver
 from tests.suite import SUITE, build
 from tests.suite.running import train
+from tightfit.planning import fit as planner
+from tightfit.planning.fit import find_plan
+from tightfit.profiling import costs
+from tightfit.profiling import measure as profiler
+from tightfit.profiling.measure import measure_step
+from tightfit.profiling.mechanism_cost import Overhead
+from tightfit.solver.solver import Solver
+from tightfit.step.step import StepSpec
 
 pytest.importorskip("transformers")
 

@@ -1,1 +1,1 @@
-"""Planners from the literature and simple policies, to be held against recollect's plans under the same costs."""
+"""Planners from the literature and simple policies, to be held against tightfit's plans under the same costs."""

@@ -5,20 +5,20 @@ arXiv:1910.02653.  R[t,i]: operation i runs in stage t.  S[t,v]: value v is held
 is freed in stage t after operation k.  Stages advance the frontier (their section 4.4): stage t ends when backward's
 t-th read of a saving can be served.
 
-The program is over a row of consecutive regions of a recollect profile, under the profile's own times, sizes and
+The program is over a row of consecutive regions of a tightfit profile, under the profile's own times, sizes and
 events; everything outside the row is as in the plain step.  Against Checkmate as published:
 
 * Each reading of a saving by backward is a stage.  Backward's own operations are not variables: each runs once, where
   the profile says, as in any schedule that computes gradients once.
 * Forward is one stage: operations run once, in program order, and storages die there when Python lets go of them.
   Published Checkmate may also recompute within forward and has a stage for each of its operations; for one GPT block
-  that is over 10,000 binaries more, which HiGHS does not finish.  No plan of recollect does it either.
+  that is over 10,000 binaries more, which HiGHS does not finish.  No plan of tightfit does it either.
 * Memory is what is held plus what the stage has made so far minus what it has freed, as a flow of copies: equal to the
   paper's U and FREE on integer points, with a linear relaxation that is no weaker.
 
-Against recollect, the space is larger: a value may be held for a part of backward, an operation may be replayed at
+Against tightfit, the space is larger: a value may be held for a part of backward, an operation may be replayed at
 several reads, and values that pass between the row's regions may be dropped.  So at zero overhead of the mechanism
-the optimum here is never above recollect's plan on the same row.
+the optimum here is never above tightfit's plan on the same row.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from recollect.profile_index import ProfileIndex
-from recollect.records import EventKind, Profile
-from recollect.solve.highs import INFINITY, Program
+from tightfit.records import EventKind, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.highs import INFINITY, Program
 
 _SCRATCH_KINDS = (EventKind.OP, EventKind.OTHER_OP)
 
@@ -359,8 +359,8 @@ def checkmate(
     """The least time of recomputation within the budget for `count` regions from `first` of a profile made `only`."""
     import highspy
 
-    from recollect.solve.columns import ColumnSource
-    from recollect.solve.master import Master
+    from tightfit.solver.columns import ColumnSource
+    from tightfit.solver.master import Master
 
     row = _Row(index, first, count)
     if not row.reads:

@@ -1,4 +1,4 @@
-"""Simple policies, each evaluated by recollect's own simulator: what a user might do without a solver of peaks.
+"""Simple policies, each evaluated by tightfit's own simulator: what a user might do without a solver of peaks.
 
 Every policy is a row of candidates, from the gentlest on; the fastest one whose simulated peak fits is its plan.  So a
 policy never breaks the budget, and is charged only for what it does not know.
@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Profile
-from recollect.simulate import Simulation, simulate
-from recollect.solve.columns import Column, ColumnSource
-from recollect.solve.generate import ENUMERATE_AT_MOST, Pool, untimed
-from recollect.solve.highs import INFINITY, Program
-from recollect.solve.master import Master
+from tightfit.records import Decision, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import Simulation, simulate
+from tightfit.solver.column_generation import ENUMERATE_AT_MOST, Pool, untimed
+from tightfit.solver.columns import Column, ColumnSource
+from tightfit.solver.highs import INFINITY, Program
+from tightfit.solver.master import Master
 
 #: Limits on the sum of held bytes that the knapsack tries, evenly from all to nothing.
 KNAPSACK_STEPS = 60
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def make_pool(profile: Profile, enumerate_at_most: int = ENUMERATE_AT_MOST) -> Pool:
-    """The columns that recollect's solver chooses among; or more, where it would not enumerate a class."""
+    """The columns that tightfit's solver chooses among; or more, where it would not enumerate a class."""
     structure = Pool(ColumnSource(ProfileIndex(untimed(profile))))
     return Pool(ColumnSource(ProfileIndex(profile)), structure, enumerate_at_most)
 
@@ -121,7 +121,7 @@ def knapsack(pool: Pool, steps: int = KNAPSACK_STEPS) -> Iterator[list[Decision]
 
 
 def restricted(pool: Pool, allowed: Allowed, budget_bytes: int) -> Outcome | None:
-    """recollect's own exact choice among those of its columns that are allowed; None if none of them fits."""
+    """tightfit's own exact choice among those of its columns that are allowed; None if none of them fits."""
     master = Master(pool.source)
     for class_id, decisions in pool.master.decisions.items():
         for decision in decisions:

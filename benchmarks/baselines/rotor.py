@@ -6,7 +6,7 @@ deep neural networks with limited memory", arXiv:1911.13214.  Written from the p
 A network is a chain of stages.  Stage s reads the activation a^(s-1) and makes a^s; run with everything saved it makes
 abar^s, which contains a^s.  Optimal among *memory persistent* schedules: what is checkpointed stays until its backward.
 
-The chain that `chain_of` makes of a recollect profile is coarser than the profile: a stage is all or nothing, memory
+The chain that `chain_of` makes of a tightfit profile is coarser than the profile: a stage is all or nothing, memory
 outside the regions is a constant, and what skips a stage is counted with every stage that it passes.
 """
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, EventKind
+from tightfit.records import Decision, EventKind
+from tightfit.simulation.profile_index import ProfileIndex
 
 #: Memory is counted in so many slots, sizes rounded up: the plans hold, at the price of at most a slot for each stage.
 SLOTS = 200
@@ -202,7 +202,7 @@ def chain_of(index: ProfileIndex) -> tuple[list[Stage], list[int]]:
 
 
 def one_level_decisions(index: ProfileIndex, regions: Sequence[int], schedule: Schedule) -> list[Decision] | None:
-    """The schedule as recollect's decisions: a stage that runs twice drops everything. None if one runs more often."""
+    """The schedule as tightfit's decisions: a stage that runs twice drops everything. None if one runs more often."""
     if max(schedule.runs) > 2:
         return None
     decisions: list[Decision] = [None] * len(index.profile.regions)

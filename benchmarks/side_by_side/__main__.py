@@ -1,8 +1,8 @@
-"""Recollect and every peer, side by side.
+"""Tightfit and every peer, side by side.
 
 python -m benchmarks.side_by_side [--quick] [--families gpt llama] [--output FOLDER]
 
-Writes FOLDER/side-by-side_HARDWARE_DATE.md, .png, and for each model a file for `recollect frontier --peers`.
+Writes FOLDER/side-by-side_HARDWARE_DATE.md, .png, and for each model a file for `tightfit frontier --peers`.
 """
 
 from __future__ import annotations

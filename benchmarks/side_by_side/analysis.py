@@ -1,4 +1,4 @@
-"""What the figures say: the best peer in each cell, and how recollect compares to it."""
+"""What the figures say: the best peer in each cell, and how tightfit compares to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """recollect and the best peer at one budget."""
+    """tightfit and the best peer at one budget."""
 
     family: str
     fraction: float
@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        """recollect's overhead over the best peer's."""
+        """tightfit's overhead over the best peer's."""
         return max(NOISE, overhead(self.ours)) / max(NOISE, overhead(self.peer)) if self.peer else math.nan
 
     @property
@@ -62,7 +62,7 @@ def peers(result: FamilyResult) -> list[Row]:
     return [
         row
         for row in result.rows
-        if row.setup.method.name not in ("plain", "recollect")
+        if row.setup.method.name not in ("plain", "tightfit")
         and row.setup.method.backend == "eager"
         and not row.setup.failure
         and row.setup.equal
@@ -70,10 +70,10 @@ def peers(result: FamilyResult) -> list[Row]:
 
 
 def cells(result: FamilyResult, fractions: Sequence[float]) -> list[Cell]:
-    """One for each budget at which recollect ran."""
+    """One for each budget at which tightfit ran."""
     found = []
     for fraction, budget in zip(fractions, result.budgets_bytes, strict=True):
-        ours = result.row("recollect", budget)
+        ours = result.row("tightfit", budget)
         if ours.setup.failure:
             continue
         fitting = [row for row in peers(result) if row.setup.peak_bytes <= budget]
@@ -89,7 +89,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Smallest:
-    """The smallest step of recollect and of the peers."""
+    """The smallest step of tightfit and of the peers."""
 
     family: str
     ours: Row
@@ -103,8 +103,8 @@ class Smallest:
 
 
 def smallest(result: FamilyResult) -> Smallest | None:
-    """None where recollect's smallest plan did not run."""
-    ours = result.row("recollect", 0)
+    """None where tightfit's smallest plan did not run."""
+    ours = result.row("tightfit", 0)
     if ours.setup.failure:
         return None
     return Smallest(result.family, ours, min(peers(result), key=lambda row: row.setup.peak_bytes))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recollect.train.models.gpt import Gpt, GptConfig
 from tests.suite.vision import Residual, UNet
+from tightfit.train.models.gpt import Gpt, GptConfig
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recollect.replay.tape import Tape
+from tightfit.replay.tape import Tape
 
 #: Of one operation: its name, and the shapes, strides and types it runs on.
 Signature = tuple[Any, ...]
@@ -43,7 +43,7 @@ class _Count(TorchDispatchMode):
 
 @contextmanager
 def _replays_noted(mode: _Count) -> Iterator[None]:
-    """recollect replays below every dispatch mode: what it runs there is noted, too."""
+    """tightfit replays below every dispatch mode: what it runs there is noted, too."""
     run = Tape._run
 
     def noted(self: Tape, op: Any, passing: Any) -> None:

@@ -46,7 +46,7 @@ def draw(results: Sequence[FamilyResult], path: Path) -> None:
                 zorder=2,
             )[0]
         ours = sorted(
-            (r for r in result.rows if r.setup.method.name == "recollect" and r.overheads),
+            (r for r in result.rows if r.setup.method.name == "tightfit" and r.overheads),
             key=lambda r: r.setup.peak_bytes,
         )
         middle = [100 * overhead(r) for r in ours]
@@ -54,7 +54,7 @@ def draw(results: Sequence[FamilyResult], path: Path) -> None:
             [100 * (overhead(r) - quartiles(r)[0]) for r in ours],
             [100 * (quartiles(r)[1] - overhead(r)) for r in ours],
         ]
-        handles["recollect"] = panel.errorbar(
+        handles["tightfit"] = panel.errorbar(
             [r.setup.peak_bytes / _MIB for r in ours],
             middle,
             yerr=spread,

@@ -32,7 +32,7 @@ def report(results: Sequence[FamilyResult], scope: Scope, command: str, date: st
     """Markdown."""
     found = [cell for result in results for cell in cells(result, scope.fractions)]
     parts = [
-        f"# Side by side: recollect and its peers ({date})",
+        f"# Side by side: tightfit and its peers ({date})",
         f"    {command}",
         _machine(),
         _method(scope),
@@ -52,7 +52,7 @@ def report(results: Sequence[FamilyResult], scope: Scope, command: str, date: st
 
 
 def points(result: FamilyResult) -> dict[str, Any]:
-    """The peers' points of one model, as `recollect frontier --peers` reads them."""
+    """The peers' points of one model, as `tightfit frontier --peers` reads them."""
     return {
         "model": result.family,
         "points": [
@@ -65,14 +65,14 @@ def points(result: FamilyResult) -> dict[str, Any]:
                 "correct": row.setup.equal and row.setup.buffers_equal,
             }
             for row in result.rows
-            if row.overheads and row.setup.method.name not in ("plain", "recollect")
+            if row.overheads and row.setup.method.name not in ("plain", "tightfit")
         ],
     }
 
 
 def _machine() -> str:
     versions = []
-    for name in ("torch", "recollect", *_PEERS):
+    for name in ("torch", "tightfit", *_PEERS):
         try:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
@@ -92,7 +92,7 @@ def _method(scope: Scope) -> str:
         "batch included. *Recompute*: the time of all that the method runs more often than the plain step does, by one "
         "table of operation times for all methods (noise-free, and without any mechanism's own cost). *Budget*: place "
         "between the smallest peak of an eager peer and the plain peak. *Best peer*: the fastest eager peer within the "
-        "budget whose loss and gradients are bit for bit plain's. *No plan below*: recollect's lower bound, in "
+        "budget whose loss and gradients are bit for bit plain's. *No plan below*: tightfit's lower bound, in "
         "modelled time. Compiled steps draw eager PyTorch's random numbers (`fallback_random`): else nothing could be "
         "compared. Every process keeps the memory that it once had (glibc gives none back), so that no step pays for "
         "getting it again. With `--at-once 2`, two models run at a time, each on a core."
@@ -133,7 +133,7 @@ def _goals(results: Sequence[FamilyResult], found: Sequence[Cell]) -> Iterator[s
     high = [one for one in small if one.ratio > 0.8]
     lines = [
         (
-            "Middle of the range (20-80 %): geometric mean of recollect's overhead over the best peer's, at most 0.6",
+            "Middle of the range (20-80 %): geometric mean of tightfit's overhead over the best peer's, at most 0.6",
             f"{_ratio(mean)} over {len(middle)} cells (overheads below {NOISE:.0%} count as {NOISE:.0%}); "
             f"of modelled recomputation {_ratio(recompute)}",
             mean <= 0.6,
@@ -198,7 +198,7 @@ def _cell_table(found: Sequence[Cell]) -> str:
             )
         )
     head = (
-        "model", "budget", "MiB", "recollect's peak", "overhead", "recompute ms", "best peer, MiB", "overhead",
+        "model", "budget", "MiB", "tightfit's peak", "overhead", "recompute ms", "best peer, MiB", "overhead",
         "recompute ms", "ratio",
     )  # fmt: skip
     return _table(head, rows)
@@ -218,7 +218,7 @@ def _smallest_table(results: Sequence[FamilyResult]) -> str:
                 f"**{_ratio(one.ratio)}**",
             )
         )
-    return _table(("model", "baseline MiB", "recollect: peak, overhead", "best peer", "bytes above baseline"), rows)
+    return _table(("model", "baseline MiB", "tightfit: peak, overhead", "best peer", "bytes above baseline"), rows)
 
 
 def _prediction(found: Sequence[Cell]) -> str:

@@ -91,9 +91,9 @@ class FamilyRun:
             budgets = [round(smallest + part * (largest - smallest)) for part in self._scope.fractions]
             self._start(self._by_sac_ilp(budgets))
             # Alone: it measures the operations' times.
-            self._start([Method("recollect", "at its smallest", value=0)])
+            self._start([Method("tightfit", "at its smallest", value=0)])
             for part, budget in zip(self._scope.fractions, budgets, strict=True):
-                self._start([Method("recollect", f"at {part:.0%}", value=budget)])
+                self._start([Method("tightfit", f"at {part:.0%}", value=budget)])
             rows = [Row(worker.setup) for worker in self._workers]
             self._time(rows)
             return FamilyResult(self._family, rows, budgets)
@@ -199,7 +199,7 @@ def is_plain(method: Method) -> bool:
 def _context() -> Any:
     """Processes that start with the libraries loaded and nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "recollect", "tests.suite.vision"])
+    context.set_forkserver_preload(["torch", "transformers", "tightfit", "tests.suite.vision"])
     return context
 
 

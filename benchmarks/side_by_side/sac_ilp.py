@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.side_by_side.families import build
-from recollect.measure.step import StepSpec
-from recollect.measure.structural_copy import copy_batch, copy_model
+from tightfit.profiling.structural_copy import copy_batch, copy_model
+from tightfit.step.step import StepSpec
 
 _FLOPS_PER_MS = 1e11 / 1e3
 _BYTES_PER_MS = 1e10 / 1e3

@@ -34,9 +34,9 @@ class Setup:
     """See `operations.recompute_ms`; None where operations cannot be counted."""
     predicted_peak_bytes: int = 0
     predicted_overhead: float | None = None
-    """recollect's own predictions."""
+    """tightfit's own predictions."""
     bound_overhead: float | None = None
-    """recollect's lower bound, as an overhead."""
+    """tightfit's lower bound, as an overhead."""
     traceback: str = ""
 
 
@@ -86,8 +86,8 @@ def _prepare(job: Job) -> tuple[Any, Setup]:
     from benchmarks.side_by_side.families import build
     from benchmarks.side_by_side.methods import INSTALL
     from benchmarks.side_by_side.operations import count, recompute_ms
-    from recollect import meter
-    from recollect.measure.step import StepSpec, give_gradients
+    from tightfit.device import memory as meter
+    from tightfit.step.step import StepSpec, give_gradients
 
     family = build(job.family)
     method = job.method
@@ -98,7 +98,7 @@ def _prepare(job: Job) -> tuple[Any, Setup]:
     def run() -> Any:
         return spec.run_loss(model, family.batch)
 
-    if method.name == "recollect":
+    if method.name == "tightfit":
         run = _fit(family, method, setup)
     else:
         INSTALL[method.name](family, method.value)
@@ -145,16 +145,16 @@ def _compare(found: dict[str, Any], plain: dict[str, Any], setup: Setup) -> None
 
 
 def _fit(family: Any, method: Method, setup: Setup) -> Any:
-    """recollect at a budget in bytes (0: the smallest it has a plan for)."""
-    import recollect
+    """tightfit at a budget in bytes (0: the smallest it has a plan for)."""
+    import tightfit
 
     budget = method.value
     if not budget:
         try:
-            recollect.fit(family.model, family.batch, budget=1, loss=family.loss)
-        except recollect.BudgetInfeasible as error:
+            tightfit.fit(family.model, family.batch, budget=1, loss=family.loss)
+        except tightfit.BudgetInfeasible as error:
             budget = error.required_bytes
-    applied = recollect.fit(family.model, family.batch, budget=budget, loss=family.loss)
+    applied = tightfit.fit(family.model, family.batch, budget=budget, loss=family.loss)
     plan = applied.plan
     setup.predicted_peak_bytes = plan.predicted_peak_bytes
     setup.predicted_overhead = plan.overhead_ratio

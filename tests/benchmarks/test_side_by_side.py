@@ -45,8 +45,8 @@ def test_methods_on_a_model_with_dropout(prepared) -> None:
     plain = prepared("gpt", Method("plain"))
     every = prepared("gpt", Method("checkpoint", "every 1", value=1))
     listed = prepared("gpt", Method("op list", "all mm", value=True))
-    smallest_of_ours = prepared("gpt", Method("recollect", value=0))
-    ours = prepared("gpt", Method("recollect", value=(plain.peak_bytes + every.peak_bytes) // 2))
+    smallest_of_ours = prepared("gpt", Method("tightfit", value=0))
+    ours = prepared("gpt", Method("tightfit", value=(plain.peak_bytes + every.peak_bytes) // 2))
     assert plain.recompute_ms == 0
     for setup in (plain, every, listed, ours, smallest_of_ours):
         assert setup.equal
@@ -62,7 +62,7 @@ def test_methods_on_a_model_with_dropout(prepared) -> None:
 def test_running_statistics_that_a_peer_updates_twice(prepared) -> None:
     prepared("resnet", Method("plain"))
     every = prepared("resnet", Method("checkpoint", "every 1", value=1))
-    ours = prepared("resnet", Method("recollect", value=0))
+    ours = prepared("resnet", Method("tightfit", value=0))
     assert every.equal
     assert not every.buffers_equal
     assert ours.equal
@@ -86,9 +86,9 @@ RESULT = FamilyResult(
         row("op list", True, 600, 0.1, equal=False),  # wrong gradients: no rival
         row("compile whole", 0.5, 200, 0.01, backend="compile whole"),  # another backend: no rival
         Row(Setup(Method("sac_ilp"), failure="AssertionError")),
-        row("recollect", 0, 250, 0.6),
-        row("recollect", 370, 360, 0.1),
-        row("recollect", 650, 651, 0.001),
+        row("tightfit", 0, 250, 0.6),
+        row("tightfit", 370, 360, 0.1),
+        row("tightfit", 650, 651, 0.001),
     ],
     [370, 650],
 )

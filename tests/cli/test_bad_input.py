@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.main import main
+from tightfit.cli.main import main
 
 USER_CODE = "tests.train.user_code"
 TINY = ["--model", "gpt-tiny", "--batch-size", "2", "--sequence-length", "16"]
@@ -45,8 +45,8 @@ def refused(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert listing(folder) == before
     assert "Traceback" not in captured.err
     last_line = captured.err.strip().splitlines()[-1]
-    assert last_line.startswith("recollect: ")
-    assert captured.err.count("recollect: ") == 1
+    assert last_line.startswith("tightfit: ")
+    assert captured.err.count("tightfit: ") == 1
     return last_line
 
 
@@ -150,7 +150,7 @@ def test_a_used_run_folder_is_refused(folder: Path, capsys: pytest.CaptureFixtur
     assert (run / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "recollect.plan"}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "tightfit.plan"}', "\x00\xff"])
 def test_a_corrupt_plan_file_is_refused(content: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "plan.json").write_text(content, encoding="latin-1")
     assert "plan.json" in refused(["verify", *TINY, "--plan", "plan.json"], folder, capsys)
@@ -182,7 +182,7 @@ def test_an_unexpected_error_is_exit_code_1(
     def fail(*_: object) -> None:
         raise OSError("disk on fire")
 
-    monkeypatch.setattr("recollect.train.data.loader._batch_of", fail)
+    monkeypatch.setattr("tightfit.train.data.loader._batch_of", fail)
     assert main(["train", *TINY]) == 1
     assert "OSError: disk on fire" in capsys.readouterr().err
 

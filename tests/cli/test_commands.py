@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import recollect
-from recollect.cli.commands import batch_note
-from recollect.cli.main import main
-from recollect.records import Plan
+import tightfit
+from tightfit.cli.commands import batch_note
+from tightfit.cli.main import main
+from tightfit.records import Plan
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ["--model", "gpt-tiny", "--batch-size", "4"]
@@ -62,13 +62,13 @@ def test_lists(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"recollect {recollect.__version__}\n"
+    assert capsys.readouterr().out == f"tightfit {tightfit.__version__}\n"
 
 
 def run_process(*words: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     return subprocess.run(
-        [sys.executable, "-m", "recollect", *words],
+        [sys.executable, "-m", "tightfit", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
@@ -88,7 +88,7 @@ def test_the_process_prints_one_document_and_nothing_else() -> None:
 def test_the_process_says_bad_input_in_one_line() -> None:
     result = run_process("train", "--memry", "1GiB")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "recollect: there is no flag --memry. Did you mean --memory? See all flags with --help.\n"
+    assert result.stderr == "tightfit: there is no flag --memry. Did you mean --memory? See all flags with --help.\n"
 
 
 def test_gpu_check_skips_with_a_reason_where_there_is_no_cuda() -> None:
@@ -110,7 +110,7 @@ def test_the_doctor_examines_machine_packages_and_engine(
     text = capsys.readouterr().out
     for part in ("device    cpu", "torch ", "self-test passed", "gradients equal", "optional  tensorboard"):
         assert part in text, part
-    monkeypatch.setattr("recollect.cli.doctor._EXTRAS", {"no-such-package": "nothing"})
+    monkeypatch.setattr("tightfit.cli.doctor._EXTRAS", {"no-such-package": "nothing"})
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["self_test"]["ok"] is True

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from recollect.cli.flags import field_docs, settings_of
-from recollect.cli.main import COMMANDS, main
-from recollect.cli.options import FrontierOptions, PlanOptions, TrainOptions, VerifyOptions
-from recollect.errors import UnsupportedInput
-from recollect.train.config import TrainConfig, to_yaml
+from tightfit.cli.flags import field_docs, settings_of
+from tightfit.cli.main import COMMANDS, main
+from tightfit.cli.options import FrontierOptions, PlanOptions, TrainOptions, VerifyOptions
+from tightfit.errors import UnsupportedInput
+from tightfit.train.config import TrainConfig, to_yaml
 
 SNAPSHOT = Path(__file__).parent / "flags.txt"
 

@@ -1,4 +1,4 @@
-"""`recollect frontier`: the table, the document, the plot, and what is refused before anything is measured."""
+"""`tightfit frontier`: the table, the document, the plot, and what is refused before anything is measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-import recollect
-from recollect.cli.frontier_table import Curve, curve_figures, format_curve
-from recollect.cli.main import main
-from recollect.solve import Solver, frontier_of
-from recollect.train import workload
-from tests.solve.profiles import OpSpec, chain_template, gpt_profile, profile_of
+import tightfit
+from tests.solver.profiles import OpSpec, chain_template, gpt_profile, profile_of
+from tightfit.cli.main import main
+from tightfit.report.frontier_table import Curve, curve_figures, format_curve
+from tightfit.solver.frontier import frontier_of
+from tightfit.solver.solver import Solver
+from tightfit.train import workload
 
 TINY = ["frontier", "--model", "gpt-tiny", "--batch-size", "4", "--points", "5"]
 PEERS = {
@@ -34,7 +35,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def curve_of(profile: recollect.Profile, marked_bytes: int | None = None, points: int = 5) -> Curve:
+def curve_of(profile: tightfit.Profile, marked_bytes: int | None = None, points: int = 5) -> Curve:
     solver = Solver(profile)
     plans = frontier_of(solver, points, also=() if marked_bytes is None else (marked_bytes,))
     return Curve.of(solver, plans, marked_bytes, solving_ms=1.0)
@@ -161,7 +162,7 @@ def test_bad_input_is_refused_before_measuring(
     def measure(*arguments: object, **keywords: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(recollect, "measure", measure)
+    monkeypatch.setattr(tightfit, "measure", measure)
     if "--memory" not in words:
         monkeypatch.setattr(workload, "load_data", measure)
     assert main([*TINY, *words]) == 2

@@ -1,4 +1,4 @@
-"""`recollect verify`: planned steps equal plain ones bit for bit, inside the budget, for each family of models."""
+"""`tightfit verify`: planned steps equal plain ones bit for bit, inside the budget, for each family of models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-import recollect
-from recollect.cli.main import main
-from recollect.train import TrainConfig, build, resolve
+import tightfit
+from tightfit.cli.main import main
+from tightfit.train import TrainConfig, build, resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -75,14 +75,14 @@ def test_three_steps_equal_plain_inside_the_budget(
 
 
 def test_the_peak_holds_by_a_meter_that_is_not_ours() -> None:
-    """The peak of a real step from the profiler's own trace, without recollect's meter."""
+    """The peak of a real step from the profiler's own trace, without tightfit's meter."""
     config, source = resolve(TrainConfig(model="gpt-tiny", batch_size=8))
     work = build(config, source)
     batch = work.microbatch(0)
-    plain_bytes = recollect.fit(work.model, batch, loss=work.loss, optimizer=work.optimizer).plan.plain_peak_bytes
+    plain_bytes = tightfit.fit(work.model, batch, loss=work.loss, optimizer=work.optimizer).plan.plain_peak_bytes
     work = build(config, source)
     budget_bytes = int(plain_bytes * 0.6)
-    applied = recollect.fit(work.model, batch, budget=budget_bytes, loss=work.loss, optimizer=work.optimizer)
+    applied = tightfit.fit(work.model, batch, budget=budget_bytes, loss=work.loss, optimizer=work.optimizer)
 
     def step() -> None:
         work.optimizer.zero_grad(set_to_none=False)

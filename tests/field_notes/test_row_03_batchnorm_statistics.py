@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-import recollect
+import tightfit
 from tests.field_notes.training import adamw, same_training
 
 BATCHES = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -87,7 +87,7 @@ def test_sync_batchnorm_with_a_process_group_on_a_cpu_is_refused_as_plain_refuse
     with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU") as plain:
         ConvNet(norm=nn.SyncBatchNorm)(BATCHES[0])
     with pytest.raises(ValueError) as planned:
-        recollect.fit(model, BATCHES[0], optimizer=adamw(model), grad_checkpoint="full")
+        tightfit.fit(model, BATCHES[0], optimizer=adamw(model), grad_checkpoint="full")
     assert str(planned.value) == str(plain.value)
     assert model.blocks[0].norm.num_batches_tracked == 0, "what failed has left the model as it was"
     assert not any("forward" in vars(module) for module in model.modules())
@@ -139,7 +139,7 @@ def test_a_norm_over_a_process_group_updates_and_communicates_once() -> None:
     }
     assert collectives == set(), "a collective that is replayed waits for the other processes"
     model = ConvNet(norm=GroupNormalised)
-    with recollect.fit(model, BATCHES[0], grad_checkpoint="full") as applied:
+    with tightfit.fit(model, BATCHES[0], grad_checkpoint="full") as applied:
         Reduced.calls = 0
         applied.statistics.reset()
         applied.loss(model, BATCHES[0]).backward()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import recollect
+import tightfit
 from tests.field_notes.training import adamw, same_training
 
 TOKENS = [torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -131,7 +131,7 @@ def test_attributes_buffers_and_counters_are_those_of_plain_training() -> None:
 
 def test_fit_alone_leaves_no_trace() -> None:
     model = Stateful()
-    with recollect.fit(model, BATCHES[0], optimizer=adamw(model), grad_checkpoint="full"):
+    with tightfit.fit(model, BATCHES[0], optimizer=adamw(model), grad_checkpoint="full"):
         assert (model.calls, model.log, model.shapes, model.mask) == (0, [], Counter(), None)
         assert torch.equal(model.scale, torch.ones(48))
         assert not model.ring.any()

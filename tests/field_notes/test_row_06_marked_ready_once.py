@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.distributed.launching import TWO, equal_bits, run
+from tests.train.launch.launching import TWO, equal_bits, run
 
 WORDS = ["train", "--model", "tests.train.user_code:odd_model", "--dataset", "tests.train.user_code:numbers",
          "--batch-size", "8", "--steps", "4", "--optimizer", "sgd", "--lr", "0.1"]  # fmt: skip

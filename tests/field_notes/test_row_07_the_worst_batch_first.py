@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.main import main
 from tests.field_notes.running import metrics
+from tightfit.cli.main import main
 
 WORDS = [
     "--model", "tests.train.user_code:token_mean_model", "--dataset", "tests.train.user_code:ragged_numbers",

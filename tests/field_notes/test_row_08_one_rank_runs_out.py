@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import TWO, finish, logged, start
+from tests.train.launch.launching import TWO, finish, logged, start
 
 
 @pytest.mark.usefixtures("own_folder")
@@ -20,7 +20,7 @@ def test_rank_1_runs_out_of_memory() -> None:
     ended = finish(process, 60)
     assert time.monotonic() - began < 30
     assert ended.code == 1, ended.err
-    assert "recollect: rank 1: a step on" in ended.err
+    assert "tightfit: rank 1: a step on" in ended.err
     assert "float32[4x4]" in ended.err
     assert "ran out of memory" in ended.err
-    assert ended.err.rstrip().splitlines()[-1].startswith("recollect: rank 1 (process ")
+    assert ended.err.rstrip().splitlines()[-1].startswith("tightfit: rank 1 (process ")

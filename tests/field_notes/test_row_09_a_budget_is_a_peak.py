@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect import BudgetInfeasible, meter
-from recollect.solve import Solver
+import tightfit
 from tests.field_notes.training import Snapshot, adamw, differences, train
+from tightfit import BudgetInfeasible
+from tightfit.device import memory as meter
+from tightfit.solver.solver import Solver
 
 
 def random_batch(*shape: int) -> Tensor:
@@ -116,12 +117,12 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 def test_the_measured_peak_is_within_every_budget(kind: Callable[[], nn.Module], batch: Tensor) -> None:
     """One measurement serves all budgets; that `fit`, which also repairs, is held to them is test_planner's."""
     model = build(kind)
-    solver = Solver(recollect.measure(model, batch, optimizer=adamw(model)))
+    solver = Solver(tightfit.measure(model, batch, optimizer=adamw(model)))
     smallest = solver.minimum_budget()[0]
     plain = run_two_steps(model, batch)
     for budget in (smallest, *(smallest + int(part * (plain.peak_bytes - smallest)) for part in PARTS)):
         model = build(kind)
-        with recollect.apply(model, solver.solve(budget)) as applied:
+        with tightfit.apply(model, solver.solve(budget)) as applied:
             planned = run_two_steps(model, batch, applied.loss)
         assert differences(plain.steps, planned.steps) == []
         assert planned.peak_bytes <= budget < plain.peak_bytes
@@ -133,9 +134,9 @@ def test_no_budget_is_too_small_to_learn_the_smallest_that_runs() -> None:
     batch = random_batch(8, 3, 16, 16)
     model = build(Cnn)
     with pytest.raises(BudgetInfeasible, match=r"Give at least \d+ bytes") as caught:
-        recollect.fit(model, batch, optimizer=adamw(model), budget=1)
+        tightfit.fit(model, batch, optimizer=adamw(model), budget=1)
     assert caught.value.where
-    with recollect.fit(model, batch, optimizer=adamw(model), budget=caught.value.required_bytes) as applied:
+    with tightfit.fit(model, batch, optimizer=adamw(model), budget=caught.value.required_bytes) as applied:
         assert applied.verdict is not None
         assert applied.verdict.measured_peak_bytes <= caught.value.required_bytes
         assert run_two_steps(model, batch, applied.loss).peak_bytes <= caught.value.required_bytes

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import recollect
-from recollect import Applied, Plan, UnsupportedInput
-from recollect.apply import RegionForward
-from recollect.cli.main import main
+import tightfit
 from tests.field_notes.training import adamw, differences, train
+from tightfit import Applied, Plan, UnsupportedInput
+from tightfit.cli.main import main
+from tightfit.installation.applied import RegionForward
 
 BATCHES = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -46,7 +46,7 @@ def planned() -> Iterator[tuple[nn.Module, torch.optim.Optimizer, Applied]]:
     """A model that has trained a step under a plan, which is still installed."""
     model = Net()
     optimizer = adamw(model)
-    with recollect.fit(model, BATCHES[0], optimizer=optimizer, grad_checkpoint="full") as applied:
+    with tightfit.fit(model, BATCHES[0], optimizer=optimizer, grad_checkpoint="full") as applied:
         assert applied.installed
         train(model, BATCHES[:1], applied.loss, optimizer)
         yield model, optimizer, applied
@@ -96,7 +96,7 @@ def test_safetensors(planned: tuple[nn.Module, Any, Applied], tmp_path: Path) ->
 
 def test_the_whole_model_in_a_file_or_copied_has_no_plan() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 8), nn.Sigmoid())
-    with recollect.fit(model, BATCHES[0], loss=lambda m, b: m(b).sum(), grad_checkpoint="full") as applied:
+    with tightfit.fit(model, BATCHES[0], loss=lambda m, b: m(b).sum(), grad_checkpoint="full") as applied:
         assert applied.installed
         for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
             assert not any(isinstance(vars(m).get("forward"), RegionForward) for m in copied.modules())
@@ -127,7 +127,7 @@ def test_a_compiled_model_is_refused_so_that_its_names_cannot_mix() -> None:
     compiled = torch.compile(Net())
     assert all(name.startswith("_orig_mod.") for name in compiled.state_dict())
     with pytest.raises(UnsupportedInput, match=r"as it was before torch\.compile"):
-        recollect.fit(compiled, BATCHES[0])
+        tightfit.fit(compiled, BATCHES[0])
 
 
 @pytest.mark.usefixtures("one_process_group")
@@ -137,7 +137,7 @@ def test_distributed_data_parallel_around_a_planned_model() -> None:
     for with_plan in (False, True):
         model = Net()
         if with_plan:
-            recollect.fit(model, BATCHES[0], grad_checkpoint="full")
+            tightfit.fit(model, BATCHES[0], grad_checkpoint="full")
         wrapped = DistributedDataParallel(model)
         assert list(wrapped.state_dict()) == [f"module.{name}" for name in Net().state_dict()]
         assert list(wrapped.module.state_dict()) == list(Net().state_dict())

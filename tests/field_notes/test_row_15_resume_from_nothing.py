@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.main import main
+from tightfit.cli.main import main
 
 
 @pytest.mark.parametrize("path", ["missing.pth", "runs/python-source/other", "runs"])

@@ -1,6 +1,6 @@
 """Row 16, "every process on GPU 0", and every one writes: torchrun with the ImageNet example's flags has one writer.
 
-That each process takes the GPU of its local rank is tested in tests/train/distributed/test_roles.py.
+That each process takes the GPU of its local rank is tested in tests/train/launch/test_roles.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import GPT, metrics, run, torchrun
+from tests.train.launch.launching import GPT, metrics, run, torchrun
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.main import main
+from tightfit.cli.main import main
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--steps", "1"]
 
@@ -30,5 +30,5 @@ def test_some_variables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert main([*WORDS, "--dist-url", "env://"]) == 2
     message = capsys.readouterr().err
     assert "WORLD_SIZE, MASTER_PORT are not set, though RANK, MASTER_ADDR is" in message
-    assert "torchrun --nproc-per-node 2 -m recollect train" in message
+    assert "torchrun --nproc-per-node 2 -m tightfit train" in message
     assert not Path("runs").exists()

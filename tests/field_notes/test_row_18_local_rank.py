@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recollect.cli.main import main
+from tightfit.cli.main import main
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--steps", "1"]
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recollect.errors import UnsupportedInput
-from recollect.train.distributed.devices import take_device
-from recollect.train.distributed.roles import Alone, Member
-from recollect.train.distributed.settings import DistributedSettings
+from tightfit.errors import UnsupportedInput
+from tightfit.train.launch.devices import take_device
+from tightfit.train.launch.roles import Alone, Member
+from tightfit.train.launch.settings import DistributedSettings
 
 SECOND = Member(rank=1, world_size=2, local_rank=1, shares_machine=True, meeting="tcp://127.0.0.1:1")
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.train.distributed.launching import GPT, TWO, finish, free_port, losses, start
+from tests.train.launch.launching import GPT, TWO, finish, free_port, losses, start
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -31,7 +31,7 @@ def test_a_rank_that_came_twice() -> None:
             codes = [process.poll() for process in twice if process.poll() is not None]
         assert codes == [2]
         ended = next(finish(process) for process in twice if process.poll() is not None)
-        assert "recollect: rank 1: rank 1 is there twice" in ended.err
+        assert "tightfit: rank 1: rank 1 is there twice" in ended.err
     finally:
         for process in (first, *twice):
             process.kill()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import GPT, finish, free_port, start
+from tests.train.launch.launching import GPT, finish, free_port, start
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -1,6 +1,6 @@
 """Row 22, "hang at the last batch; same order each epoch": 101 samples on 2, 3 and 8 processes are each seen once an
 epoch, in another order each time, and every process takes part in every step.  (A run that ends with such a batch is in
-tests/train/distributed/test_runs.py.)
+tests/train/launch/test_runs.py.)
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recollect.train.data.facts import DataFacts, TrainingData
-from recollect.train.data.loader import BatchLoader, batches_of
-from recollect.train.data.order import BatchOrder
+from tightfit.train.data.dataset_info import DataFacts, TrainingData
+from tightfit.train.data.loader import BatchLoader, batches_of
+from tightfit.train.data.order import BatchOrder
 
 DATA = TrainingData(
     name="numbers",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.distributed.launching import GPT, metrics, run, torchrun
+from tests.train.launch.launching import GPT, metrics, run, torchrun
 
 
 @pytest.mark.usefixtures("own_folder")

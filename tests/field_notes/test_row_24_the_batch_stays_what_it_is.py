@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recollect.cli.main import main
 from tests.field_notes.running import metrics
+from tightfit.cli.main import main
 
 TOKENS = ["--model", "tests.train.user_code:token_mean_model", "--dataset", "tests.train.user_code:ragged_numbers"]
 IMAGES = ["--model", "tests.train.user_code:own_loss_model", "--dataset", "tests.train.user_code:numbers"]

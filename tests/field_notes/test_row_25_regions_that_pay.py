@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect.cli.main import main
-from recollect.records import KeptValue, Plan
-from recollect.replay.session import Session
-from recollect.report.plan_table import format_table, plan_rows
-from recollect.solve import Solver
+import tightfit
 from tests.field_notes.training import adamw
+from tightfit.cli.main import main
+from tightfit.records import KeptValue, Plan
+from tightfit.replay.session import Session
+from tightfit.report.plan_table import format_table, plan_rows
+from tightfit.solver.solver import Solver
 
 BATCH = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +49,7 @@ class Uneven(nn.Module):
 @pytest.fixture(scope="module")
 def solver() -> Solver:
     model = Uneven()
-    return Solver(recollect.measure(model, BATCH, optimizer=adamw(model)))
+    return Solver(tightfit.measure(model, BATCH, optimizer=adamw(model)))
 
 
 def recipe_of(plan: Plan, path: str) -> int:
@@ -75,7 +75,7 @@ def test_a_region_whose_replay_saves_nothing_at_the_peak_is_left_alone(
             inner.register_forward_hook(
                 lambda *_, path=path: active.__setitem__(path, isinstance(top_mode(), Session))  # type: ignore[func-returns-value]  # a statement in a lambda
             )
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         applied.loss(model, BATCH).backward()
     assert active == {
         **{f"large.{n}": recipe_of(plan, f"large.{n}") >= 0 for n in range(3)},
@@ -84,7 +84,7 @@ def test_a_region_whose_replay_saves_nothing_at_the_peak_is_left_alone(
 
 
 def top_mode() -> object:
-    from recollect._torch_private import top_dispatch_mode
+    from tightfit._torch_private import top_dispatch_mode
 
     return top_dispatch_mode()
 
@@ -114,7 +114,7 @@ def test_what_is_dropped_is_really_not_held(solver: Solver) -> None:
     model = Uneven()
     model(BATCH).backward()  # whatever is allocated once is now
     plain_loss, plain = retained_bytes(lambda: model(BATCH))
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         applied.loss(model, BATCH).backward()
         planned_loss, planned = retained_bytes(lambda: applied.loss(model, BATCH))
     assert torch.equal(plain_loss, planned_loss)

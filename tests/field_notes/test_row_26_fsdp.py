@@ -4,7 +4,7 @@ are replayed exactly as often as the plan says, and nothing is gathered or reduc
 
 from __future__ import annotations
 
-from tests.train.distributed.test_sharded import sharded_steps
+from tests.train.parallel.test_fsdp import sharded_steps
 
 
 def test_bf16_blocks_with_a_float32_buffer() -> None:

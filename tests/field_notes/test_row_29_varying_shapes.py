@@ -12,13 +12,13 @@ import random
 import pytest
 import torch
 
-import recollect
-from recollect.measure.step import StepSpec
-from recollect.meter import measure_peak, resident_bytes
-from recollect.shapes import MOST_PLANS, Shapes
-from recollect.solve import Solver
+import tightfit
 from tests.replay.helpers import differences
-from tests.shape_models import Transformer, batch_of, gradients, next_word_loss, peak_of
+from tests.support.shape_models import Transformer, batch_of, gradients, next_word_loss, peak_of
+from tightfit.device.memory import measure_peak, resident_bytes
+from tightfit.planning.plan_cache import MOST_PLANS, Shapes
+from tightfit.solver.solver import Solver
+from tightfit.step.step import StepSpec
 
 STEPS = 120
 LENGTHS = (24, 31, 32, 33, 48, 63, 64, 72)
@@ -29,11 +29,11 @@ def test_random_lengths_with_validation_in_between() -> None:
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters())
     longest = Solver(
-        recollect.measure(model, batch_of(LENGTHS[-1]), loss=next_word_loss, optimizer=optimizer)
+        tightfit.measure(model, batch_of(LENGTHS[-1]), loss=next_word_loss, optimizer=optimizer)
     )  # a budget for which its plan has to drop nearly everything
     smallest, plain_bytes = longest.minimum_budget()[0], longest.plain(0).plain_peak_bytes
     budget = smallest + (plain_bytes - smallest) // 8
-    with recollect.fit(
+    with tightfit.fit(
         model, batch_of(48), budget=budget, loss=next_word_loss, optimizer=optimizer, reference_budget_bytes=2**40
     ) as applied:
         for parameter in model.parameters():
@@ -75,10 +75,10 @@ def test_random_lengths_with_validation_in_between() -> None:
 def test_a_batch_that_is_too_long_is_refused_before_it_runs_and_training_goes_on() -> None:
     model = Transformer()
     spec = StepSpec(loss=next_word_loss)
-    budget = Solver(recollect.measure(model, batch_of(64), loss=next_word_loss)).minimum_budget()[0] + 50_000
-    with recollect.fit(model, batch_of(48), budget=budget, loss=next_word_loss) as applied:
+    budget = Solver(tightfit.measure(model, batch_of(64), loss=next_word_loss)).minimum_budget()[0] + 50_000
+    with tightfit.fit(model, batch_of(48), budget=budget, loss=next_word_loss) as applied:
         forwards = model.forwards
-        with pytest.raises(recollect.BudgetInfeasible) as caught:
+        with pytest.raises(tightfit.BudgetInfeasible) as caught:
             applied.loss(model, batch_of(250))
         assert caught.value.required_bytes > budget
         assert str(caught.value.required_bytes) in str(caught.value)

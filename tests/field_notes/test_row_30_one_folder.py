@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.main import main
 from tests.field_notes.running import metrics
-from tests.train.distributed.launching import GPT, run
+from tests.train.launch.launching import GPT, run
+from tightfit.cli.main import main
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--log-every", "1"]
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect.measure.step import StepSpec
-from recollect.records import Plan, Profile, Verdict
+import tightfit
+from tightfit.records import Plan, Profile, Verdict
+from tightfit.step.step import StepSpec
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Snapshot = dict[str, Any]
@@ -111,7 +111,7 @@ def same_training(
     Args:
         make: builds the model, the same one each time.
         batches: the first one is what the plan is made for.
-        loss: as for `recollect.fit`.
+        loss: as for `tightfit.fit`.
         budget: None: everything is recomputed that can be, the hardest test.
         drops: whether the plan is expected to recompute anything.
     """
@@ -119,7 +119,7 @@ def same_training(
     steps = train(plain, batches, StepSpec(loss=loss).run_loss, optimizer(plain))
     seed_everything(1)
     planned_optimizer = optimizer(planned)
-    with recollect.fit(
+    with tightfit.fit(
         planned,
         batches[0],
         loss=loss,

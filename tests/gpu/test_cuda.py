@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import recollect
-from recollect.solve import full_plan, plain_plan
+import tightfit
+from tightfit.solver.solver import full_plan, plain_plan
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -126,8 +126,8 @@ def deterministic_algorithms() -> Any:
 def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, record_property: Any) -> None:
     model, batch, loss = make(name)
     optimizer = torch.optim.AdamW(model.parameters())
-    whole = recollect.meter.device_memory_bytes("cuda")
-    free = recollect.fit(model, batch, loss=loss, optimizer=optimizer, autocast=autocast, reference_budget_bytes=whole)
+    whole = tightfit.device.memory.device_memory_bytes("cuda")
+    free = tightfit.fit(model, batch, loss=loss, optimizer=optimizer, autocast=autocast, reference_budget_bytes=whole)
     assert free.plan.is_plain
     assert not free.installed
     assert free.profile is not None
@@ -143,7 +143,7 @@ def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, reco
     for share in (0.75, 0.5, 0.25):
         # The context and the libraries count: budgets are set above what this process holds besides tensors.
         budget = int(smallest + share * (largest - smallest)) + max(0, offset)
-        applied = recollect.fit(
+        applied = tightfit.fit(
             model, batch, budget=budget, loss=loss, optimizer=optimizer, autocast=autocast,
             reference_budget_bytes=whole,
         )  # fmt: skip
@@ -164,13 +164,13 @@ def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, reco
 
 def test_predicted_allocated_peak_is_the_allocators() -> None:
     model, batch, loss = make("mixer")
-    profile = recollect.measure(model, batch, loss=loss)
+    profile = tightfit.measure(model, batch, loss=loss)
     predicted = plain_plan(profile, 2**50).predicted_peak_bytes
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for _ in range(2):
         torch.cuda.synchronize()
-        base = torch.cuda.memory_allocated() - recollect.meter.resident_bytes(model, batch)
+        base = torch.cuda.memory_allocated() - tightfit.device.memory.resident_bytes(model, batch)
         torch.cuda.reset_peak_memory_stats()
         loss(model, batch).backward()
         torch.cuda.synchronize()
@@ -181,9 +181,9 @@ def test_predicted_allocated_peak_is_the_allocators() -> None:
 
 def test_dropout_masks_are_the_same_and_the_generator_ends_where_plain_does() -> None:
     model, batch, loss = make("mixer")
-    profile = recollect.measure(model, batch, loss=loss)
+    profile = tightfit.measure(model, batch, loss=loss)
     plan = full_plan(profile, 2**50)
-    verdict = recollect.verify(model, batch, plan, loss=loss, reference_budget_bytes=2**50)
+    verdict = tightfit.verify(model, batch, plan, loss=loss, reference_budget_bytes=2**50)
     assert verdict.rng_equal
     assert verdict.gradients_equal, verdict.differing
     assert verdict.replayed_ops > 0
@@ -208,7 +208,7 @@ def test_a_region_that_uses_two_streams_is_kept_not_replayed_wrongly() -> None:
             raise TypeError("streams are not copied")
 
     model, x = TwoStreams().to("cuda"), torch.randn(64, 256, device="cuda")
-    profile = recollect.measure(model, x)
+    profile = tightfit.measure(model, x)
     plan = full_plan(profile, 2**50)
-    verdict = recollect.verify(model, x, plan, reference_budget_bytes=2**50)
+    verdict = tightfit.verify(model, x, plan, reference_budget_bytes=2**50)
     assert verdict.gradients_equal, verdict.differing

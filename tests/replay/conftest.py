@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from recollect.measure import costs, profiler
-from recollect.measure.overhead import Overhead
+from tightfit.profiling import costs
+from tightfit.profiling import measure as profiler
+from tightfit.profiling.mechanism_cost import Overhead
 
 
 @pytest.fixture

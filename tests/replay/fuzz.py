@@ -28,18 +28,20 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-import recollect
-from recollect import Plan, Profile, meter
-from recollect.measure import costs, profiler
-from recollect.measure.overhead import Overhead
-from recollect.planner import _without
-from recollect.profile_index import ProfileIndex
-from recollect.records import Decision
-from recollect.solve import Solver, full_plan
-from recollect.solve.build import build_plan
+import tightfit
 from tests.replay.helpers import differences
 from tests.replay.programs import Program, loss_of, programs
 from tests.replay.steps import steps
+from tightfit import Plan, Profile
+from tightfit.device import memory as meter
+from tightfit.planning.fit import _without
+from tightfit.profiling import costs
+from tightfit.profiling import measure as profiler
+from tightfit.profiling.mechanism_cost import Overhead
+from tightfit.records import Decision
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.solver import Solver, full_plan
 
 KINDS = ("budget", "budget", "budget", "random", "full")
 ROUNDS = 4
@@ -90,7 +92,7 @@ def choose(profile: Profile, kind: str, share: float, draw_seed: int) -> Plan:
     return replace(plan, budget_bytes=plan.predicted_peak_bytes)
 
 
-def measured_peak(model: Program, applied: recollect.Applied) -> int:
+def measured_peak(model: Program, applied: tightfit.Applied) -> int:
     """Peak of one forward and backward, gradients resident as in every step but the first."""
     model.reset()
     for parameter in model.parameters():
@@ -122,7 +124,7 @@ def _check(spec: dict[str, Any], outcome: Outcome) -> None:
     outcome.refused_by_plain = isinstance(plain, str)
     model.reset()
     try:
-        profile = recollect.measure(model, model.batch, loss=loss_of)
+        profile = tightfit.measure(model, model.batch, loss=loss_of)
     except RuntimeError:
         if not outcome.refused_by_plain:
             raise
@@ -133,7 +135,7 @@ def _check(spec: dict[str, Any], outcome: Outcome) -> None:
         model.reset()
         plan = choose(profile, spec["kind"], spec["share"], spec["draw"])
         outcome.dropped = sum(len(plan.recipes[r.recipe].drop) for r in plan.regions if r.recipe >= 0)
-        with recollect.apply(model, plan) as applied:
+        with tightfit.apply(model, plan) as applied:
             planned = steps(model, model.batch, applied, count=2)
             if outcome.refused_by_plain or isinstance(planned, str):
                 outcome.unequal = "" if planned == plain else f"plain: {name_of(plain)}, planned: {name_of(planned)}"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from recollect.apply import RegionForward
-from recollect.replay.calibration import same_bits
-from recollect.replay.session import Installed
-from recollect.replay.statistics import Statistics
+from tightfit.installation.applied import RegionForward
+from tightfit.replay.self_check import same_bits
+from tightfit.replay.session import Installed
+from tightfit.replay.statistics import Statistics
 
 PATH = "region"
 

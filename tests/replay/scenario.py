@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import recollect
-from recollect import Plan
-from recollect.replay.statistics import Statistics
-from recollect.solve import full_plan
+import tightfit
 from tests.replay.helpers import differences
+from tightfit import Plan
+from tightfit.replay.statistics import Statistics
+from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor
 #: What a scenario leaves behind, by name.
@@ -53,13 +53,13 @@ BATCH = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 @cache
 def plan() -> Plan:
-    return full_plan(recollect.measure(Net(), BATCH, loss=loss_of), 2**30)
+    return full_plan(tightfit.measure(Net(), BATCH, loss=loss_of), 2**30)
 
 
 class Stage:
     """What a scenario gets: the model, and the plan in force on it, if any."""
 
-    def __init__(self, model: Net, applied: recollect.Applied | None) -> None:
+    def __init__(self, model: Net, applied: tightfit.Applied | None) -> None:
         self.model = model
         self.applied = applied
 
@@ -79,7 +79,7 @@ def assert_equal(scenario: Callable[[Stage], Left]) -> Statistics:
     stage, model = Stage(Net(), None), Net()
     torch.manual_seed(1)
     plain = scenario(stage)
-    with recollect.apply(model, plan()) as applied:
+    with tightfit.apply(model, plan()) as applied:
         torch.manual_seed(1)
         planned = scenario(Stage(model, applied))
     found = differences(plain, planned)

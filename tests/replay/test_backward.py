@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recollect.replay.session import Installed
 from tests.replay.helpers import PATH, assert_same, differences, planned, snapshot
+from tightfit.replay.session import Installed
 
 Tensor = torch.Tensor
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-import recollect
-from recollect.profile_index import ProfileIndex
-from recollect.records import Plan
-from recollect.replay.session import Installed
-from recollect.simulate import simulate
-from recollect.solve import full_plan
-from recollect.solve.build import build_plan
+import tightfit
 from tests.replay.helpers import PATH, retained_bytes
+from tightfit.records import Plan
+from tightfit.replay.session import Installed
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import simulate
+from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor
 ROWS, WIDTH = 32, 64
@@ -105,7 +105,7 @@ class Chain(nn.Module):
 
 
 def plan_keeping(model: nn.Module, batch: Any, keep: frozenset[tuple[int, int]]) -> Plan:
-    profile = recollect.measure(model, batch)
+    profile = tightfit.measure(model, batch)
     index = ProfileIndex(profile)
     regions = [i for i, region in enumerate(profile.regions) if region.op_count >= 4]
     decisions = [keep if i in regions else None for i in range(len(profile.regions))]
@@ -131,7 +131,7 @@ def test_keep_sets(keep: frozenset[tuple[int, int]], held_values: int, replayed:
     plan = plan_keeping(model, batch, keep)
     assert len(plan.recipes) == 1
     assert plan.recipes[0].held_bytes == held_values * BYTES
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         model(batch).backward()  # the calibrating call
         model.zero_grad()
         applied.statistics.reset()
@@ -147,10 +147,10 @@ def test_the_simulator_counts_as_the_engine_does() -> None:
     model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
                             for _ in range(3)])  # fmt: skip
     batch = torch.randn(4, 8)
-    profile = recollect.measure(model, batch, loss=lambda m, b: m(b).sum())
+    profile = tightfit.measure(model, batch, loss=lambda m, b: m(b).sum())
     index = ProfileIndex(profile)
     predicted = simulate(index, [frozenset()] * len(profile.regions))
-    with recollect.apply(model, full_plan(profile, 2**40)) as applied:
+    with tightfit.apply(model, full_plan(profile, 2**40)) as applied:
         for _ in range(2):
             applied.statistics.reset()
             with applied.step():
@@ -163,7 +163,7 @@ def test_the_simulator_counts_as_the_engine_does() -> None:
 def test_an_ample_budget_installs_nothing() -> None:
     model = Chain()
     batch = torch.randn(ROWS, WIDTH)
-    with recollect.fit(model, batch, budget="1GiB") as applied:
+    with tightfit.fit(model, batch, budget="1GiB") as applied:
         assert applied.plan.is_plain
         assert not applied.installed
         # Only the model itself is watched, for batches of other shapes.

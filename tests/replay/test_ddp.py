@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import recollect
-from recollect import Applied
+import tightfit
+from tightfit import Applied
 
 BATCH = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 STEPS = 4
@@ -42,7 +42,7 @@ def train(ddp: dict[str, bool], *, planned: bool) -> tuple[list[Tensor], Applied
     if not ddp:
         del model.unused
     applied = (
-        recollect.fit(model, BATCH, loss=loss_of, grad_checkpoint="full", accumulation_steps=2) if planned else None
+        tightfit.fit(model, BATCH, loss=loss_of, grad_checkpoint="full", accumulation_steps=2) if planned else None
     )
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, **ddp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -78,7 +78,7 @@ def test_so_does_one_that_is_begun_by_hand() -> None:
     def scaled(model: nn.Module, batch: Tensor) -> Tensor:
         return loss_of(model, batch.mul(0.5).tanh())
 
-    applied = recollect.fit(model, BATCH, loss=scaled, grad_checkpoint="full")
+    applied = tightfit.fit(model, BATCH, loss=scaled, grad_checkpoint="full")
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     for _ in range(3):
         with applied.step(BATCH):
@@ -108,7 +108,7 @@ def test_what_ddp_wraps_may_hold_the_loss_too() -> None:
     plain = copy.deepcopy(model)
     loss = WithLoss(plain)(BATCH)
     loss.backward()
-    applied = recollect.fit(model, BATCH, loss=lambda m, batch: WithLoss(m)(batch), grad_checkpoint="full")
+    applied = tightfit.fit(model, BATCH, loss=lambda m, batch: WithLoss(m)(batch), grad_checkpoint="full")
     assert "<loss>#0/1" in {region.key for region in applied.plan.regions if region.recipe >= 0}
     wrapped = DistributedDataParallel(WithLoss(model), find_unused_parameters=True)
     for _ in range(3):

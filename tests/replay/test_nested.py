@@ -8,20 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import recollect
-from recollect import meter
-from recollect.nesting import Nest, tree_nest
-from recollect.profile_index import ProfileIndex
-from recollect.records import Decision, Group, Plan
-from recollect.replay.recipe import LiveRecipe
-from recollect.replay.tape import Tape
-from recollect.simulate import simulate
-from recollect.solve import Solver
-from recollect.solve.build import build_plan
-from recollect.train.summary import format_plan
-from tests.chains import RNN, ResidualMLP
+import tightfit
 from tests.replay.programs import Program, loss_of, programs
 from tests.replay.test_random_modules import INEXACT, RANDOM_STATE_BYTES, SMALL, check_same, is_random, steps
+from tests.support.chains import RNN, ResidualMLP
+from tightfit.device import memory as meter
+from tightfit.records import Decision, Group, Plan
+from tightfit.records.recompute_tree import Nest, tree_nest
+from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.tape import Tape
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import simulate
+from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.solver import Solver
+from tightfit.train.summary import format_plan
 
 
 @st.composite
@@ -57,13 +57,13 @@ def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
     batch = model.batch
     plain = steps(model, batch)
     model.reset()
-    profile = recollect.measure(model, batch, loss=loss_of)
+    profile = tightfit.measure(model, batch, loss=loss_of)
     index = ProfileIndex(profile)
     decisions, groups = data.draw(nested_decisions(index))
     simulated = simulate(index, decisions, groups)
     plan = build_plan(index, decisions, 2**40, groups=groups)
     plan.check()
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         check_same(plain, steps(model, batch, applied))
         check_same(plain, steps(model, batch, applied))
         for parameter in model.parameters():
@@ -106,7 +106,7 @@ def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
     plain_loss = model(batch)
     plain_loss.backward()
     plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         for _ in range(2):  # the first step calibrates
             model.zero_grad(set_to_none=False)
             applied.statistics.reset()
@@ -134,7 +134,7 @@ def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     smallest = {}
     for depth in (50, 100, 200):
         model = ResidualMLP(depth)
-        profile = recollect.measure(model, batch)
+        profile = tightfit.measure(model, batch)
         solver = Solver(profile)
         smallest[depth] = solver.minimum_budget()[0] - profile.baseline_bytes
     # Twice the depth, one more value held.
@@ -158,7 +158,7 @@ def test_100_steps_of_a_loop_in_one_region() -> None:
     for length in (50, 100):
         batch = torch.randn(length, 64, 16)
         model = RNN()
-        profile = recollect.measure(model, batch)
+        profile = tightfit.measure(model, batch)
         solver = Solver(profile)
         smallest[length] = solver.minimum_budget()[0] - profile.baseline_bytes
     assert smallest[100] - smallest[50] <= 2 * batch[0].nbytes
@@ -175,7 +175,7 @@ def decided(plan: Plan) -> tuple[list[Decision], tuple[Group, ...]]:
 def test_regions_of_a_group_that_another_plan_never_ran_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans for other shapes share what is calibrated: the group's first region may be, and the others not."""
     model, batch = ResidualMLP(6), torch.randn(64, 8)
-    profile = recollect.measure(model, batch)
+    profile = tightfit.measure(model, batch)
     plan = Solver(profile).solve(Solver(profile).minimum_budget()[0])
     assert plan.groups
     watched: set[str] = set()
@@ -188,7 +188,7 @@ def test_regions_of_a_group_that_another_plan_never_ran_are_calibrated(monkeypat
 
     monkeypatch.setattr(Tape, "begin_region", noting)
     first, *others = [region.key for region in plan.regions]
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         applied.live.calibrated.add(first)
         applied.loss(model, batch).backward()
         assert watched == set(others)

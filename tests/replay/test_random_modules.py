@@ -9,16 +9,16 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import recollect
-from recollect import meter
-from recollect.records import Decision
-from recollect.simulate import ProfileIndex, simulate
-from recollect.solve import full_plan, minimum_budget, solve
-from recollect.solve.build import build_plan
+import tightfit
 from tests.replay.helpers import differences, planned
 from tests.replay.instructions import INSTRUCTIONS
 from tests.replay.programs import Program, loss_of, programs
 from tests.replay.steps import steps
+from tightfit.device import memory as meter
+from tightfit.records import Decision
+from tightfit.simulation.simulator import ProfileIndex, simulate
+from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.solver import full_plan, minimum_budget, solve
 
 Tensor = torch.Tensor
 #: A tape holds the generator's state for each random operation that it may replay; the simulator leaves it out.
@@ -90,7 +90,7 @@ def test_planned(model: Program, data: st.DataObject) -> None:
     batch = model.batch
     plain = steps(model, batch)
     model.reset()
-    profile = recollect.measure(model, batch, loss=loss_of)
+    profile = tightfit.measure(model, batch, loss=loss_of)
     index = ProfileIndex(profile)
     kind = data.draw(st.sampled_from(["full", "random", "budget"]))
     if kind == "full":
@@ -101,7 +101,7 @@ def test_planned(model: Program, data: st.DataObject) -> None:
         lowest = minimum_budget(profile)[0]
         highest = simulate(index, [None] * len(profile.regions)).peak_bytes
         plan = solve(profile, lowest + int(data.draw(st.floats(0, 1)) * max(0, highest - lowest)))
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         check_same(plain, steps(model, batch, applied))
         check_same(plain, steps(model, batch, applied))
         for parameter in model.parameters():

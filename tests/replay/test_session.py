@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from recollect._torch_private import dispatch_depth, top_saved_tensor_hooks
-from recollect.errors import UnsupportedInput
-from recollect.replay.session import Installed
 from tests.replay.helpers import differences, planned, retained_bytes, snapshot
+from tightfit._torch_private import dispatch_depth, top_saved_tensor_hooks
+from tightfit.errors import UnsupportedInput
+from tightfit.replay.session import Installed
 
 Tensor = torch.Tensor
 
@@ -383,7 +383,7 @@ def live_tensors() -> tuple[int, int]:
 def test_nothing_leaks_without_the_garbage_collector(end: str, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Tower()
     if keep == "everything":  # as if nothing could be proved replayable
-        monkeypatch.setattr("recollect.replay.tape.can_rebuild", lambda _: False)
+        monkeypatch.setattr("tightfit.replay.tape.can_rebuild", lambda _: False)
 
     def one() -> None:
         if end == "backward":

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors, disable_saved_tensors_hooks, save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-import recollect
+import tightfit
 from tests.replay.helpers import snapshot
 from tests.replay.scenario import BATCH, Left, Net, Stage, assert_equal, copied, loss_of, plan
 
@@ -43,7 +43,7 @@ def one_backward_for_two_forwards(stage: Stage) -> Left:
 def two_models(stage: Stage) -> Left:
     """Layers of two planned models take turns, inside two steps."""
     twin = Net()
-    other = Stage(twin, recollect.apply(twin, plan()) if stage.applied is not None else None)
+    other = Stage(twin, tightfit.apply(twin, plan()) if stage.applied is not None else None)
     with stage.step(), other.step():
         x, y = stage.model.layers[0](BATCH), other.model.layers[0](BATCH)
         x = stage.model.layers[1](x + y)

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import recollect
-from recollect._torch_private import storage_key
-from recollect.replay import ops
-from recollect.replay.calibration import checksum
-from recollect.solve import full_plan
+import tightfit
 from tests.replay.helpers import assert_same, differences, run
 from tests.replay.instructions import INSTRUCTIONS
 from tests.replay.programs import Program, loss_of
+from tightfit._torch_private import storage_key
+from tightfit.operators import facts as ops
+from tightfit.replay.self_check import checksum
+from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor
 
@@ -114,10 +114,10 @@ def test_the_table_of_undeclared_writes_is_complete_for_what_the_tests_use() -> 
 
 @pytest.fixture
 def library() -> Iterator[torch.library.Library]:
-    library = torch.library.Library("recollect_kernels", "FRAGMENT")
+    library = torch.library.Library("tightfit_kernels", "FRAGMENT")
     yield library
     library._destroy()
-    for func in [func for func in ops._INFO if str(func).startswith("recollect_kernels")]:
+    for func in [func for func in ops._INFO if str(func).startswith("tightfit_kernels")]:
         del ops._INFO[func]
 
 
@@ -131,7 +131,7 @@ def hidden_writer(library: torch.library.Library, name: str) -> Any:
         return x * 1
 
     library.impl(name, kernel, "CPU")
-    return getattr(torch.ops.recollect_kernels, name)
+    return getattr(torch.ops.tightfit_kernels, name)
 
 
 @pytest.mark.parametrize("argument", ["made here", "saved", "from outside"])
@@ -196,11 +196,11 @@ def test_handed_out_memory_is_kept_and_the_plan_says_why() -> None:
 
     model = Exposing()
     plain = step(model)
-    profile = recollect.measure(model, batch, loss=lambda m, x: m(x).sum())
+    profile = tightfit.measure(model, batch, loss=lambda m, x: m(x).sum())
     plan = full_plan(profile, 2**30)
     reasons = {kept.reason for recipe in plan.recipes for kept in recipe.kept_for_safety}
     assert any("handed out" in reason for reason in reasons), reasons
-    with recollect.apply(model, plan) as applied:
+    with tightfit.apply(model, plan) as applied:
         for _ in range(2):
             assert differences(plain, step(model)) == []
         assert applied.statistics.written_after_drop == 0  # the plan knew

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import recollect
-from recollect import UnsupportedInput
-from recollect.solve import full_plan
+import tightfit
 from tests.replay.helpers import differences, snapshot
 from tests.replay.scenario import BATCH, Left, Net, Stage, assert_equal, copied, loss_of, plan
+from tightfit import UnsupportedInput
+from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor
 
@@ -174,7 +174,7 @@ def test_removed_with_a_backward_pending(again: bool) -> None:
         if stage.applied is not None:
             stage.applied.remove()
             if again:
-                stage.applied = recollect.apply(stage.model, plan())
+                stage.applied = tightfit.apply(stage.model, plan())
         gc.collect()
         second = loss_of(stage.model, BATCH * 2)
         (loss + second).backward()
@@ -206,7 +206,7 @@ def test_a_tensor_subclass_is_kept_and_the_plan_says_why() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (self.linear(x).as_subclass(Sub) * 2).sin().as_subclass(Tensor)
 
-    profile = recollect.measure(Wrapped(), BATCH, loss=lambda m, x: m(x).sum())
+    profile = tightfit.measure(Wrapped(), BATCH, loss=lambda m, x: m(x).sum())
     reasons = {op.keep_reason for op in profile.ops}
     assert any("subclass Sub" in reason for reason in reasons), reasons
     drops = {drop for recipe in full_plan(profile, 2**30).recipes for drop in recipe.drop}
@@ -229,7 +229,7 @@ def test_a_model_in_eval_mode_takes_the_kernels_that_plain_takes() -> None:
 
     batch = BATCH.view(1, 4, 8)
     model = Tuned()
-    profile = recollect.measure(model, batch, loss=lambda m, x: m(x).sum())
+    profile = tightfit.measure(model, batch, loss=lambda m, x: m(x).sum())
 
     def step() -> Left:
         model.zero_grad()
@@ -238,7 +238,7 @@ def test_a_model_in_eval_mode_takes_the_kernels_that_plain_takes() -> None:
         return snapshot(model, loss)
 
     plain = step()
-    with recollect.apply(model, full_plan(profile, 2**30)) as applied:
+    with tightfit.apply(model, full_plan(profile, 2**30)) as applied:
         assert differences(plain, step()) == []
         assert (applied.statistics.mismatches, applied.statistics.replayed_ops > 0) == (0, True)
 
@@ -249,4 +249,4 @@ def test_function_transforms_in_forward_are_refused_with_their_reason() -> None:
             return torch.func.grad(lambda y: self.layers[0](y).sum())(x) * super().forward(x).sum()
 
     with pytest.raises(UnsupportedInput, match=r"torch\.func"):
-        recollect.measure(Slopes(), BATCH, loss=lambda m, x: m(x).sum())
+        tightfit.measure(Slopes(), BATCH, loss=lambda m, x: m(x).sum())

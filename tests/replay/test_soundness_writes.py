@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import recollect
-from recollect.replay.session import Installed
-from recollect.solve import full_plan
+import tightfit
 from tests.replay.helpers import assert_same, differences, planned, run, snapshot
+from tightfit.replay.session import Installed
+from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor
 
@@ -137,11 +137,11 @@ def test_a_source_written_in_a_later_region(how: str, paths: tuple[str, ...], ca
 def test_a_source_written_in_a_later_region_is_known_to_the_plan(how: str) -> None:
     """The plan keeps what is computed from it, wherever the write happens: in an untouched region, too."""
     model = ReadsThenWrites(how)
-    profile = recollect.measure(model, torch.randn(4, 8), loss=lambda m, x: m(x).sum())
+    profile = tightfit.measure(model, torch.randn(4, 8), loss=lambda m, x: m(x).sum())
     plan = full_plan(profile, 2**30)
     plain = step(ReadsThenWrites(how))
     fresh = ReadsThenWrites(how)
-    with recollect.apply(fresh, plan) as applied:
+    with tightfit.apply(fresh, plan) as applied:
         assert differences(plain, step(fresh)) == []
         assert applied.statistics.written_after_drop == 0
 
@@ -170,8 +170,8 @@ def test_statistics_read_in_one_region_and_moved_by_batch_norm_in_another() -> N
                 assert differences(plain, step(model)) == []
             assert installed.statistics.replayed_ops > 0
     model = Net()
-    plan = full_plan(recollect.measure(model, torch.randn(4, 8), loss=lambda m, x: m(x).sum()), 2**30)
-    with recollect.apply(model, plan) as applied:
+    plan = full_plan(tightfit.measure(model, torch.randn(4, 8), loss=lambda m, x: m(x).sum()), 2**30)
+    with tightfit.apply(model, plan) as applied:
         assert differences(plain, step(model)) == []
         assert applied.statistics.replayed_ops > 0
 
@@ -193,8 +193,8 @@ def test_statistics_moved_between_forward_and_backward_are_an_error_if_the_plan_
 
     batch = torch.randn(4, 8)
     model = Net()
-    plan = full_plan(recollect.measure(model, batch, loss=lambda m, x: m(x).sum()), 2**30)
-    with recollect.apply(model, plan) as applied:
+    plan = full_plan(tightfit.measure(model, batch, loss=lambda m, x: m(x).sum()), 2**30)
+    with tightfit.apply(model, plan) as applied:
         for moved in (False, True, False):
             with applied.step():
                 loss = model(batch).sum()

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from recollect.errors import UnsupportedInput
-from recollect.records import Plan
-from recollect.report.frontier_plot import check_output, draw_frontier, save_frontier
-from recollect.report.peers import PeerPoint, Peers, load_peers
-from recollect.solve import frontier
-from tests.solve.profiles import chain_template, gpt_profile, profile_of
+from tests.solver.profiles import chain_template, gpt_profile, profile_of
+from tightfit.errors import UnsupportedInput
+from tightfit.records import Plan
+from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
+from tightfit.report.peers import PeerPoint, Peers, load_peers
+from tightfit.solver.frontier import frontier
 
 pytest.importorskip("matplotlib")
 
@@ -48,7 +48,7 @@ def labelled(figure: Any, beginning: str) -> Any:
 
 def test_the_curve_and_its_bound_are_the_plans(plans: list[Plan]) -> None:
     figure = draw_frontier(plans)
-    curve = labelled(figure, "recollect")
+    curve = labelled(figure, "tightfit")
     assert list(curve.get_xdata()) == pytest.approx([plan.budget_bytes / MIB for plan in plans])
     assert list(curve.get_ydata()) == pytest.approx([100 * plan.overhead_ratio for plan in plans])
     assert figure.axes[0].get_xlabel() == "budget (MiB)"
@@ -63,7 +63,7 @@ def test_below_one_level_no_bound_is_drawn() -> None:
     deep = frontier(profile_of([chain_template(4)], [0] * 24), points=5)
     assert deep[0].groups
     figure = draw_frontier(deep)
-    assert len(labelled(figure, "lower bound").get_xdata()) < len(labelled(figure, "recollect").get_xdata())
+    assert len(labelled(figure, "lower bound").get_xdata()) < len(labelled(figure, "tightfit").get_xdata())
     assert figure.axes[0].get_xlabel() == "budget (KiB)"
 
 
@@ -130,14 +130,14 @@ def test_other_kinds_are_refused(name: str, found: str) -> None:
 
 def test_a_missing_matplotlib_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UnsupportedInput, match=r"matplotlib is not installed.*recollect\[report\]"):
+    with pytest.raises(UnsupportedInput, match=r"matplotlib is not installed.*tightfit\[report\]"):
         check_output(Path("a.png"))
 
 
 def test_pyplot_is_not_imported_and_no_setting_changes() -> None:
     code = (
-        "import sys\nimport recollect.report.frontier_plot as plot\nassert 'matplotlib' not in sys.modules\n"
-        "from recollect.solve import frontier\nfrom tests.solve.profiles import gpt_profile\n"
+        "import sys\nimport tightfit.report.frontier_plot as plot\nassert 'matplotlib' not in sys.modules\n"
+        "from tightfit.solver.frontier import frontier\nfrom tests.solver.profiles import gpt_profile\n"
         "import io, matplotlib\nbefore = matplotlib.rcParams.copy()\n"
         "plot.save_frontier(plot.draw_frontier(frontier(gpt_profile(1), 3)), io.BytesIO(), '.png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\nassert matplotlib.rcParams.copy() == before\n"

@@ -1,4 +1,4 @@
-"""`recollect report`: the page of a run, finished or not; written at a run's end, and made again from its files."""
+"""`tightfit report`: the page of a run, finished or not; written at a run's end, and made again from its files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.main import main
+from tightfit.cli.main import main
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--steps", "4", "--log-every", "1", "--eval-every", "2"]
 

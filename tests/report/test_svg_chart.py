@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from recollect.report.svg_chart import Level, Line, line_chart, nice_ticks
+from tightfit.report.svg_chart import Level, Line, line_chart, nice_ticks
 
 
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9))

@@ -1,7 +1,7 @@
 """The suite: small models of every kind that people train, from configs, with nothing to download.
 
 case = build("llama", "tiny")
-recollect.fit(case.model, case.batch, loss=case.loss, optimizer=case.optimizers(), budget=...)
+tightfit.fit(case.model, case.batch, loss=case.loss, optimizer=case.optimizers(), budget=...)
 """
 
 from __future__ import annotations

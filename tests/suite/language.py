@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recollect.train.models.gpt import Gpt, GptConfig
 from tests.suite.case import Case, Size
+from tightfit.train.models.gpt import Gpt, GptConfig
 
 _VOCABULARY = 96
 
@@ -23,7 +23,7 @@ def _next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def gpt(size: Size) -> Case:
-    """recollect's own, with dropout and tied embeddings."""
+    """tightfit's own, with dropout and tied embeddings."""
     tokens = _tokens(size, (4, 33), (8, 257))
     sizes: dict[str, int] = (
         {"width": 32, "layers": 2, "heads": 2} if size == "tiny" else {"width": 128, "layers": 4, "heads": 4}

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from recollect import meter
-from recollect.measure.state import RandomState
-from recollect.measure.step import StepSpec, give_gradients
-from recollect.replay.calibration import same_bits
 from tests.suite.case import Case, OptimizerKind
+from tightfit.device import memory as meter
+from tightfit.replay.self_check import same_bits
+from tightfit.step.snapshot import RandomState
+from tightfit.step.step import StepSpec, give_gradients
 
 
 @dataclass

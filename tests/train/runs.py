@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from recollect.train.config import TrainConfig
-from recollect.train.workload import Workload, build, resolve
+from tightfit.train.config import TrainConfig
+from tightfit.train.workload import Workload, build, resolve
 
 
 def metrics(run: str) -> list[dict[str, Any]]:

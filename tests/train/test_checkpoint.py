@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.errors import UnsupportedInput
-from recollect.train.checkpoint import (
-    load_checkpoint,
-    newest_checkpoint,
-    random_state,
-    read_checkpoint,
-    save_checkpoint,
-)
+from tightfit.errors import UnsupportedInput
+from tightfit.train.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_checkpoint, save_checkpoint
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from recollect.errors import UnsupportedInput
-from recollect.train.data import DATASETS, DataOptions, data_name, load_data
-from recollect.train.data.loader import BatchLoader
-from recollect.train.data.order import BatchOrder
+from tightfit.errors import UnsupportedInput
+from tightfit.train.data import DATASETS, DataOptions, data_name, load_data
+from tightfit.train.data.loader import BatchLoader
+from tightfit.train.data.order import BatchOrder
 
 
 def test_python_source_is_text_and_always_the_same() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from recollect.errors import UnsupportedInput
-from recollect.train.data import DataOptions, load_data
-from recollect.train.data.loader import BatchLoader
-from recollect.train.data.order import BatchOrder
-from recollect.train.data.rows import Columns
-from recollect.train.data.tokens import BYTES, load_tokens
-from recollect.train.preflight import largest_microbatch
+from tightfit.errors import UnsupportedInput
+from tightfit.train.data import DataOptions, load_data
+from tightfit.train.data.loader import BatchLoader
+from tightfit.train.data.order import BatchOrder
+from tightfit.train.data.rows import Columns
+from tightfit.train.data.tokens import BYTES, load_tokens
+from tightfit.train.largest_batch import largest_microbatch
 
 WORDS = ["good film", "bad film", "a very good film indeed", "dull", "fine"] * 8
 LABELS = ["pos", "neg", "pos", "neg", "pos"] * 8

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recollect.cli.main import main
-from recollect.group import Group
-from recollect.train.data.loader import BatchLoader, to_device
 from tests.train.runs import metrics, workload
+from tightfit.cli.main import main
+from tightfit.distributed.process_group import Group
+from tightfit.train.data.loader import BatchLoader, to_device
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

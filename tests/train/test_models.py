@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from recollect.errors import UnsupportedInput
-from recollect.train.config import TrainConfig
-from recollect.train.data import DataFacts
-from recollect.train.models import MODELS, find_model
-from recollect.train.workload import build, resolve
+from tightfit.errors import UnsupportedInput
+from tightfit.train.config import TrainConfig
+from tightfit.train.data import DataFacts
+from tightfit.train.models import MODELS, find_model
+from tightfit.train.workload import build, resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

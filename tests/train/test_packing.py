@@ -10,15 +10,15 @@ import pytest
 import torch
 import transformers as hf
 
-from recollect.cli.main import main
-from recollect.train.config import TrainConfig
-from recollect.train.data import DataOptions, TrainingData, load_data
-from recollect.train.data.facts import IGNORED, DataFacts
-from recollect.train.tasks.causal_lm import causal_lm, next_token_loss
-from recollect.train.tasks.masked_lm import Masking
-from recollect.train.workload import build, resolve
 from tests.train.test_formats import tokenizer, write_jsonl
 from tests.train.test_transformers_tasks import BERT, save_config
+from tightfit.cli.main import main
+from tightfit.train.config import TrainConfig
+from tightfit.train.data import DataOptions, TrainingData, load_data
+from tightfit.train.data.dataset_info import IGNORED, DataFacts
+from tightfit.train.tasks.causal_lm import causal_lm, next_token_loss
+from tightfit.train.tasks.masked_lm import Masking
+from tightfit.train.workload import build, resolve
 
 TEXTS = [("word " * (1 + number % 7)).strip() for number in range(60)]
 LONG = "".join(chr(97 + number % 26) for number in range(150))
@@ -50,7 +50,7 @@ def test_a_document_is_a_sample_and_a_long_one_several_that_follow_each_other() 
 
 
 def test_with_a_tokenizer_every_document_has_its_end() -> None:
-    from recollect.train.data.tokens import load_tokens
+    from tightfit.train.data.tokens import load_tokens
 
     tokens = load_tokens(str(tokenizer(Path("tok"))), None)
     data = alone(16, *["good film", "dull"], tokens=tokens)

@@ -17,10 +17,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from recollect.cli.main import main
-from recollect.records import Plan
-from recollect.train.config import TrainConfig
-from recollect.train.workload import build, resolve
+from tightfit.cli.main import main
+from tightfit.records import Plan
+from tightfit.train.config import TrainConfig
+from tightfit.train.workload import build, resolve
 
 GPT = ["--model", "gpt-tiny", "--batch-size", "4", "--log-every", "1", "--eval-samples", "8"]
 
@@ -43,7 +43,7 @@ def test_the_run_folder_holds_what_the_contract_says(capsys: pytest.CaptureFixtu
         "checkpoints", "command.txt", "config.yaml", "environment.json", "log.txt", "metrics.jsonl",
         "model.safetensors", "plan.json", "report.html",
     ]  # fmt: skip
-    assert (run / "command.txt").read_text() == "recollect train " + " ".join(words) + "\n"
+    assert (run / "command.txt").read_text() == "tightfit train " + " ".join(words) + "\n"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["lr"], config["dataset"], config["sequence_length"]) == (0.01, "python-source", 64)
     assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__
@@ -164,7 +164,7 @@ def test_a_named_checkpoint_of_another_run_begins_a_new_folder(capsys: pytest.Ca
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "recollect", "train", *words]
+    command = [sys.executable, "-m", "tightfit", "train", *words]
     root = str(Path(__file__).parent.parent.parent)
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
     return subprocess.Popen(

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.cli.main import main
-from recollect.train.ema import MovingAverage
-from recollect.train.optimizers import make_optimizer
-from recollect.train.schedules import lr_at
 from tests.train.runs import metrics, weights, workload
+from tightfit.cli.main import main
+from tightfit.train.ema import MovingAverage
+from tightfit.train.optimizers import make_optimizer
+from tightfit.train.schedules import lr_at
 
 RESNET = ["--model", "resnet-tiny", "--batch-size", "8", "--log-every", "1"]
 LSTM = ["--model", "lstm-tiny", "--batch-size", "8", "--log-every", "1"]
@@ -219,7 +219,7 @@ def same_files(one: str, other: str) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*RESNET, *EVERYTHING, "--steps", "7", "--save-every", "3"]
     assert main(["train", *words, "--mark", "whole"]) == 0
-    from recollect.train.stepping import Stepper
+    from tightfit.train.optimizer_step import Stepper
 
     take = Stepper.take
     taken: list[int] = []
@@ -302,7 +302,7 @@ def test_a_verbose_run_shows_what_planning_does(caplog: pytest.LogCaptureFixture
         words = ["--model", "tests.train.user_code:token_mean_model", "--batch-size", "4", "--steps", "10", "--verbose"]
         assert main(["train", *words, "--dataset", "tests.train.user_code:ragged_numbers", "--memory", "400KiB"]) == 0
     finally:
-        logging.getLogger("recollect").setLevel(logging.NOTSET)
+        logging.getLogger("tightfit").setLevel(logging.NOTSET)
     assert any("planned" in record.message for record in caplog.records)
 
 
@@ -320,7 +320,7 @@ def test_tensorboard_is_asked_for_before_anything_is_written(
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["train", *LSTM, "--tensorboard"]) == 2
-    assert "recollect[tensorboard]" in capsys.readouterr().err
+    assert "tightfit[tensorboard]" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

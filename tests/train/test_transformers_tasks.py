@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from recollect.cli.main import main
 from tests.train.test_formats import LABELS, WORDS, pictures, tokenizer, write_csv, write_jsonl
+from tightfit.cli.main import main
 
 
 @pytest.fixture(autouse=True)

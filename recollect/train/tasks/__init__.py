@@ -1,6 +1,0 @@
-"""What a model is trained to do: its loss, what the loss is a mean over, and the metrics by which it is judged."""
-
-from recollect.train.tasks.choose import choose_task
-from recollect.train.tasks.task import Task
-
-__all__ = ["Task", "choose_task"]

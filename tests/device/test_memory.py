@@ -1,0 +1,67 @@
+"""The independent meter against allocations whose sizes are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tightfit.device import memory as meter
+
+KIB = 1024
+
+
+def test_the_peak_is_the_highest_level_not_the_sum() -> None:
+    def allocate() -> torch.Tensor:
+        first = torch.empty(100 * KIB)  # 400 KiB
+        del first
+        second = torch.empty(50 * KIB)
+        third = torch.empty(25 * KIB)
+        del third
+        return second
+
+    result, peak = meter.measure_peak(allocate, resident_bytes=1000)
+    assert peak == 1000 + 400 * KIB
+    assert result.numel() == 50 * KIB
+
+
+def test_memory_freed_inside_counts_below_the_resident_level() -> None:
+    held = [torch.empty(100 * KIB)]
+
+    def swap() -> None:
+        held.clear()
+        held.append(torch.empty(100 * KIB))
+
+    _, peak = meter.measure_peak(swap, resident_bytes=400 * KIB)
+    assert peak in (400 * KIB, 800 * KIB)  # the profiler cannot know the size of what was there before it
+
+
+def test_resident_bytes_count_each_storage_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    weights = 16 * 4 + 2 * 4 * 4
+    buffers = 2 * 4 * 4 + 8
+    assert meter.resident_bytes(model) == weights + buffers
+    batch = torch.zeros(8, 4)
+    assert meter.resident_bytes(model, {"x": batch, "again": [batch[1:], batch.t()]}) == weights + buffers + 128
+    optimizer = torch.optim.Adam(model.parameters())
+    model(batch).sum().backward()
+    optimizer.step()
+    expected = weights * 4 + buffers + 3 * 4
+    assert meter.resident_bytes(model, None, optimizer) == expected
+    assert meter.resident_bytes(model, None, [optimizer]) == expected
+
+
+def test_an_exception_passes_through_and_the_meter_works_again() -> None:
+    with pytest.raises(ZeroDivisionError):
+        meter.measure_peak(lambda: 1 / 0, 0)
+    assert meter.measure_peak(lambda: torch.empty(KIB).numel(), 0) == (KIB, 4 * KIB)
+
+
+def test_the_machine_s_memory() -> None:
+    whole = meter.device_memory_bytes("cpu")
+    assert 0 < meter.free_memory_bytes("cpu") <= whole
+
+
+def test_time() -> None:
+    assert meter.time_ms(lambda: sum(range(100_000))) > 0

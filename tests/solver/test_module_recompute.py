@@ -1,0 +1,105 @@
+"""Running modules again as one more decision: chosen where it is faster, never where it is not, within the bound."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import chain, combinations, product
+
+import pytest
+
+from tests.solver.profiles import STREAM, OpSpec, Own, gpt_profile, profile_of
+from tightfit.records import RERUN, Decision, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import simulate
+from tightfit.solver.columns import keep_set, useful_values
+from tightfit.solver.solver import Solver
+
+
+def allowed(profile: Profile, *, per_op: float = 0.0, per_call: float = 0.0) -> Profile:
+    """The profile with every region's module allowed to run again, at this cost."""
+    regions = tuple(replace(region, may_rerun=True) for region in profile.regions)
+    return replace(profile, regions=regions, rerun_ms_per_op=per_op, rerun_ms_per_call=per_call)
+
+
+def blocks(count: int, seed: int = 0, *, ops: int = 3) -> Profile:
+    draw = random.Random(seed)
+    template = tuple(
+        OpSpec(
+            ms=draw.randint(1, 9),
+            reads=(STREAM,) if place == 0 else (Own(place - 1),),
+            makes=(draw.randint(1, 20) * 64,),
+            saves=((STREAM,) if place == 0 else ()) + (Own(place),),
+            scratch=draw.choice((0, 64, 640)),
+        )
+        for place in range(ops)
+    )
+    return profile_of([template], [0] * count, mode_ms=2.0, tape_ms=3.0)
+
+
+def all_decisions(index: ProfileIndex, region: int) -> list[Decision]:
+    useful = useful_values(index, region)
+    sets = chain.from_iterable(combinations(useful, size) for size in range(len(useful) + 1))
+    found: list[Decision] = [None, *(keep_set(index, values) for values in sets)]
+    return [*found, RERUN] if index.may_rerun(region) else found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_plan_is_the_best_of_all_and_not_below_the_bound(seed: int) -> None:
+    profile = allowed(blocks(3, seed), per_op=1.0, per_call=2.0)
+    index = ProfileIndex(profile)
+    walked = [
+        simulate(index, list(choice))
+        for choice in product(*(all_decisions(index, region) for region in range(len(profile.regions))))
+    ]
+    solver = Solver(profile)
+    lowest, highest = solver.smallest_at_one_level().peak_bytes, solver.plain(1 << 40).predicted_peak_bytes
+    assert lowest == min(one.peak_bytes for one in walked)
+    for share in (0.0, 0.2, 0.5, 0.8):
+        budget_bytes = lowest + int(share * (highest - lowest))
+        best_ms = min(one.step_ms for one in walked if one.peak_bytes <= budget_bytes)
+        plan = solver.solve(budget_bytes)
+        assert plan.predicted_step_ms == pytest.approx(best_ms)
+        assert plan.lower_bound_ms <= best_ms + 1e-9
+
+
+def test_it_is_chosen_where_it_costs_less_and_only_there() -> None:
+    for per_call, expected in ((0.0, True), (1e6, False)):
+        profile = replace(allowed(gpt_profile(4), per_call=per_call), tape_ms_per_op=0.5, mode_ms_per_op=0.5)
+        index = ProfileIndex(profile)
+        decisions = [RERUN if index.may_rerun(region) else None for region in range(len(profile.regions))]
+        plan = Solver(profile).solve(simulate(index, decisions).peak_bytes)
+        assert any(recipe.rerun for recipe in plan.recipes) == expected
+
+
+def test_the_bound_holds_for_large_classes() -> None:
+    profile = replace(allowed(gpt_profile(6), per_op=0.1), tape_ms_per_op=0.5, mode_ms_per_op=0.5)
+    without = replace(profile, regions=tuple(replace(region, may_rerun=False) for region in profile.regions))
+    solver, other = Solver(profile), Solver(without)
+    lowest = solver.smallest_at_one_level().peak_bytes
+    highest = solver.plain(1 << 40).predicted_peak_bytes
+    for share in (0.0, 0.1, 0.3, 0.6, 0.9):
+        budget_bytes = lowest + int(share * (highest - lowest))
+        plan = solver.solve(budget_bytes)
+        assert plan.lower_bound_ms <= plan.predicted_step_ms
+        if budget_bytes >= other.smallest_at_one_level().peak_bytes:
+            assert plan.predicted_step_ms <= other.solve(budget_bytes).predicted_step_ms + 1e-9
+
+
+def test_a_lone_block_that_runs_again_keeps_the_bound_below_it() -> None:
+    profile = replace(allowed(gpt_profile(1), per_op=0.01), tape_ms_per_op=5.0, mode_ms_per_op=5.0)
+    solver = Solver(profile)
+    lowest, highest = solver.smallest_at_one_level().peak_bytes, solver.plain(1 << 40).predicted_peak_bytes
+    for share in (0.05, 0.3, 0.7):
+        plan = solver.solve(lowest + int(share * (highest - lowest)))
+        assert plan.lower_bound_ms <= plan.predicted_step_ms
+
+
+def test_what_must_be_kept_or_is_written_forbids_it() -> None:
+    plain = allowed(blocks(2))
+    assert all(ProfileIndex(plain).may_rerun(region) for region in range(2))
+    kept = replace(plain, ops=(replace(plain.ops[0], keep_reason="unsafe"), *plain.ops[1:]))
+    assert not ProfileIndex(kept).may_rerun(0)
+    written = plain.ops[0].inputs[0]
+    values = tuple(replace(v, overwritten=True) if i == written else v for i, v in enumerate(plain.values))
+    assert not ProfileIndex(replace(plain, values=values)).may_rerun(0)

@@ -1,0 +1,129 @@
+"""What decides about a plan, told apart before each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tightfit.operators.escaped_memory import ExposureWatch
+from tightfit.step.key import ModelWatch, StepShape, step_shape
+
+x, y = torch.zeros(4, 8), torch.zeros(4, 8)
+
+
+@dataclass
+class Holder:
+    inputs: torch.Tensor
+    scale: float = 1.0
+
+
+def shape_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.Optimizer) -> StepShape:
+    return step_shape(ModelWatch(model or nn.Linear(8, 8)), batch, optimizers)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (x, torch.ones(4, 8)),
+        ((x, y), (y, x)),
+        ({"a": x, "weight": 0.5}, {"a": y, "weight": 0.25}),
+        (Holder(x, 1.0), Holder(y, 2.0)),
+        ({"a": x, "names": ["left", "right"], "ids": [1, 2]}, {"a": x, "names": ["up", "down"], "ids": [3, 4]}),
+    ],
+    ids=["contents", "tuples", "floats", "objects", "what belongs to single samples"],
+)
+def test_equal(one: Any, other: Any) -> None:
+    model = nn.Linear(8, 8)
+    assert shape_of(one, model) == shape_of(other, model)
+    assert hash(shape_of(one, model)) == hash(shape_of(other, model))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (x, torch.zeros(4, 9)),
+        (x, torch.zeros(8, 4)),
+        (x, torch.zeros(4, 8, dtype=torch.float64)),
+        (x, torch.zeros(8, 4).t()),
+        (x, torch.zeros(8, 8)[:4]),
+        (x, torch.zeros(4, 8).requires_grad_()),
+        (x, torch.zeros(4, 8).to_sparse()),
+        ((x, y), (x, x)),
+        ((x, y), [x, y]),
+        ((x,), (x, y)),
+        ({"a": x}, {"b": x}),
+        ({"a": x, "flag": True}, {"a": x, "flag": False}),
+        ({"a": x, "mode": "train"}, {"a": x, "mode": "sample"}),
+        ({"a": x, "length": 3}, {"a": x, "length": 4}),
+        ({"a": x, "mask": None}, {"a": x, "mask": y}),
+        (Holder(x), Holder(torch.zeros(4, 9))),
+    ],
+)  # fmt: skip
+def test_different(one: Any, other: Any) -> None:
+    model = nn.Linear(8, 8)
+    assert shape_of(one, model) != shape_of(other, model)
+
+
+def test_the_model_and_the_settings_count() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
+    optimizer = torch.optim.SGD(model.parameters())
+    watch = ModelWatch(model)
+    shapes = [step_shape(watch, x, (optimizer,))]
+
+    def changed() -> None:
+        now = step_shape(watch, x, (optimizer,))
+        assert now == step_shape(watch, x, (optimizer,)) == shape_of(x, model, optimizer)
+        assert hash(now) == hash(shape_of(x, model, optimizer))
+        assert now not in shapes
+        assert (now.sizes, now.numbers) == (shapes[0].sizes, shapes[0].numbers)
+        shapes.append(now)
+
+    model.eval()
+    changed()
+    model[0].bias.requires_grad_(False)
+    changed()
+    model.double()
+    changed()
+    model.append(nn.Linear(8, 2))
+    changed()
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    changed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        changed()
+    model[1] = nn.Identity()
+    changed()
+    model[2].bias = None
+    changed()
+    model[2].weight.data = torch.zeros(3, 8)
+    changed()
+    model[1].register_parameter("scale", nn.Parameter(torch.ones(8)))
+    changed()
+    model._modules["last"] = model._modules.pop("2")
+    changed()
+    del model[0]
+    changed()
+    model.add_module("0", model[1])  # the same one twice
+    changed()
+
+
+def test_looking_does_not_count_as_handing_out_memory() -> None:
+    """The engine takes a tensor whose storage somebody asked for as written."""
+    exposed: list[torch.Tensor] = []
+    watch = ExposureWatch(exposed.append)
+    with watch:
+        shape_of((x, y.t()))
+        assert exposed == []
+        x.untyped_storage()
+    assert len(exposed) == 1
+
+
+def test_growth_is_that_of_the_tensor_that_grew_most() -> None:
+    small, large = shape_of((torch.zeros(4, 8), torch.zeros(4, 1))), shape_of((torch.zeros(4, 24), torch.zeros(2, 1)))
+    assert large.growth_from(small) == 3
+    assert small.growth_from(large) == 2
+    assert small.growth_from(small) == 1
+    assert (small.elements, large.elements) == (36, 98)

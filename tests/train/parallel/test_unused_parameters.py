@@ -1,0 +1,55 @@
+"""Which parameters steps reach, and what becomes of a run in which one leaves out what others had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tightfit
+from tests.train import user_code
+from tests.train.launch.launching import TWO, finish, metrics, run, start
+from tightfit.step.step import StepSpec
+from tightfit.train.parallel.unused_parameters import Reach, reach_of
+
+WORDS = ["train", "--dataset", "tests.train.user_code:numbers", "--batch-size", "8", "--steps", "60", "--model"]
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (user_code.own_loss_model, Reach.ALL),
+        (user_code.odd_model, Reach.SAME),
+        (user_code.leaves_out_by_data, Reach.VARYING),
+        (user_code.leaves_out_at_random, Reach.VARYING),
+    ],
+)
+def test_what_is_known_of_steps(factory: type[torch.nn.Module], expected: Reach) -> None:
+    batch = (torch.randn(8, 4), torch.randn(8, 1))
+    model = factory()
+    with tightfit.fit(model, batch, budget="1GiB") as applied:
+        assert reach_of(model, batch, applied, StepSpec()) is expected
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize("factory", ["leaves_out_by_data", "leaves_out_at_random"])
+def test_each_step_may_use_other_parameters(factory: str) -> None:
+    ended = run(*WORDS, f"tests.train.user_code:{factory}", *TWO, "--mark", "two")
+    assert "arning" not in ended.err
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_gradients_that_were_not_exchanged_are_not_used() -> None:
+    words = [*WORDS, "tests.train.user_code:leaves_out_later", *TWO, "--mark", "two"]
+    words += ["--save-every", "1", "--log-every", "1"]
+    ended = finish(start(*words))
+    assert ended.code == 1
+    assert ended.err.count("--ddp-find-unused-parameters on") == 1, ended.err
+    assert "Traceback" not in ended.err
+    steps = metrics("two", "tests.train.user_code-numbers")
+    latest = Path("runs/tests.train.user_code-numbers/two/checkpoints/latest")
+    assert latest.resolve().name == f"step-{len(steps):08}"  # the last one that changed anything
+    run(*words, "--resume", "auto", "--ddp-find-unused-parameters", "on")
+    assert [line["step"] for line in metrics("two", "tests.train.user_code-numbers")] == list(range(1, 61))

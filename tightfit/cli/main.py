@@ -1,0 +1,177 @@
+"""Entry point: parse, run a command, turn errors into exit codes.
+
+0 done; 1 failed while running; 2 bad input; 130 and 143 ended by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from tightfit import __version__
+from tightfit.cli import commands
+from tightfit.cli.console import speak_as, tell
+from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
+from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
+from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.distributed.process_group import FailedElsewhere
+from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
+from tightfit.train import Interrupted
+from tightfit.train.launch.launcher import ProcessFailed
+from tightfit.train.launch.rendezvous import was_of_a_group
+from tightfit.train.registry import did_you_mean
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+_OUT_OF_MEMORY = (
+    "the device had no more memory ({what}), although the budget was kept as far as it was measured, so something else "
+    "takes memory there, or the process may have less than the budget (a container's limit, ulimit). Give a smaller "
+    "--memory, or free memory on the device; a training run goes on with --resume auto."
+)
+
+COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
+    command.name: (command, function)
+    for command, function in (
+        (
+            Command(
+                name="train",
+                summary="train a model inside a memory budget",
+                options=TrainOptions,
+                bare={"grad_checkpoint": "auto", "resume": "auto"},
+            ),
+            commands.train,
+        ),
+        (Command(name="plan", summary="say what a budget costs, without training", options=PlanOptions), commands.plan),
+        (
+            Command(name="frontier", summary="show what each budget costs in time", options=FrontierOptions),
+            commands.frontier,
+        ),
+        (
+            Command(
+                name="verify", summary="prove that planned steps equal plain ones, bit for bit", options=VerifyOptions
+            ),
+            commands.verify,
+        ),
+        (
+            Command(name="report", summary="show a run as one HTML page", options=ReportOptions, alone="run_folder"),
+            commands.report,
+        ),
+        (Command(name="models", summary="list the known models", options=ListOptions), commands.models),
+        (Command(name="datasets", summary="list the known datasets", options=ListOptions), commands.datasets),
+        (
+            Command(name="doctor", summary="say what this machine offers, and test the engine", options=ListOptions),
+            commands.doctor,
+        ),
+    )
+}
+
+
+#: For another process of the run to say what is wrong.
+_TELLING_S = 2.0
+
+
+def console() -> NoReturn:
+    """The `tightfit` program."""
+    # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    exit_code = main(sys.argv[1:])
+    if was_of_a_group():
+        # Threads of the process group may outlive it, and abort the process when they ask for Python's lock while that
+        # is coming to its end: the end is left out.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``arguments`` and return the exit code."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    try:
+        try:
+            return _run(arguments)
+        finally:  # what follows is short; a SIGTERM may end it
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, previous)
+    except FailedElsewhere as problem:
+        time.sleep(_TELLING_S)  # it is told there; a launcher that saw this process end first would cut it off
+        return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
+    except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
+        return _tell(problem, EXIT_BAD_INPUT)
+    except ProcessFailed as problem:
+        return _tell(problem, problem.exit_code)
+    except TightfitError as problem:
+        return _tell(problem, EXIT_FAILED)
+    except Interrupted as interrupted:
+        return _tell(interrupted, interrupted.exit_code)
+    except _Terminated:
+        return _tell("terminated", 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _tell("interrupted", 128 + signal.SIGINT)
+    except Exception as problem:
+        if is_out_of_memory(problem):
+            return _tell(_OUT_OF_MEMORY.format(what=f"{type(problem).__name__}: {problem}"), EXIT_FAILED)
+        traceback.print_exc()
+        what = f"{type(problem).__name__}: {problem}"
+        return _tell(f"failed while running `tightfit {shlex.join(arguments)}`: {what}", EXIT_FAILED)
+    finally:
+        speak_as("")
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside the training loop, which has its own way to end."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _tell(problem: object, exit_code: int) -> int:
+    tell(problem)
+    return exit_code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="tightfit", description="Train any PyTorch model inside the memory you have.")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for command, _ in COMMANDS.values():
+        command.add_to(subparsers)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return EXIT_BAD_INPUT
+    if arguments == ["--version"]:
+        print(f"tightfit {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        raise UnsupportedInput(
+            f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], COMMANDS)} "
+            f"Commands are: {', '.join(COMMANDS)}."
+        )
+    if arguments[0] not in COMMANDS:
+        refuse_unknown_flags([word for word in arguments if word not in ("-h", "--help")], ["--help", "--version"])
+        parser.print_help()
+        return 0
+    command, function = COMMANDS[arguments[0]]
+    settings = settings_of(command.options)
+    bare_flags = {setting.flag: command.bare[setting.name] for setting in settings if setting.name in command.bare}
+    words = normalise(arguments, bare_flags, [setting.name for setting in settings])
+    try:
+        found, rest = parser.parse_known_args(words)
+    except SystemExit as shown:  # --help has been printed
+        return int(shown.code or 0)
+    refuse_unknown_flags(rest, ["--config-file", *(setting.flag for setting in settings)])
+    return function(command.parse(found, rest), ["tightfit", *arguments])

@@ -1,0 +1,1 @@
+"""What differs between devices: memory, capacity, meters, out-of-memory errors; and budgets on them."""

@@ -1,0 +1,1 @@
+"""Several processes: the process group, FSDP2 and `DTensor`."""

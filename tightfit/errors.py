@@ -1,0 +1,64 @@
+"""Exceptions of tightfit.
+
+Every floor can raise them: of the package, only the leaves that format bytes are imported.
+
+    TightfitError
+    |-- BudgetInfeasible      no plan fits the budget; carries the smallest one that would
+    |-- PlanMismatch          a plan or profile belongs to another model, or its file is damaged
+    |-- VerificationFailed    a planned step did not equal the plain step
+    `-- UnsupportedInput      a model, batch, loss or budget that tightfit cannot work with (also a ValueError)
+
+Every message has three beats: what was found, why it cannot go on, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tightfit.peak_breakdown import format_parts, parts_of_peak
+from tightfit.units import format_bytes
+
+
+class TightfitError(Exception):
+    """Base of every error that tightfit raises on purpose."""
+
+
+class BudgetInfeasible(TightfitError):
+    """No plan keeps the peak within the budget.
+
+    Attributes:
+        required_bytes: the smallest budget, in bytes, that tightfit can run.
+        budget_bytes: the budget that was asked for.
+        where: what sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
+        breakdown: what the smallest budget consists of, as in `Plan.breakdown`; empty if unknown.
+    """
+
+    def __init__(
+        self, required_bytes: int, budget_bytes: int, where: str, breakdown: Mapping[str, int] | None = None
+    ) -> None:
+        self.breakdown = dict(breakdown or {})
+        parts = format_parts(parts_of_peak(self.breakdown, where))
+        self.required_bytes = required_bytes
+        self.budget_bytes = budget_bytes
+        self.where = where
+        super().__init__(
+            f"the budget of {format_bytes(budget_bytes)} is too small: even with everything recomputed that can be, "
+            f"this step needs {format_bytes(required_bytes)} ({required_bytes} bytes), set by {where}"
+            f"{f': {parts}' if self.breakdown else ''}. "
+            f"Give at least {required_bytes} bytes, or use a smaller batch or model."
+        )
+
+    def __reduce__(self) -> tuple[type[BudgetInfeasible], tuple[int, int, str, dict[str, int]]]:
+        return type(self), (self.required_bytes, self.budget_bytes, self.where, self.breakdown)
+
+
+class PlanMismatch(TightfitError):
+    """A plan or profile does not belong to this model, or its file cannot be read as one."""
+
+
+class VerificationFailed(TightfitError):
+    """A planned step gave another loss, gradient, buffer or random state than the plain step."""
+
+
+class UnsupportedInput(TightfitError, ValueError):
+    """Something handed to tightfit cannot be worked with; the message says what to change."""

@@ -1,0 +1,1 @@
+"""`apply`: install a plan on a model, and take it off."""

@@ -1,0 +1,222 @@
+"""What an operation does, read once from its schema and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import OpOverload, plain_call
+
+#: Operations that write arguments which their schema does not mark: the positions of those arguments, and of the flag
+#: that says whether they write. When they do, replay passes None: outputs are bit for bit the same and the running
+#: statistics are not touched twice.
+_UNDECLARED_WRITES: dict[str, tuple[tuple[int, ...], int]] = {
+    "aten.native_batch_norm.default": ((3, 4), 5),
+    "aten.cudnn_batch_norm.default": ((3, 4), 5),
+    "aten.miopen_batch_norm.default": ((3, 4), 5),
+}
+
+#: Return memory whose contents are undefined: only a later write gives them a meaning, and a raw kernel's is invisible.
+_UNINITIALISED = frozenset(
+    {
+        "aten.empty.memory_format",
+        "aten.empty_like.default",
+        "aten.empty_strided.default",
+        "aten.empty_permuted.default",
+        "aten.new_empty.default",
+        "aten.new_empty_strided.default",
+    }
+)
+
+#: In-place operations that give every element of their first argument a new value, whatever was there before: the only
+#: ones through which uninitialised memory may be replayed.
+_FULL_WRITERS = frozenset(
+    """
+    bernoulli_ cauchy_ copy_ exponential_ fill_ geometric_ log_normal_ normal_ random_ uniform_ zero_
+    """.split()  # noqa: SIM905  (one word a line would be pages)
+)
+
+#: Operations that change, or hand out, state that the tape cannot see.
+_STATEFUL = frozenset(
+    {
+        "set_", "resize_", "resize_as_", "_resize_output_", "_cudnn_rnn", "_cudnn_init_dropout_state",
+        "_efficientzerotensor",
+    }
+)  # fmt: skip
+
+#: Kernels that use atomics on CUDA, so that a second run may differ in the last bits
+#: (the list of torch.use_deterministic_algorithms, forward only).
+_NONDETERMINISTIC_ON_CUDA = frozenset(
+    {
+        "bincount", "cumsum", "cumsum_", "histc", "index_add", "index_add_", "index_copy", "index_copy_", "index_put",
+        "index_put_", "index_reduce", "index_reduce_", "kthvalue", "median", "put", "put_", "scatter_add",
+        "scatter_add_", "scatter_reduce", "scatter_reduce_", "_unsafe_index_put", "_scatter_reduce", "scatter",
+        "scatter_", "_embedding_bag", "_ctc_loss", "nll_loss2d_forward", "ctc_loss", "_cudnn_ctc_loss",
+    }
+)  # fmt: skip
+
+#: Operations known to be functions of their declared inputs and recorded random state alone, bit for bit, on every
+#: back end that tightfit is tested on. Others are calibrated before they are trusted.
+#: mkldnn_rnn_layer is here because calibration cannot judge it: its workspace has padding that no kernel writes or
+#: reads, and that differs from run to run. A test compares the gradients instead.
+_KNOWN_GOOD = frozenset(
+    """
+    _adaptive_avg_pool2d _log_softmax _scaled_dot_product_efficient_attention
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _softmax _to_copy abs add
+    add_ addcmul addmm addmm_ alias_copy all amax amin any arange argmax argmin avg_pool2d baddbmm bernoulli
+    bernoulli_ bitwise_and bitwise_not bitwise_or bmm cat ceil clamp clamp_ clamp_max clamp_min clone
+    constant_pad_nd convolution copy copy_ cos cos_ div div_ dot elu embedding eq erf exp exp_ expm1 fill fill_
+    flip floor full full_like gather ge gelu glu gt hardswish hardtanh index index_select isnan leaky_relu
+    leaky_relu_ le lerp log log1p log2 logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_
+    max max_pool2d_with_indices maximum mean min minimum mish mkldnn_rnn_layer mm mul mul_ native_batch_norm
+    cudnn_batch_norm native_dropout native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros
+    nll_loss_forward ones ones_like pow rand rand_like randint randn randn_like reciprocal relu relu_ remainder
+    repeat roll round rsqrt rsub sigmoid sigmoid_ sign silu silu_ sin sin_ slice_scatter softplus sort
+    split_with_sizes_copy sqrt sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy
+    upsample_bilinear2d upsample_nearest2d var var_mean where zero_ zeros zeros_like _unsafe_index linear
+    scalar_tensor _fused_rms_norm _unsafe_view _safe_softmax
+    """.split()  # noqa: SIM905  (one word a line would be pages)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpInfo:
+    """Facts of one operator overload."""
+
+    func: Any
+    call: Callable[..., Any]
+    """How to call it with the least ado."""
+    name: str
+    is_view: bool
+    """Returns an alias and writes nothing (or is not a tensor operation at all): never taped, never counted."""
+    mutates: tuple[tuple[int, str], ...]
+    """(position, name) of each argument that it writes."""
+    is_random: bool
+    is_uninitialised: bool
+    """Its result has no defined contents."""
+    is_full_writer: bool
+    """Writes every element of its first argument without reading it."""
+    splits_silently: bool
+    """Returns parts of its argument that autograd takes for new tensors: one may be written while another is saved."""
+    is_foreign: bool
+    """Not PyTorch's own: nothing is known about it but its schema."""
+    undeclared_writes: tuple[int, ...]
+    """Positions of arguments that it writes although its schema does not say so."""
+    training_flag: int
+    """Position of the flag that switches `undeclared_writes` on; -1 if they always happen."""
+    blocker: str
+    """Why it may never be replayed; empty if it may."""
+    blocker_on_cuda: str
+    needs_calibration: bool
+    """Not on the known-good list: replay it once and compare, before trusting it."""
+    is_quiet: bool = field(init=False)
+    """It changes nothing that a tape knows: neither writes nor splits anything, and is PyTorch's own."""
+
+    def __post_init__(self) -> None:
+        loud = self.mutates or self.undeclared_writes or self.splits_silently or self.is_foreign
+        object.__setattr__(self, "is_quiet", not loud)
+
+
+#: By the operator's `id`, as hashing an operator is a Python call; the facts hold the operator, so that no other can
+#: get its number.
+_INFO: dict[int, OpInfo] = {}
+known_facts = _INFO.get
+
+
+def describe(func: Any) -> OpInfo:
+    """Facts about an operator overload (cached)."""
+    info = _INFO.get(id(func))
+    if info is None:
+        info = _INFO[id(func)] = _describe(func)
+    return info
+
+
+def _describe(func: Any) -> OpInfo:
+    if not isinstance(func, OpOverload):  # a higher-order operator: opaque
+        return OpInfo(
+            func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
+            is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
+            blocker="a higher-order operator", blocker_on_cuda="", needs_calibration=True,
+        )  # fmt: skip
+    schema = func._schema
+    name = str(func)
+    base = schema.name.split("::")[-1]
+    mutates = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    returns_alias = any(result.alias_info is not None for result in schema.returns)
+    writes, flag = _UNDECLARED_WRITES.get(name, ((), -1))
+    uninitialised = name in _UNINITIALISED
+    if func.namespace not in ("aten", "prims"):
+        blocker = f"{func.namespace} operations are not replayed"
+    elif base in _STATEFUL:
+        blocker = "the operation changes state that the tape cannot see"
+    else:
+        blocker = ""
+    return OpInfo(
+        func=func,
+        call=plain_call(func),
+        name=name,
+        is_view=(not mutates and returns_alias) or func.namespace in ("prim", "profiler"),
+        mutates=mutates,
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        is_uninitialised=uninitialised,
+        is_full_writer=base in _FULL_WRITERS,
+        splits_silently=base in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
+        is_foreign=func.namespace not in ("aten", "prims", "prim"),
+        undeclared_writes=writes,
+        training_flag=flag,
+        blocker=blocker,
+        blocker_on_cuda="not deterministic on CUDA" if base in _NONDETERMINISTIC_ON_CUDA else "",
+        needs_calibration=base not in _KNOWN_GOOD and not uninitialised,
+    )
+
+
+def mutated_tensors(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The strided tensors among the arguments that the operation writes, in argument order."""
+    found: list[torch.Tensor] = []
+    for position, name in info.mutates:
+        argument = args[position] if position < len(args) else kwargs.get(name)
+        for tensor in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                found.append(tensor)
+    return found
+
+
+def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Tensors that the call writes although the operation's schema does not say so."""
+    if not info.undeclared_writes or (info.training_flag >= 0 and not args[info.training_flag]):
+        return []
+    return tensors_in([args[place] for place in info.undeclared_writes if place < len(args)])
+
+
+def learn_undeclared_writes(func: Any, places: Iterable[int]) -> None:
+    """An operation was caught writing these arguments: from now on that is known, to later calls and measurements."""
+    info = describe(func)
+    known = tuple(sorted({*info.undeclared_writes, *places}))
+    _INFO[id(func)] = replace(info, undeclared_writes=known, training_flag=-1)
+
+
+def tensors_in(arguments: Any) -> list[torch.Tensor]:
+    """Tensors in (possibly nested) argument lists, in order."""
+    found: list[torch.Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument)
+        elif isinstance(argument, list | tuple):
+            found += tensors_in(argument)
+    return found
+
+
+def result_tensors(result: Any) -> tuple[Any, ...]:
+    """An operation's results as a tuple (positions kept; entries may be None or not tensors)."""
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    if isinstance(result, list | tuple):
+        return tuple(result)
+    return ()

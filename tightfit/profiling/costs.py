@@ -1,0 +1,315 @@
+"""What each distinct operation costs, measured by running it alone on made-up data of the right shapes.
+
+Time: the minimum of a few runs, the runs of all operations interleaved so that a burst of other work on the machine
+does not fall on one of them.  On a CPU, an operation that moves much data is timed with its arguments out of the caches
+(see `processor_caches`), less what that costs an operation without data: its code is then cold, too, which in a step of
+some hundred operations of the same kinds it is not.  Scratch: the most memory the operation held inside, beyond inputs
+and outputs, which no dispatcher shows (convolutions, attention); on CPU from the profiler's memory events, on CUDA from
+the allocator.
+
+Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
+be run on such data is given the time and scratch zero; so is one that a made-up argument could crash: anything outside
+ATen, and backward kernels that read a workspace which only their own forward can fill (oneDNN's RNN gets it from one).
+
+What a machine has measured once is remembered by `cost_cache`.
+
+Within the budget: made-up arguments are copies beside the model.  An optimizer's foreach operation over all parameters
+would double its state; where that does not fit, it is run on the first of its tensors and the figures scaled.  What
+does not fit at all is estimated from operations of the same name, else from all.  Such figures carry a note and are
+not cached.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import below_autograd, profiler_memory_events, profiler_ranges, set_grad_enabled_quietly
+from tightfit.device.memory import refuse_second_profiler
+from tightfit.profiling.cost_cache import Cost, CostCache
+from tightfit.profiling.output_strides import Layouts, layouts_of
+from tightfit.profiling.partial_call import argument_bytes, share_within
+from tightfit.profiling.processor_caches import fill_caches, forget
+from tightfit.profiling.signatures import Call, TensorSpec
+from tightfit.records import Signature
+from tightfit.step.snapshot import RandomState
+
+_ROUNDS = 3
+_LONG_RUN_MS = 60.0
+#: Arguments of an operation that are likely to be out of the caches when it runs.
+_MUCH_DATA_BYTES = 256 << 10
+_COLD_ROUNDS = 9
+_PREFIX = "tightfit-op-"
+#: Read opaque state (a reserve buffer, packed weights) whose contents they trust.
+_OPAQUE = frozenset(
+    {
+        "aten._cudnn_rnn_backward.default",
+        "aten.miopen_rnn_backward.default",
+        "aten._cudnn_rnn.default",
+        "aten.miopen_rnn.default",
+        "aten._ctc_loss_backward.default",
+        "aten._cudnn_ctc_loss.default",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What running one operation alone showed."""
+
+    scratch_bytes: int
+    layouts: Layouts
+
+
+@dataclass(kw_only=True)
+class Costs:
+    """What every call costs, and what finding that out took."""
+
+    signatures: tuple[Signature, ...] = ()
+    layouts: dict[int, Layouts] = field(default_factory=dict)
+    """By the call's number, how its results lie in memory."""
+    scratch_ms: float = 0.0
+    """Time spent on finding scratch and sizes."""
+    times_ms: float = 0.0
+    """Time spent on finding times."""
+
+
+def measure_costs(
+    calls: Sequence[Call],
+    device: torch.device,
+    cache: CostCache,
+    *,
+    timed: bool = True,
+    room_bytes: int | None = None,
+    result_bytes: Mapping[int, int] | None = None,
+) -> Costs:
+    """Time, scratch and output sizes of each call, from the cache where it knows them.
+
+    Args:
+        calls: what to measure.
+        device: where.
+        cache: what is known, and what is to be remembered.
+        timed: False leaves times that the cache does not know at zero; give no cache then.
+        room_bytes: memory that measuring may take; None: as much as it needs.
+        result_bytes: by the call's number, memory that its results take.
+
+    Leaves every random generator as it was.
+    """
+    result_bytes = result_bytes or {}
+    found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
+    shares = {
+        index: share_within(call, result_bytes.get(index, 0), room_bytes)
+        for index, call in enumerate(calls)
+        if index not in found
+    }
+    to_run = {index: share.call for index, share in shares.items() if share.call is not None}
+    result = Costs()
+    random_state = RandomState()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            measured = _measure(list(to_run.values()), device, result, timed) if to_run else {}
+    finally:
+        random_state.restore()
+    for place, index in enumerate(to_run):
+        if place in measured:
+            found[index] = shares[index].scaled(measured[place])
+            if not shares[index].note:
+                cache.put(calls[index], measured[place])
+    cache.save()
+    result.layouts = {index: cost.layouts for index, cost in found.items()}
+    sizes = [argument_bytes(call) + result_bytes.get(index, 0) for index, call in enumerate(calls)]
+    names = [str(call.func) for call in calls]
+    estimated = {i: _estimate(i, names, sizes, found) for i, share in shares.items() if share.call is None}
+    costs = {**dict.fromkeys(range(len(calls)), Cost(0.0, 0, ())), **found, **estimated}
+    result.signatures = tuple(
+        Signature(
+            name=name,
+            ms=costs[index].ms,
+            scratch_bytes=costs[index].scratch_bytes,
+            note=shares[index].note if index in shares else "",
+        )
+        for index, name in enumerate(names)
+    )
+    return result
+
+
+def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Mapping[int, Cost]) -> Cost:
+    """What an operation that cannot be run alone may cost, by its size and what others cost for theirs."""
+    alike = [other for other in known if names[other] == names[index] and sizes[other]]
+    rivals = alike or [other for other in known if sizes[other]]
+    if not rivals:
+        return Cost(0.0, 0, ())
+    ms = statistics.median(known[other].ms / sizes[other] for other in rivals) * sizes[index]
+    scratch = max((known[other].scratch_bytes / sizes[other] for other in alike), default=0.0) * sizes[index]
+    return Cost(round(ms, 6), int(scratch), ())
+
+
+def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: bool) -> dict[int, Cost]:
+    """The cost of each call, by its place; calls that cannot be run alone have none."""
+    begin = time.perf_counter()
+    alone = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
+    middle = time.perf_counter()
+    best = {} if timed else dict.fromkeys(alone, 0.0)
+    cold = device.type == "cpu" and timed
+    cold_code_ms = _cold_code_ms() if cold else 0.0
+    for round_number in range(_ROUNDS if timed else 0):
+        for index, call in enumerate(calls):
+            if index not in alone or (round_number > 0 and best.get(index, 0.0) > _LONG_RUN_MS):
+                continue
+            repeats = 1 if round_number == 0 else 2
+            elapsed = _time_ms(call, device, repeats)
+            if elapsed is not None and cold and argument_bytes(call) >= _MUCH_DATA_BYTES and elapsed < _LONG_RUN_MS:
+                in_cold_ms = _time_ms(call, device, repeats, cold=True)
+                elapsed = max(elapsed, in_cold_ms - cold_code_ms) if in_cold_ms is not None else elapsed
+            if elapsed is not None:
+                best[index] = min(best.get(index, elapsed), elapsed)
+    forget()
+    result.scratch_ms = (middle - begin) * 1e3
+    result.times_ms = (time.perf_counter() - middle) * 1e3
+    return {
+        index: Cost(round(best[index], 6), found.scratch_bytes, found.layouts)
+        for index, found in alone.items()
+        if index in best
+    }
+
+
+def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    with below_autograd():
+        set_grad_enabled_quietly(call.grad_enabled)
+        return call.func(*args, **kwargs)
+
+
+def _cold_code_ms() -> float:
+    """What an operation without data takes longer when the caches are full of other things."""
+    x = torch.ones(1)
+    times_ms: dict[bool, list[float]] = {False: [], True: []}
+    for cold in (False, True) * _COLD_ROUNDS:
+        if cold:
+            fill_caches()
+        begin = time.perf_counter()
+        torch.abs(x)
+        times_ms[cold].append((time.perf_counter() - begin) * 1e3)
+    return max(0.0, statistics.median(times_ms[True]) - min(times_ms[False]))
+
+
+def _time_ms(call: Call, device: torch.device, repeats: int, *, cold: bool = False) -> float | None:
+    try:
+        args, kwargs = _make_up(call)
+        best = float("inf")
+        for _ in range(repeats):
+            if cold:
+                fill_caches()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            _run(call, args, kwargs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, (time.perf_counter() - begin) * 1e3)
+        return best
+    except Exception:
+        return None
+
+
+def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
+    outputs: dict[int, Layouts] = {}
+    args: Any
+    kwargs: Any
+    result: Any
+    refuse_second_profiler()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for index, call in enumerate(calls):
+            try:
+                args, kwargs = _make_up(call)
+                with torch.profiler.record_function(f"{_PREFIX}{index}"):
+                    result = _run(call, args, kwargs)
+                outputs[index] = layouts_of(result, (*args, *kwargs.values()))
+            except Exception:
+                continue
+            finally:
+                args = kwargs = result = None  # before the next call's arguments are made
+    ranges = profiler_ranges(profile, _PREFIX)
+    events = profiler_memory_events(profile)
+    position = 0
+    found: dict[int, Alone] = {}
+    for index in sorted(outputs):
+        start, end = ranges[f"{_PREFIX}{index}"]
+        level = peak = 0
+        while position < len(events) and events[position][0] < start:
+            position += 1
+        while position < len(events) and events[position][0] <= end:
+            level += events[position][1]
+            peak = max(peak, level)
+            position += 1
+        found[index] = Alone(scratch_bytes=max(0, peak - max(level, 0)), layouts=outputs[index])
+    return found
+
+
+def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, Alone]:
+    found: dict[int, Alone] = {}
+    args: Any
+    kwargs: Any
+    result: Any
+    for index, call in enumerate(calls):
+        try:
+            args, kwargs = _make_up(call)
+            torch.cuda.reset_peak_memory_stats(device)
+            result = _run(call, args, kwargs)
+            scratch = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
+            found[index] = Alone(scratch_bytes=scratch, layouts=layouts_of(result, (*args, *kwargs.values())))
+        except Exception:
+            continue
+        finally:
+            args = kwargs = result = None
+    return found
+
+
+def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:
+    name = str(call.func)
+    if not name.startswith(("aten.", "prims.")) or name in _OPAQUE:
+        raise ValueError("an operation that made-up data could crash")
+    args, kwargs = [_value(a) for a in call.args], {name: _value(a) for name, a in call.kwargs}
+    if name == "aten.mkldnn_rnn_layer_backward.default":
+        _fill_rnn_workspace(args)
+    return args, kwargs
+
+
+def _fill_rnn_workspace(args: list[Any]) -> None:
+    """Run the forward of oneDNN's RNN, which alone can write the workspace that its backward reads."""
+    tensors = args[:7]  # input, four weights, hx, cx
+    reverse, mode, hidden_size, num_layers, has_biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
+    with below_autograd():
+        set_grad_enabled_quietly(True)  # without it, forward returns no workspace
+        args[7], args[8], args[9], args[22] = torch.ops.aten.mkldnn_rnn_layer.default(
+            *tensors, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
+        )
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, TensorSpec):
+        return _tensor(argument)
+    if isinstance(argument, tuple):
+        return [_value(a) for a in argument]
+    if isinstance(argument, str) and argument.startswith("<"):
+        raise ValueError("an argument that cannot be made up")
+    return argument
+
+
+def _tensor(spec: TensorSpec) -> torch.Tensor:
+    if spec.nbytes == 0:
+        return torch.empty(spec.size, dtype=spec.dtype, device=spec.device)
+    whole = torch.empty(spec.nbytes // spec.dtype.itemsize, dtype=spec.dtype, device=spec.device)
+    if spec.dtype.is_floating_point:
+        whole.uniform_(0.1, 0.9)
+    elif spec.dtype.is_complex:
+        torch.view_as_real(whole).uniform_(0.1, 0.9)
+    else:
+        whole.fill_(1 if spec.dtype is torch.bool else 0)
+    return whole.as_strided(spec.size, spec.stride, spec.offset)

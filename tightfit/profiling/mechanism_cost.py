@@ -1,0 +1,216 @@
+"""What the mechanism itself costs on this machine: so that plans are not drawn up as if it were free.
+
+Python's own work takes several times as long where the operations before it left its code and objects cold.  So the
+mechanism is measured twice: in a loop, and with other data sent through the caches before each operation (see
+`processor_caches`).  A model pays something in between, by how much of a core's own cache its operations touch
+(`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
+loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
+Python's alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, fields
+
+import torch
+
+from tightfit.profiling.cost_cache import Cost, CostCache
+from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget
+from tightfit.records import Op, Recipe, Storage, Value
+from tightfit.replay.module_recompute import ModuleCall
+from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.session import Installed
+from tightfit.replay.statistics import Statistics
+from tightfit.step.snapshot import RandomState
+
+_OPS = 16
+#: Operations in a module: what Python does around modules is done again when a module is run again.
+_OPS_PER_MODULE = 4
+_ROUNDS = 5
+_KEY = "<overhead>"
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Milliseconds; see the fields of the same names of `Profile`."""
+
+    mode_ms_per_op: float = 0.0
+    tape_ms_per_op: float = 0.0
+    rerun_ms_per_op: float = 0.0
+    rerun_ms_per_call: float = 0.0
+
+    def towards(self, other: Overhead, ratio: float) -> Overhead:
+        """So far (0 to 1) from this to `other`."""
+        mine, others = astuple(self), astuple(other)
+        return Overhead(*(round(a + ratio * (b - a), 6) for a, b in zip(mine, others, strict=True)))
+
+
+def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> Overhead:
+    """What each way of not holding what autograd saves costs beside the operations.
+
+    Args:
+        device: where the model's operations run.
+        cache: what is known, and what is to be remembered.
+        evicted: the model's `eviction_ratio`.
+    """
+    hot = _remembered("hot", cache, cold=False)
+    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device.type == "cpu" else hot
+
+
+def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:
+    """How much of what a core's cache holds an operation of these replaces by its own data: 0 to 1, their mean."""
+    if not ops:
+        return 0.0
+    whole = core_cache_bytes()
+    touched = ({values[value].storage for value in (*op.inputs, *op.outputs)} for op in ops)
+    return statistics.fmean(min(1.0, sum(storages[storage].nbytes for storage in found) / whole) for found in touched)
+
+
+def _remembered(name: str, cache: CostCache, *, cold: bool) -> Overhead:
+    keys = [f"{_KEY} {name} {entry.name}" for entry in fields(Overhead)]
+    known = [cost.ms for key in keys if (cost := cache.get(key)) is not None]
+    if len(known) == len(keys):
+        return Overhead(*known)
+    random_state = RandomState()
+    with torch.enable_grad():
+        overhead = Overhead(*_measure_tape(cold), *_measure_rerun(cold))
+    random_state.restore()
+    forget()
+    for key, ms in zip(keys, astuple(overhead), strict=True):
+        cache.put(key, Cost(ms, 0, ()))
+    cache.save()
+    return overhead
+
+
+class _Chain(torch.nn.Module):
+    """Operations of one element, in modules; notes what each took.  They show what Python costs, whatever the model
+    runs on.
+    """
+
+    def __init__(self, ops: int, *, cold: bool) -> None:
+        super().__init__()
+        counts = [_OPS_PER_MODULE] * (ops // _OPS_PER_MODULE) or [ops]
+        self.links = torch.nn.ModuleList([_Link(count, cold) for count in counts])
+
+    def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
+        for link in self.links:
+            x = link(x, times_ms)
+        return x
+
+
+class _Link(torch.nn.Module):
+    def __init__(self, ops: int, cold: bool) -> None:
+        super().__init__()
+        self._ops = ops
+        self._cold = cold
+
+    def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
+        for _ in range(self._ops):
+            if self._cold:
+                fill_caches()
+            begin = time.perf_counter()
+            # A view for every operation, as in real models: views are not taped, but the mode sees them, too.
+            x = torch.abs(x.view(-1))
+            times_ms.append((time.perf_counter() - begin) * 1e3)
+        return x
+
+
+def _weight() -> torch.Tensor:
+    return torch.full((1,), 0.5, device="cpu", requires_grad=True)
+
+
+def _measure_tape(cold: bool) -> tuple[float, float]:
+    """Of running in a planned region, and further of being taped and replayed, for each operation."""
+    passing, taped = _installed(), Installed(recipes={}, calibrate=False)
+    contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "plain": nullcontext,
+        "mode": lambda: passing.region(_KEY),
+        "tape": lambda: taped.region(_KEY),
+    }
+    chains = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False)
+    weight = _weight()
+    gradient = torch.ones_like(weight)
+    forward: dict[str, list[float]] = {name: [] for name in contexts}
+    hot: dict[str, list[float]] = {name: [] for name in contexts}
+    backward: dict[str, list[float]] = {name: [] for name in contexts}
+    for _ in range(_ROUNDS):
+        for name, context in contexts.items():
+            with context():
+                chains[0](weight, forward[name])
+            with context():
+                result = chains[1](weight, hot[name])
+            begin = time.perf_counter()
+            result.backward(gradient)
+            backward[name].append((time.perf_counter() - begin) * 1e3 / _OPS)
+            weight.grad = None
+    forward_ms, hot_ms, backward_ms = (
+        {name: statistics.median(found) for name, found in times.items()} for times in (forward, hot, backward)
+    )
+    mode_ms = max(0.0, forward_ms["mode"] - forward_ms["plain"])
+    record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
+    scale = 1.0
+    if cold:
+        scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
+    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"])
+    return round(mode_ms, 6), round(record_ms + replay_ms, 6)
+
+
+def _measure_rerun(cold: bool) -> tuple[float, float]:
+    """Of running a module again: for each operation, and further for each call."""
+    chain, hot, single = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False), _Chain(1, cold=False)
+    weight = _weight()
+    gradient = torch.ones_like(weight)
+    plain: list[float] = []
+    alone: list[float] = []
+    first: list[float] = []
+    second: list[float] = []
+    calls: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(_ROUNDS):
+        chain(weight, plain)
+        hot(weight, alone)
+        both: list[float] = []
+        _call(chain, weight, both, rerun=True).backward(gradient)
+        first += both[:_OPS]
+        second += both[_OPS:]
+        for rerun, times_ms in calls.items():
+            if cold:
+                fill_caches()
+            begin = time.perf_counter()
+            result = _call(single, weight, [], rerun=rerun)
+            spent = time.perf_counter() - begin
+            if cold:
+                fill_caches()
+            begin = time.perf_counter()
+            result.backward(gradient)
+            times_ms.append((spent + time.perf_counter() - begin) * 1e3)
+        weight.grad = None
+    # The operation's own time is counted elsewhere, as it is when the same operation runs over and over.
+    saving_ms = max(0.0, statistics.median(first) - statistics.median(plain))
+    op_ms = saving_ms + max(0.0, statistics.median(second) - statistics.median(alone))
+    call_ms = statistics.median(calls[True]) - statistics.median(calls[False]) - op_ms
+    return round(op_ms, 6), round(max(0.0, call_ms), 6)
+
+
+def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, rerun: bool) -> torch.Tensor:
+    if not rerun:
+        return chain(weight, times_ms)  # type: ignore[no-any-return]  # what it returns is a tensor
+    return ModuleCall(chain, chain.forward, {"times_ms": times_ms}, Statistics(), _OPS).run((weight,))  # type: ignore[no-any-return]  # what it returns is a tensor
+
+
+def _installed() -> Installed:
+    """A plan for the chain that has no use for its operations."""
+    recipe = Recipe(
+        class_id=0,
+        op_names=("aten.abs.default",) * _OPS,
+        keep=(),
+        drop=(),
+        replay=(),
+        held_bytes=0,
+        dropped_bytes=0,
+        replay_ms=0.0,
+    )
+    return Installed(recipes={f"{_KEY}#0": LiveRecipe(recipe)}, calibrate=False)

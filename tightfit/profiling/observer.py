@@ -1,0 +1,282 @@
+"""Watches one training step and writes down what happens to memory.
+
+Works on fake tensors (shapes without data) and on real ones.  Autograd's savings are taken away while watching: a saved
+tensor is replaced by a note of its geometry (for real tensors its bytes go to a file), see `savings`.  From the deaths
+of storages and of notes follow the lifetimes in the plain step and in any plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import DispatchMode, current_graph_task, storage_key
+from tightfit.distributed.dtensor import is_distributed
+from tightfit.operators import replayable as safety
+from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from tightfit.profiling.gradient_sums import GradientSums
+from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
+from tightfit.profiling.output_strides import Layouts, laid_out, layouts_of
+from tightfit.profiling.saved_tensors import Savings
+from tightfit.profiling.signatures import SignatureTable
+from tightfit.profiling.storage_ledger import Ledger
+from tightfit.records import EventKind
+
+
+class Observer(DispatchMode):
+    """See the module.  `device_type` is the device whose memory counts."""
+
+    def __init__(
+        self,
+        signatures: SignatureTable,
+        device_type: str,
+        spill: Callable[[torch.Tensor], Any] | None = None,
+        unspill: Callable[[Any], torch.UntypedStorage] | None = None,
+        layouts: Mapping[str, Layouts] | None = None,
+    ) -> None:
+        """`layouts`: how the results of some operations really lie in memory, by the signature's key."""
+        super().__init__()
+        self._ledger = ledger = Ledger(device_type)
+        self._sums = GradientSums(ledger)
+        self._savings = Savings(ledger, self._quietly, spill, unspill)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._savings.unpack)
+        self.in_optimizer = False
+        self._in_backward = False
+        self._quiet = 0
+        self._beside = 0
+        self._busy = False  # inside our own code, which asks for storages, too
+        self._exposed: set[int] = set()  # storages whose memory was handed out
+        self._signatures = signatures
+        self.random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
+        """Of the default generator, where that counts; a CUDA generator's state is a few bytes of host memory."""
+        self.margin_bytes = 0
+        """What a step may take beyond what is seen here."""
+        self._has_data = unspill is not None
+        self._corrections = layouts or {}
+        self.layouts: dict[str, Layouts] = {}
+        """How the results of each signature lay, by its key."""
+
+    @property
+    def seen(self) -> Observation:
+        """What was seen so far."""
+        return self._ledger.seen
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # As for `replay.session.Session`: without it every operation pays for a wrapper that only torch.compile needs.
+        return False
+
+    # ------------------------------------------------------------------------------------------------ the caller's side
+
+    def add_baseline(self, tensor: torch.Tensor, component: str) -> None:
+        """Count the tensor's storage as alive during the whole step."""
+        if self._ledger.counts(tensor) and not self._ledger.knows(tensor):
+            self._ledger.add(tensor, component)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._hooks.__enter__()
+        self.put_on()
+        self._ledger.is_open = True
+
+    def stop(self) -> None:
+        """End watching."""
+        self._sums.settle()
+        self._ledger.is_open = False
+        self.take_off()
+        self._hooks.__exit__(None, None, None)
+
+    @contextmanager
+    def beside_the_step(self) -> Iterator[None]:
+        """Operations inside are not the model's, and a plan has nothing to do with them, but their memory counts."""
+        self._beside += 1
+        try:
+            yield
+        finally:
+            self._beside -= 1
+
+    def add_resizable(self, tensor: torch.Tensor) -> None:
+        """A tensor without memory, which will get some and give it back (see `resized`).  What it holds is, for the
+        model, a parameter that is always there.
+        """
+        assert tensor.untyped_storage().nbytes() == 0
+        self.add_baseline(tensor, "parameters")
+
+    def resized(self, tensor: torch.Tensor) -> None:
+        """The tensor has got memory, or given it back."""
+        if self._ledger.is_open:
+            self._ledger.resize(tensor)
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Operations inside are not noted, but see what an observed run sees (an optimizer's step counter)."""
+        with self:
+            yield
+
+    def expose(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory is handed out: from now on it may be written at any moment, unseen."""
+        forward = self._ledger.is_open and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
+        if forward and not (self._quiet or self._beside or self._busy) and self._ledger.counts(tensor):
+            self._exposed.add(self.seen.values[self._ledger.overwrite(tensor)].storage)
+
+    def begin_backward(self) -> None:
+        """Backward begins now."""
+        self._in_backward = True
+        self._ledger.emit(EventKind.BACKWARD)
+
+    def begin_optimizer(self) -> None:
+        """The optimizer step begins now."""
+        self.in_optimizer = True
+        self._ledger.emit(EventKind.OPTIMIZER)
+
+    def enter_module(self, path: str, has_plain_arguments: bool) -> None:
+        """A module call begins."""
+        self.seen.events.append(ModuleEvent(path, has_plain_arguments))
+
+    def exit_module(self) -> None:
+        """The innermost module call ends."""
+        self.seen.events.append(ModuleEvent(None))
+
+    # ------------------------------------------------------------------------------------------------ PyTorch's side
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.in_optimizer and func is torch.ops.aten._local_scalar_dense.default and not self._has_data:
+            return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
+        if self._quiet or not self._ledger.is_open:
+            return func(*args, **kwargs)
+        was_busy, self._busy = self._busy, True
+        try:
+            if self._beside:
+                return self._note_memory(func, args, kwargs)
+            return self._dispatch(func, types, args, kwargs)
+        finally:
+            self._busy = was_busy
+
+    def _note_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._sums.settle()
+        result = func(*args, **kwargs)
+        if not describe(func).is_view:
+            for tensor in result_tensors(result):
+                if isinstance(tensor, torch.Tensor) and not is_distributed(tensor):
+                    self._ledger.value_of(tensor)
+        return result
+
+    def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        graph_task = current_graph_task()
+        self._sums.follow(graph_task)
+        info = describe(func)
+        if info.is_view:
+            return func(*args, **kwargs)
+        self._sums.settle()
+        tensors = tensors_in((*args, *kwargs.values()))
+        forward = not self._in_backward and not self.in_optimizer and graph_task < 0
+        signature = self._signatures.note(func, args, kwargs)
+        if not forward:
+            since = len(self.seen.events)
+            result = self._call(func, args, kwargs, signature)
+            results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
+            self._signatures.note_result(signature, tensors, results)
+            for tensor in tensors + results:
+                self._ledger.value_of(tensor)
+            if not self._in_backward:  # a backward inside forward: what it writes, replay in backward would see written
+                for tensor in mutated_tensors(info, args, kwargs):
+                    self._ledger.overwrite(tensor)
+            self._ledger.emit(EventKind.OTHER_OP, signature)
+            self._sums.note(func, args, result, since)
+            return result
+        return self._forward_op(func, info, types, args, kwargs, tensors, signature)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
+        """Run it; where its kernel is known to lay its results out otherwise than a real one, lay them out anew."""
+        result = func(*args, **kwargs)
+        key = self._signatures.keys[signature]
+        if (layouts := self._corrections.get(key)) is not None:
+            result = laid_out(result, layouts)
+        if key not in self.layouts:
+            self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
+        return result
+
+    def _forward_op(
+        self,
+        func: Any,
+        info: OpInfo,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+        signature: int,
+    ) -> Any:
+        seen = self.seen
+        device = safety.call_device(tensors, kwargs)
+        reason = safety.blocker(info, types, tensors, device.type)
+        if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
+            reason = "its random state cannot be recorded"
+        moved = undeclared_writes(info, args)  # running statistics, which replay leaves out
+        inputs = [value for t in tensors if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)]
+        if not reason and any(self.seen.values[value].storage in self._exposed for value in inputs):
+            reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
+        if not reason:
+            for tensor in tensors:
+                value = self._ledger.value_of(tensor)
+                if value >= 0 and self._ledger.is_uninitialised(value):
+                    whole = tensor is args[0] and tensor.numel() * tensor.itemsize == self._ledger.nbytes(value)
+                    if not (info.is_full_writer and whole):
+                        reason = "it reads uninitialised memory"
+        mutated = [t for t in mutated_tensors(info, args, kwargs) if self._ledger.counts(t)]
+        written = {storage_key(t): t for t in mutated}
+        op_index = len(seen.ops)
+        op = RawOp(
+            name=info.name,
+            signature=signature,
+            inputs=tuple(inputs),
+            mutates=tuple(self._ledger.value_of(t) for t in written.values()),
+            keep_reason=reason,
+            random_state_bytes=self.random_state_bytes if info.is_random else 0,
+        )
+        result = self._call(func, args, kwargs, signature)
+        results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
+        self._signatures.note_result(signature, tensors, results)
+        for tensor in moved:
+            self._ledger.overwrite(tensor)
+        for position, tensor in enumerate(written.values()):
+            op.outputs.append(self._ledger.overwrite(tensor, op_index, -1 - position))
+        for position, tensor in enumerate(result_tensors(result)):
+            if not isinstance(tensor, torch.Tensor) or not self._ledger.counts(tensor):
+                continue
+            if self._ledger.knows(tensor):
+                continue  # an alias of an argument
+            storage = self._ledger.add(tensor, "activation")
+            self._ledger.emit(EventKind.ALLOC, storage)
+            value = seen.storages[storage].current
+            seen.values[value].op = op_index
+            seen.values[value].output = position
+            # Uninitialised contents are never a source and never dropped: whatever fills them later may be invisible.
+            seen.values[value].overwritten = info.is_uninitialised
+            op.outputs.append(value)
+        seen.ops.append(op)
+        self._ledger.emit(EventKind.OP, op_index)
+        return result
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if not self._ledger.is_open or self._beside:
+            return tensor
+        was_busy, self._busy = self._busy, True
+        try:
+            return self._savings.pack(tensor)
+        finally:
+            self._busy = was_busy
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Operations inside are not the step's."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1

@@ -1,0 +1,162 @@
+"""From an observation to a profile: cut forward into regions, find identical ones, drop what no reader needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+from tightfit._torch_private import find_overload
+from tightfit.operators.facts import describe
+from tightfit.operators.region_names import LOSS, RegionCursor
+from tightfit.profiling.observation import ModuleEvent, Observation
+from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
+
+
+@dataclass(slots=True)
+class _Cut:
+    """Forward cut into regions."""
+
+    keys: list[str] = field(default_factory=list)
+    first_op: list[int] = field(default_factory=list)
+    op_count: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    slot_region: dict[int, int] = field(default_factory=dict)
+    plain_calls: set[str] = field(default_factory=set)
+    """Keys of whole module calls with tensors and constants for arguments."""
+
+
+def build_tables(
+    observation: Observation,
+    region_paths: Sequence[str],
+    signatures: Sequence[Signature],
+    pure_paths: AbstractSet[str] = frozenset(),
+) -> Mapping[str, Any]:
+    """The tables of a `Profile`: storages, values, ops, regions, slots, events.  `pure_paths`: modules that may be run
+    again as a whole.
+    """
+    cut = _cut(observation, frozenset(region_paths))
+    storages = tuple(Storage(nbytes=s.nbytes, component=s.component) for s in observation.storages)
+    values = tuple(
+        Value(storage=v.storage, op=v.op, output=v.output, overwritten=v.overwritten) for v in observation.values
+    )
+    ops = tuple(
+        Op(
+            signature=op.signature,
+            inputs=op.inputs,
+            outputs=tuple(op.outputs),
+            mutates=op.mutates,
+            keep_reason=op.keep_reason,
+            random_state_bytes=op.random_state_bytes,
+        )
+        for op in observation.ops
+    )
+    slots = tuple(Slot(value=value, region=cut.slot_region[index]) for index, value in enumerate(observation.slots))
+    slots_of_region: list[list[int]] = [[] for _ in cut.keys]
+    for slot in slots:
+        slots_of_region[slot.region].append(slot.value)
+    # A call with regions inside is in pieces; those of the model itself always are.
+    whole = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    known_good = [not describe(find_overload(signature.name)).needs_calibration for signature in signatures]
+    classes: dict[Any, int] = {}
+    regions = []
+    for index, key in enumerate(cut.keys):
+        first, count = cut.first_op[index], cut.op_count[index]
+        shape = _shape_of(range(first, first + count), ops, values, storages, slots_of_region[index], signatures)
+        may_rerun = (
+            key in cut.plain_calls
+            and key.partition("#")[0] in whole
+            and all(known_good[op.signature] for op in ops[first : first + count])
+        )
+        class_id = classes.setdefault((shape, may_rerun), len(classes))
+        regions.append(Region(key=key, first_op=first, op_count=count, class_id=class_id, may_rerun=may_rerun))
+    return {
+        "storages": storages,
+        "values": values,
+        "ops": ops,
+        "regions": tuple(regions),
+        "slots": slots,
+        "events": tuple(cut.events),
+    }
+
+
+def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:
+    cursor = RegionCursor()
+    cursor.push(LOSS)
+    cut = _Cut()
+    calls: list[bool] = []  # for each open module call: is it a region
+    slots = 0
+    ops = 0
+
+    def begin() -> None:
+        cut.events.append(Event(EventKind.ENTER, len(cut.keys)))
+        cut.keys.append(cursor.key)
+        cut.first_op.append(ops)
+        cut.op_count.append(0)
+
+    def end() -> None:
+        cut.events.append(Event(EventKind.EXIT, len(cut.keys) - 1))
+
+    forward = True
+    begin()
+    for event in observation.events:
+        if isinstance(event, ModuleEvent):
+            if not forward:
+                continue
+            if event.path is not None:
+                calls.append(event.path in region_paths)
+                if calls[-1]:
+                    end()
+                    cursor.push(event.path)
+                    begin()
+                    if event.has_plain_arguments:
+                        cut.plain_calls.add(cursor.key)
+            elif calls.pop():
+                end()
+                cursor.pop()
+                begin()
+            continue
+        if event.kind == EventKind.BACKWARD and forward:
+            end()
+            forward = False
+        elif event.kind == EventKind.OP:
+            cut.op_count[-1] += 1
+            ops += 1
+        elif event.kind == EventKind.SAVE:
+            cut.slot_region[slots] = len(cut.keys) - 1
+            slots += 1
+        cut.events.append(event)
+    return cut
+
+
+def _shape_of(
+    op_range: range,
+    ops: Sequence[Op],
+    values: Sequence[Value],
+    storages: Sequence[Storage],
+    saved: Sequence[int],
+    signatures: Sequence[Signature],
+) -> Any:
+    """Everything that decides what a region's tape allows, with values numbered by first appearance."""
+    numbers: dict[int, int] = {}
+
+    def number(value: int) -> tuple[int, int, str, bool]:
+        record = values[value]
+        storage = storages[record.storage]
+        return numbers.setdefault(value, len(numbers)), storage.nbytes, storage.component, record.overwritten
+
+    rows = []
+    for index in op_range:
+        op = ops[index]
+        rows.append(
+            (
+                signatures[op.signature].name,
+                op.signature,
+                tuple(number(v) for v in op.inputs),
+                tuple((number(v), values[v].output) for v in op.outputs),
+                tuple(number(v) for v in op.mutates),
+                op.keep_reason,
+            )
+        )
+    return tuple(rows), tuple(number(v) for v in saved)

@@ -1,0 +1,116 @@
+"""A copy of model, batch and optimizer that has shapes but no data.
+
+The fake run happens on this copy only: a fake forward on the user's own model may leave a fake tensor in a cached
+attribute, and later real steps would run on it without an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import FakeTensorMode, default_foreach, tree_map
+from tightfit.distributed._fsdp_private import (
+    attributes_without_sharding,
+    plain_class,
+    sharded_modules,
+    whole_parameters,
+)
+
+
+def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.Module, dict[int, Any]]:
+    """A deep copy whose tensors are fake, tied weights still tied; and the copy of each tensor, and of much else, by
+    the original's id.
+
+    A model that `fully_shard` has sharded is copied as it was before that: whole.
+
+    Raises:
+        TypeError: a part of the model cannot be copied without its data.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name or 'the model'} is a TorchScript module, which copies its data in C++")
+    # deepcopy looks an object up in its memo before copying: naming every tensor's fake there keeps data out.
+    memo: dict[int, Any] = {}
+    for whole in whole_parameters(model):
+        with mode:
+            data = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
+            fake = torch.nn.Parameter(data, requires_grad=whole.requires_grad)
+        for tensor in whole.tensors:
+            memo[id(tensor)] = fake
+            if tensor.grad is not None:
+                memo[id(tensor.grad)] = None
+    for tensor in _all_tensors(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = mode.from_tensor(tensor)
+            tensor_gradient = tensor.grad if tensor.is_leaf else None
+            if tensor_gradient is not None:
+                memo[id(tensor_gradient)] = None
+    sharded = sharded_modules(model)
+    for module in sharded:
+        memo[id(module)] = object.__new__(plain_class(module))
+    for module in sharded:
+        memo[id(module)].__dict__.update(copy.deepcopy(attributes_without_sharding(module), memo))
+    return copy.deepcopy(model, memo), memo
+
+
+def _all_tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from _tensors_below(vars(module), set(), 0)
+
+
+def _tensors_below(thing: Any, seen: set[int], depth: int) -> Iterable[torch.Tensor]:
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif id(thing) not in seen and depth < 4 and isinstance(thing, dict | list | tuple | set):
+        seen.add(id(thing))
+        for item in thing.values() if isinstance(thing, dict) else thing:
+            yield from _tensors_below(item, seen, depth + 1)
+
+
+def copy_batch(batch: Any, mode: FakeTensorMode) -> Any:
+    """The batch with fake tensors, containers kept."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return mode.from_tensor(leaf)
+        if hasattr(leaf, "__dict__") and any(isinstance(v, torch.Tensor) for v in vars(leaf).values()):
+            duplicate = copy.copy(leaf)
+            for name, value in vars(leaf).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(duplicate, name, mode.from_tensor(value))
+            return duplicate
+        return leaf
+
+    return tree_map(convert, batch)
+
+
+def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> torch.optim.Optimizer:
+    """An optimizer of the same class and settings over the fake parameters (by the id of the real ones), with empty
+    state.
+
+    Parameters that are not the model's keep no place in it.
+    """
+    copied: torch.optim.Optimizer = object.__new__(type(optimizer))
+    copied.__dict__.update(optimizer.__dict__)
+    for name, value in list(vars(copied).items()):
+        if name.endswith("_hooks") and isinstance(value, OrderedDict):
+            copied.__dict__[name] = OrderedDict()
+        elif callable(value) and hasattr(type(optimizer), name):
+            del copied.__dict__[name]  # a scheduler wraps `step`: the wrapper would step the user's own optimizer
+    copied.state = defaultdict(dict)
+    copied.param_groups = []
+    for group in optimizer.param_groups:
+        duplicate = dict(group)
+        duplicate["params"] = [fakes[id(p)] for p in group["params"] if id(p) in fakes]
+        if duplicate.get("foreach", True) is None and not duplicate.get("fused"):
+            # The optimizer's own choice looks at the tensors' type, which is not the real one here.
+            duplicate["foreach"] = default_foreach(group["params"])
+        copied.param_groups.append(duplicate)
+    return copied

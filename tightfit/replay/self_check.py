@@ -1,0 +1,224 @@
+"""The first call of each region: is replay really the same computation?
+
+Two kinds of mistrust, both answered on real data and written down per region, so that later calls keep what failed:
+
+* An operation outside the known-good list is run a second time at once, from copies of what it writes and the same
+  random state: results must have the same bits, and its inputs must be as before.
+* The contents of everything the tape may replay are checksummed when made and compared each time they are seen again:
+  a raw kernel that wrote behind the dispatcher's back (NumPy, Triton, ctypes) is found, whatever buffer it wrote into.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tightfit._torch_private import below_autograd, set_grad_enabled_quietly
+from tightfit.operators.facts import OpInfo, result_tensors, tensors_in
+
+if TYPE_CHECKING:
+    from tightfit.replay.values import TapedOp, TapedValue
+
+Checksum = tuple[int, int, int]
+
+
+#: Words in a row of the checksum's layout, and rows that are summed at a time (1 MB).
+_ROW = 61
+_PIECE_ROWS = 2**12
+
+
+class Calibrator:
+    """Watches the region calls of one tape.  What must not be replayed is noted in its region's `refused`."""
+
+    def __init__(self, verified: set[str]) -> None:
+        self._verified = verified  # operators that passed, shared by all regions
+        self._checksums: dict[TapedValue, Checksum] = {}
+        self._dropped: dict[TapedValue, weakref.ref[torch.UntypedStorage]] = {}
+        self._readers: dict[TapedValue, list[TapedOp]] = {}  # operations that read the value
+        self._copies: dict[int, torch.Tensor] = {}
+        self._input_checksums: list[Checksum] = []
+
+    def remember(self, value: TapedValue, tensor: torch.Tensor) -> None:
+        """`value` has just been made, or seen for the first time; `tensor` is one view of it."""
+        self._checksums[value] = checksum(tensor)
+
+    def unchanged(self, value: TapedValue, tensor: torch.Tensor) -> bool:
+        """The value still has the contents that it was made with.
+
+        If not, its operation is refused from now on, and so are those that read it before the hidden write: their
+        replay would find the new contents.
+        """
+        expected = self._checksums.get(value)
+        if expected is None or value.uninitialised or checksum(tensor) == expected:
+            return True
+        if value.op is not None:
+            value.op.region.refused.add(value.op.position)
+        for op in self._readers.get(value, ()):
+            op.region.refused.add(op.position)
+        return False
+
+    def dropped(self, value: TapedValue, tensor: torch.Tensor) -> None:
+        """Autograd saved the value, and it is dropped."""
+        self._dropped[value] = weakref.ref(tensor.untyped_storage())
+
+    def written_since(self, value: TapedValue) -> torch.UntypedStorage | None:
+        """The storage that the dropped value was in, if it is still there and was written: what plain would read."""
+        reference = self._dropped.get(value)
+        storage = reference() if reference is not None else None
+        if storage is None:
+            return None
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return None if self.unchanged(value, whole) else storage
+
+    def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The operation is about to run for the first time."""
+        for value in op.inputs:
+            self._readers.setdefault(value, []).append(op)
+        if not self._is_suspect(op):
+            return
+        tensors = tensors_in((*args, *kwargs.values()))
+        with below_autograd():
+            self._input_checksums = [checksum(t) for t in tensors]
+            self._copies = {index: _clone_with_storage(t) for index, t in enumerate(tensors)} if op.info.mutates else {}
+
+    def after(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """The operation has run: run it again and compare. False if it may not be replayed."""
+        if not self._is_suspect(op):
+            return True
+        same = self._same_again(op, args, kwargs, result)
+        self._copies = {}
+        if same:
+            self._verified.add(op.info.name)
+        else:
+            op.region.refused.add(op.position)
+        return same
+
+    def look_at(self, info: OpInfo, args: tuple[Any, ...]) -> list[tuple[int, torch.Tensor, Checksum]]:
+        """Position, tensor and checksum of each tensor argument that the operation should leave alone."""
+        declared = {place for place, _ in info.mutates}
+        return [
+            (place, tensor, checksum(tensor))
+            for place, argument in enumerate(args)
+            if place not in declared
+            for tensor in tensors_in((argument,))
+            if tensor.layout is torch.strided and type(tensor) is torch.Tensor
+        ]
+
+    def changed_since(self, looked_at: list[tuple[int, torch.Tensor, Checksum]]) -> list[tuple[int, torch.Tensor]]:
+        """Those whose contents are other than they were."""
+        return [(place, tensor) for place, tensor, before in looked_at if checksum(tensor) != before]
+
+    def _is_suspect(self, op: TapedOp) -> bool:
+        return op.info.needs_calibration and op.info.name not in self._verified
+
+    def _same_again(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        tensors = tensors_in((*args, *kwargs.values()))
+        written = {id(t) for position, name in op.info.mutates for t in _at(args, kwargs, position, name)}
+        with below_autograd():
+            for tensor, expected in zip(tensors, self._input_checksums, strict=True):
+                if id(tensor) not in written and checksum(tensor) != expected:
+                    return False
+            copies = {id(t): self._copies.get(index, t) for index, t in enumerate(tensors)}
+            again_args = _replace(args, copies)
+            again_kwargs = {name: _replace((a,), copies)[0] for name, a in kwargs.items()}
+            set_grad_enabled_quietly(op.grad)
+            now = op.generator.get_state() if op.generator is not None else None
+            if op.generator is not None:
+                assert op.random_state is not None
+                op.generator.set_state(op.random_state)
+            try:
+                again = op.func(*again_args, **again_kwargs)
+            except RuntimeError:
+                return False
+            finally:
+                if op.generator is not None:
+                    assert now is not None
+                    op.generator.set_state(now)
+            pairs = [(a, b) for a, b in zip(result_tensors(result), result_tensors(again), strict=True)]
+            pairs += [(t, copies[id(t)]) for t in tensors if id(t) in written]
+            return all(same_bits(a, b) for a, b in pairs)
+
+
+def _at(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> list[torch.Tensor]:
+    return tensors_in((args[position] if position < len(args) else kwargs.get(name),))
+
+
+def _replace(arguments: Any, copies: dict[int, torch.Tensor]) -> Any:
+    replaced = [
+        copies.get(id(a), a)
+        if isinstance(a, torch.Tensor)
+        else _replace(a, copies)
+        if isinstance(a, list | tuple)
+        else a
+        for a in arguments
+    ]
+    return type(arguments)(replaced)
+
+
+def _clone_with_storage(tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    copy.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return copy
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Equal type, shape, dtype and bits (NaN equals the same NaN); anything that is not a tensor compares by ==."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return bool(a == b) if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) else False
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
+        return False
+    if a.layout is not torch.strided:
+        return bool(torch.equal(a.to_dense(), b.to_dense()))
+    if bool(torch.equal(a, b)) and not (a.is_floating_point() or a.is_complex()):
+        return True
+    return bool(torch.equal(_as_bytes(a), _as_bytes(b)))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def checksum(tensor: torch.Tensor) -> Checksum:
+    """Three sums over the bytes of the tensor's whole storage, laid out in rows: plain, rows weighted by their place,
+    and columns weighted by theirs, so that a change of order shows too.
+    """
+    with below_autograd():
+        storage = tensor.untyped_storage()
+        words = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        words.set_(storage, 0, (storage.nbytes(),), (1,))
+        if words.data_ptr() % 4:
+            words = words.clone()
+        tail = words[storage.nbytes() // 4 * 4 :].sum(dtype=torch.int64)
+        numbers = words[: storage.nbytes() // 4 * 4].view(torch.int32)
+        plain = by_row = torch.zeros((), dtype=torch.int64, device=storage.device)
+        columns = torch.zeros(_ROW, dtype=torch.int64, device=storage.device)
+        for first, piece in enumerate(numbers.split(_ROW * _PIECE_ROWS)):  # the sums need twice a piece's memory
+            whole = piece.numel() // _ROW * _ROW
+            grid, rest = piece[:whole].view(-1, _ROW), piece[whole:].to(torch.int64)
+            rows = torch.cat([grid.sum(1, dtype=torch.int64), rest.sum()[None]])
+            plain = plain + rows.sum()
+            by_row = by_row + (rows * (_places(rows) + first * _PIECE_ROWS)).sum()
+            columns += grid.sum(0, dtype=torch.int64)
+            columns[: rest.numel()] += rest
+        return int(plain + tail), int(by_row), int((columns * _places(columns)).sum())
+
+
+#: Up to here the contents themselves are their mark: reading them is quicker than adding them up.
+_SMALL_BYTES = 64 << 10
+
+
+def mark_of(tensor: torch.Tensor) -> object:
+    """What tells these contents from others: the bytes of a small storage, else its checksum."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() > _SMALL_BYTES:
+        return checksum(tensor)
+    with below_autograd():
+        words = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        words.set_(storage, 0, (storage.nbytes(),), (1,))
+        return words.to("cpu", copy=True).numpy().tobytes()  # of a copy: `numpy()` marks a storage for good
+
+
+def _places(numbers: torch.Tensor) -> torch.Tensor:
+    return torch.arange(1, numbers.numel() + 1, device=numbers.device)

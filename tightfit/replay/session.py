@@ -1,0 +1,350 @@
+"""One forward through a planned model: which tape is running, and when no mode is needed.
+
+A session starts with the outermost region call (or with `Applied.step`) and ends with it.  It follows the calls of
+region modules, gives each region its tape, and puts the dispatch mode and the saved-tensor hooks on PyTorch's stacks
+only while a region that drops something runs.
+
+PyTorch's stacks are last in, first out, and user code may push modes or hooks of its own between two of our calls.
+`_switch` therefore changes them only if whatever lies beneath ours is what lay there when the calling region began;
+otherwise it leaves them and lets operations pass through.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import (
+    MARK_BEGINS,
+    MARK_ENDS,
+    DispatchMode,
+    current_graph_task,
+    ddp_begins,
+    ddp_runs_its_module,
+    dispatch_depth,
+    function_mode_depth,
+    saved_tensor_hooks_allowed,
+    top_dispatch_mode,
+    top_function_mode,
+    top_saved_tensor_hooks,
+)
+from tightfit.errors import UnsupportedInput
+from tightfit.operators.escaped_memory import ExposureWatch
+from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
+from tightfit.operators.region_names import LOSS, RegionCursor
+from tightfit.records import Group
+from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.self_check import Calibrator
+from tightfit.replay.statistics import Statistics
+from tightfit.replay.tape import Tape
+from tightfit.replay.values import Handle, Kept
+from tightfit.replay.write_watch import Pending
+
+
+@dataclass(kw_only=True)
+class Installed:
+    """What all sessions of one applied plan share."""
+
+    recipes: Mapping[str, LiveRecipe | None]
+    """By region key; None leaves the region untouched. A key that is missing has no decision: all that is provably
+    replayable is dropped."""
+    enabled: bool = True
+    """Off: regions run as plain PyTorch."""
+    calibrate: bool = True
+    """Check each region's replay on its first call."""
+    statistics: Statistics = field(default_factory=Statistics)
+    refused: dict[str, set[int]] = field(default_factory=dict)
+    """Positions, by region key, of operations that calibration refused."""
+    calibrated: set[str] = field(default_factory=set)
+    verified: set[str] = field(default_factory=set)
+    """Operators that calibration found replayable."""
+    pending: Pending = field(default_factory=Pending)
+    fast_paths: Sequence[torch.nn.Module] = ()
+    """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
+    sessions: dict[int, Session] = field(default_factory=dict)
+    """Open sessions by thread."""
+
+    @contextmanager
+    def region(self, path: str, may_rerun: Callable[[], bool] = lambda: False) -> Iterator[LiveRecipe | None]:
+        """A call of the region module at `path`, in the thread's session (opened if need be).
+
+        Inside, the recipe if it wants the module to be run again as a whole in backward, and `may_rerun`, asked only
+        then, says that this call of it can be; else None.
+        """
+        thread = threading.get_ident()
+        session = self.sessions.get(thread)
+        if session is None:
+            if self.sessions and current_graph_task() < 0:
+                raise UnsupportedInput(
+                    "two threads run forward of one planned model at the same time. The plan's memory prediction and "
+                    "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
+                    "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
+                )
+            session = self.sessions[thread] = Session(self)
+        try:
+            session.enter(path, may_rerun)
+            try:
+                yield session.reruns
+            finally:
+                session.exit()
+        finally:
+            if session.is_over:
+                self.sessions.pop(thread, None)
+                session.close()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, what this thread runs is no business of the plan (FSDP2 gathers weights, exchanges gradients)."""
+        session = self.sessions.get(threading.get_ident())
+        if session is None:
+            yield
+            return
+        session.aside += 1
+        try:
+            yield
+        finally:
+            session.aside -= 1
+
+
+def unpack(packed: Any) -> Any:
+    """Autograd reads what `Tape.pack` gave it."""
+    if type(packed) is Handle:
+        return packed.tape.read(packed)
+    if type(packed) is Kept:
+        return packed.read()
+    return packed
+
+
+class Session(DispatchMode):
+    """See the module."""
+
+    def __init__(self, installed: Installed) -> None:
+        super().__init__()
+        self._installed = installed
+        self._pending = installed.pending
+        self._pending.prune()
+        self._busy = False  # inside our own code, which asks for storages, too
+        self._watch: ExposureWatch | None = None
+        if all(module.training for module in installed.fast_paths):
+            self._watch = ExposureWatch(self._expose)
+        self._cursor = RegionCursor()
+        self._tape: Tape | None = None
+        self._next: tuple[Group | None, int] = (None, 0)  # the region that would go on with this tape
+        self._active = False
+        self.aside = 0
+        """Not 0: what runs now is not the model's."""
+        self._in_ddp = False
+        """Outside the model, and inside DDP's forward. Before it calls what it wraps, it sends buffers around and makes
+        buckets; afterwards it may clone results. The step was measured without that, so it is no part of a tape."""
+        self.reruns: LiveRecipe | None = None
+        """Of the region that runs now, if it is to be run again as a whole."""
+        self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
+        self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch's own switch: without it every operation pays for a wrapper that only torch.compile needs, and a
+        # compiled model is never planned.
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        """No region call is open."""
+        return self._cursor.depth == 0
+
+    def close(self) -> None:
+        """Let go of what refers back to the session, so that it is freed without garbage collection."""
+        if not self._active:
+            del self._watch, self._hooks, self._pack_hook
+
+    def enter(self, path: str, may_rerun: Callable[[], bool]) -> None:
+        """A region call begins; `may_rerun` as for `Installed.region`."""
+        self._in_ddp = False
+        self._frames.append((self._active, self._beneath()))
+        self._cursor.push(path)
+        self._begin(may_rerun)
+
+    def exit(self) -> None:
+        """The innermost region call ends (also on an exception)."""
+        self._cursor.pop()
+        self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
+        was_active, _ = self._frames.pop()
+        self._switch(was_active)
+        if self._cursor.depth:
+            self._begin()
+        else:
+            self._end_tape()
+
+    def _begin(self, may_rerun: Callable[[], bool] = lambda: False) -> None:
+        installed = self._installed
+        key = self._cursor.key
+        recipe = installed.recipes.get(key)
+        untouched = recipe is None and key in installed.recipes
+        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or _is_capturing()
+        self.reruns = None
+        if recipe is not None and recipe.rerun and not elsewhere:
+            if may_rerun():
+                self.reruns = recipe
+            else:
+                recipe = None  # a tape drops as much
+        if untouched or elsewhere or self.reruns is not None:
+            self._end_tape()
+            if self._frames[-1][1] == self._beneath():
+                self._switch(False)
+            return
+        if self._frames[-1][1] == self._beneath():
+            self._switch(True)
+        if not self._active:
+            self._end_tape()
+            return
+        if recipe is None:
+            installed.statistics.unplanned_calls += 1
+        group = recipe.group if recipe is not None else None
+        place = recipe.place if recipe is not None else 0
+        uncalibrated = installed.calibrate and key not in installed.calibrated
+        goes_on = self._tape is not None and group is not None and (group, place) == self._next
+        # Another plan may have calibrated the group's first region and not this one.
+        if self._tape is None or not goes_on or (uncalibrated and not self._tape.is_calibrating):
+            self._end_tape()
+            calibrator = Calibrator(installed.verified) if uncalibrated else None
+            nest = group.nest if group is not None else None
+            self._tape = Tape(installed.statistics, installed.pending, nest, calibrator)
+        installed.calibrated.add(key)
+        self._next = group, place + 1
+        self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
+
+    def _is_others_business(self) -> bool:
+        """Somebody else's saved-tensor hooks are in force, or such hooks are forbidden (`torch.func.grad`).
+
+        `torch.utils.checkpoint` counts what is saved under its hooks, in forward and again when it recomputes: a region
+        that took some of it away in one of the two would make it confuse tensors.  Measuring sees no savings there
+        either, so a plan drops nothing.
+        """
+        hooks = top_saved_tensor_hooks()
+        ours = isinstance(hooks, tuple) and hooks[0] is self._pack_hook
+        return not saved_tensor_hooks_allowed() or (hooks is not None and not ours)
+
+    def _end_tape(self) -> None:
+        if self._tape is not None:
+            was_busy, self._busy = self._busy, True
+            self._tape.seal()
+            self._busy = was_busy
+            self._tape = None
+
+    def _beneath(self) -> object:
+        """What lies on PyTorch's stacks beneath our own mode and hooks; None if ours are not on top."""
+        if not self._active:
+            return dispatch_depth(), top_saved_tensor_hooks(), function_mode_depth()
+        if not self._on_top():
+            return None
+        self._pop()
+        below = dispatch_depth(), top_saved_tensor_hooks(), function_mode_depth()
+        self._push()
+        return below
+
+    def _on_top(self) -> bool:
+        hooks = top_saved_tensor_hooks()
+        return (
+            top_dispatch_mode() is self
+            and isinstance(hooks, tuple)
+            and hooks[0] is self._pack_hook
+            and (self._watch is None or top_function_mode() is self._watch)
+        )
+
+    def _switch(self, active: bool) -> None:
+        if active == self._active:
+            return
+        if active:
+            self._push()
+        elif self._on_top():
+            self._pop()
+
+    def _push(self) -> None:
+        self._hooks.__enter__()
+        self.put_on()
+        if self._watch is not None:
+            self._watch.put_on()
+        self._active = True
+
+    def _pop(self) -> None:
+        if self._watch is not None:
+            self._watch.take_off()
+        self.take_off()
+        self._hooks.__exit__(None, None, None)
+        self._active = False
+
+    def _expose(self, tensor: torch.Tensor) -> None:
+        if self._busy or self.aside or current_graph_task() >= 0:
+            return
+        if self._tape is not None:
+            self._tape.about_to_write(tensor)
+        self._pending.expose(tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        tape = self._tape
+        was_busy, self._busy = self._busy, True
+        try:
+            return Kept(tensor) if tape is None or self.aside or self._is_ddps() else tape.pack(tensor)
+        finally:
+            self._busy = was_busy
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.aside:
+            return func(*args, **(kwargs or {}))
+        info = known_facts(id(func)) or describe(func)
+        if info.is_view or (
+            info.is_quiet
+            and not self._in_ddp
+            and self._tape is not None
+            and current_graph_task() < 0
+            and self._tape.passes(func)
+        ):
+            if func is MARK_BEGINS or func is MARK_ENDS:
+                self._note_mark(func, args)
+            return info.call(*args, **kwargs) if kwargs else info.call(*args)
+        kwargs = kwargs or {}
+        was_busy, self._busy = self._busy, True
+        try:
+            return self._run(func, info, types, args, kwargs)
+        finally:
+            self._busy = was_busy
+
+    def _note_mark(self, func: Any, args: tuple[Any, ...]) -> None:
+        if ddp_begins(func, args):
+            self._in_ddp = True
+        elif func is MARK_ENDS and self._is_ddps():
+            self._in_ddp = False
+
+    def _is_ddps(self) -> bool:
+        """What runs now is DDP's own, and not what it wraps."""
+        return self._in_ddp and not ddp_runs_its_module()
+
+    def _run(self, func: Any, info: OpInfo, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if info.mutates or info.undeclared_writes:
+            for tensor in (*mutated_tensors(info, args, kwargs), *undeclared_writes(info, args)):
+                self._pending.before_write(tensor)
+        tape = self._tape
+        if tape is None:
+            return func(*args, **kwargs)
+        in_backward = current_graph_task() >= 0
+        if in_backward and self._cursor.depth == 1 and self._cursor.path == LOSS:
+            # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is no forward;
+            # should it be one after all, autograd keeps what it saves, as in the plain step.
+            self._end_tape()
+        if in_backward or self._is_ddps():  # not the region's own, but its writes count
+            for tensor in mutated_tensors(info, args, kwargs):
+                tape.about_to_write(tensor)
+            return func(*args, **kwargs)
+        return tape.dispatch(func, info, types, args, kwargs)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

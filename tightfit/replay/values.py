@@ -1,0 +1,332 @@
+"""What a tape is made of: values, references to them, operations, and what autograd holds instead of a saved tensor.
+
+A *value* is what one storage holds between two writes.  References are counted: each handle, and each operation that is
+yet to be replayed, holds one on every value that it wants; what reaches zero is freed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tightfit._torch_private import (
+    WeakStorage,
+    alias,
+    alias_outside_dispatch,
+    below_autograd,
+    storage_key,
+    version_counter,
+    with_lazy_bits,
+)
+from tightfit.operators.facts import OpInfo
+from tightfit.replay.recipe import LiveRecipe
+
+if TYPE_CHECKING:
+    from tightfit.replay.tape import Tape
+
+_Tensor = torch.Tensor
+
+
+class TapedValue:
+    """What one storage holds between two writes."""
+
+    __slots__ = ("__weakref__", "address", "handles", "last_leaf", "live", "mark", "memo", "nbytes", "op", "output",
+                 "refs", "source", "uninitialised", "version")  # fmt: skip
+
+    def __init__(self, address: WeakStorage, nbytes: int) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self.op: TapedOp | None = None
+        self.output = 0
+        self.source: _Tensor | None = None  # held alias
+        self.version: int | None = None  # the source's version when the region ended
+        self.mark: object = None  # by which to know the contents of a source that may be written unseen
+        self.memo: torch.UntypedStorage | None = None  # replayed contents
+        self.refs = 0  # handles, and operations not yet replayed, that want it
+        self.handles = 0  # of those, the handles
+        self.last_leaf = 0  # of the tape's leaves, the last that uses it
+        self.uninitialised = False
+        self.live: _Tensor | None = None  # written after it was dropped: what plain autograd would read
+
+
+class Ref:
+    """A tensor argument or saved tensor: a value through a geometry."""
+
+    __slots__ = ("dtype", "lazy", "offset", "size", "stride", "value")
+
+    def __init__(self, value: TapedValue, tensor: _Tensor) -> None:
+        self.value = value
+        self.size = tensor.size()
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.dtype = tensor.dtype
+        self.lazy = tensor.is_conj(), tensor.is_neg()
+
+    def build(self, storage: torch.UntypedStorage) -> _Tensor:
+        """A tensor of this geometry on `storage`."""
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
+        tensor.set_(storage, self.offset, self.size, self.stride)
+        return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
+
+
+class TapedRegion:
+    """One region call on a tape."""
+
+    __slots__ = ("on_plan", "recipe", "refused")
+
+    def __init__(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
+        self.recipe = recipe
+        self.on_plan = recipe is not None  # its operations have been the plan's so far
+        self.refused = refused  # positions of operations that calibration found unfit, in any call of this region
+
+    def keeps(self, value: TapedValue) -> bool:
+        """The plan has one of this region's values held."""
+        return self._is_in(self.recipe.keep if self.recipe is not None else (), value)
+
+    def drops(self, value: TapedValue) -> bool:
+        """The plan has it dropped; without a plan, everything is."""
+        return not self.on_plan or self._is_in(self.recipe.drop if self.recipe is not None else (), value)
+
+    def _is_in(self, names: Collection[tuple[int, int]], value: TapedValue) -> bool:
+        return self.on_plan and value.op is not None and (value.op.position, value.output) in names
+
+
+class TapedOp:
+    """One operation that can be run again."""
+
+    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "leaf", "order",
+                 "outputs", "position", "random_state", "region")  # fmt: skip
+
+    def __init__(self, region: TapedRegion, position: int, order: int, leaf: int, func: Any, info: OpInfo) -> None:
+        self.region = region
+        self.position = position  # in its region
+        self.order = order  # on its tape
+        self.leaf = leaf  # of the tape's nest
+        self.func = func
+        self.info = info
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.inputs: tuple[TapedValue, ...] = ()  # each once
+        self.outputs: list[TapedValue] = []
+        self.demanded = False
+        self.done = False
+        self.grad = False
+        self.generator: torch.Generator | None = None
+        self.random_state: _Tensor | None = None
+
+    def forget(self) -> None:
+        """Break reference cycles: the operation will not run (again)."""
+        self.done = True
+        self.inputs = ()
+        self.outputs = []
+        self.args = ()
+        self.kwargs = {}
+        self.random_state = None
+
+
+class Passing:
+    """What one replay passes through: results that it needs on its way and that are not memoised."""
+
+    __slots__ = ("leaf", "readers", "storages")
+
+    def __init__(self, leaf: int, readers: Counter[TapedValue]) -> None:
+        self.leaf = leaf  # for which this replay is
+        self.readers = readers  # of each value, how many of its operations are yet to read it
+        self.storages: dict[TapedValue, torch.UntypedStorage] = {}
+
+    def was_read_by_one_more(self, values: tuple[TapedValue, ...]) -> None:
+        """An operation that reads `values` has run."""
+        for value in values:
+            self.readers[value] -= 1
+            if self.readers[value] == 0:
+                self.storages.pop(value, None)
+
+
+class Handle:
+    """What autograd holds instead of a dropped tensor."""
+
+    __slots__ = ("counter", "leaf", "ref", "tape", "version")
+
+    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
+        self.tape = tape
+        self.ref = ref
+        self.leaf = leaf  # of the tape's nest, in which it was saved
+        self.counter = version_counter(tensor)
+        self.version = tensor._version
+
+    def check_version(self) -> None:
+        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
+        if self.counter._version != self.version:
+            raise modified_error(self.ref.dtype, self.ref.size, self.counter._version, self.version)
+
+    def __del__(self) -> None:
+        self.tape.release(self.ref.value)
+
+
+class Kept:
+    """A saved tensor that stays, with the version that plain autograd would have checked."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: _Tensor) -> None:
+        # An output that its own node saves has that node as grad_fn: held as it is, the two would keep each other alive
+        # for ever in a graph that never sees a backward.
+        # A subclass is aliased as its own kind.
+        plain = type(tensor) is _Tensor or type(tensor) is torch.nn.Parameter
+        self.tensor = alias_outside_dispatch(_Tensor, tensor) if plain else alias(tensor)
+        self.version = tensor._version
+
+    def read(self) -> _Tensor:
+        """The tensor; raises as plain autograd does if it was written after being saved."""
+        if self.tensor._version != self.version:
+            raise modified_error(self.tensor.dtype, self.tensor.shape, self.tensor._version, self.version)
+        return self.tensor
+
+
+def contents(value: TapedValue) -> torch.UntypedStorage | None:
+    """The bytes of a value, if they are at hand. Raises if its source was written after the region ended."""
+    if value.memo is not None:
+        return value.memo
+    source = value.source
+    if source is None:
+        return None
+    if value.version is not None and source._version != value.version:
+        raise changed_error(source, "in place after the region that used it ended")
+    return source.untyped_storage()
+
+
+def can_rebuild(wanted: TapedValue) -> bool:
+    """Every operation that rebuilding needs is on the tape, and every leaf is held."""
+    seen: set[TapedValue] = set()
+    stack = [wanted]
+    while stack:
+        value = stack.pop()
+        if value in seen or value.refs:  # already demanded, hence already proved
+            continue
+        seen.add(value)
+        if value.source is not None:
+            continue
+        if value.op is None or (value.op.done and value.memo is None):
+            return False
+        stack.extend(value.op.inputs)
+    return True
+
+
+def demand(wanted: TapedValue) -> None:
+    """One more reference on `wanted`, and on all that rebuilding it needs."""
+    stack = [wanted]
+    while stack:
+        value = stack.pop()
+        value.refs += 1
+        op = value.op
+        if value.refs == 1 and value.source is None and op is not None and not op.demanded:
+            op.demanded = True
+            stack.extend(op.inputs)
+
+
+def unref(values: list[TapedValue]) -> None:
+    """Give back one reference on each of `values`; free what nobody wants any more."""
+    stack = values
+    while stack:
+        value = stack.pop()
+        value.refs -= 1
+        if value.refs:
+            continue
+        value.memo = None
+        value.source = None
+        op = value.op
+        if op is not None and op.demanded and not op.done and all(output.refs == 0 for output in op.outputs):
+            stack.extend(op.inputs)
+            op.forget()
+
+
+def written_refs(op: TapedOp) -> dict[TapedValue, None]:
+    """Values that the operation writes, in argument order."""
+    written: dict[TapedValue, None] = {}
+    for position, name in op.info.mutates:
+        argument = op.args[position] if position < len(op.args) else op.kwargs.get(name)
+        for ref in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(ref, Ref):
+                written[ref.value] = None
+    return written
+
+
+def rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> Any:
+    """An argument with references replaced by tensors on the given storages."""
+    if isinstance(argument, Ref):
+        return argument.build(storages[argument.value])
+    if isinstance(argument, list | tuple):
+        return type(argument)(rebuild(a, storages) for a in argument)
+    return argument
+
+
+def copy_of_storage(tensor: _Tensor) -> _Tensor:
+    """A tensor of the same geometry on a copy of the whole storage."""
+    with below_autograd():
+        storage = tensor.untyped_storage().clone()
+        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return copy
+
+
+def belongs_to_others(tensor: _Tensor) -> bool:
+    """Its memory was given to PyTorch (`torch.from_numpy`, `torch.frombuffer`): the giver may write there, unseen."""
+    storage = tensor.untyped_storage()
+    return storage.device.type == "cpu" and not storage.resizable()
+
+
+#: More channels than any normalisation has.
+_STATISTICS_BYTES = 64 << 10
+
+
+def may_be_statistics(tensor: _Tensor) -> bool:
+    """Running statistics look like this, and normalisation moves them with no mark and no version: hold a copy.
+
+    The write is seen where the engine watches, but the normalisation may be in a region that is left untouched.
+    """
+    return (
+        tensor.dim() == 1
+        and type(tensor) is _Tensor
+        and tensor.is_floating_point()
+        and not tensor.requires_grad
+        and tensor.untyped_storage().nbytes() <= _STATISTICS_BYTES
+    )
+
+
+def before_write(value: TapedValue, tensor: _Tensor) -> None:
+    """The storage that `tensor` shows is about to be written: keep what is still needed of `value`, which is in it."""
+    if value.handles and value.live is None:
+        # Plain autograd holds this storage: it would refuse at the read if the version moved, else see the new contents
+        # (`.data`, NumPy, running statistics). So does what is held from here on.
+        value.live = alias(tensor)
+    source = value.source
+    if source is None or storage_key(source) != storage_key(tensor):
+        return
+    if value.version is not None and source._version != value.version:
+        return  # too late: it was written where nobody looked
+    if value.refs:  # somebody will need the old contents
+        value.source = copy_of_storage(source)
+        value.version = value.source._version
+    else:
+        value.source = None
+
+
+def modified_error(dtype: torch.dtype, shape: torch.Size, version: int, expected: int) -> RuntimeError:
+    """What plain autograd raises when a saved tensor was written afterwards."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{dtype} {list(shape)} is at version {version}; expected version {expected} instead. Plain PyTorch refuses "
+        "this too: do not modify a tensor in place after a differentiable operation used it."
+    )
+
+
+def changed_error(source: _Tensor, how: str) -> RuntimeError:
+    """What to raise when a source is no longer what replay needs; `how` it was modified."""
+    return RuntimeError(
+        "tightfit cannot rebuild a saved tensor: a tensor that its recomputation reads "
+        f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
+        "Do not modify it before backward, or keep this region out of the plan."
+    )

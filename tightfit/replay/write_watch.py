@@ -1,0 +1,53 @@
+"""Values of finished regions that backward will still ask for, found by the storage that they are in or read from.
+
+A tape hears of writes only while its own region runs.  Later regions, of the same forward or of the next one, may write
+what it left behind: a buffer that they update, a result that they change through `.data`.  The session tells of every
+write that it sees, and what is needed of the old contents is put aside then; see `before_write`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import storage_key
+from tightfit.replay.values import TapedValue, before_write
+
+_Lock = AbstractContextManager[Any]
+
+
+class Pending:
+    """See the module.  One for each applied plan."""
+
+    def __init__(self) -> None:
+        self.exposed: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        """Storages whose memory was handed out: from then on they may be written at any moment, unseen."""
+        self._by_storage: dict[int, list[tuple[weakref.ref[TapedValue], _Lock]]] = {}
+
+    def add(self, key: int, value: TapedValue, lock: _Lock) -> None:
+        """`value` is in the storage with that key, or read from it; `lock` is its tape's."""
+        self._by_storage.setdefault(key, []).append((weakref.ref(value), lock))
+
+    def before_write(self, tensor: torch.Tensor) -> None:
+        """The contents of the tensor's storage are about to change."""
+        for reference, lock in self._by_storage.pop(storage_key(tensor), ()):
+            value = reference()
+            # A value that lives reserves its storage's address, so the key still means that storage.
+            if value is not None and (value.refs or value.handles):
+                with lock:
+                    before_write(value, tensor)
+
+    def expose(self, tensor: torch.Tensor) -> None:
+        """The memory of the tensor's storage is handed out. To be safe, that counts as a write."""
+        self.before_write(tensor)
+        key, exposed = storage_key(tensor), self.exposed
+        if key not in exposed:
+            exposed[key] = weakref.ref(tensor.untyped_storage(), lambda _: exposed.pop(key, None))
+
+    def prune(self) -> None:
+        """Forget values that are gone."""
+        alive = {key: [e for e in entries if e[0]() is not None] for key, entries in self._by_storage.items()}
+        self._by_storage = {key: entries for key, entries in alive.items() if entries}

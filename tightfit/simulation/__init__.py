@@ -1,0 +1,1 @@
+"""The one oracle of peak memory and step time: a profile's timeline, edited by a plan. Needs no PyTorch."""

@@ -1,0 +1,269 @@
+"""Look-ups into a profile that depend on no decision: what each region's tape allows, and what lives in any case.
+
+F1, below `simulate`, which walks a step with these look-ups.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tightfit.records import Decision, Event, EventKind, KeepSet, Profile, Rerun
+
+_OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionFacts:
+    """What a tape over a region (or over several that follow each other) allows, whatever is decided.  Values and
+    operations are global indices.
+    """
+
+    index: int
+    """The region; the first, if there are several."""
+    own: frozenset[int]
+    """Values that the tape's operations made."""
+    keepable: frozenset[int]
+    """Own values that can be held as a replay source: not overwritten later."""
+    droppable: frozenset[int]
+    """Own values that replay can rebuild."""
+    slots: tuple[int, ...]
+    """Slots whose value is own and droppable: the only ones that a decision concerns."""
+
+    @property
+    def optional(self) -> frozenset[int]:
+        """Values that a keep set may name: keepable, and not forced to be held anyway."""
+        return self.keepable & self.droppable
+
+
+class ProfileIndex:
+    """Look-ups into a profile that do not depend on any decision; build it once and share it."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.region_of_op = [0] * len(profile.ops)
+        for index, region in enumerate(profile.regions):
+            for op in range(region.first_op, region.first_op + region.op_count):
+                self.region_of_op[op] = index
+        self.region_of_slot = [slot.region for slot in profile.slots]
+        self.activation_bytes = [s.nbytes if s.component == "activation" else 0 for s in profile.storages]
+        """Of each storage: its size; nothing for one that is part of the baseline, where it is counted."""
+        self.slots_of_region: list[list[int]] = [[] for _ in profile.regions]
+        for slot_index, region_index in enumerate(self.region_of_slot):
+            self.slots_of_region[region_index].append(slot_index)
+        self.events_of_region: list[list[int]] = [[] for _ in profile.regions]
+        kinds = [event.kind for event in profile.events]
+        self._backward_event = kinds.index(EventKind.BACKWARD) if EventKind.BACKWARD in kinds else 0
+        self._entered = [0] * len(profile.regions)
+        self._exited = [0] * len(profile.regions)
+        for time, event in enumerate(profile.events):
+            if event.kind == EventKind.ENTER:
+                self._entered[event.a] = time
+            elif event.kind == EventKind.EXIT:
+                self._exited[event.a] = time
+            owner = self.owner(event)
+            if owner >= 0:
+                self.events_of_region[owner].append(time)
+        self.facts = tuple(self._facts(index, 1) for index in range(len(profile.regions)))
+        self._group_facts: dict[tuple[int, int], RegionFacts] = {}
+        self.fixed_slots = frozenset(range(len(profile.slots))) - {s for f in self.facts for s in f.slots}
+        """Slots that no decision for a single region concerns."""
+        self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
+
+    def repriced(self, profile: Profile) -> ProfileIndex:
+        """Look-ups into a profile that differs from this one's in nothing but times."""
+        other = copy.copy(self)
+        other.profile = profile
+        other.__dict__.pop("plain_step_ms", None)
+        return other
+
+    @cached_property
+    def plain_step_ms(self) -> float:
+        """Predicted time of the plain step."""
+        return self.profile.plain_step_ms
+
+    def backward_event(self) -> int:
+        """When backward begins: the moment at which everything held from forward is held; 0 without backward."""
+        return self._backward_event
+
+    def owner(self, event: Event) -> int:
+        """The region whose tape has a part in an event; -1 if none has."""
+        kind, a = event
+        if kind == EventKind.OP:
+            return self.region_of_op[a]
+        if kind == EventKind.EXIT:
+            return a
+        return self.region_of_slot[a] if kind in _OF_SLOTS else -1
+
+    def producer_region(self, value: int) -> int:
+        """Index of the region that made a value; -1 if none did."""
+        op = self.profile.values[value].op
+        return self.region_of_op[op] if op >= 0 else -1
+
+    def is_free(self, value: int) -> bool:
+        """Its storage is part of the baseline, so that holding it costs nothing."""
+        return self.is_baseline(self.profile.values[value].storage)
+
+    def is_baseline(self, storage: int) -> bool:
+        """It is alive during the whole step, and counted there."""
+        return self.profile.storages[storage].component != "activation"
+
+    def nbytes(self, value: int) -> int:
+        """Size of the value's storage."""
+        return self.profile.storages[self.profile.values[value].storage].nbytes
+
+    def local(self, value: int) -> tuple[int, int]:
+        """A value's coordinates in its region: (operation's position, output's index), as keep sets name it."""
+        record = self.profile.values[value]
+        return record.op - self.profile.regions[self.region_of_op[record.op]].first_op, record.output
+
+    def group_facts(self, first: int, count: int) -> RegionFacts:
+        """What one tape over `count` regions from `first` allows."""
+        if count == 1:
+            return self.facts[first]
+        found = self._group_facts.get((first, count))
+        if found is None:
+            found = self._group_facts[first, count] = self._facts(first, count)
+        return found
+
+    def keep_values(self, region: int, keep: KeepSet) -> frozenset[int]:
+        """The values that a keep set names; names that do not exist or are not optional are ignored."""
+        return frozenset(value for value in self.facts[region].optional if self.local(value) in keep)
+
+    def kept_values(self, facts: RegionFacts, first: int, decisions: Sequence[Decision]) -> frozenset[int]:
+        """`keep_values` for one tape over several regions, with a decision for each (None there: all are kept)."""
+        kept = set()
+        for value in facts.optional:
+            decision = decisions[self.region_of_op[self.profile.values[value].op] - first]
+            # A region that is run again as a whole has no tape to share.
+            if decision is None or isinstance(decision, Rerun) or self.local(value) in decision:
+                kept.add(value)
+        return frozenset(kept)
+
+    def may_rerun(self, region: int) -> bool:
+        """The region's module may be run again as a whole: a second forward is the same computation, changes nothing,
+        and rebuilds all that autograd saved of it.
+        """
+        profile, facts, record = self.profile, self.facts[region], self.profile.regions[region]
+        if not record.may_rerun or not facts.slots:
+            return False
+        ops = profile.ops[record.first_op : record.first_op + record.op_count]
+        saved = (profile.slots[slot].value for slot in self.slots_of_region[region])
+        return (
+            facts.own == facts.droppable
+            and all(value in facts.own for op in ops for value in op.mutates)
+            and not any(
+                profile.values[value].overwritten for op in ops for value in op.inputs if value not in facts.own
+            )
+            and not any(profile.values[value].overwritten for value in saved)
+        )
+
+    def rerun_events(self, region: int) -> list[Event]:
+        """What happens when the region's module runs again: its forward, up to the last saving."""
+        window = self.profile.events[self._entered[region] : self._exited[region]]
+        last = max(place for place, (kind, _) in enumerate(window) if kind == EventKind.SAVE)
+        return list(window[: last + 1])
+
+    def rerun_ops(self, region: int) -> frozenset[int]:
+        """Operations that run when the region's module runs again."""
+        return frozenset(a for kind, a in self.rerun_events(region) if kind == EventKind.OP)
+
+    def needed_ops(self, region: int, keep: KeepSet) -> frozenset[int]:
+        """Operations that are replayed at least once when every droppable slot outside `keep` is dropped."""
+        return self.rebuilding_ops(self.facts[region], self.keep_values(region, keep))
+
+    def rebuilding_ops(self, facts: RegionFacts, held: frozenset[int]) -> frozenset[int]:
+        """Operations that a tape replays at least once when every droppable slot whose value is not `held` is
+        dropped.
+        """
+        needed: set[int] = set()
+        stack = [v for s in facts.slots if (v := self.profile.slots[s].value) not in held]
+        while stack:
+            value = stack.pop()
+            op = self.profile.values[value].op
+            if op in needed:
+                continue
+            needed.add(op)
+            stack.extend(
+                u for u in self.profile.ops[op].inputs if u in facts.own and u in facts.droppable and u not in held
+            )
+        return frozenset(needed)
+
+    def _facts(self, index: int, count: int) -> RegionFacts:
+        profile = self.profile
+        last = profile.regions[index + count - 1]
+        ops = range(profile.regions[index].first_op, last.first_op + last.op_count)
+        own = frozenset(v for op in ops for v in profile.ops[op].outputs)
+        keepable = frozenset(v for v in own if not profile.values[v].overwritten)
+        droppable: set[int] = set()
+        for op in ops:  # in order, so that inputs are decided before outputs
+            record = profile.ops[op]
+            if record.keep_reason:
+                continue
+            if all(
+                (u in keepable or u in droppable) if u in own else not profile.values[u].overwritten
+                for u in record.inputs
+            ):
+                droppable.update(record.outputs)
+        # A saved value that is overwritten later is what plain autograd would see (or refuse): it must stay.
+        slots = tuple(
+            s
+            for region in range(index, index + count)
+            for s in self.slots_of_region[region]
+            if (v := profile.slots[s].value) in droppable and not profile.values[v].overwritten
+        )
+        return RegionFacts(index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots)
+
+    def _fixed(self) -> tuple[list[int], dict[int, int], dict[int, list[tuple[int, int]]]]:
+        """Level after each event and spikes of what lives whatever is decided; when each storage lives in it."""
+        profile = self.profile
+        nbytes_of = self.activation_bytes
+        held = [0] * len(nbytes_of)
+        level = 0
+        levels: list[int] = []
+        spikes: dict[int, int] = {}
+        born: dict[int, int] = {}
+        intervals: dict[int, list[tuple[int, int]]] = {}
+        for time, (kind, a) in enumerate(profile.events):
+            acquire = release = -1
+            if kind == EventKind.ALLOC:
+                acquire = a
+            elif kind == EventKind.FREE:
+                release = a
+            elif kind == EventKind.OTHER_OP:
+                spikes[time] = profile.signatures[a].scratch_bytes
+            elif kind == EventKind.OP:
+                spikes[time] = profile.signatures[profile.ops[a].signature].scratch_bytes
+            elif kind == EventKind.SAVE and a in self.fixed_slots:
+                acquire = profile.values[profile.slots[a].value].storage
+            elif kind == EventKind.RELEASE and a in self.fixed_slots:
+                release = profile.values[profile.slots[a].value].storage
+            if acquire >= 0:
+                held[acquire] += 1
+                if held[acquire] == 1:
+                    level += nbytes_of[acquire]
+                    born[acquire] = time
+            elif release >= 0:
+                held[release] -= 1
+                if held[release] == 0:
+                    level -= nbytes_of[release]
+                    intervals.setdefault(release, []).append((born[release], time))
+            levels.append(level)
+        for storage, count in enumerate(held):
+            if count > 0:
+                intervals.setdefault(storage, []).append((born[storage], len(profile.events)))
+        return levels, spikes, intervals
+
+    def fixed_at(self, storage: int, time: int) -> bool:
+        """Whether a storage is alive after event `time` whatever is decided."""
+        return any(start <= time < end for start, end in self._fixed_intervals.get(storage, ()))
+
+    def fixed_deaths(self, storage: int) -> Iterator[int]:
+        """Events at which a storage would die if no decision held it."""
+        return (end for _, end in self._fixed_intervals.get(storage, ()))
+
+    def fixed_births(self, storage: int) -> Iterator[int]:
+        """Events at which a storage comes alive whatever is decided."""
+        return (start for start, _ in self._fixed_intervals.get(storage, ()))

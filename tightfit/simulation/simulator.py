@@ -1,0 +1,283 @@
+"""The one oracle of peak memory and step time.
+
+Given a profile and a decision for every region, `simulate` walks the profile's events and does with bytes exactly what
+the replay engine does with tensors: which storages live when, what is replayed at which read, what is memoised and when
+it is freed.  Nothing else in tightfit predicts memory.
+
+Memory is additive over regions: a region's decision changes only what its own slots and its own tape hold, so
+
+    bytes(moment) = baseline + fixed(moment) + sum over regions of conditional(region, decision, moment)
+
+where *fixed* is what lives whatever is decided (natural lifetimes, savings of values that a region did not make or
+may not replay) and *conditional* is what `region_curve` returns.  The sum counts a storage twice if two regions hold it
+at the same time, so it is an upper bound there; a curve therefore names its holdings (`RegionCurve.holds`), with which
+`solve` counts such a storage once.  `simulate` itself counts each storage once.
+
+What it does not see: allocator slack, and memory that an operation takes in other ways than its measured scratch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tightfit.records import RERUN, Decision, EventKind, Group, Profile
+from tightfit.simulation.module_model import RerunModel
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.tape_model import TapeModel
+
+_Machine = TapeModel | RerunModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionCurve:
+    """What one decision for one region adds to memory and time, beyond what is fixed."""
+
+    deltas: tuple[tuple[int, int], ...]
+    """(event, bytes): the level changes by so much at that event and stays; sorted by event."""
+    spikes: tuple[tuple[int, int], ...]
+    """(event, bytes): within that event the level is so much above the level *before* the event, for an instant."""
+    holds: tuple[tuple[int, int, int], ...]
+    """(storage, first event, event after the last): the part of the deltas that is a storage held beyond its fixed
+    life. Another region may hold the same storage at the same time; in memory it is there once."""
+    replayed_ops: tuple[int, ...]
+    """Operations replayed, in the order of replay."""
+    replay_ms: float
+    """Time of the replayed operations."""
+    overhead_ms: float
+    """Replay and the tape's own cost: what the decision adds to the step."""
+
+
+def _overhead_ms(profile: Profile, regions: Sequence[int], machine: _Machine) -> tuple[float, float]:
+    """Time of the replayed operations, and all that the tape over `regions` adds to the step."""
+    replay_ms = sum(profile.signatures[profile.ops[op].signature].ms for op in machine.replayed_ops)
+    if not machine.needed:
+        return replay_ms, 0.0
+    if isinstance(machine, RerunModel):
+        mechanism_ms = profile.rerun_ms_per_call + profile.rerun_ms_per_op * len(machine.needed)
+        return replay_ms, profile.accumulation_steps * (replay_ms + mechanism_ms)
+    mode_ms = profile.mode_ms_per_op * sum(profile.regions[region].op_count for region in regions)
+    # The tape's cost per operation is of one recording and one replay: further replays pay it again.
+    taped = max(len(machine.needed), len(machine.replayed_ops))
+    return replay_ms, profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * taped)
+
+
+def region_curve(index: ProfileIndex, region: int, decision: Decision) -> RegionCurve:
+    """The memory and time that `decision` adds for `region`, beyond what is fixed (see the module's docstring)."""
+    (machine,) = _machines(index, region, [decision])
+    profile = index.profile
+    deltas: Counter[int] = Counter()
+    spikes: list[tuple[int, int]] = []
+    held: Counter[int] = Counter()
+
+    def change(time: int, storage: int, sign: int) -> None:
+        deltas[time] += sign * profile.storages[storage].nbytes
+
+    opened: dict[int, int] = {}
+    intervals: list[tuple[int, int, int]] = []
+    for time in index.events_of_region[region]:
+        event = profile.events[time]
+        moment = machine.handle(event.kind, event.a)
+        for storage in moment.acquired:
+            held[storage] += 1
+            if held[storage] == 1:
+                opened[storage] = time
+        for storage in moment.released:
+            held[storage] -= 1
+            if held[storage] == 0:
+                intervals.append((storage, opened.pop(storage), time))
+        deltas[time] += moment.memo_delta
+        # As high as the level after the event, and higher than it if a source is let go within the event.
+        if moment.spike > moment.memo_delta or (moment.spike > 0 and moment.released):
+            spikes.append((time, moment.spike))
+    intervals.extend((storage, start, len(profile.events)) for storage, start in opened.items())
+    holds: list[tuple[int, int, int]] = []
+    for storage, start, end in intervals:  # only the part in which nothing else keeps the storage alive
+        inside = sorted(
+            {start, end}
+            | {t for t in index.fixed_births(storage) if start < t < end}
+            | {t for t in index.fixed_deaths(storage) if start < t < end}
+        )
+        for a, b in pairwise(inside):
+            if not index.fixed_at(storage, a) and not index.is_baseline(storage):
+                holds.append((storage, a, b))
+                change(a, storage, +1)
+                if b < len(profile.events):
+                    change(b, storage, -1)
+    replay_ms, overhead_ms = _overhead_ms(profile, [region], machine)
+    return RegionCurve(
+        deltas=tuple(sorted((t, d) for t, d in deltas.items() if d)),
+        spikes=tuple(spikes),
+        holds=tuple(sorted(holds)),
+        replayed_ops=tuple(machine.replayed_ops),
+        replay_ms=replay_ms,
+        overhead_ms=overhead_ms,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Simulation:
+    """The predicted step."""
+
+    peak_bytes: int
+    """In the budget's terms: baseline, corrections and margin included."""
+    peak_event: int
+    """Index into `Profile.events`."""
+    peak_where: str
+    """For people: a region's key, ``backward of KEY``, ``backward`` or ``optimizer step``."""
+    breakdown: dict[str, int]
+    """Bytes at the peak by component; they add up to `peak_bytes`."""
+    step_ms: float
+    replay_ms: float
+    replayed_ops: tuple[int, ...]
+    """Forward operations replayed, in order of regions."""
+
+
+def fixed_peaks(index: ProfileIndex) -> list[int]:
+    """For each event: highest bytes within it of what is fixed, baseline, correction and margin included."""
+    profile = index.profile
+    offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
+    return [offset + level + index.fixed_spikes.get(time, 0) for time, level in enumerate(index.fixed_levels)]
+
+
+#: Events in which a tape has a part.  (Not a set: an enumeration's members hash slowly.)
+_OF_A_TAPE = (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT)
+
+
+def _machines(
+    index: ProfileIndex, first: int, decisions: Sequence[Decision], groups: Sequence[Group] = ()
+) -> list[_Machine]:
+    """What each region has instead of what autograd saves; `first` is the region of the first decision."""
+    machines: list[_Machine] = []
+    grouped = {group.first: group for group in groups}
+    while len(machines) < len(decisions):
+        place = len(machines)
+        group = grouped.get(first + place)
+        count = group.count if group else 1
+        machine: _Machine
+        if group is None and decisions[place] is RERUN:
+            machine = RerunModel(index, first + place)
+        else:
+            nest = group.nest if group else None
+            machine = TapeModel(index, first + place, decisions[place : place + count], nest)
+        machines += [machine] * count
+    return machines
+
+
+def _regions_of(machines: Sequence[_Machine]) -> list[tuple[list[int], _Machine]]:
+    found: dict[int, tuple[list[int], _Machine]] = {}
+    for region, machine in enumerate(machines):
+        found.setdefault(id(machine), ([], machine))[0].append(region)
+    return list(found.values())
+
+
+def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequence[Group] = ()) -> Simulation:
+    """Walk the step with one decision per region (`None`: untouched); regions of a group share one tape.
+
+    A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
+    """
+    profile = index.profile
+    machines = _machines(index, 0, decisions, groups)
+    # This loop is most of the time that a plan for a long chain takes: what is asked at every event is looked up first.
+    nbytes_of, owner_of_slot, owner_of_op = index.activation_bytes, index.region_of_slot, index.region_of_op
+    held = [0] * len(nbytes_of)
+    level = memo = 0
+    peak = peak_memo = peak_scratch = -1
+    peak_event = 0
+    current = -1
+    where_region = -1
+    phase = "forward"
+    peak_label = ""
+    components_at_peak: dict[str, int] = {}
+    offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
+    for time, (kind, a) in enumerate(profile.events):
+        spike = scratch = 0
+        memo_before = memo
+        level_before = level
+        if kind == EventKind.ALLOC:
+            held[a] += 1
+            if held[a] == 1:
+                level += nbytes_of[a]
+        elif kind == EventKind.FREE:
+            held[a] -= 1
+            if held[a] == 0:
+                level -= nbytes_of[a]
+            continue  # no higher than it was
+        elif kind == EventKind.OTHER_OP:
+            scratch = index.fixed_spikes.get(time, 0)
+        elif kind in _OF_A_TAPE:
+            owner = owner_of_op[a] if kind == EventKind.OP else a if kind == EventKind.EXIT else owner_of_slot[a]
+            if kind == EventKind.OP:
+                scratch = index.fixed_spikes.get(time, 0)
+            elif kind == EventKind.EXIT:
+                current = -1
+            if phase == "backward":
+                where_region = owner
+            machine = machines[owner]
+            moment = machine.handle(kind, a)
+            acquired, released = moment.acquired, moment.released
+            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in machine.slots:
+                storage = profile.values[profile.slots[a].value].storage
+                if kind == EventKind.SAVE:
+                    acquired = [storage, *acquired]
+                else:
+                    released = [storage, *released]
+            memo += moment.memo_delta
+            spike = moment.spike
+            for storage in acquired:
+                held[storage] += 1
+                if held[storage] == 1:
+                    level += nbytes_of[storage]
+            for storage in released:
+                held[storage] -= 1
+                if held[storage] == 0:
+                    level -= nbytes_of[storage]
+        elif kind == EventKind.ENTER:
+            current = a
+        elif kind == EventKind.BACKWARD:
+            phase = "backward"
+        elif kind == EventKind.OPTIMIZER:
+            phase = "optimizer"
+        high = max(level + memo + scratch, level_before + memo_before + spike)
+        if high > peak:
+            peak, peak_event = high, time
+            in_replay = level_before + memo_before + spike >= level + memo + scratch and spike > 0
+            peak_memo = memo_before + spike if in_replay else memo
+            peak_scratch = 0 if in_replay else scratch
+            components_at_peak = {"activations": high - peak_memo - peak_scratch}
+            if phase == "optimizer":
+                peak_label = "optimizer step"
+            elif phase == "backward":
+                peak_label = f"backward of {profile.regions[where_region].key}" if where_region >= 0 else "backward"
+            else:
+                peak_label = profile.regions[current].key if current >= 0 else "forward"
+    if peak < 0:
+        peak = 0
+        components_at_peak = {"activations": 0}
+        peak_memo = peak_scratch = 0
+    step_ms = index.plain_step_ms
+    replay_total = 0.0
+    replayed: list[int] = []
+    for regions, machine in _regions_of(machines):
+        replay_ms, overhead_ms = _overhead_ms(profile, regions, machine)
+        replay_total += replay_ms
+        step_ms += overhead_ms
+        replayed += machine.replayed_ops
+    breakdown = {
+        **profile.baseline,
+        "activations": components_at_peak["activations"],
+        "replay": peak_memo,
+        "operation_scratch": peak_scratch,
+        "correction": profile.correction_bytes + profile.margin_bytes,
+    }
+    return Simulation(
+        peak_bytes=peak + offset,
+        peak_event=peak_event,
+        peak_where=peak_label or "parameters and optimizer state",
+        breakdown=breakdown,
+        step_ms=step_ms,
+        replay_ms=replay_total,
+        replayed_ops=tuple(replayed),
+    )

@@ -1,0 +1,48 @@
+"""One column for every region, with the memory of every moment kept up to date while single columns are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tightfit.records import Decision
+from tightfit.solver.columns import Array, Column, ColumnSource
+
+
+class Choice:
+    """See the module."""
+
+    def __init__(self, source: ColumnSource, decisions: Sequence[Decision]) -> None:
+        self.columns = [source.column(region, decision) for region, decision in enumerate(decisions)]
+        self._source = source
+        self._peaks = self._walk(self.columns)
+
+    def _walk(self, columns: Sequence[Column]) -> Array:
+        return self._source.peaks((column, 1) for column in columns)
+
+    def exchange(self, column: Column, budget_bytes: int) -> bool:
+        """Take this column for its region if every moment stays within the budget; whether it was taken."""
+        region = column.region
+        old = self.columns[region]
+        if old.shape.shared or column.shape.shared:  # what others hold at the same time counts once
+            trial = [*self.columns[:region], column, *self.columns[region + 1 :]]
+            peaks = self._walk(trial)
+            if peaks.max() > budget_bytes:
+                return False
+            self.columns, self._peaks = trial, peaks
+            return True
+        moments = column.timeline.moments
+        start, end = moments[0], moments[-1]
+        ranks = np.array(moments[:-1], dtype=np.int64) - start
+        levels = np.array(column.shape.levels[:-1], dtype=np.float64) - np.array(old.shape.levels[:-1])
+        change = np.repeat(levels, np.diff(np.append(ranks, end - start)))
+        for one, sign in ((column, 1), (old, -1)):
+            for rank, extra in one.shape.extras.items():
+                change[ranks[rank]] += sign * extra
+        window = self._peaks[start:end] + change
+        if window.max(initial=0) > budget_bytes:
+            return False
+        self._peaks[start:end] = window
+        self.columns[region] = column
+        return True

@@ -1,0 +1,250 @@
+"""Columns: one region with one decision, its cost in time and its memory at every moment.
+
+The memory of a column is what `simulate.region_curve` says; nothing here predicts memory anew.  It is kept in two
+parts: *private* bytes, which add up over regions, and *shared* holdings, storages that another region may hold too and
+that are in memory once.  Regions whose part of the timeline looks the same (`patterns`) share one evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from tightfit.records import Decision, KeepSet, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import fixed_peaks, region_curve
+from tightfit.solver.region_timelines import Timeline, timelines
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Shape:
+    """One decision for all regions of a pattern: times are ranks, storages are places (see `patterns`)."""
+
+    overhead_ms: float
+    held_bytes: int
+    deltas: tuple[tuple[int, int], ...]
+    """(rank, private bytes): changes of level."""
+    extras: Mapping[int, int]
+    """Rank of a moment in which the level is higher for an instant, and by how much."""
+    shared: tuple[tuple[int, int, int, bool], ...]
+    """(place, first rank, rank after the last, whether the moment of that rank still sees it)."""
+    levels: tuple[int, ...]
+    """Private bytes after the moment of each rank."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Column:
+    """One decision for one region, evaluated."""
+
+    region: int
+    decision: Decision
+    shape: Shape
+    timeline: Timeline
+
+    @property
+    def overhead_ms(self) -> float:
+        """What the decision adds to the step."""
+        return self.shape.overhead_ms
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it holds when backward begins, shared ones included: for breaking ties."""
+        return self.shape.held_bytes
+
+    @cached_property
+    def delta_arrays(self) -> tuple[Array, Array]:
+        """Times and private bytes of the changes of level."""
+        moments = self.timeline.moments
+        return (
+            np.array([moments[rank] for rank, _ in self.shape.deltas], dtype=np.int64),
+            np.array([nbytes for _, nbytes in self.shape.deltas], dtype=np.float64),
+        )
+
+    @cached_property
+    def extra_arrays(self) -> tuple[Array, Array]:
+        """Times and bytes of the moments in which the column rises, for an instant, above its level after them."""
+        moments = self.timeline.moments
+        return (
+            np.array([moments[rank] for rank in self.shape.extras], dtype=np.int64),
+            np.array(list(self.shape.extras.values()), dtype=np.float64),
+        )
+
+    @cached_property
+    def shared(self) -> tuple[tuple[int, int, int], ...]:
+        """(storage, first event, event after the last) of each shared holding."""
+        moments, storages = self.timeline.moments, self.timeline.storages
+        return tuple(
+            (storages[place], moments[first], moments[end] + sees_end)
+            for place, first, end, sees_end in self.shape.shared
+        )
+
+    def at(self, time: int) -> tuple[int, tuple[int, ...]]:
+        """Within event `time`: highest private bytes, and the shared storages held."""
+        rank, exactly = self.timeline.place(time)
+        if rank < 0:
+            return 0, ()
+        level = self.shape.levels[rank]
+        if exactly:
+            level += self.shape.extras.get(rank, 0)
+        if not self.shape.shared:
+            return level, ()
+        return level, tuple(storage for storage, start, end in self.shared if start <= time < end)
+
+
+class ColumnSource:
+    """Makes and remembers the columns of every region of one profile."""
+
+    def __init__(self, index: ProfileIndex) -> None:
+        self.index = index
+        self.base = fixed_peaks(index)
+        self.holders = _holders(index)
+        self.timelines = timelines(index, self.holders)
+        self._base = np.array(self.base, dtype=np.float64)
+        self._columns: list[dict[Decision, Column]] = [{} for _ in index.profile.regions]
+        self._shapes: dict[tuple[int, Decision], Shape] = {}
+        self._middle = index.backward_event()
+
+    def repriced(self, profile: Profile) -> ColumnSource:
+        """Columns of a profile that differs from this one's in nothing but times."""
+        other = copy.copy(self)
+        other.index = self.index.repriced(profile)
+        other._columns = [{} for _ in profile.regions]
+        other._shapes = {}
+        return other
+
+    def column(self, region: int, decision: Decision) -> Column:
+        """The column of `decision` in `region`; a decision that replays nothing is the same as None."""
+        found = self._columns[region].get(decision)
+        if found is None:
+            timeline = self.timelines[region]
+            shape = self._shapes.get((timeline.pattern, decision))
+            if shape is None:
+                shape = self._shapes[timeline.pattern, decision] = self._evaluate(region, decision, timeline)
+            found = Column(region=region, decision=decision, shape=shape, timeline=timeline)
+            self._columns[region][decision] = found
+        return found
+
+    def _evaluate(self, region: int, decision: Decision, timeline: Timeline) -> Shape:
+        curve = region_curve(self.index, region, decision)
+        end_of_step = len(self.base)
+        moments = timeline.moments
+        places = {storage: place for place, storage in enumerate(timeline.storages)}
+
+        def rank_of(time: int) -> int:
+            rank = bisect_left(moments, time)
+            assert rank < len(moments), "a region's curve changes only at the region's moments"
+            assert moments[rank] == time, "a region's curve changes only at the region's moments"
+            return rank
+
+        deltas = Counter(dict(curve.deltas))
+        shared = [hold for hold in curve.holds if len(self.holders[hold[0]]) > 1]
+        for storage, start, end in shared:
+            nbytes = self.index.profile.storages[storage].nbytes
+            deltas[start] -= nbytes
+            deltas[end] += nbytes
+        deltas.pop(end_of_step, None)
+        spikes = dict(curve.spikes)
+        changes = {rank_of(t): delta for t, delta in sorted(deltas.items()) if delta}
+        levels = accumulate(changes.get(rank, 0) for rank in range(len(moments)))
+        return Shape(
+            overhead_ms=curve.overhead_ms,
+            held_bytes=sum(delta for t, delta in curve.deltas if t <= self._middle),
+            deltas=tuple(changes.items()),
+            extras={rank_of(t): spike - deltas[t] for t, spike in spikes.items()},
+            # A storage let go at the event of a spike is still there during the spike.
+            shared=tuple((places[s], rank_of(start), rank_of(end), end in spikes) for s, start, end in shared),
+            levels=tuple(levels),
+        )
+
+    def peaks(self, chosen: Iterable[tuple[Column, float]]) -> Array:
+        """Highest bytes within every event for columns taken with weights (1 for a plan; fractions in a relaxation)."""
+        count = len(self.base)
+        times, sizes, extra_times, extra_sizes = [], [], [], []
+        holds: dict[int, list[tuple[int, int, int, float]]] = {}
+        for column, weight in chosen:
+            when, nbytes = column.delta_arrays
+            times.append(when)
+            sizes.append(nbytes * weight)
+            if column.shape.extras:
+                when, nbytes = column.extra_arrays
+                extra_times.append(when)
+                extra_sizes.append(nbytes * weight)
+            for storage, start, end in column.shared:
+                holds.setdefault(storage, []).append((start, end, column.region, weight))
+        changes = _sums(times, sizes, count + 1)
+        for storage, intervals in holds.items():
+            nbytes_of_storage = self.index.profile.storages[storage].nbytes
+            for time, change in _union_changes(intervals):
+                changes[time] += change * nbytes_of_storage
+        peaks: Array = self._base + np.cumsum(changes[:count]) + _sums(extra_times, extra_sizes, count)
+        return peaks
+
+
+def _sums(times: list[Array], sizes: list[Array], count: int) -> Array:
+    """Sum of the sizes at each time from 0 to `count` - 1."""
+    if not times:
+        return np.zeros(count)
+    return np.bincount(np.concatenate(times), weights=np.concatenate(sizes), minlength=count)
+
+
+def _union_changes(intervals: list[tuple[int, int, int, float]]) -> list[tuple[int, float]]:
+    """How the largest weight that any one region holds changes over time."""
+    if len(intervals) == 1:
+        start, end, _, weight = intervals[0]
+        return [(start, weight), (end, -weight)]
+    times = sorted({time for start, end, _, _ in intervals for time in (start, end)})
+    changes: list[tuple[int, float]] = []
+    before = 0.0
+    for time in times:
+        sums: Counter[int] = Counter()
+        for start, end, region, weight in intervals:
+            if start <= time < end:
+                sums[region] += weight  # type: ignore[assignment]  # Counter of floats
+        now = max(sums.values(), default=0.0)
+        changes.append((time, now - before))
+        before = now
+    return changes
+
+
+def _holders(index: ProfileIndex) -> dict[int, set[int]]:
+    """For each storage, the regions that some decision makes hold it."""
+    profile = index.profile
+    holders: dict[int, set[int]] = {}
+    for facts in index.facts:
+        saved = {profile.slots[slot].value for slot in facts.slots}
+        read = {u for v in facts.droppable for u in profile.ops[profile.values[v].op].inputs}
+        for value in saved | read:
+            if not index.is_free(value):
+                holders.setdefault(profile.values[value].storage, set()).add(facts.index)
+    return holders
+
+
+def useful_values(index: ProfileIndex, region: int) -> tuple[int, ...]:
+    """Optional values that a keep set can gain by naming: saved, or read by an operation that may be replayed."""
+    profile = index.profile
+    facts = index.facts[region]
+    if not facts.slots:
+        return ()
+    wanted = {profile.slots[slot].value for slot in facts.slots}
+    stack = list(wanted)
+    while stack:  # upwards from what is saved
+        for value in profile.ops[profile.values[stack.pop()].op].inputs:
+            if value in facts.own and value in facts.droppable and value not in wanted:
+                wanted.add(value)
+                stack.append(value)
+    return tuple(sorted(wanted & facts.optional))
+
+
+def keep_set(index: ProfileIndex, values: Iterable[int]) -> KeepSet:
+    """Values of one region as a keep set."""
+    return frozenset(index.local(value) for value in values)

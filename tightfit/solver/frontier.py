@@ -1,0 +1,65 @@
+"""Time against budget: the fastest plan at each of several budgets, from the smallest that runs to the plain peak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tightfit.errors import UnsupportedInput
+from tightfit.records import Plan, Profile
+from tightfit.solver.solver import Solver
+
+
+def frontier(profile: Profile, points: int = 20) -> list[Plan]:
+    """The curve of best step time against budget.
+
+    Args:
+        profile: a measured step.
+        points: how many budgets, evenly spaced in bytes from the smallest that runs to the plain peak, both included.
+
+    Returns:
+        A plan for each of these budgets and for the smallest one that one level of recomputation can keep, in rising
+        order of budget; `predicted_step_ms` never rises. Where budgets fall together, there are fewer: a step from
+        which nothing can be dropped has one.
+
+    Raises:
+        UnsupportedInput: fewer than two points.
+    """
+    return frontier_of(Solver(profile), points)
+
+
+def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -> list[Plan]:
+    """`frontier` for a solver, with a plan for each budget of `also` that is large enough to run."""
+    check_points(points)
+    least_bytes, _ = solver.minimum_budget()
+    plain_bytes = solver.plain(0).plain_peak_bytes
+    span_bytes = plain_bytes - least_bytes
+    budgets = {least_bytes + span_bytes * place // (points - 1) for place in range(points)}
+    budgets.add(solver.smallest_at_one_level().peak_bytes)
+    budgets.update(budget for budget in also if budget >= least_bytes)
+    # In rising order, so that the solver can use a plan for a smaller budget where its search finds only slower ones.
+    return _with_tightest_bounds([solver.solve(budget) for budget in sorted(budgets)])
+
+
+def _with_tightest_bounds(plans: list[Plan]) -> list[Plan]:
+    """The plans, each with the best bound of all: what no plan can beat within a budget, none can within a smaller one.
+
+    Not so below one level, where the bound of one level says nothing.
+    """
+    tightened = []
+    bound_ms = 0.0
+    for plan in reversed(plans):
+        if not plan.groups:
+            bound_ms = min(max(bound_ms, plan.lower_bound_ms), plan.predicted_step_ms)
+            plan = replace(plan, lower_bound_ms=bound_ms)
+        tightened.append(plan)
+    return tightened[::-1]
+
+
+def check_points(points: int) -> None:
+    """Raise `UnsupportedInput` where so many points are no curve."""
+    if points < 2:
+        raise UnsupportedInput(
+            f"the number of points is {points}, but a curve needs its two ends: the smallest budget and the plain "
+            f"peak. Give at least 2 points."
+        )

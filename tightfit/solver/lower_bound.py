@@ -1,0 +1,39 @@
+"""A lower bound on the added time of every plan within a budget.
+
+Lagrangian relaxation of the memory rows (Geoffrion 1974): at any prices of bytes at moments, no plan is faster than
+
+    sum over regions of (the least cost of a decision at these prices) - sum over moments of price x bytes to spare.
+
+The least cost of a region is exact where its keep sets are enumerated.  Elsewhere it is bounded from below by the
+minimum cut of `pricing` and, where that leaves much room, by the program of `exact`; running a module again as a whole
+is one more decision, evaluated as it is.  So the bound holds for every plan of the plan space, generated or not.
+"""
+
+from __future__ import annotations
+
+from tightfit.solver.column_generation import Pool
+from tightfit.solver.pricing import Prices
+
+#: The minimum cut is good enough where it leaves less than this part of the plain step open.
+_LOOSE = 1e-4
+
+
+def added_ms_bound(pool: Pool, prices: Prices, budget_bytes: int) -> float:
+    """No plan within the budget adds less time than this (at least 0)."""
+    source = pool.source
+    loose_ms = _LOOSE * source.index.plain_step_ms
+    spare = sum(price * (budget_bytes - source.base[time]) for time, price in prices.private.items())
+    total = -spare
+    magnitude = abs(spare)
+    for class_id, members in pool.members.items():
+        for regions in pool.alike(members, prices):
+            region = regions[0]
+            cost = known = pool.least_known(region, prices)
+            if class_id not in pool.enumerated and pool.may_drop(region):
+                cost = pool.model(region).best(prices)[0]
+                if len(regions) * (known - cost) > loose_ms and pool.exact(region).usable:
+                    cost = max(cost, pool.exact(region).bound(prices, loose_ms / len(regions))[0])
+                cost = min(cost, pool.least_rerun(region, prices))
+            total += len(regions) * cost
+            magnitude += len(regions) * abs(cost)
+    return max(0.0, total - 1e-9 * magnitude)  # rounding of floats, against ourselves

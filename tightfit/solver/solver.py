@@ -1,0 +1,194 @@
+"""From a profile and a budget to a plan: `solve` for one budget, `Solver` for several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+from tightfit.errors import BudgetInfeasible
+from tightfit.records import Decision, Plan, Profile
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import Simulation, simulate
+from tightfit.solver.assignment import Choice
+from tightfit.solver.column_generation import Pool, untimed
+from tightfit.solver.columns import ColumnSource
+from tightfit.solver.lower_bound import added_ms_bound
+from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.recursive import NestedPlan, NestedPlans
+from tightfit.solver.single_region import improved
+
+#: Plans below one level are looked at where a plan of one level adds at least this share of what its smallest one adds.
+_NESTED_SHARE = 0.9
+#: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
+_TIME_GAP = 1e-9
+
+
+class Solver:
+    """Solves one profile for any number of budgets; the columns are made once, when a budget first needs them."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.index = ProfileIndex(profile)
+        self._solved: dict[int, Plan] = {}
+
+    @cached_property
+    def _plain(self) -> Simulation:
+        return simulate(self.index, [None] * len(self.profile.regions))
+
+    @cached_property
+    def _source(self) -> ColumnSource:
+        return ColumnSource(self.index)
+
+    @cached_property
+    def _structure(self) -> Pool:
+        return Pool(self._source.repriced(untimed(self.profile)))
+
+    @cached_property
+    def _pool(self) -> Pool:
+        return Pool(self._source, self._structure)
+
+    def plain(self, budget_bytes: int) -> Plan:
+        """The plan that leaves every region untouched, whether or not it fits the budget."""
+        return build_plan(self.index, [None] * len(self.profile.regions), budget_bytes, plain=self._plain)
+
+    def full(self, budget_bytes: int) -> Plan:
+        """The plan that drops everything that may be dropped in every region, whether or not it fits the budget."""
+        decisions: list[Decision] = [frozenset() if facts.slots else None for facts in self.index.facts]
+        return build_plan(self.index, decisions, budget_bytes, plain=self._plain)
+
+    def minimum_budget(self) -> tuple[int, str]:
+        """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+        smallest = self.smallest()
+        return smallest.peak_bytes, smallest.peak_where
+
+    def smallest(self) -> Simulation:
+        """The step with the smallest peak."""
+        found = self.smallest_at_one_level()
+        return min([found, *(c.simulation for c in self._nested)], key=lambda walked: walked.peak_bytes)
+
+    def smallest_at_one_level(self) -> Simulation:
+        """The step with the smallest peak that needs no nest."""
+        if not any(facts.slots for facts in self.index.facts):
+            return self._plain
+        return self._smallest
+
+    @cached_property
+    def _smallest(self) -> Simulation:
+        return simulate(self.index, self._structure.smallest[1])
+
+    @cached_property
+    def _nested(self) -> list[NestedPlan]:
+        """Plans below one level.
+
+        Those that add much less time than the smallest plan of one level are left out: with them, time could rise with
+        the budget where they are not looked at (see `_solve`).
+        """
+        if self.index.profile.is_sharded or not any(facts.slots for facts in self.index.facts):
+            return []
+        least_ms = _NESTED_SHARE * (self._smallest.step_ms - self._plain.step_ms)
+        return [
+            candidate
+            for candidate in NestedPlans(self.index).all()
+            if candidate.simulation.step_ms - self._plain.step_ms >= least_ms
+        ]
+
+    def solve(self, budget_bytes: int) -> Plan:
+        """The fastest plan whose predicted peak is within the budget.
+
+        Raises:
+            BudgetInfeasible: no plan is; the error carries the smallest budget that has one.
+        """
+        if self._plain.peak_bytes <= budget_bytes:
+            return self.plain(budget_bytes)
+        if budget_bytes not in self._solved:
+            self._solved[budget_bytes] = self._not_slower(self._solve(budget_bytes))
+        return self._solved[budget_bytes]
+
+    def _solve(self, budget_bytes: int) -> Plan:
+        one_level = self.smallest_at_one_level()
+        if budget_bytes >= one_level.peak_bytes:
+            plan = self._solve_at_one_level(budget_bytes)
+            added_ms = plan.predicted_step_ms - plan.plain_step_ms
+            if added_ms < _NESTED_SHARE * (one_level.step_ms - self._plain.step_ms):
+                return plan
+            nested = self._fastest_nested(budget_bytes)
+            return plan if nested is None or nested.predicted_step_ms >= plan.predicted_step_ms else nested
+        found = self._fastest_nested(budget_bytes)
+        if found is None:
+            required, where = self.minimum_budget()
+            raise BudgetInfeasible(required, budget_bytes, where, self.smallest().breakdown)
+        return found
+
+    def _fastest_nested(self, budget_bytes: int) -> Plan | None:
+        """The fastest plan below one level that fits. Its only bound is the plain step."""
+        fitting = [c for c in self._nested if c.simulation.peak_bytes <= budget_bytes]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda c: (c.simulation.step_ms, c.simulation.peak_bytes))
+        return build_plan(self.index, best.decisions, budget_bytes, 0.0, self._plain, best.groups)
+
+    def _solve_at_one_level(self, budget_bytes: int) -> Plan:
+        pool = self._pool
+        relaxation = pool.master.relaxed(budget_bytes)
+        bounds = [added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0]
+        gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
+        decisions, bound_of_columns = pool.master.fastest(budget_bytes, gap_ms) or (self._structure.smallest[1], 0.0)
+        if pool.is_complete:
+            bounds.append(bound_of_columns * (1 - 1e-9))
+        decisions, bound_of_region = improved(pool, decisions, budget_bytes)
+        decisions = self._lighten(decisions, budget_bytes)
+        plan = build_plan(self.index, decisions, budget_bytes, max(*bounds, bound_of_region), self._plain)
+        assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
+        return plan
+
+    def _not_slower(self, plan: Plan) -> Plan:
+        """The plan, or one found for a smaller budget if the counted search left that one faster."""
+        rivals = [rival for budget, rival in self._solved.items() if budget < plan.budget_bytes]
+        fastest = min([plan, *rivals], key=lambda rival: rival.predicted_step_ms)
+        if fastest.predicted_step_ms == plan.predicted_step_ms:
+            return plan
+        return replace(fastest, budget_bytes=plan.budget_bytes, lower_bound_ms=plan.lower_bound_ms)
+
+    def _lighten(self, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
+        """An equally fast plan: untouched where that is free, otherwise holding fewer bytes where that is free."""
+        source, master = self._pool.source, self._pool.master
+        choice = Choice(source, decisions)
+        for region, record in enumerate(self.profile.regions):
+            now = choice.columns[region]
+            if now.decision is None:
+                continue
+            rivals = [source.column(region, decision) for decision in master.decisions[record.class_id]]
+            better = [
+                column
+                for column in rivals
+                if column.overhead_ms <= now.overhead_ms
+                and (column.decision is None or column.held_bytes < now.held_bytes)
+            ]
+            for column in sorted(better, key=lambda c: (c.decision is not None, c.held_bytes)):
+                if choice.exchange(column, budget_bytes):
+                    break
+        return [column.decision for column in choice.columns]
+
+
+def solve(profile: Profile, budget_bytes: int) -> Plan:
+    """The fastest plan whose predicted peak is within `budget_bytes`, for one profile and one budget.
+
+    Raises:
+        BudgetInfeasible: no plan is; the error carries the smallest budget that has one, and what sets it.
+    """
+    return Solver(profile).solve(budget_bytes)
+
+
+def plain_plan(profile: Profile, budget_bytes: int) -> Plan:
+    """The plan that leaves every region untouched. Its `predicted_peak_bytes` may be above the budget."""
+    return Solver(profile).plain(budget_bytes)
+
+
+def full_plan(profile: Profile, budget_bytes: int) -> Plan:
+    """The plan that drops all that may be dropped. Its `predicted_peak_bytes` may be above the budget."""
+    return Solver(profile).full(budget_bytes)
+
+
+def minimum_budget(profile: Profile) -> tuple[int, str]:
+    """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+    return Solver(profile).minimum_budget()

@@ -1,0 +1,213 @@
+"""Copies of tensors outside the device's memory, to compare with and to put back.
+
+A copy of a CPU tensor goes to a temporary file: on a CPU, host memory *is* the device's memory, and a snapshot of
+parameters, gradients and optimizer state in memory would double what the budget has to hold.  Copies of other tensors
+lie in host memory.  Nothing here takes more than `_CHUNK_BYTES` of memory for a dense CPU tensor.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tightfit._torch_private import below_autograd, no_function_modes
+from tightfit.errors import TightfitError
+from tightfit.units import format_bytes
+
+_CHUNK_BYTES = 8 * 2**20
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+class CopyFile:
+    """A temporary file that holds copies; it goes when the last of them does."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def write(self, data: Any) -> int:
+        """Append bytes; returns where they begin. Raises `TightfitError` if there is no room."""
+        begin = self._end
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="tightfit-", buffering=0)  # noqa: SIM115  # closed with the copy
+                weakref.finalize(self, self._file.close)  # before the file's own end, also in a cycle of references
+            self._file.seek(begin)
+            view = memoryview(data)
+            while len(view):
+                written = self._file.write(view)
+                view = view[written:]
+                self._end += written
+        except OSError as error:
+            raise TightfitError(
+                f"the temporary folder {tempfile.gettempdir()} has no room for {format_bytes(len(memoryview(data)))} "
+                f"({error}). Measuring keeps what it must put back there, outside the memory that the budget counts. "
+                "Make room, or name another folder in the environment variable TMPDIR."
+            ) from error
+        return begin
+
+    def read_into(self, begin: int, target: Any) -> None:
+        """Fill `target` with the bytes from `begin` on."""
+        assert self._file is not None
+        self._file.seek(begin)
+        view = memoryview(target)
+        while len(view):
+            count = self._file.readinto(view)  # type: ignore[attr-defined]  # unbuffered files have it
+            if not count:
+                raise TightfitError(
+                    "a temporary file that holds what measuring must put back was cut short by something else, so the "
+                    "model's tensors cannot be restored. Do not use this model any more; load it again."
+                )
+            view = view[count:]
+
+
+class HostCopy:
+    """One tensor's contents, its metadata, and its version."""
+
+    def __init__(self, tensor: torch.Tensor, file: CopyFile) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._file = file
+        self._begin = -1
+        self._kept: torch.Tensor | None = None
+        self.stride = tensor.stride() if tensor.layout is torch.strided else None
+        # A copy may be taken in the middle of a planned forward, which must not take it for one of its operations.
+        plain = type(tensor) in _PLAIN_TYPES
+        with no_function_modes() if plain else nullcontext(), below_autograd() if plain else nullcontext():
+            data = raw_bytes(tensor)
+            if data is None or data.numel() == 0:
+                self._kept = _without_repeats(tensor).detach().to("cpu", copy=True)
+            else:
+                self._begin = file.write(memory_of(data))
+
+    def restore(self, tensor: torch.Tensor) -> None:
+        """Give `tensor`, of which this is a copy, its contents back, bit for bit."""
+        if self._kept is not None:
+            with torch.no_grad():
+                _without_repeats(tensor).copy_(self._kept)
+        else:
+            data = raw_bytes(tensor)
+            assert data is not None
+            self._file.read_into(self._begin, memory_of(data))
+
+    def load(self) -> torch.Tensor:
+        """A new tensor of the same contents, in host memory."""
+        if self._kept is not None:
+            whole = self._kept.expand(self.shape) if self._kept.layout is torch.strided else self._kept
+            return whole.clone()
+        assert self.stride is not None
+        loaded = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        data = raw_bytes(loaded)
+        assert data is not None
+        self._file.read_into(self._begin, memory_of(data))
+        return loaded
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """The contents in flat pieces of bounded size, in the order of `flat_chunks`."""
+        if self._kept is not None:
+            yield from flat_chunks(self.load())
+            return
+        itemsize = self.dtype.itemsize
+        total = self.shape.numel() * itemsize
+        step = _CHUNK_BYTES // itemsize * itemsize
+        for begin in range(0, total, step):
+            piece = torch.empty(min(step, total - begin) // itemsize, dtype=self.dtype)
+            data = raw_bytes(piece)
+            assert data is not None
+            self._file.read_into(self._begin + begin, memory_of(data))
+            yield piece
+
+
+def same_contents(a: HostCopy, b: HostCopy | None) -> bool:
+    """Equal shape, dtype and bits; NaN equals the same NaN."""
+    return (
+        b is not None
+        and (a.shape, a.dtype) == (b.shape, b.dtype)
+        and all(bool(torch.equal(x.view(torch.uint8), y.view(torch.uint8))) for x, y in _pairs(a, b))
+    )
+
+
+def difference(a: HostCopy, b: HostCopy | None) -> float:
+    """The largest absolute difference; infinite where they cannot be compared or a NaN is in one."""
+    if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return float("inf")
+    wide = torch.complex128 if a.dtype.is_complex else torch.float64
+    largest = [(x.to(wide) - y.to(wide)).abs().nan_to_num(nan=float("inf")).max() for x, y in _pairs(a, b)]
+    return float(max(largest, default=0.0))
+
+
+def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same elements of both, in pieces of bounded size where the two are laid out alike."""
+    if a.stride == b.stride:
+        return zip(a.chunks(), b.chunks(), strict=True)
+    return iter([(a.load().reshape(-1), b.load().reshape(-1))])
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
+    if type(tensor) not in _PLAIN_TYPES or tensor.device.type != "cpu":
+        return None
+    if tensor.layout is not torch.strided or not is_dense(tensor) or tensor.is_conj() or tensor.is_neg():
+        return None
+    flat = torch.empty(0, dtype=torch.uint8)
+    with torch.no_grad():
+        nbytes = tensor.numel() * tensor.itemsize
+        return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (nbytes,), (1,))
+
+
+class _Memory:
+    """What NumPy needs to know of memory to show it as an array; the array keeps this, and this the tensor."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data = data
+        place = (data.data_ptr(), False)
+        self.__array_interface__ = {"data": place, "shape": (data.numel(),), "typestr": "|u1", "version": 3}
+
+
+def memory_of(data: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The memory of a contiguous CPU tensor of bytes, to read and write.
+
+    Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
+    the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).
+    """
+    return np.asarray(_Memory(data)) if data.numel() else np.empty(0, dtype=np.uint8)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """The elements fill a stretch of memory without gaps or repetition, in whatever order."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, dimensions that repeat one element (from `expand`) narrowed to it: PyTorch refuses to write those."""
+    if tensor.layout is not torch.strided:
+        return tensor  # a write through `detach` would not reach it
+    tensor = tensor.detach()
+    if 0 not in tensor.stride():
+        return tensor
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def flat_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements, flat, in pieces of bounded size: in the order of memory if the tensor is dense, else of indices."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
+    yield from flat.split(_CHUNK_BYTES // max(1, tensor.itemsize))

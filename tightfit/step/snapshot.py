@@ -1,0 +1,274 @@
+"""Taking a snapshot of everything a step may change, and putting it back bit for bit.
+
+Everything reachable from the model, the optimizers and the batch through attributes and containers: tensors with their
+gradients, versions, hooks, attributes and flags; lists, dictionaries and sets; NumPy arrays; random generators.  What
+did not change is not touched, so nothing loses its identity.  Not followed: functions and their closures, module
+globals, objects of the standard library and of PyTorch other than modules and optimizers, and what lies beyond the
+first `_MOST_THINGS` things.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
+from tightfit.distributed.dtensor import is_distributed, local
+from tightfit.errors import UnsupportedInput
+from tightfit.step.host_copy import CopyFile, HostCopy
+
+_MOST_THINGS = 200_000
+_LARGE_ARRAY_BYTES = 2**26
+
+
+class RandomState:
+    """All random generators that a forward may draw from: Python, NumPy (if loaded), PyTorch on CPU and CUDA."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy: Any = numpy.random.get_state() if numpy is not None else None
+        with no_function_modes():
+            self._torch = torch.get_rng_state().numpy().tobytes()  # not a tensor: the budget counts those on a CPU
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(torch.frombuffer(bytearray(self._torch), dtype=torch.uint8))
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+    def equals(self, other: RandomState) -> bool:
+        """Both snapshots would give the same numbers."""
+        if self._python != other._python or self._torch != other._torch:
+            return False
+        if (self._numpy is None) != (other._numpy is None) or len(self._cuda) != len(other._cuda):
+            return False
+        if self._numpy is not None and not all(_same(a, b) for a, b in zip(self._numpy, other._numpy, strict=True)):
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self._cuda, other._cuda, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+
+
+class TrainingState:
+    """Parameters, buffers, gradients, optimizer state, flags, plain attributes and random states; see the module.
+
+    Contents lie outside the device's memory (`host_copy`).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        also: Iterable[Any] = (),
+        *,
+        contents: bool = True,
+    ) -> None:
+        """`also`: further things that a step may change, such as its batch.  Without `contents`, what tensors hold is
+        not copied, and `restore` raises if that changed.
+        """
+        self._file = CopyFile() if contents else None
+        self._tensors: list[_SavedTensor] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._seen: dict[int, Any] = {}
+        self._walk([model, *optimizers, *also])
+        self._seen = {}
+        self._random = RandomState()
+
+    def restore(self) -> None:
+        """Put everything back; tensors keep their identity and storage.
+
+        Raises:
+            UnsupportedInput: a tensor changed whose contents were not saved.
+        """
+        for container, contents in self._containers:
+            _restore_container(container, contents)
+        for saved in self._tensors:
+            saved.restore()
+        tensors, versions = _versions(self._tensors)
+        set_versions(tensors, versions)
+        for array, contents in self._arrays:
+            array[...] = contents
+        for generator, state in self._generators:
+            _set_generator_state(generator, state)
+        self._random.restore()
+
+    def _walk(self, roots: list[Any]) -> None:
+        pending = deque(roots)
+        while pending and len(self._seen) < _MOST_THINGS:
+            thing = pending.popleft()
+            if isinstance(thing, _ATOMS) or id(thing) in self._seen:
+                continue
+            self._seen[id(thing)] = thing
+            pending.extend(self._note(thing))
+
+    def _note(self, thing: Any) -> Iterator[Any]:
+        """Save one thing; returns what it leads to."""
+        if isinstance(thing, torch.Tensor):
+            saved = _SavedTensor(thing, self._file)
+            self._tensors.append(saved)
+            part_here = local(thing) if saved.is_distributed else None
+            for part in (saved.gradient, saved.attributes, part_here, *saved.hooks.values()):
+                if part is not None:
+                    yield part
+        elif isinstance(thing, dict):
+            self._containers.append((thing, list(thing.items())))
+            yield from thing.values()
+            yield from (key for key in thing if isinstance(key, torch.Tensor))
+        elif isinstance(thing, list | deque):
+            self._containers.append((thing, list(thing)))
+            yield from thing
+        elif isinstance(thing, set):
+            self._containers.append((thing, set(thing)))
+            yield from thing
+        elif isinstance(thing, tuple | frozenset):
+            yield from thing
+        elif (state := _generator_state(thing)) is not None:
+            self._generators.append((thing, state))
+        elif _is_array(thing):
+            if thing.nbytes <= _LARGE_ARRAY_BYTES and thing.flags.writeable:
+                self._arrays.append((thing, thing.copy()))
+        elif _has_attributes(thing):
+            yield vars(thing)
+
+
+class _SavedTensor:
+    """A tensor: which storage it shows, what that holds, and everything that hangs on the tensor object."""
+
+    def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
+        self.tensor = tensor
+        self.is_distributed = is_distributed(tensor)  # then what it holds is in its local part
+        self.contents = None if file is None or self.is_distributed else HostCopy(tensor, file)
+        self.shown = tensor.detach()
+        self.requires_grad = tensor.requires_grad
+        self.is_leaf = tensor.is_leaf
+        self.gradient = tensor.grad if tensor.is_leaf else None
+        self.attributes = vars(tensor) if hasattr(tensor, "__dict__") else None
+        self.hooks = tensor_hooks(tensor)
+        self.version = -1 if tensor.is_inference() else tensor._version
+
+    def restore(self) -> None:
+        tensor = self.tensor
+        if not self.is_distributed:
+            self._restore_contents()
+        if self.is_leaf:
+            if tensor.requires_grad != self.requires_grad:
+                tensor.requires_grad_(self.requires_grad)
+            if tensor.grad is not self.gradient:
+                tensor.grad = self.gradient
+        for kind, hooks in tensor_hooks(tensor).items():
+            if hooks is not None and self.hooks[kind] is None:
+                drop_tensor_hooks(tensor, kind)
+
+    def _restore_contents(self) -> None:
+        tensor, shown = self.tensor, self.shown
+        if tensor.layout is torch.strided and not _shows(tensor, shown):
+            tensor.data = shown
+        if self.contents is not None:
+            self.contents.restore(tensor)
+        elif self.version >= 0 and tensor._version != self.version:
+            raise UnsupportedInput(
+                f"a tensor of the model, the optimizer or the batch ({tensor.dtype} {list(tensor.shape)}) was changed "
+                "while a copy of them was measured without data, so the loss function reaches past what it is given. "
+                "What the tensor held is lost: load the model again, and give a loss function that uses its own "
+                "arguments (model, batch) only."
+            )
+
+
+def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Both show the same memory in the same way."""
+    return (
+        storage_key(tensor) == storage_key(other)
+        and tensor.shape == other.shape
+        and tensor.stride() == other.stride()
+        and tensor.storage_offset() == other.storage_offset()
+        and tensor.dtype == other.dtype
+    )
+
+
+def _versions(saved: Iterable[_SavedTensor]) -> tuple[list[torch.Tensor], list[int]]:
+    pairs = [(one.tensor, one.version) for one in saved if one.version >= 0]
+    return [tensor for tensor, _ in pairs], [version for _, version in pairs]
+
+
+#: Hold nothing that a step could change.
+_ATOMS = (
+    int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
+)  # fmt: skip
+
+
+def _restore_container(container: Any, contents: Any) -> None:
+    """Make a container hold what it held, if it does not."""
+    if isinstance(container, dict):
+        now = list(container.items())
+        if len(now) == len(contents) and all(a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)):
+            return
+        # The base class's own methods: a subclass may do more in its own.
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        own_forward = [(key, value) for key, value in now if key == "forward"] if "_modules" in container else []
+        kind.clear(container)
+        for key, value in contents:
+            kind.__setitem__(container, key, value)
+        if "_modules" in container:  # an installed plan is not the step's doing
+            container.pop("forward", None)
+            container.update(own_forward)
+    elif isinstance(container, set):
+        if container != contents:
+            container.clear()
+            container.update(contents)
+    elif len(container) != len(contents) or not all(a is b for a, b in zip(container, contents, strict=True)):
+        container.clear()
+        container.extend(contents)
+
+
+def _generator_state(thing: Any) -> Any:
+    """The state of a random generator; None for anything else."""
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if isinstance(thing, random.Random):
+        return thing.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(thing, numpy.random.Generator):
+        return thing.bit_generator.state
+    if numpy is not None and isinstance(thing, numpy.random.RandomState):
+        return thing.get_state()
+    return None
+
+
+def _set_generator_state(thing: Any, state: Any) -> None:
+    if isinstance(thing, random.Random):
+        thing.setstate(state)
+    elif hasattr(thing, "bit_generator"):
+        thing.bit_generator.state = state
+    else:
+        thing.set_state(state)
+
+
+def _is_array(thing: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(thing, numpy.ndarray) and thing.dtype != object
+
+
+def _has_attributes(thing: Any) -> bool:
+    """An object whose attributes are part of the model's or the optimizer's state."""
+    if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | types.SimpleNamespace):
+        return True
+    home = type(thing).__module__.partition(".")[0]
+    if home in ("torch", "tightfit", "numpy") or (home in sys.stdlib_module_names and home != "__main__"):
+        return False
+    return isinstance(getattr(thing, "__dict__", None), dict)

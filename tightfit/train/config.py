@@ -1,0 +1,59 @@
+"""What a run is made of: the one place where the settings of `train`, `plan`, `frontier` and `verify` come together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+
+from tightfit.train.launch.settings import DistributedSettings
+from tightfit.train.settings import (
+    DataSettings,
+    DeviceSettings,
+    EvaluationSettings,
+    GradCheckpoint,
+    LengthSettings,
+    MemorySettings,
+    ModelSettings,
+    RunSettings,
+    StepSettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkConfig(DeviceSettings, MemorySettings, StepSettings, DataSettings, ModelSettings):
+    """One training step: of which model, on which data, where, and inside which memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMemorySettings(MemorySettings):
+    """What training further takes into account."""
+
+    grad_checkpoint: GradCheckpoint = "auto"
+    """auto: recompute as little as the budget allows; full: recompute all that can be; off: never"""
+    reference_memory: str | None = None
+    """What the proof may use to run the plain step for comparison (default: the budget)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    RunSettings, DistributedSettings, EvaluationSettings, LengthSettings, WorkConfig, TrainMemorySettings
+):
+    """A training run."""
+
+
+#: Settings that say how a command is called, not what the run is: they do not enter ``config.yaml``.
+PER_CALL = ("resume", "rank", "local_rank", "world_size", "dist_url")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML that `tightfit train --config-file` takes."""
+    settings: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name not in PER_CALL:
+            settings[entry.name] = dict(value) if isinstance(value, Mapping) else value
+    text: str = yaml.safe_dump(settings, sort_keys=False)
+    return text

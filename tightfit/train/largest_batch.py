@@ -1,0 +1,93 @@
+"""Before the first step: which batch of the run is the largest, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tightfit.errors import BudgetInfeasible
+from tightfit.step.step import batch_tensors, describe_batch
+from tightfit.train.data.dataset_info import TrainingData
+from tightfit.train.data.loader import BatchLoader
+
+#: Samples whose size is looked at, where it is not known; of more, as many are looked at, evenly spaced.
+MOST_SAMPLES = 20_000
+_SHOWN_SAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extreme:
+    """The largest microbatch of a run."""
+
+    step: int
+    """The first is 0."""
+    place: int
+    """Among the step's microbatches."""
+    numbers: tuple[int, ...]
+    """Of its samples."""
+    is_bound: bool
+    """Every sample's size was looked at, so that no batch of the run is larger."""
+
+
+class BatchDoesNotFit(BudgetInfeasible):
+    """The largest batch of the run has no plan within the budget."""
+
+    def __init__(self, problem: BudgetInfeasible, beside_bytes: int, what: str) -> None:
+        super().__init__(
+            problem.required_bytes + beside_bytes, problem.budget_bytes + beside_bytes, problem.where, problem.breakdown
+        )
+        self.args = (f"{self.args[0]} {what}",)
+
+
+def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int, total_steps: int) -> Extreme:
+    """The microbatch with the most elements once it is padded: its samples times the largest of them.
+
+    Where samples are all alike, that is the first full one.  Else the samples are looked at, once.
+    """
+    steps = range(first_step, total_steps)
+    if not data.sizes_vary:
+        place, step = 0, max(steps[:2], key=lambda step: len(loader.numbers(step)[0]))
+        return Extreme(step=step, place=place, numbers=loader.numbers(step)[0], is_bound=True)
+    stride = -(-len(data.samples) // MOST_SAMPLES)
+    sizes = {number: _size(data, number) for number in range(0, len(data.samples), stride)}
+    best: tuple[int, Extreme] | None = None
+    unseen = set(sizes)
+    for step in steps:
+        for place, numbers in enumerate(loader.numbers(step)):
+            elements = len(numbers) * max((sizes.get(number, 0) for number in numbers), default=0)
+            if best is None or elements > best[0]:
+                best = elements, Extreme(step=step, place=place, numbers=numbers, is_bound=stride == 1)
+            unseen.difference_update(numbers)
+        if not unseen:  # later epochs mix the same samples anew: none of their batches has a larger sample
+            break
+    assert best is not None
+    return best[1]
+
+
+def _size(data: TrainingData, number: int) -> int:
+    """Elements of a sample."""
+    return sum(tensor.numel() for tensor in batch_tensors(data.samples[number]))
+
+
+@contextmanager
+def naming(batch: object, extreme: Extreme, beside_bytes: int) -> Iterator[None]:
+    """Inside, `BudgetInfeasible` names the batch that it is about, and counts what is held beside the step."""
+    try:
+        yield
+    except BatchDoesNotFit:
+        raise
+    except BudgetInfeasible as problem:
+        raise BatchDoesNotFit(
+            problem,
+            beside_bytes,
+            f"It is for the batch of step {extreme.step + 1}, the largest of the run"
+            f"{'' if extreme.is_bound else ' among the samples that were looked at'}: "
+            f"{describe_batch(batch)}, samples {_shown(extreme.numbers)}. To run fewer samples at a time without "
+            f"changing the training, add --microbatch-size.",
+        ) from None
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN_SAMPLES]))
+    return shown + (f" and {len(numbers) - _SHOWN_SAMPLES} more" if len(numbers) > _SHOWN_SAMPLES else "")

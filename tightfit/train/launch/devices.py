@@ -1,0 +1,85 @@
+"""Which device a process takes: its own and no other, before anything is put on one."""
+
+from __future__ import annotations
+
+import torch
+
+from tightfit.errors import UnsupportedInput
+from tightfit.train.device import resolve_device
+from tightfit.train.launch.roles import Alone, Member
+from tightfit.train.launch.settings import DistributedSettings
+
+
+def take_device(role: Alone | Member, settings: DistributedSettings, device: str) -> torch.device:
+    """The device of this process, made the current one.
+
+    Args:
+        role: alone, or one of several.
+        settings: the flags.
+        device: ``--device``.
+
+    Raises:
+        UnsupportedInput: there is no such device, or several processes would share it.
+    """
+    chosen = _choose(role, settings, device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def usual_backend(device: torch.device, wanted: str | None) -> str:
+    """What carries gradients between processes whose devices are like this one.
+
+    Raises:
+        UnsupportedInput: ``wanted`` does not exist, or not for such devices.
+    """
+    backend = wanted or ("nccl" if device.type == "cuda" else "gloo")
+    known = {
+        "gloo": torch.distributed.is_gloo_available(),
+        "nccl": torch.distributed.is_nccl_available(),
+        "mpi": torch.distributed.is_mpi_available(),
+        "ucc": torch.distributed.is_ucc_available(),
+    }
+    usual = "nccl" if device.type == "cuda" else "gloo"
+    if backend not in known or not known[backend]:
+        offered = ", ".join(name for name, is_there in known.items() if is_there)
+        raise UnsupportedInput(
+            f"--dist-backend {backend} is not offered by this PyTorch, which has: {offered}. "
+            f"Leave it out to take {usual}."
+        )
+    if backend == "nccl" and device.type != "cuda":
+        raise UnsupportedInput(
+            f"--dist-backend nccl connects NVIDIA GPUs, but the processes are on {device.type}. "
+            f"Leave it out to take {usual}."
+        )
+    return backend
+
+
+def _choose(role: Alone | Member, settings: DistributedSettings, device: str) -> torch.device:
+    if settings.gpu is not None:
+        if device not in ("auto", "cuda", f"cuda:{settings.gpu}"):
+            raise UnsupportedInput(
+                f"both --gpu {settings.gpu} and --device {device} are given, but they are not the same. "
+                f"Give one of them."
+            )
+        if isinstance(role, Member) and role.shares_machine and role.local_rank != settings.gpu:
+            raise UnsupportedInput(
+                f"--gpu {settings.gpu} would put all processes of this machine on one GPU; this one's is "
+                f"{role.local_rank}. Leave --gpu out: each process takes the GPU of its local rank."
+            )
+        return resolve_device(f"cuda:{settings.gpu}")
+    if isinstance(role, Alone):
+        return resolve_device(device)
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if device not in ("auto", "cuda", f"cuda:{role.local_rank}") and role.shares_machine:
+        raise UnsupportedInput(
+            f"--device {device} would put all processes of this machine on one device. "
+            f"Write --device cuda: each process takes the GPU of its local rank."
+        )
+    if role.local_rank >= torch.cuda.device_count():
+        raise UnsupportedInput(
+            f"local rank {role.local_rank} has no GPU of its own: this machine offers {torch.cuda.device_count()}. "
+            f"Start fewer processes on it (--nproc-per-node), or write --device cpu."
+        )
+    return torch.device("cuda", role.local_rank)

@@ -1,0 +1,156 @@
+"""How the processes of a run find each other.
+
+Before the group exists they sign in at a store, so that what goes wrong has a name: ranks that are missing, ranks that
+came twice, a port that is taken, a rank 0 that cannot be reached.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented
+
+from tightfit.distributed.process_group import Group
+from tightfit.errors import UnsupportedInput
+from tightfit.train.launch.roles import Member
+
+#: Between two looks at who has signed in.
+_LOOK_S = 0.05
+#: For the others to hear why the run cannot begin.
+_HEARING_S = 10.0
+
+
+_has_joined = False
+
+
+def was_of_a_group() -> bool:
+    """Whether this process has been one of a group."""
+    return _has_joined
+
+
+@contextmanager
+def joined(member: Member, *, backend: str, device: torch.device, timeout_s: float) -> Iterator[Group]:
+    """Inside, this process is one of its group.
+
+    Args:
+        member: who it is.
+        backend: what carries gradients.
+        device: of this process.
+        timeout_s: how long to wait for the others, now and in every exchange.
+
+    Raises:
+        UnsupportedInput: not all came, one came twice, or the meeting place is not to be had.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store = sign_in(member, timeout_s)
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("gradients", store),
+            rank=member.rank,
+            world_size=member.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UnsupportedInput(
+            f"the processes have met, but {backend} cannot connect them ({str(error).splitlines()[0]}). "
+            f"Choose another --dist-backend: gloo works everywhere, nccl on NVIDIA GPUs."
+        ) from error
+    global _has_joined
+    _has_joined = True
+    try:
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        yield Group(rank=member.rank, world_size=member.world_size, control=control)
+        with suppress(RuntimeError):  # nobody leaves while another is still talking to it, unless that is gone
+            dist.barrier(group=control)
+    finally:
+        gc.collect()  # what still holds the group's threads, as DDP does, must not outlive it
+        dist.destroy_process_group()
+
+
+def sign_in(member: Member, timeout_s: float) -> Store:
+    """Meet the others; afterwards all ranks are there, each once.
+
+    Raises:
+        UnsupportedInput: see `joined`.
+    """
+    deadline = time.monotonic() + timeout_s
+    store = PrefixStore(f"tightfit-{member.attempt}", _store(member, timeout_s))
+    try:
+        if store.add(f"came-{member.rank}", 1) > 1:
+            raise UnsupportedInput(
+                f"rank {member.rank} is there twice, so the processes cannot be told apart. "
+                f"Give each its own --rank (or RANK); {member.meeting} may also be in use by another run."
+            )
+        if member.rank == 0:
+            store.set("verdict", _verdict(store, member, deadline))
+        # Rank 0 waits for all of the time; the others may have come earlier than it.
+        store.wait(["verdict"], timedelta(seconds=2 * timeout_s + 5))
+        verdict = store.get("verdict").decode()
+        if member.rank > 0:
+            store.add("heard", 1)
+        elif verdict:  # the store ends with rank 0: not before the others know why
+            _await_hearers(store, member)
+    except UnsupportedInput:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedInput(
+            f"rank {member.rank} has lost rank 0 at {member.meeting} ({str(error).splitlines()[0]}), so the run cannot "
+            f"begin. See what rank 0 said."
+        ) from error
+    if verdict:
+        raise UnsupportedInput(verdict)
+    return store
+
+
+def _await_hearers(store: Store, member: Member) -> None:
+    there = sum(store.check([f"came-{rank}"]) for rank in range(1, member.world_size))
+    deadline = time.monotonic() + _HEARING_S
+    while store.add("heard", 0) < there and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+
+
+def _verdict(store: Store, member: Member, deadline: float) -> str:
+    """Empty once all have come; else who has not."""
+    while True:
+        missing = [rank for rank in range(member.world_size) if not store.check([f"came-{rank}"])]
+        if not missing:
+            return ""
+        if time.monotonic() > deadline:
+            shown = ", ".join(map(str, missing[:16])) + (" and more" if len(missing) > 16 else "")
+            return (
+                f"{len(missing)} of {member.world_size} processes did not come to {member.meeting} in time: "
+                f"{'rank' if len(missing) == 1 else 'ranks'} {shown}. Start them, too, or give the number of those "
+                f"that there are as --world-size; --dist-timeout is how long to wait."
+            )
+        time.sleep(_LOOK_S)
+
+
+def _store(member: Member, timeout_s: float) -> Store:
+    timeout = timedelta(seconds=timeout_s)
+    kind, _, place = member.meeting.partition("://")
+    try:
+        if kind == "file":
+            return FileStore(place, member.world_size)
+        host, _, port = place.rpartition(":")
+        hosts = member.rank == 0 and not member.agent_hosts
+        return TCPStore(host, int(port), None, hosts, timeout, wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise UnsupportedInput(
+                f"the port of {member.meeting} is in use, by another run or by a second rank 0, so the processes "
+                f"cannot meet there. Choose another port in --dist-url or MASTER_PORT; --multiprocessing-distributed "
+                f"finds a free one by itself."
+            ) from None
+        raise UnsupportedInput(
+            f"rank {member.rank} cannot reach {member.meeting} ({text.splitlines()[0]}), where rank 0 should be. "
+            f"Check that rank 0 runs, and the address in --dist-url or MASTER_ADDR and MASTER_PORT."
+        ) from None

@@ -1,0 +1,1 @@
+"""How a model is trained by several processes: DistributedDataParallel and FSDP2."""

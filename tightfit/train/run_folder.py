@@ -1,0 +1,160 @@
+"""The folder of a run, ``ROOT_PATH/DATASET/MARK``: all that it did, and all that it takes to do it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.errors import UnsupportedInput
+from tightfit.records import Plan
+from tightfit.report.run_page import PAGE, read_run, render
+from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from tightfit.train.config import TrainConfig, to_yaml
+from tightfit.train.data import data_name
+from tightfit.train.files import replacing, write_text
+from tightfit.train.registry import folder_name
+
+_PACKAGES = ("tightfit", "torch", "numpy", "highspy", "transformers")
+
+
+class RunFolder:
+    """Paths and files of one run. Making the object touches nothing on disk; `open` does."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        assert config.dataset is not None
+        mark = folder_name(config.mark or config.model)
+        self.path = Path(config.root_path) / data_name(config.dataset) / mark
+        self.checkpoints = self.path / "checkpoints"
+        self.log = self.path / "log.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.model = self.path / "model.safetensors"
+
+    def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
+        """The checkpoint to go on from; None to begin at the first step.
+
+        Raises:
+            UnsupportedInput: the folder is in use and ``resume`` is None, or what ``resume`` names does not exist.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UnsupportedInput(
+                f"{self.path} is a file, but the run's folder belongs there. Choose another --mark or --root-path."
+            )
+        self._require_writable()
+        in_use = self.path.is_dir() and any(self.path.iterdir())
+        if resume is None:
+            if in_use:
+                raise UnsupportedInput(
+                    f"the run folder {self.path} already holds a run, and nothing is overwritten. "
+                    f"Continue it with --resume auto, or begin another one with --mark NAME."
+                )
+            return None
+        if resume == "auto":
+            return newest_checkpoint(self.checkpoints)
+        checkpoint = _named_checkpoint(Path(resume))
+        if in_use and checkpoint.folder.parent != self.checkpoints.resolve():
+            raise UnsupportedInput(
+                f"--resume {resume} belongs to another run, but the run folder {self.path} already holds one, and "
+                f"nothing is overwritten. Begin a new folder with --mark NAME."
+            )
+        return checkpoint
+
+    def _require_writable(self) -> None:
+        """Raise `UnsupportedInput` if the folder cannot be made, or nothing be written into it."""
+        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not nearest.is_dir():
+            raise UnsupportedInput(
+                f"the run's folder {self.path} cannot be made, because {nearest} is a file. Choose another --root-path."
+            )
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UnsupportedInput(
+                f"nothing can be written to {nearest}, where the run's folder {self.path} belongs. "
+                f"Choose another --root-path, or change the folder's permissions."
+            )
+
+    def open(self, config: TrainConfig, command: Sequence[str], plan: Plan, first_step: int) -> None:
+        """Make the folder, or go on in it: forget metrics of steps that will be done again, keep everything else."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", to_yaml(config))
+        with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
+            stream.write(shlex.join(command) + "\n")
+        write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        with replacing(self.path / "plan.json") as temporary:
+            plan.save(temporary)
+        (self.path / PAGE).unlink(missing_ok=True)  # of the run's earlier end
+        kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def save_model(self, state: Mapping[str, Any]) -> None:
+        """Write ``model.safetensors``: each key of a state dict, also those that share their memory."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                continue  # a module's own extra state; the checkpoints hold it
+            host = tensor.detach().cpu().contiguous()
+            shared = host.untyped_storage().data_ptr() in seen
+            tensors[name] = host.clone() if shared else host
+            seen.add(host.untyped_storage().data_ptr())
+        with replacing(self.model) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the page that shows the run."""
+        write_text(self.path / PAGE, render(replace(read_run(self.path), summary=summary)))
+
+    def _metric_lines(self) -> list[str]:
+        """Whole lines; one that was cut off by a kill is not among them."""
+        if not self.metrics.exists():
+            return []
+        pieces = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [line for line in pieces[:-1] if line]
+
+
+def _named_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``: its own folder, or a run's folder."""
+    if not path.exists():
+        raise UnsupportedInput(
+            f"there is no checkpoint at {path}, which --resume names; training from scratch instead would hide that. "
+            f"Check the path, or use --resume auto."
+        )
+    if (path / "checkpoints").is_dir():
+        checkpoint = newest_checkpoint(path / "checkpoints")
+        if checkpoint is None:
+            raise UnsupportedInput(f"the run folder {path} holds no checkpoint to go on from. Use --resume auto there.")
+        return checkpoint
+    return read_checkpoint(path)
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on."""
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,71 @@
+"""What is written down about logged steps: ``metrics.jsonl`` always, TensorBoard's files on request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tightfit.errors import UnsupportedInput
+
+
+class TensorBoardWriter:
+    """Every number of a logged step as a curve."""
+
+    def __init__(self, folder: Path) -> None:
+        writer = import_tensorboard()
+        self._writer = writer(log_dir=str(folder))
+
+    def add(self, step: int, metrics: Mapping[str, Any], prefix: str = "") -> None:
+        """Add a point to the curve of each number."""
+        for name, value in metrics.items():
+            if isinstance(value, Mapping):
+                self.add(step, value, f"{prefix}{name}/")
+            elif isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._writer.add_scalar(prefix + name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def import_tensorboard() -> Any:
+    """PyTorch's writer for TensorBoard.
+
+    Raises:
+        UnsupportedInput: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise UnsupportedInput(
+            "--tensorboard needs the tensorboard package, which is not installed. "
+            "Install it with: pip install 'tightfit[tensorboard]'"
+        ) from None
+    return SummaryWriter
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object for each logged step."""
+
+    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+        self._path = path
+        self._tensorboard = TensorBoardWriter(tensorboard) if tensorboard is not None else None
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Append one object."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.add(metrics["step"], metrics)
