@@ -33,11 +33,11 @@ def main() -> None:
     for name in ("gpt-tiny", "resnet-tiny", "lstm-tiny"):
         config, source = resolve(TrainConfig(model=name))
         work = build(config, source)
-        batch = work.batch(0)
-        applied = tightfit.fit(work.model, batch, budget="75%", loss=work.loss, optimizer=work.optimizer)
+        batch = work.microbatch(0).batch
+        applied = tightfit.fit(work.model, batch, budget="75%", loss=work.task.loss, optimizer=work.optimizer)
         plain_ms, ample_ms = [], []
         for _ in range(ROUNDS):
-            plain_ms.append(milliseconds(lambda work=work, batch=batch: work.loss(work.model, batch)))
+            plain_ms.append(milliseconds(lambda work=work, batch=batch: work.task.loss(work.model, batch)))
             ample_ms.append(milliseconds(lambda work=work, batch=batch, on=applied: on.loss(work.model, batch)))
         plain, ample = statistics.median(plain_ms), statistics.median(ample_ms)
         low, _, high = statistics.quantiles([a / p for a, p in zip(ample_ms, plain_ms, strict=True)], n=4)

@@ -37,8 +37,8 @@ def by_stepper(stepper: Stepper, steps: int) -> Loop:
 
     def run() -> list[float]:
         ends = []
-        for parts in stepper.work.loader.stream(0, steps):
-            stepper.take(parts)
+        for microbatches in stepper.work.stream(0, steps):
+            stepper.take(microbatches)
             ends.append(time.perf_counter())
         return ends
 

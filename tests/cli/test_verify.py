@@ -78,11 +78,11 @@ def test_the_peak_holds_by_a_meter_that_is_not_ours() -> None:
     """The peak of a real step from the profiler's own trace, without tightfit's meter."""
     config, source = resolve(TrainConfig(model="gpt-tiny", batch_size=8))
     work = build(config, source)
-    batch = work.microbatch(0)
-    plain_bytes = tightfit.fit(work.model, batch, loss=work.loss, optimizer=work.optimizer).plan.plain_peak_bytes
+    batch = work.microbatch(0).batch
+    plain_bytes = tightfit.fit(work.model, batch, loss=work.task.loss, optimizer=work.optimizer).plan.plain_peak_bytes
     work = build(config, source)
     budget_bytes = int(plain_bytes * 0.6)
-    applied = tightfit.fit(work.model, batch, budget=budget_bytes, loss=work.loss, optimizer=work.optimizer)
+    applied = tightfit.fit(work.model, batch, budget=budget_bytes, loss=work.task.loss, optimizer=work.optimizer)
 
     def step() -> None:
         work.optimizer.zero_grad(set_to_none=False)

@@ -144,7 +144,7 @@ def test_samples_of_unequal_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -
     data = load_data("tests.train.user_code:ragged_data", DataOptions(sequence_length=0))
     order = BatchOrder(sample_count=len(data.samples), batch_size=2, seed=0)
     with pytest.raises(UnsupportedInput, match="same shape"):
-        BatchLoader(data, order, samples_at_a_time=2).microbatches(0)
+        BatchLoader(data, order, samples_at_a_time=2).batch(0)
 
 
 def test_arguments_reach_a_factory_and_nothing_else() -> None:

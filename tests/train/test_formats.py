@@ -146,7 +146,7 @@ def test_rows_are_padded_to_the_longest_and_the_longest_batch_is_found(tmp_path:
         loader = BatchLoader(data, order, samples_at_a_time=4)
         extreme = largest_microbatch(data, loader, 0, 20)
         assert lengths.argmax().item() in extreme.numbers
-        assert loader.microbatches(extreme.step)[extreme.place]["input_ids"].shape == (4, 17)
+        assert loader.batch(extreme.step).parts[extreme.place]["input_ids"].shape == (4, 17)
 
 
 def test_pairs_have_labels_that_the_loss_leaves_out_where_they_end(tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 def test_microbatches_have_the_gradients_of_the_whole_batch(model: str, split: dict[str, int]) -> None:
     def gradients(**settings: int) -> list[torch.Tensor]:
         work = workload(model=model, batch_size=8, model_args={"dropout": 0.0}, **settings)
-        parts = work.loader.microbatches(0)
-        assert len(parts) == (3 if "microbatch_size" in settings else settings.get("accumulation_steps", 1))
-        for part, share in zip(parts, work.shares(parts), strict=True):
-            work.loss.share = share
-            work.loss(work.model, to_device(part, work.device)).backward()
+        microbatches = work.microbatches(0)
+        assert len(microbatches) == (3 if "microbatch_size" in settings else settings.get("accumulation_steps", 1))
+        for microbatch in microbatches:
+            work.spec().run_loss(work.model, to_device(microbatch, work.device)).backward()
         return [p.grad.double() for p in work.model.parameters() if p.grad is not None]
 
     whole, parts = gradients(), gradients(**split)
@@ -63,19 +62,19 @@ def test_a_batch_too_small_to_be_split_has_a_plan_that_fits_it() -> None:
     assert [line["step"] for line in metrics("tests.train.user_code-numbers/m")] == [1, 2, 3, 4]
     work = workload(model="tests.train.user_code:own_loss_model", dataset="tests.train.user_code:numbers",
                     dataset_args={"count": 20}, batch_size=16, microbatch_size=4)  # fmt: skip
-    assert work.shares(work.loader.microbatches(1)) == [1.0]
+    assert [microbatch.weight for microbatch in work.microbatches(1)] == [1.0]
 
 
 def test_a_custom_loss_says_what_it_is_a_mean_over() -> None:
     work = workload(model="tests.train.user_code:token_mean_model", dataset="tests.train.user_code:ragged_numbers",
                     batch_size=4, microbatch_size=2)  # fmt: skip
-    parts = work.loader.microbatches(0)
-    counts = [float((part != 0).sum()) for part in parts]
-    assert work.shares(parts) == [count / sum(counts) for count in counts]
+    microbatches = work.microbatches(0)
+    counts = [float((microbatch.batch != 0).sum()) for microbatch in microbatches]
+    assert [microbatch.weight for microbatch in microbatches] == [count / sum(counts) for count in counts]
 
 
 @pytest.mark.parametrize("model", ["gpt-tiny", "lstm-tiny", "resnet-tiny"])
-def test_where_samples_weigh_alike_their_numbers_are_shares_enough(model: str) -> None:
+def test_where_samples_weigh_alike_their_numbers_are_enough_for_the_weights(model: str) -> None:
     """So that no process has to ask the others."""
 
     class Silent(Group):
@@ -89,8 +88,7 @@ def test_where_samples_weigh_alike_their_numbers_are_shares_enough(model: str) -
         for rank in range(3):
             loader = BatchLoader(work.data, work.order, samples_at_a_time=2, rank=rank, world_size=3)
             own = replace(work, group=Silent(rank=rank, world_size=3), loader=loader)
-            parts = loader.microbatches(step)
-            found += [(share, work.task.weight(part)) for share, part in zip(own.shares(parts), parts, strict=True)]
-        total = sum(weight for share, weight in found if share)
-        expected = [3 * weight / total if share else 0.0 for share, weight in found]
-        assert [share for share, _ in found] == pytest.approx(expected, rel=1e-12)
+            found += [(one.weight, work.task.weight(one.batch)) for one in own.microbatches(step)]
+        total = sum(elements for weight, elements in found if weight)
+        expected = [3 * elements / total if weight else 0.0 for weight, elements in found]
+        assert [weight for weight, _ in found] == pytest.approx(expected, rel=1e-12)

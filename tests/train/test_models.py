@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 @pytest.mark.parametrize("name", [name for name, _ in MODELS])
 def test_every_built_in_model_trains_on_its_usual_data(name: str) -> None:
     work = build(*resolve(TrainConfig(model=name, batch_size=2)))
-    loss = work.loss(work.model, work.microbatch(0))
+    loss = work.task.loss(work.model, work.microbatch(0).batch)
     loss.backward()
     assert loss.isfinite()
     missing = [name for name, parameter in work.model.named_parameters() if parameter.grad is None]
@@ -39,7 +39,7 @@ def test_gpt_is_causal_and_its_weights_are_tied() -> None:
 
 def test_the_lstm_reads_text_too() -> None:
     work = build(*resolve(TrainConfig(model="lstm-tiny", dataset="python-source", batch_size=2, sequence_length=16)))
-    assert work.loss(work.model, work.microbatch(0)).item() == pytest.approx(5.5, abs=0.5)  # about log(256)
+    assert work.task.loss(work.model, work.microbatch(0).batch).item() == pytest.approx(5.5, abs=0.5)  # about log(256)
 
 
 def test_model_arguments_change_the_model() -> None:
@@ -80,7 +80,7 @@ def test_a_model_and_data_of_other_kinds_do_not_fit() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_transformers_models_come_from_config_files(name: str) -> None:
     work = build(*resolve(TrainConfig(model=f"transformers:{CONFIGS / name}.json", batch_size=2, sequence_length=16)))
-    loss = work.loss(work.model, work.microbatch(0))
+    loss = work.task.loss(work.model, work.microbatch(0).batch)
     loss.backward()
     assert all(parameter.dtype == torch.float32 for parameter in work.model.parameters())
     assert loss.item() == pytest.approx(5.5, abs=0.5)
@@ -120,7 +120,7 @@ def test_a_factory_gives_a_model_with_its_loss(factory: str) -> None:
         model=f"tests.train.user_code:{factory}", dataset="tests.train.user_code:numbers", model_args={"width": 5}
     )
     work = build(*resolve(config))
-    assert work.loss(work.model, work.microbatch(0)).isfinite()
+    assert work.task.loss(work.model, work.microbatch(0).batch).isfinite()
     assert next(work.model.parameters()).shape == (5, 4)
 
 

@@ -73,12 +73,12 @@ def test_loss_and_gradients_are_those_of_the_documents_one_by_one() -> None:
     config = TrainConfig(model="gpt-tiny", dataset=table(*TEXTS), packing="off", batch_size=8, sequence_length=40)
     work = build(*resolve(config))
     work.model.eval()
-    batch = work.microbatch(0)
+    batch = work.microbatch(0).batch
     assert (batch == IGNORED).any()
     documents = [row[row != IGNORED][None] for row in batch]
     counts = [row.numel() - 1 for row in documents]
     assert work.task.weight(batch) == sum(counts)
-    loss = work.loss(work.model, batch)
+    loss = work.task.loss(work.model, batch)
     gradients = torch.autograd.grad(loss, list(work.model.parameters()))
     one_by_one = sum(
         next_token_loss(work.model, row) * count / sum(counts) for row, count in zip(documents, counts, strict=True)
@@ -95,7 +95,7 @@ def test_without_padding_the_loss_is_the_packed_one() -> None:
     facts = {"kind": "text", "vocabulary_size": 256}
     work = build(*resolve(TrainConfig(model="gpt-tiny", batch_size=4)))
     work.model.eval()
-    batch = work.microbatch(0)
+    batch = work.microbatch(0).batch
     losses = [causal_lm(DataFacts(**facts, is_padded=flag)).loss(work.model, batch) for flag in (False, True)]
     assert torch.equal(*losses)
 

@@ -226,7 +226,7 @@ def datasets(options: ListOptions, command: Sequence[str]) -> int:
 def _keywords(work: Workload) -> dict[str, Any]:
     """The step, as the public verbs take it."""
     return {
-        "loss": work.loss,
+        "loss": work.task.loss,
         "optimizer": work.optimizer,
         "accumulation_steps": work.accumulation_steps,
         "autocast": work.autocast,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import storage_bytes, storage_key, tree_leaves
+from tightfit.step.microbatch import Microbatch
 
 _DEPTH = 4
 
@@ -44,8 +45,10 @@ class StepShape:
 
 def step_shape(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepShape:
     """The shape of a training step on `batch`, as things are now."""
-    shape = arguments_shape(batch)
-    state = watch.state(), optimizer_state(optimizers), settings_in_force(watch.device_type)
+    # A weight is one operation more, whatever its value.
+    is_weighted = isinstance(batch, Microbatch) and batch.weight is not None
+    shape = arguments_shape(batch.batch if isinstance(batch, Microbatch) else batch)
+    state = is_weighted, watch.state(), optimizer_state(optimizers), settings_in_force(watch.device_type)
     return StepShape(shape.sizes, shape.numbers, (shape.kind, state))
 
 

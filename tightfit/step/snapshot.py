@@ -22,6 +22,7 @@ from tightfit._torch_private import drop_tensor_hooks, no_function_modes, set_ve
 from tightfit.distributed.dtensor import is_distributed, local
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import CopyFile, HostCopy
+from tightfit.step.microbatch import Microbatch
 
 _MOST_THINGS = 200_000
 _LARGE_ARRAY_BYTES = 2**26
@@ -137,6 +138,8 @@ class TrainingState:
             yield from thing
         elif isinstance(thing, tuple | frozenset):
             yield from thing
+        elif isinstance(thing, Microbatch):
+            yield thing.batch
         elif (state := _generator_state(thing)) is not None:
             self._generators.append((thing, state))
         elif _is_array(thing):

@@ -11,6 +11,7 @@ import torch
 
 from tightfit._torch_private import tree_leaves
 from tightfit.errors import UnsupportedInput
+from tightfit.step.microbatch import Microbatch
 
 LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -32,7 +33,12 @@ class StepSpec:
     """A context for the forward of model and loss (a plan's `<loss>` region)."""
 
     def run_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Forward of model and loss: a scalar tensor. Raises `UnsupportedInput` if it is not one."""
+        """Forward of model and loss: a scalar tensor. Raises `UnsupportedInput` if it is not one.
+
+        The loss of a `Microbatch` is multiplied by its weight.
+        """
+        microbatch = batch if isinstance(batch, Microbatch) else Microbatch(batch)
+        batch = microbatch.batch
         with self.around_loss(), self._autocast(model):
             if self.loss is not None:
                 result = self.loss(model, batch)
@@ -42,7 +48,7 @@ class StepSpec:
                 result = model(*batch)
             else:
                 result = model(batch)
-            return check_loss(result, given=self.loss is not None)
+            return microbatch.weighted(check_loss(result, given=self.loss is not None))
 
     def run(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """One whole step: forward and backward `accumulation_steps` times, clipping, optimizers. Returns the last loss,

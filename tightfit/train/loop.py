@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from tightfit.device.memory import measure_peak, resident_bytes
+from tightfit.step.microbatch import Microbatch
 from tightfit.train.checkpoint import random_state, save_checkpoint
 from tightfit.train.config import TrainConfig
-from tightfit.train.data.loader import Parts
 from tightfit.train.ema import MovingAverage
 from tightfit.train.evaluation import Evaluation, Evaluator
 from tightfit.train.optimizer_step import StepOutcome, Stepper, TrainingFailed
@@ -72,7 +72,7 @@ class Training:
         """
         self.steps_done = first_step
         self.reporter.start_progress(first_step, self.total_steps)
-        batches = self.work.loader.stream(first_step, self.total_steps)
+        batches = self.work.stream(first_step, self.total_steps)
         with StopRequest() as stop:
             try:
                 for done in range(first_step + 1, self.total_steps + 1):
@@ -91,7 +91,7 @@ class Training:
                     if is_finished:
                         break
             finally:
-                batches.close()  # type: ignore[attr-defined]  # a generator: ends the workers
+                batches.close()  # ends the workers
         self.reporter.stop_progress()
 
     def _signal(self, stop: StopRequest, done: int) -> int | None:
@@ -102,7 +102,7 @@ class Training:
             return None
         return max(self.work.group.gather(stop.signal_number or 0)) or None
 
-    def _step(self, parts: Parts, done: int, first_step: int, started: float) -> bool:
+    def _step(self, microbatches: list[Microbatch], done: int, first_step: int, started: float) -> bool:
         """Take step ``done`` (the first is 1) and all that follows from it; True if the run ends with it."""
         config = self.config
         lr = lr_at(
@@ -117,14 +117,14 @@ class Training:
         is_last = done == self.total_steps
         judges = self._judges(done, is_last)
         if not (done % config.log_every == 0 or done == first_step + 1 or is_last or judges):
-            self.stepper.take(parts)
+            self.stepper.take(microbatches)
             self._after_step(done)
             self._watch.add(time.perf_counter() - started)
             self.reporter.advance(done)
             if self._is_saved(done):
                 self._save(done, is_best=False)
             return False
-        outcome, step_ms, peak_bytes = self._measured(parts)
+        outcome, step_ms, peak_bytes = self._measured(microbatches)
         self._after_step(done)
         group = self.work.group
         everyones = group.gather((outcome.loss.item(), step_ms, peak_bytes))
@@ -139,7 +139,7 @@ class Training:
             )
         evaluation = self._judge() if judges else None
         is_best = evaluation is not None and self._note(evaluation, done)
-        self._report(parts, done, lr, value, step_ms, peak_bytes, outcome, evaluation)
+        self._report(microbatches, done, lr, value, step_ms, peak_bytes, outcome, evaluation)
         patience = config.early_stop
         is_finished = is_last or (
             evaluation is not None and patience is not None and self.progress.evaluations_since_best >= patience
@@ -154,22 +154,22 @@ class Training:
         self._watch = Stopwatch(self.work.device)
         return is_finished
 
-    def _measured(self, parts: Parts) -> tuple[StepOutcome, float, int]:
+    def _measured(self, microbatches: list[Microbatch]) -> tuple[StepOutcome, float, int]:
         """A step whose memory is measured. On a CPU that makes it slower, so its time counts only if there is no
         other.
         """
         work = self.work
         self._watch.settle()
-        self.stepper.prepare(parts)  # planning runs the profiler, and so does the meter on a CPU: one at a time
-        resident = self._resident_bytes(parts)
+        self.stepper.prepare(microbatches)  # planning runs the profiler, and so does the meter on a CPU: one at a time
+        resident = self._resident_bytes(microbatches)
         started = time.perf_counter()
-        outcome, peak_bytes = measure_peak(lambda: self.stepper.take(parts), resident, work.device)
+        outcome, peak_bytes = measure_peak(lambda: self.stepper.take(microbatches), resident, work.device)
         step_ms = self._watch.mean_ms or (time.perf_counter() - started) * 1000
         return outcome, step_ms, peak_bytes
 
-    def _resident_bytes(self, parts: Parts) -> int:
+    def _resident_bytes(self, microbatches: list[Microbatch]) -> int:
         average_bytes = 0 if self.average is None else self.average.nbytes
-        return resident_bytes(self.work.model, parts, self.work.optimizer) + average_bytes
+        return resident_bytes(self.work.model, microbatches, self.work.optimizer) + average_bytes
 
     def _after_step(self, done: int) -> None:
         if self.average is not None:
@@ -205,7 +205,7 @@ class Training:
 
     def _report(
         self,
-        parts: Parts,
+        microbatches: list[Microbatch],
         done: int,
         lr: float,
         loss: float,
@@ -224,7 +224,7 @@ class Training:
             lr=lr,
             step_ms=step_ms,
             samples_per_second=len(work.order.indices(done - 1)) / step_ms * 1000,
-            memory_now_bytes=self._resident_bytes(parts),
+            memory_now_bytes=self._resident_bytes(microbatches),
             peak_bytes=peak_bytes,
             budget_bytes=work.budget_bytes,
             recompute_ratio=0.0 if plan is None else 1 - plan.plain_step_ms / max(plan.predicted_step_ms, 1e-9),

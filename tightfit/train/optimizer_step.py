@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,9 @@ import tightfit
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import group_broken, is_group_broken
 from tightfit.errors import TightfitError
+from tightfit.step.microbatch import Microbatch
 from tightfit.step.step import describe_batch
-from tightfit.train.data.loader import Parts, to_device
+from tightfit.train.data.loader import to_device
 from tightfit.train.parallel.ddp import exchanging, is_exchanged
 from tightfit.train.parallel.fsdp import whole
 from tightfit.train.workload import Workload
@@ -47,26 +49,25 @@ class Stepper:
     model: nn.Module
     """What is called: the workload's, or that wrapped for several processes."""
 
-    def prepare(self, parts: Parts) -> None:
+    def prepare(self, microbatches: Sequence[Microbatch]) -> None:
         """Plan the step's batches now if there is no plan for their shapes yet."""
-        for part, share in zip(parts, self.work.shares(parts), strict=True):
-            self.work.loss.share = share
-            self.applied.prepare(to_device(part, self.work.device))
+        for microbatch in microbatches:
+            self.applied.prepare(to_device(microbatch, self.work.device))
 
-    def take(self, parts: Parts) -> StepOutcome:
+    def take(self, microbatches: Sequence[Microbatch]) -> StepOutcome:
         """Take a step on the microbatches of a batch.
 
         Raises:
             TrainingFailed: the device has no more memory; or not all gradients were exchanged.
         """
         try:
-            return self._take(parts)
+            return self._take(microbatches)
         except (RuntimeError, MemoryError) as error:
             if not self.work.group.is_alone and is_group_broken(error):
                 raise group_broken(error) from error
             if not is_out_of_memory(error):
                 raise
-            shapes = "; ".join(describe_batch(part) for part in parts)
+            shapes = "; ".join(map(describe_batch, microbatches))
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainingFailed(
                 f"a step on {shapes} ran out of memory ({said}), "
@@ -75,14 +76,13 @@ class Stepper:
                 f"something else took it. Go on from the last checkpoint with --resume auto and a smaller --memory."
             ) from error
 
-    def _take(self, parts: Parts) -> StepOutcome:
+    def _take(self, microbatches: Sequence[Microbatch]) -> StepOutcome:
         work, scaler = self.work, self.scaler
         work.optimizer.zero_grad(set_to_none=False)
         total: Tensor | None = None
-        for place, (part, share) in enumerate(zip(parts, work.shares(parts), strict=True), 1):
-            work.loss.share = share
-            with exchanging(self.model, last=place == len(parts)):
-                loss = self.applied.loss(self.model, to_device(part, work.device))
+        for place, microbatch in enumerate(microbatches, 1):
+            with exchanging(self.model, last=place == len(microbatches)):
+                loss = self.applied.loss(self.model, to_device(microbatch, work.device))
                 (loss if scaler is None else scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None

@@ -279,10 +279,9 @@ def plan_run(
         BudgetInfeasible: a batch does not fit; it is named.
     """
     extreme = largest_microbatch(work.data, work.loader, first_step, total_steps)
-    parts = work.loader.microbatches(extreme.step)
-    batch = to_device(parts[extreme.place], work.device)
-    work.loss.share = work.shares(parts)[extreme.place]
-    beside_bytes = (0 if average is None else average.nbytes) + work.bytes_beside(parts, extreme.place)
+    microbatches = work.microbatches(extreme.step)
+    batch = to_device(microbatches[extreme.place], work.device)
+    beside_bytes = (0 if average is None else average.nbytes) + work.bytes_beside(microbatches, extreme.place)
     beside_bytes += bytes_of_exchange(work.model, work.group)
     reference = config.reference_memory
 
@@ -292,7 +291,7 @@ def plan_run(
                 work.model,
                 batch,
                 budget=_left(work.budget_bytes, beside_bytes),
-                loss=work.loss,
+                loss=work.task.loss,
                 optimizer=work.optimizer,
                 accumulation_steps=work.accumulation_steps,
                 autocast=work.autocast,
@@ -320,13 +319,12 @@ def plan_run(
         applied = group.together(lambda: fitted(profile) if mine is None else mine)
     # What the processes tell each other comes first: inside `together` one may end before another.
     steps = work.order.sizes(first_step, total_steps).values()
-    shares = {step: work.shares(work.loader.microbatches(step)) for step in steps}
+    others = {step: work.microbatches(step) for step in steps}
 
     def prepare_others() -> None:
-        for step in shares:
-            for place, part in enumerate(work.loader.microbatches(step)):
-                work.loss.share = shares[step][place]
-                moved = to_device(part, work.device)
+        for step, microbatches in others.items():
+            for place, microbatch in enumerate(microbatches):
+                moved = to_device(microbatch, work.device)
                 other = replace(extreme, step=step, place=place, numbers=work.loader.numbers(step)[place])
                 with naming(moved, other, beside_bytes):
                     applied.prepare(moved)
@@ -408,11 +406,10 @@ def _progress_of(checkpoint: Checkpoint) -> Progress:
 
 def _first_loss(work: Workload) -> float:
     """The loss on the run's first batch, without dropout and without touching statistics."""
-    parts = work.loader.microbatches(0)
     total = 0.0
     with judging(work.model), torch.no_grad():
-        for part, share in zip(parts, work.shares(parts), strict=True):
-            work.loss.share = share
+        for microbatch in work.microbatches(0):
             with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
-                total += work.loss(work.model, to_device(part, work.device)).item()
+                loss = work.task.loss(work.model, to_device(microbatch.batch, work.device))
+                total += microbatch.weighted(loss).item()
     return work.group.sums([total])[0] / work.group.world_size

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tightfit.device.budget import resolve_budget
 from tightfit.distributed.process_group import ALONE, Group
 from tightfit.errors import UnsupportedInput
+from tightfit.step.microbatch import Microbatch
 from tightfit.step.step import StepSpec, batch_tensors
 from tightfit.train.config import WorkConfig
 from tightfit.train.data import DataOptions, TrainingData, data_name, load_data
-from tightfit.train.data.loader import BatchLoader, Parts, to_device
+from tightfit.train.data.loader import BatchLoader, SplitBatch, to_device
 from tightfit.train.data.order import BatchOrder
 from tightfit.train.data.rows import Columns
 from tightfit.train.data.tokens import load_tokens
 from tightfit.train.device import resolve_device
-from tightfit.train.models import Loss, ModelSource, find_model
+from tightfit.train.models import ModelSource, find_model
 from tightfit.train.optimizers import make_optimizer
 from tightfit.train.parallel.fsdp import can_be_cast, check_can_shard, shard
 from tightfit.train.precision import autocast_dtype
@@ -33,28 +35,12 @@ from tightfit.train.tasks.choose import check_fit
 Config = TypeVar("Config", bound=WorkConfig)
 
 
-class SharedLoss:
-    """A task's loss, times a microbatch's share of its batch: so that gradients add up to those of the whole batch."""
-
-    def __init__(self, loss: Loss) -> None:
-        self._loss = loss
-        self.share: float | None = None
-        """None: the batch is not split, and the loss is what it is."""
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss, scaled."""
-        value = self._loss(model, batch)
-        return value if self.share is None else value * self.share
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """Everything that one training step needs."""
 
     model: nn.Module
     task: Task
-    loss: SharedLoss
-    """The task's, of the microbatch that is run."""
     optimizer: torch.optim.Optimizer
     data: TrainingData
     order: BatchOrder
@@ -71,26 +57,35 @@ class Workload:
         """Microbatches in a full batch."""
         return len(self.loader.numbers(0))
 
-    def microbatch(self, step: int, place: int = 0) -> Any:
-        """One microbatch of step ``step`` (the first is 0) on the device; the loss is set to its share."""
-        parts = self.loader.microbatches(step)
-        self.loss.share = self.shares(parts)[place]
-        return to_device(parts[place], self.device)
+    def microbatch(self, step: int) -> Microbatch:
+        """The first microbatch of step ``step`` (the first is 0), on the device."""
+        first: Microbatch = to_device(self.microbatches(step)[0], self.device)
+        return first
 
-    def shares(self, parts: Parts) -> list[float | None]:
-        """Each microbatch's share of its batch, times the number of processes; None where batches are not split.
+    def microbatches(self, step: int) -> list[Microbatch]:
+        """The microbatches of step ``step`` (the first is 0), in host memory.  All processes call this."""
+        return self._weighted(self.loader.batch(step))
 
-        A batch that is too small to be split still has a share of 1, so that its step is like that of the others.
-        The processes ask each other only where it takes more than the numbers of samples, which all of them know.
+    def stream(self, first_step: int, total_steps: int) -> Generator[list[Microbatch], None, None]:
+        """The microbatches of each step from `first_step` up to `total_steps`; `close` ends the workers."""
+        with closing(self.loader.stream(first_step, total_steps)) as batches:
+            for batch in batches:
+                yield self._weighted(batch)
+
+    def _weighted(self, batch: SplitBatch) -> list[Microbatch]:
+        """Each microbatch with its share of the batch, times the number of processes; None where batches are not split.
+
+        A batch that is too small to be split still has a weight of 1, so that its step is like that of the others.
+        An all-reduce is needed only where the numbers of samples, which all processes know, do not suffice.
         """
         if self.accumulation_steps == 1 and self.group.is_alone:
-            return [None] * len(parts)
+            return [Microbatch(part) for part in batch.parts]
         total: float
         weights: Sequence[float]
         if self.task.samples_weigh_alike:
-            weights, total = parts.sizes, parts.batch_size
+            weights, total = batch.sizes, batch.batch_size
         else:
-            weights = [0.0 if parts.is_filler else self.task.weight(part) for part in parts]
+            weights = [0.0 if batch.is_duplicate else self.task.weight(part) for part in batch.parts]
             (total,) = self.group.sums([sum(weights)])
         if not total > 0:
             raise UnsupportedInput(
@@ -98,18 +93,19 @@ class Workload:
                 "gradient. Leave such samples out of the dataset."
             )
         # What each process has is averaged over them in the end, not added up.
-        return [weight / total * self.group.world_size for weight in weights]
+        shares = [weight / total * self.group.world_size for weight in weights]
+        return [Microbatch(part, share) for part, share in zip(batch.parts, shares, strict=True)]
 
-    def bytes_beside(self, parts: list[Any], place: int) -> int:
+    def bytes_beside(self, microbatches: Sequence[Microbatch], place: int) -> int:
         """Bytes of the device that the other microbatches of a batch take while one of them runs."""
         if self.device.type != "cpu":
             return 0  # the others wait in host memory
-        return sum(t.nbytes for other, part in enumerate(parts) if other != place for t in batch_tensors(part))
+        return sum(t.nbytes for other, one in enumerate(microbatches) if other != place for t in batch_tensors(one))
 
     def spec(self) -> StepSpec:
         """The step, as the verbs take it."""
         return StepSpec(
-            loss=self.loss,
+            loss=self.task.loss,
             optimizers=(self.optimizer,),
             accumulation_steps=self.accumulation_steps,
             autocast=self.autocast,
@@ -213,7 +209,6 @@ def build(
     return Workload(
         model=model,
         task=task,
-        loss=SharedLoss(task.loss),
         optimizer=optimizer,
         data=data,
         order=order,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tightfit.errors import UnsupportedInput
+from tightfit.step.microbatch import Microbatch
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.order import BatchOrder
 
@@ -32,19 +33,19 @@ class _Request:
     """Of its samples."""
 
 
-class Parts(list[Any]):
-    """The microbatches of one step, of one process."""
+@dataclass(frozen=True, eq=False)
+class SplitBatch:
+    """What one process runs of a step's batch, in the parts that are run one after the other."""
 
-    def __init__(self, batches: Iterable[Any], sizes: Sequence[int], batch_size: int) -> None:
-        super().__init__(batches)
-        self.sizes = tuple(sizes)
-        """Samples of each microbatch."""
-        self.batch_size = batch_size
-        """Samples of the step, of all processes."""
+    parts: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    """Samples of each part."""
+    batch_size: int
+    """Samples of the step, of all processes."""
 
     @property
-    def is_filler(self) -> bool:
-        """There are fewer samples than processes, and this one only goes along, with a sample of another."""
+    def is_duplicate(self) -> bool:
+        """Whether this rank has no sample in a short last batch, and runs one of another rank with weight 0."""
         return not any(self.sizes)
 
 
@@ -112,38 +113,36 @@ class BatchLoader:
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
-    def _sizes(self, step: int, made: list[int]) -> tuple[list[int], int]:
-        """Of the samples `made` for each microbatch of step ``step``, those of this process; and those of all."""
+    def _sizes(self, step: int) -> tuple[tuple[int, ...], int]:
+        """The samples of each microbatch of step ``step`` that are this process's own, and those of all processes."""
         count = len(self._order.indices(step))
         begin, end = self._part(count)
-        return made if begin < end else [0] * len(made), count
+        return tuple(len(numbers) if begin < end else 0 for numbers in self.numbers(step)), count
 
     def _part(self, count: int) -> tuple[int, int]:
         """Of so many samples, this process's: from the first number up to the second."""
         return count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size
 
-    def microbatches(self, step: int) -> Parts:
-        """The microbatches of step ``step`` (the first is 0), made now.
+    def batch(self, step: int) -> SplitBatch:
+        """The batch of step ``step`` (the first is 0), made now.
 
         Raises:
             UnsupportedInput: the samples cannot be read, or put into one batch.
         """
-        requests = self._requests(step)
-        built = (_checked(self._built.__getitems__(request)) for request in requests)
-        return Parts(built, *self._sizes(step, [len(request.numbers) for request in requests]))
+        parts = tuple(_checked(self._built.__getitems__(request)) for request in self._requests(step))
+        return SplitBatch(parts, *self._sizes(step))
 
-    def stream(self, first_step: int, total_steps: int) -> Iterator[Parts]:
-        """The microbatches of each step from `first_step` up to `total_steps`.
+    def stream(self, first_step: int, total_steps: int) -> Generator[SplitBatch, None, None]:
+        """The batch of each step from `first_step` up to `total_steps`.
 
         Raises:
-            UnsupportedInput: as `microbatches`, or a worker has died.
+            UnsupportedInput: as `batch`, or a worker has died.
         """
         if not self._workers:
             for step in range(first_step, total_steps):
-                yield self.microbatches(step)
+                yield self.batch(step)
             return
-        steps = range(first_step, total_steps)
-        all_sizes = [self._sizes(step, [len(numbers) for numbers in self.numbers(step)]) for step in steps]
+        all_sizes = [self._sizes(step) for step in range(first_step, total_steps)]
         loader = DataLoader(
             self._built,
             batch_sampler=_Plan(self, first_step, total_steps),  # type: ignore[arg-type]  # of requests, not of lists
@@ -156,7 +155,7 @@ class BatchLoader:
         batches = iter(loader)
         try:
             for sizes, batch_size in all_sizes:
-                yield Parts((_checked(_next_of(batches)) for _ in sizes), sizes, batch_size)
+                yield SplitBatch(tuple(_checked(_next_of(batches)) for _ in sizes), sizes, batch_size)
         finally:
             del batches  # ends the workers
 
@@ -199,6 +198,8 @@ def batches_of(
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``; lists become tuples."""
+    if isinstance(batch, Microbatch):
+        return Microbatch(to_device(batch.batch, device), batch.weight)
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
