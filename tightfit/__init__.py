@@ -21,6 +21,7 @@ except ValueError:  # sys.modules["torch"] is None: its import is blocked
     _has_torch = False
 
 if _has_torch:
+    from tightfit.device.budget import Budget
     from tightfit.installation.applied import Applied, apply
     from tightfit.planning.fit import fit
     from tightfit.profiling.measure import measure
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Applied",
+    "Budget",
     "BudgetInfeasible",
     "Plan",
     "PlanMismatch",

@@ -96,14 +96,8 @@ def test_full_and_off(grad_checkpoint: Any, peaks: tuple[int, int]) -> None:
     assert grad_checkpoint == "full" or caught.value.required_bytes == peaks[1]
 
 
-def test_budgets_that_can_be_read() -> None:
-    device = torch.device("cpu")
-    whole = meter.device_memory_bytes(device)
-    assert planner.resolve_budget("75%", device) == int(whole * 0.75)
-    assert planner.resolve_budget("1GiB", device) == 2**30
-    assert planner.resolve_budget("100MB", device) == 10**8
-    assert planner.resolve_budget(12345, device) == 12345
-    assert 0 < planner.resolve_budget("auto", device) <= whole
+def test_a_share_of_the_device_s_memory() -> None:
+    whole = meter.device_memory_bytes(torch.device("cpu"))
     with tightfit.fit(Net(), BATCH, budget="75%") as applied:
         assert applied.plan.budget_bytes == int(whole * 0.75)
         assert applied.plan.is_plain

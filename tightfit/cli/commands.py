@@ -19,7 +19,7 @@ import tightfit
 from tightfit.cli.console import speak_as
 from tightfit.cli.doctor import examine, format_examination
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
-from tightfit.device.budget import resolve_budget
+from tightfit.device.budget import Budget
 from tightfit.distributed.process_group import ALONE, Group
 from tightfit.errors import UnsupportedInput
 from tightfit.peak_breakdown import format_parts, parts_of_peak
@@ -106,7 +106,7 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
     options, source = resolve(options)
     _require_folder(options.output)
     work = build(options, source)
-    with find_plan(work.model, work.microbatch(0), work.spec(), work.budget_bytes) as applied:
+    with find_plan(work.model, work.microbatch(0), work.spec(), work.budget) as applied:
         solved, profile = applied.plan, applied.profile
     assert profile is not None  # find_plan has measured
     more_bytes = next_useful_bytes(Solver(profile), solved)
@@ -138,7 +138,7 @@ def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
     peers = None if options.peers is None else load_peers(Path(options.peers))
     work = build(options, source)
     profile = tightfit.measure(work.model, work.microbatch(0), **_keywords(work))
-    marked_bytes = work.budget_bytes if options.marks_budget else None
+    marked_bytes = work.budget.total_bytes if options.marks_budget else None
     begin = time.perf_counter()
     solver = Solver(profile)
     plans = frontier_of(solver, options.points, also=() if marked_bytes is None else (marked_bytes,))
@@ -165,7 +165,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     batch = work.microbatch(0)
     if solved is None:
         # With repair, as in training: what is verified is the plan that `tightfit train` would use.
-        with find_plan(work.model, batch, work.spec(), work.budget_bytes) as applied:
+        with find_plan(work.model, batch, work.spec(), work.budget) as applied:
             solved = applied.plan
     verdict = tightfit.verify(
         work.model,
@@ -173,7 +173,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         solved,
         **_keywords(work),
         steps=options.steps,
-        reference_budget_bytes=resolve_budget(options.reference_memory, work.device, name="--reference-memory"),
+        reference_budget_bytes=Budget.of(options.reference_memory, work.device, name="--reference-memory").total_bytes,
     )
     if options.json:
         print(json.dumps({entry.name: getattr(verdict, entry.name) for entry in fields(verdict)}))

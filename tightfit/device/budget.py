@@ -1,51 +1,119 @@
-"""What a budget as people write it stands for on a device: ``8GiB``, ``8GB``, ``75%``, ``auto``, or bytes."""
+"""`Budget`: the memory that a process may hold, read from what people write: ``8GiB``, ``8GB``, ``75%``, ``auto``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
 from tightfit.device.memory import device_memory_bytes, free_memory_bytes
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.units import format_bytes, parse_bytes
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_AUTO = "auto"
 
 
-def resolve_budget(
-    budget: int | str, device: torch.device, *, name: str = "the budget", held_bytes: int | None = None
-) -> int:
-    """Bytes that `budget` stands for.
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The most memory of a device, in bytes, that a process may hold at any moment of a training step.
 
-    Args:
-        budget: a size, a share of all the device's memory, or ``auto``: what is free there now, and what this process
-            holds there already.
-        device: a CPU or CUDA device.
-        name: what messages call it, for example a flag.
-        held_bytes: for ``auto``, what this process holds already; by default what PyTorch's CUDA allocator has.
-
-    Raises:
-        UnsupportedInput: not a size, or more than the device has.
+    A part of it may be reserved for what is held beside the step, such as a moving average of the weights: plans are
+    made for the rest, and errors and reports speak of the total.
     """
-    total_bytes = device_memory_bytes(device)
-    if isinstance(budget, str) and budget.strip().lower() == "auto":
-        if held_bytes is None:
-            held_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        return min(free_memory_bytes(device) + held_bytes, total_bytes)
+
+    total_bytes: int
+    beside_step_bytes: int = 0
+    """Reserved for what the process holds beside the step, and neither the model, the optimizer nor the batch is."""
+    text: str = ""
+    """As it was given; empty: in bytes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beside_step_bytes < self.total_bytes:
+            raise UnsupportedInput(
+                f"the budget is {format_bytes(self.total_bytes)}, and {format_bytes(self.beside_step_bytes)} of it are "
+                f"reserved beside the step, so nothing is left for the step. Give a larger budget."
+            )
+
+    @classmethod
+    def of(cls, budget: int | str | Budget, device: torch.device, *, name: str = "the budget") -> Budget:
+        """Read a budget.
+
+        Args:
+            budget: a size, a share of all the device's memory, ``auto`` (what is free there now, and what this process
+                holds there already), or a `Budget`.
+            device: a CPU or CUDA device.
+            name: what messages call it, for example a flag.
+
+        Raises:
+            UnsupportedInput: not a size, or more than the device has.
+        """
+        if isinstance(budget, Budget):
+            _require_there(budget.total_bytes, budget.text or budget.total_bytes, device, name)
+            return budget
+        text = budget if isinstance(budget, str) else ""
+        if text.strip().lower() == _AUTO:
+            return cls(total_bytes=_available_bytes(device), text=_AUTO)
+        size_bytes = _parsed(budget, device)
+        if size_bytes <= 0:
+            raise UnsupportedInput(
+                f"{name} {budget!r} is not a memory size. Write it like 8GiB, 8GB or 512MiB, as a share of the "
+                f"device's memory like 75%, or auto."
+            )
+        _require_there(size_bytes, budget, device, name)
+        return cls(total_bytes=size_bytes, text=text)
+
+    @property
+    def step_bytes(self) -> int:
+        """What the step itself may hold: parameters, gradients, optimizer state, batch and all that it computes."""
+        return self.total_bytes - self.beside_step_bytes
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether it is what the device had free."""
+        return self.text == _AUTO
+
+    def reserving(self, nbytes: int) -> Budget:
+        """The same budget with so many bytes more reserved beside the step."""
+        return replace(self, beside_step_bytes=self.beside_step_bytes + nbytes)
+
+    @contextmanager
+    def in_totals(self) -> Iterator[None]:
+        """Inside, a `BudgetInfeasible` about the step's bytes becomes one about the total."""
+        try:
+            yield
+        except BudgetInfeasible as problem:
+            if not self.beside_step_bytes:
+                raise
+            required_bytes, budget_bytes = (
+                nbytes + self.beside_step_bytes for nbytes in (problem.required_bytes, problem.budget_bytes)
+            )
+            raise BudgetInfeasible(required_bytes, budget_bytes, problem.where, problem.breakdown) from None
+
+
+def _available_bytes(device: torch.device) -> int:
+    """What is free on the device, and what PyTorch's allocator holds there for this process."""
+    held_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    return min(free_memory_bytes(device) + held_bytes, device_memory_bytes(device))
+
+
+def _parsed(budget: int | str, device: torch.device) -> int:
+    """Bytes; 0 for what is no size."""
     percent = _PERCENT.fullmatch(budget) if isinstance(budget, str) else None
     try:
-        size_bytes = int(total_bytes * float(percent[1]) / 100) if percent else parse_bytes(budget)
+        return int(device_memory_bytes(device) * float(percent[1]) / 100) if percent else parse_bytes(budget)
     except ValueError:
-        size_bytes = 0
-    if size_bytes <= 0:
-        raise UnsupportedInput(
-            f"{name} {budget!r} is not a memory size. Write it like 8GiB, 8GB or 512MiB, as a share of the device's "
-            f"memory like 75%, or auto."
-        )
+        return 0
+
+
+def _require_there(size_bytes: int, shown: int | str, device: torch.device, name: str) -> None:
+    """Raise `UnsupportedInput` if the device has less memory."""
+    total_bytes = device_memory_bytes(device)
     if size_bytes > total_bytes:
         raise UnsupportedInput(
-            f"{name} {budget} is {format_bytes(size_bytes)}, but the device {device} has only "
+            f"{name} {shown} is {format_bytes(size_bytes)}, but the device {device} has only "
             f"{format_bytes(total_bytes)}. Give at most that, e.g. 90%, or auto for what is free."
         )
-    return size_bytes

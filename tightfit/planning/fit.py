@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tightfit.device import memory as meter
-from tightfit.device.budget import resolve_budget
+from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.fsdp import group_of
 from tightfit.distributed.process_group import Group
@@ -36,7 +36,7 @@ def fit(
     model: torch.nn.Module,
     batch: Any,
     *,
-    budget: int | str | None = None,
+    budget: int | str | Budget | None = None,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     accumulation_steps: int = 1,
@@ -55,7 +55,8 @@ def fit(
     Args:
         model, batch, loss, optimizer, accumulation_steps, autocast, clip_norm: as for `measure`.
         budget: bytes, or text such as ``8GiB``, ``75%`` (of the device's memory) or ``auto`` (what the device has
-            free now, what the model holds included); None sets no limit.
+            free now, what the model holds included), or a `Budget`, which may reserve a part beside the step; None sets
+            no limit.
         grad_checkpoint: "auto" drops as little as the budget needs; "full" drops everything that can be replayed;
             "off" installs nothing.
         reference_budget_bytes: memory that the plain step, to which the planned one is compared, may take; by default
@@ -85,9 +86,11 @@ def fit(
         clip_norm=clip_norm,
     )
     begin = time.perf_counter()
-    applied = find_plan(model, batch, spec, budget, grad_checkpoint, profile=profile)
+    budget = _resolved(budget, device_of(model))
+    with budget.in_totals():
+        applied = find_plan(model, batch, spec, budget, grad_checkpoint, profile=profile)
     try:
-        _adapt(model, batch, applied, spec, grad_checkpoint, (time.perf_counter() - begin) * 1e3)
+        _adapt(model, batch, applied, spec, budget, grad_checkpoint, (time.perf_counter() - begin) * 1e3)
         applied.verdict = verify_applied(model, batch, applied, spec, reference_budget_bytes=reference_budget_bytes)
     except BaseException:
         applied.remove()
@@ -100,16 +103,16 @@ def _adapt(
     batch: Any,
     applied: Applied,
     spec: StepSpec,
+    budget: Budget,
     grad_checkpoint: GradCheckpoint,
     planning_ms: float,
 ) -> None:
     """Have batches of other shapes planned, too, for the same budget."""
-    budget_bytes = applied.plan.budget_bytes
 
     def plan_guarded(other: Any, other_spec: StepSpec) -> Applied:
-        return find_plan(model, other, other_spec, budget_bytes, grad_checkpoint, within_budget=True)
+        return find_plan(model, other, other_spec, budget, grad_checkpoint, within_budget=True)
 
-    shapes = Shapes(model, applied, spec, budget_bytes, grad_checkpoint, plan_guarded, planning_ms)
+    shapes = Shapes(model, applied, spec, budget, grad_checkpoint, plan_guarded, planning_ms)
     shapes.add(batch, applied)
     applied.adapt(shapes)
 
@@ -118,7 +121,7 @@ def find_plan(
     model: torch.nn.Module,
     batch: Any,
     spec: StepSpec,
-    budget: int | str | None = None,
+    budget: int | str | Budget | None = None,
     grad_checkpoint: GradCheckpoint = "auto",
     *,
     within_budget: bool = False,
@@ -132,10 +135,10 @@ def find_plan(
         profile: as for `fit`.
 
     Raises:
-        BudgetInfeasible, UnsupportedInput: as `fit`.
+        BudgetInfeasible, UnsupportedInput: as `fit`, but about the bytes of the step.
     """
     device = device_of(model)
-    budget_bytes = meter.device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
+    budget_bytes = _resolved(budget, device).step_bytes
     group = group_of(model)  # its processes take each step, and so each decision about one, together
     is_known = all(group.gather(profile is not None and _is_of(profile, model, batch, spec)))
     if profile is None or not is_known:
@@ -144,7 +147,8 @@ def find_plan(
         found, infeasible = _choose_together(profile, budget_bytes, grad_checkpoint, group)
         if infeasible is not None:
             # The budget that the error names shall be one that runs: try it, if the device has that much.
-            if within_budget or not all(group.gather(infeasible.required_bytes <= resolve_budget("auto", device))):
+            available_bytes = Budget.of("auto", device).total_bytes
+            if within_budget or not all(group.gather(infeasible.required_bytes <= available_bytes)):
                 raise infeasible
             found = _choose(profile, infeasible.required_bytes, grad_checkpoint)
         assert found is not None  # either there is a plan, or it is said why not
@@ -164,6 +168,11 @@ def find_plan(
     raise infeasible or BudgetInfeasible(
         plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
     )
+
+
+def _resolved(budget: int | str | Budget | None, device: torch.device) -> Budget:
+    """The budget; without one, all memory of the device."""
+    return Budget.of(meter.device_memory_bytes(device) if budget is None else budget, device)
 
 
 def _choose_together(

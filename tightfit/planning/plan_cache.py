@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 
 from tightfit._torch_private import profiler_is_running
+from tightfit.device.budget import Budget
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import BudgetInfeasible
 from tightfit.installation.applied import Applied
@@ -146,7 +147,7 @@ class Shapes:
         model: torch.nn.Module,
         applied: Applied,
         spec: StepSpec,
-        budget_bytes: int,
+        budget: Budget,
         grad_checkpoint: GradCheckpoint,
         plan_guarded: Callable[[Any, StepSpec], Applied],
         planning_ms: float,
@@ -156,7 +157,8 @@ class Shapes:
         self._model = model
         self._applied = applied
         self._spec = spec
-        self._budget_bytes = budget_bytes
+        self._budget = budget
+        self._budget_bytes = budget.step_bytes
         self._grad_checkpoint = grad_checkpoint
         self._plan_guarded = plan_guarded
         self._is_sharded = is_sharded(model)
@@ -191,7 +193,8 @@ class Shapes:
                 if entry is None:
                     return self._unplanned()
             else:
-                entry = self._note(shape, self._timed(shape, batch, entry))
+                with self._budget.in_totals():
+                    entry = self._note(shape, self._timed(shape, batch, entry))
         self._entries.move_to_end(shape)
         if entry.is_reused:
             self._lost_ms += entry.added_ms

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tightfit.device.budget import Budget
 from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.records import Plan
 from tightfit.step.step import describe_batch
@@ -35,9 +36,7 @@ class DryRun:
     steps: int
     steps_per_epoch: int
     run_folder: str
-    budget_bytes: int
-    beside_bytes: int
-    """Of the budget: held beside the step."""
+    budget: Budget
     plan: Plan
     step_ms: float
     """Measured, of one planned step."""
@@ -51,14 +50,15 @@ class DryRun:
         """The figures as plain data."""
         names = (
             "model", "parameters", "trained_parameters", "task", "data", "held_out_samples", "microbatch",
-            "microbatches", "first_step", "steps", "steps_per_epoch", "run_folder", "budget_bytes", "beside_bytes",
-            "step_ms", "estimated_seconds",
+            "microbatches", "first_step", "steps", "steps_per_epoch", "run_folder", "step_ms", "estimated_seconds",
         )  # fmt: skip
         plan = self.plan
         return {
             **{name: getattr(self, name) for name in names},
-            "predicted_peak_bytes": plan.predicted_peak_bytes + self.beside_bytes,
-            "plain_peak_bytes": plan.plain_peak_bytes + self.beside_bytes,
+            "budget_bytes": self.budget.total_bytes,
+            "beside_bytes": self.budget.beside_step_bytes,
+            "predicted_peak_bytes": plan.predicted_peak_bytes + self.budget.beside_step_bytes,
+            "plain_peak_bytes": plan.plain_peak_bytes + self.budget.beside_step_bytes,
             "overhead_ratio": plan.overhead_ratio,
             "parts_of_peak": parts_of_peak(plan.breakdown, plan.peak_where),
         }
@@ -79,7 +79,7 @@ def rehearse(config: TrainConfig) -> DryRun:
         average = make_average(config, work, {})
         total_steps = total_steps_of(config, work)
         first_step = min(checkpoint.step if checkpoint else 0, total_steps - 1)
-        applied, beside_bytes = plan_run(config, work, average, first_step, total_steps)
+        applied, budget = plan_run(config, work, average, first_step, total_steps)
         applied.remove()
         assert applied.verdict is not None  # fit has judged what it returns
         return DryRun(
@@ -95,8 +95,7 @@ def rehearse(config: TrainConfig) -> DryRun:
             steps=total_steps,
             steps_per_epoch=work.order.steps_per_epoch,
             run_folder=str(folder.path),
-            budget_bytes=work.budget_bytes,
-            beside_bytes=beside_bytes,
+            budget=budget,
             plan=applied.plan,
             step_ms=applied.verdict.step_ms,
         )
@@ -108,7 +107,8 @@ def format_dry_run(found: DryRun) -> str:
     frozen = found.parameters - found.trained_parameters
     parts = format_parts(parts_of_peak(plan.breakdown, plan.peak_where))
     split = f", {found.microbatches} of them a step" if found.microbatches > 1 else ""
-    beside = f" + {format_bytes(found.beside_bytes)} beside the step" if found.beside_bytes else ""
+    beside_bytes = found.budget.beside_step_bytes
+    beside = f" + {format_bytes(beside_bytes)} beside the step" if beside_bytes else ""
     return "\n".join(
         [
             f"model   {found.model}: {found.parameters:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}",

@@ -33,10 +33,8 @@ class Extreme:
 class BatchDoesNotFit(BudgetInfeasible):
     """The largest batch of the run has no plan within the budget."""
 
-    def __init__(self, problem: BudgetInfeasible, beside_bytes: int, what: str) -> None:
-        super().__init__(
-            problem.required_bytes + beside_bytes, problem.budget_bytes + beside_bytes, problem.where, problem.breakdown
-        )
+    def __init__(self, problem: BudgetInfeasible, what: str) -> None:
+        super().__init__(problem.required_bytes, problem.budget_bytes, problem.where, problem.breakdown)
         self.args = (f"{self.args[0]} {what}",)
 
 
@@ -71,8 +69,8 @@ def _size(data: TrainingData, number: int) -> int:
 
 
 @contextmanager
-def naming(batch: object, extreme: Extreme, beside_bytes: int) -> Iterator[None]:
-    """Inside, `BudgetInfeasible` names the batch that it is about, and counts what is held beside the step."""
+def naming(batch: object, extreme: Extreme) -> Iterator[None]:
+    """Inside, `BudgetInfeasible` names the batch that it is about."""
     try:
         yield
     except BatchDoesNotFit:
@@ -80,7 +78,6 @@ def naming(batch: object, extreme: Extreme, beside_bytes: int) -> Iterator[None]
     except BudgetInfeasible as problem:
         raise BatchDoesNotFit(
             problem,
-            beside_bytes,
             f"It is for the batch of step {extreme.step + 1}, the largest of the run"
             f"{'' if extreme.is_bound else ' among the samples that were looked at'}: "
             f"{describe_batch(batch)}, samples {_shown(extreme.numbers)}. To run fewer samples at a time without "

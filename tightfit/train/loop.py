@@ -50,8 +50,6 @@ class Training:
     reporter: Reporter
     identity: dict[str, object]
     total_steps: int
-    beside_bytes: int
-    """Held beside the step, and in the budget."""
     highest_peak_bytes: int = 0
     """Of all that was measured."""
     steps_done: int = 0
@@ -226,7 +224,7 @@ class Training:
             samples_per_second=len(work.order.indices(done - 1)) / step_ms * 1000,
             memory_now_bytes=self._resident_bytes(microbatches),
             peak_bytes=peak_bytes,
-            budget_bytes=work.budget_bytes,
+            budget_bytes=work.budget.total_bytes,
             recompute_ratio=0.0 if plan is None else 1 - plan.plain_step_ms / max(plan.predicted_step_ms, 1e-9),
             gradient_norm=None if norm is None else norm.item(),
             evaluation=None if evaluation is None else evaluation.metrics,
@@ -239,7 +237,7 @@ class Training:
             "lr": lr,
             "step_ms": step_ms,
             "peak_bytes": peak_bytes,
-            "budget_bytes": work.budget_bytes,
+            "budget_bytes": work.budget.total_bytes,
             "samples_per_second": report.samples_per_second,
             "memory_now_bytes": report.memory_now_bytes,
             "recompute_ratio": report.recompute_ratio,

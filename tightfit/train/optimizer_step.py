@@ -72,7 +72,7 @@ class Stepper:
             raise TrainingFailed(
                 f"a step on {shapes} ran out of memory ({said}), "
                 f"though its predicted peak of {format_bytes(self.applied.plan.predicted_peak_bytes)} is within the "
-                f"budget of {format_bytes(self.work.budget_bytes)}: the device has less than that to give, or "
+                f"budget of {format_bytes(self.applied.plan.budget_bytes)}: the device has less than that to give, or "
                 f"something else took it. Go on from the last checkpoint with --resume auto and a smaller --memory."
             ) from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import tightfit
-from tightfit.device.budget import resolve_budget
+from tightfit.device.budget import Budget
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import ALONE, FailedElsewhere, Group
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
@@ -87,7 +87,7 @@ def _run(
         )
         return None
     _introduce(config, source, work, folder, evaluator, reporter)
-    applied, beside_bytes = plan_run(config, work, average, first_step, total_steps)
+    applied, budget = plan_run(config, work, average, first_step, total_steps)
     try:
         model = parallel(
             work.model,
@@ -120,7 +120,6 @@ def _run(
                 reporter=reporter,
                 identity=identity,
                 total_steps=total_steps,
-                beside_bytes=beside_bytes,
             )
             training.run(first_step)
         verdict, shapes = applied.verdict, applied.shapes
@@ -128,16 +127,15 @@ def _run(
         mismatched_steps = shapes.statistics.mismatched_steps if isinstance(shapes, Shapes) else 0
     finally:
         applied.remove()
-    peak_bytes = max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes)
+    peak_bytes = max(training.highest_peak_bytes, verdict.measured_peak_bytes + budget.beside_step_bytes)
     everyones = group.gather((peak_bytes, mismatched_steps))
     summary = RunSummary(
         plan=applied.plan,
         verdict=verdict,
-        budget_bytes=work.budget_bytes,
+        budget=budget,
         measured_peak_bytes=max(peak for peak, _ in everyones),
         mismatched_steps=max(steps for _, steps in everyones),
         processes=group.world_size,
-        beside_bytes=beside_bytes,
         first_step=first_step,
         steps=training.steps_done,
         stopped_early=training.steps_done < total_steps,
@@ -270,8 +268,8 @@ def make_average(config: TrainConfig, work: Workload, further: Any) -> MovingAve
 
 def plan_run(
     config: TrainConfig, work: Workload, average: MovingAverage | None, first_step: int, total_steps: int
-) -> tuple[tightfit.Applied, int]:
-    """A plan for the largest batch of the run, and the bytes of the budget that are held beside the step.
+) -> tuple[tightfit.Applied, Budget]:
+    """A plan for the largest batch of the run, and the budget with what is reserved beside the step.
 
     Batches of other sizes, at the ends of epochs, are planned, too: whether they fit is better known now.
 
@@ -283,14 +281,16 @@ def plan_run(
     batch = to_device(microbatches[extreme.place], work.device)
     beside_bytes = (0 if average is None else average.nbytes) + work.bytes_beside(microbatches, extreme.place)
     beside_bytes += bytes_of_exchange(work.model, work.group)
+    _require_more_than(beside_bytes, work.budget)
+    budget = work.budget.reserving(beside_bytes)
     reference = config.reference_memory
 
     def fitted(profile: Profile | None) -> tightfit.Applied:
-        with naming(batch, extreme, beside_bytes):
+        with naming(batch, extreme):
             return tightfit.fit(
                 work.model,
                 batch,
-                budget=_left(work.budget_bytes, beside_bytes),
+                budget=budget,
                 loss=work.task.loss,
                 optimizer=work.optimizer,
                 accumulation_steps=work.accumulation_steps,
@@ -298,7 +298,9 @@ def plan_run(
                 clip_norm=work.clip_norm,
                 grad_checkpoint=config.grad_checkpoint,
                 reference_budget_bytes=(
-                    None if reference is None else resolve_budget(reference, work.device, name="--reference-memory")
+                    None
+                    if reference is None
+                    else Budget.of(reference, work.device, name="--reference-memory").total_bytes
                 ),
                 profile=profile,
             )
@@ -326,7 +328,7 @@ def plan_run(
             for place, microbatch in enumerate(microbatches):
                 moved = to_device(microbatch, work.device)
                 other = replace(extreme, step=step, place=place, numbers=work.loader.numbers(step)[place])
-                with naming(moved, other, beside_bytes):
+                with naming(moved, other):
                     applied.prepare(moved)
 
     try:
@@ -334,16 +336,16 @@ def plan_run(
     except BaseException:
         applied.remove()
         raise
-    return applied, beside_bytes
+    return applied, budget
 
 
-def _left(budget_bytes: int, beside_bytes: int) -> int:
-    if beside_bytes >= budget_bytes:
+def _require_more_than(beside_bytes: int, budget: Budget) -> None:
+    if beside_bytes >= budget.total_bytes:
         raise UnsupportedInput(
-            f"the budget is {format_bytes(budget_bytes)}, but the moving average of the weights and the other parts of "
-            f"the batch alone take {format_bytes(beside_bytes)}. Give more --memory, or leave out --ema-decay."
+            f"the budget is {format_bytes(budget.total_bytes)}, but the moving average of the weights and the other "
+            f"microbatches of a batch alone take {format_bytes(beside_bytes)}. Give more --memory, or leave out "
+            f"--ema-decay."
         )
-    return budget_bytes - beside_bytes
 
 
 def _introduce(
@@ -362,8 +364,8 @@ def _introduce(
         reporter.say(f"judged  on {len(evaluator.samples):,} held-out samples{origin}")
     split = f", {work.accumulation_steps} microbatches a step" if work.accumulation_steps > 1 else ""
     reporter.say(
-        f"run     {folder.path} on {work.device}{split}, budget {format_bytes(work.budget_bytes)}"
-        f"{'' if config.memory != 'auto' else ' (all that is free)'}"
+        f"run     {folder.path} on {work.device}{split}, budget {format_bytes(work.budget.total_bytes)}"
+        f"{' (all that is free)' if work.budget.is_auto else ''}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tightfit.device.budget import Budget
 from tightfit.records import Plan, Verdict
 from tightfit.train.evaluation import Evaluation
 from tightfit.train.reporter import format_metrics
@@ -18,13 +19,11 @@ class RunSummary:
     plan: Plan
     verdict: Verdict
     """Of a real step of this very model, run before the training."""
-    budget_bytes: int
+    budget: Budget
     measured_peak_bytes: int
     """The highest of all measured steps and evaluations."""
     mismatched_steps: int
     """In which a region ran other operations than its plan says."""
-    beside_bytes: int
-    """Of the budget: held beside the step (the moving average of the weights, the batch's other parts)."""
     first_step: int
     """Steps that were done before this process began."""
     steps: int
@@ -44,6 +43,11 @@ class RunSummary:
     run_folder: str
     model_file: str
 
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Of the step, and what is held beside it."""
+        return self.plan.predicted_peak_bytes + self.budget.beside_step_bytes
+
     def to_json(self) -> dict[str, Any]:
         """The figures as plain data."""
         verdict = self.verdict
@@ -60,8 +64,8 @@ class RunSummary:
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
             "processes": self.processes,
-            "budget_bytes": self.budget_bytes,
-            "predicted_peak_bytes": self.plan.predicted_peak_bytes + self.beside_bytes,
+            "budget_bytes": self.budget.total_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
             "mismatched_steps": self.mismatched_steps,
             "plain_peak_bytes": verdict.plain_peak_bytes,
@@ -101,6 +105,7 @@ def format_plan(plan: Plan) -> str:
 def format_summary(summary: RunSummary) -> str:
     """The end of a run, for people."""
     plan, verdict = summary.plan, summary.verdict
+    budget_bytes = summary.budget.total_bytes
     rows = [
         (
             "plain step",
@@ -110,12 +115,12 @@ def format_summary(summary: RunSummary) -> str:
         (
             "this run",
             f"peak {format_bytes(summary.measured_peak_bytes)} (measured), "
-            f"{format_bytes(plan.predicted_peak_bytes + summary.beside_bytes)} (predicted), {verdict.step_ms:.0f} ms",
+            f"{format_bytes(summary.predicted_peak_bytes)} (predicted), {verdict.step_ms:.0f} ms",
         ),
         (
             "budget",
-            f"{format_bytes(summary.budget_bytes)}, {_share(summary.budget_bytes, verdict.plain_peak_bytes)}; "
-            f"{'kept' if summary.measured_peak_bytes <= summary.budget_bytes else 'EXCEEDED'}",
+            f"{format_bytes(budget_bytes)}, {_share(budget_bytes, verdict.plain_peak_bytes)}; "
+            f"{'kept' if summary.measured_peak_bytes <= budget_bytes else 'EXCEEDED'}",
         ),
         *_off_plan(summary),
         ("slowdown", _slowdown(plan, verdict)),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tightfit.device.budget import resolve_budget
+from tightfit.device.budget import Budget
 from tightfit.distributed.process_group import ALONE, Group
 from tightfit.errors import UnsupportedInput
 from tightfit.step.microbatch import Microbatch
@@ -32,6 +32,9 @@ from tightfit.train.precision import autocast_dtype
 from tightfit.train.tasks import Task, choose_task
 from tightfit.train.tasks.choose import check_fit
 
+#: The loss of the microbatch before, and the sum so far.
+_LOSSES_BYTES = 16
+
 Config = TypeVar("Config", bound=WorkConfig)
 
 
@@ -48,7 +51,7 @@ class Workload:
     device: torch.device
     autocast: torch.dtype | None
     clip_norm: float | None
-    budget_bytes: int
+    budget: Budget
     group: Group = ALONE
     """The processes of the run."""
 
@@ -97,10 +100,11 @@ class Workload:
         return [Microbatch(part, share) for part, share in zip(batch.parts, shares, strict=True)]
 
     def bytes_beside(self, microbatches: Sequence[Microbatch], place: int) -> int:
-        """Bytes of the device that the other microbatches of a batch take while one of them runs."""
-        if self.device.type != "cpu":
+        """Bytes of the device that the other microbatches of a batch, and their losses, take while one of them runs."""
+        if self.device.type != "cpu" or len(microbatches) == 1:
             return 0  # the others wait in host memory
-        return sum(t.nbytes for other, one in enumerate(microbatches) if other != place for t in batch_tensors(one))
+        others = [one for other, one in enumerate(microbatches) if other != place]
+        return sum(tensor.nbytes for tensor in batch_tensors(others)) + _LOSSES_BYTES
 
     def spec(self) -> StepSpec:
         """The step, as the verbs take it."""
@@ -166,7 +170,7 @@ def build(
     autocast = autocast_dtype(config.precision, device)
     if sharded:
         check_can_shard(config.optimizer, autocast)
-    budget_bytes = resolve_budget(config.memory, device, name="--memory")
+    budget = Budget.of(config.memory, device, name="--memory")
     assert config.dataset is not None
     assert config.sequence_length is not None
     data = load_data(config.dataset, data_options(config, source))
@@ -216,7 +220,7 @@ def build(
         device=device,
         autocast=autocast,
         clip_norm=config.clip_norm,
-        budget_bytes=budget_bytes,
+        budget=budget,
         group=group,
     )
 
