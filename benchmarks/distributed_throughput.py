@@ -25,15 +25,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from benchmarks.loops import Loop, by_hand, by_stepper
+from benchmarks.loops import Loop, by_hand, by_trainer
 from tightfit.distributed.process_group import Group
 from tightfit.train import TrainConfig, Workload, build, resolve
+from tightfit.train.ema import MovingAverage
 from tightfit.train.launch.rendezvous import joined
 from tightfit.train.launch.roles import Member, find_role
-from tightfit.train.optimizer_step import Stepper
-from tightfit.train.parallel.ddp import parallel
-from tightfit.train.parallel.unused_parameters import Reach
-from tightfit.train.run import plan_run
+from tightfit.train.loop import OptimizerStep
+from tightfit.train.parallel.ddp import data_parallel
+from tightfit.train.parallel.unused_parameters import UnusedParameters
+from tightfit.train.precision import make_scaler
+from tightfit.train.run_plan import plan_run
 
 MODELS = ("gpt", "resnet", "lstm")
 STRATEGIES = ("ddp", "fsdp")
@@ -54,9 +56,10 @@ def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loo
 
 def own_loop(config: TrainConfig, work: Workload, group: Group, steps: int) -> Loop:
     """As `tightfit train` takes steps between two logged ones."""
-    applied, _ = plan_run(config, work, None, 0, steps)
-    model = parallel(work.model, group, work.device, reach=Reach.ALL)
-    return by_stepper(Stepper(work=work, applied=applied, scaler=None, model=model), steps)
+    applied, _ = plan_run(config, work, MovingAverage(work.model, None), 0, steps)
+    model = data_parallel(work.model, group, work.device, unused=UnusedParameters.NONE)
+    scaler = make_scaler(config.precision)
+    return by_trainer(OptimizerStep(work=work, applied=applied, scaler=scaler, model=model), steps)
 
 
 def compare(name: str, strategy: str, rounds: int, steps: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tightfit.train import Workload
 from tightfit.train.data.loader import to_device
-from tightfit.train.optimizer_step import Stepper
+from tightfit.train.loop import OptimizerStep
 
 Loop = Callable[[], list[float]]
 """Takes steps; returns when each of them ended."""
@@ -32,13 +32,13 @@ def by_hand(work: Workload, model: nn.Module, loader: Iterable[Any]) -> Loop:
     return run
 
 
-def by_stepper(stepper: Stepper, steps: int) -> Loop:
+def by_trainer(optimizer_step: OptimizerStep, steps: int) -> Loop:
     """As `tightfit train` takes steps between two logged ones."""
 
     def run() -> list[float]:
         ends = []
-        for microbatches in stepper.work.stream(0, steps):
-            stepper.take(microbatches)
+        for microbatches in optimizer_step.work.stream(0, steps):
+            optimizer_step.take(microbatches)
             ends.append(time.perf_counter())
         return ends
 

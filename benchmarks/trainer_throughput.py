@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.loops import Loop, by_hand, by_stepper
+from benchmarks.loops import Loop, by_hand, by_trainer
 from tightfit.train import TrainConfig, Workload, build, resolve
-from tightfit.train.optimizer_step import Stepper
-from tightfit.train.run import plan_run
+from tightfit.train.ema import MovingAverage
+from tightfit.train.loop import OptimizerStep
+from tightfit.train.precision import make_scaler
+from tightfit.train.run_plan import plan_run
 
 MODELS = ("gpt-tiny", "gpt", "resnet-tiny", "resnet", "lstm-tiny", "lstm")
 _BATCH = 16
@@ -50,8 +52,9 @@ def own_loop(name: str, steps: int) -> Loop:
     """As `tightfit train` takes steps between two logged ones."""
     config, source = resolve(TrainConfig(model=name, batch_size=_BATCH))
     work = build(config, source)
-    applied, _ = plan_run(config, work, None, 0, steps)
-    return by_stepper(Stepper(work=work, applied=applied, scaler=None, model=work.model), steps)
+    applied, _ = plan_run(config, work, MovingAverage(work.model, None), 0, steps)
+    scaler = make_scaler(config.precision)
+    return by_trainer(OptimizerStep(work=work, applied=applied, scaler=scaler, model=work.model), steps)
 
 
 def transformers_loop(name: str, steps: int, folder: str) -> Loop | None:

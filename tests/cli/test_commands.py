@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import tightfit
-from tightfit.cli.commands import batch_note
 from tightfit.cli.main import main
 from tightfit.records import Plan
+from tightfit.report.text import batch_note
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ["--model", "gpt-tiny", "--batch-size", "4"]

@@ -17,11 +17,11 @@ from tightfit.records import Decision, Group, Plan
 from tightfit.records.recompute_tree import Nest, tree_nest
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.tape import Tape
+from tightfit.report.plan_table import format_plan
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver
-from tightfit.train.summary import format_plan
 
 
 @st.composite

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tightfit.errors import UnsupportedInput
-from tightfit.train.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_checkpoint, save_checkpoint
+from tightfit.train.checkpoint import load_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from tightfit.train.random_state import random_state
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -37,7 +38,7 @@ def save(
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         random_states=[random_state()],
-        further={"average": {"w": torch.ones(2)}},
+        extra={"average": {"w": torch.ones(2)}},
         is_best=is_best,
     )
 
@@ -63,9 +64,9 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.identity) == (1, {"model": "m"})
     assert checkpoint.progress == {"loss_before": 1.5}
-    further, knows_random = load_checkpoint(checkpoint, model=other, optimizer=other_optimizer)
+    extra, knows_random = load_checkpoint(checkpoint, model=other, optimizer=other_optimizer)
     assert knows_random
-    assert torch.equal(further["average"]["w"], torch.ones(2))
+    assert torch.equal(extra["average"]["w"], torch.ones(2))
     step(other, other_optimizer)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(expected, other.state_dict().values(), strict=True))
 

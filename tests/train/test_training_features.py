@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.train.runs import metrics, weights, workload
 from tightfit.cli.main import main
+from tightfit.step.microbatch import Microbatch
 from tightfit.train.ema import MovingAverage
 from tightfit.train.optimizers import make_optimizer
 from tightfit.train.schedules import lr_at
@@ -219,20 +220,20 @@ def same_files(one: str, other: str) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*RESNET, *EVERYTHING, "--steps", "7", "--save-every", "3"]
     assert main(["train", *words, "--mark", "whole"]) == 0
-    from tightfit.train.optimizer_step import Stepper
+    from tightfit.train.loop import OptimizerStep
 
-    take = Stepper.take
+    take = OptimizerStep.take
     taken: list[int] = []
 
-    def failing(self: Stepper, parts: list[Any]) -> Any:
+    def failing(self: OptimizerStep, microbatches: list[Microbatch]) -> Any:
         taken.append(1)
         if len(taken) == 5:
             raise KeyboardInterrupt
-        return take(self, parts)
+        return take(self, microbatches)
 
-    monkeypatch.setattr(Stepper, "take", failing)
+    monkeypatch.setattr(OptimizerStep, "take", failing)
     assert main(["train", *words, "--mark", "parts"]) == 130
-    monkeypatch.setattr(Stepper, "take", take)
+    monkeypatch.setattr(OptimizerStep, "take", take)
     checkpoint = "runs/digits/parts/checkpoints/step-00000003"
     assert main(["train", *words, "--mark", "parts", "--resume", checkpoint]) == 0
     same_files("digits/whole", "digits/parts")

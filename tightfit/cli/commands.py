@@ -22,29 +22,30 @@ from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, Repo
 from tightfit.device.budget import Budget
 from tightfit.distributed.process_group import ALONE, Group
 from tightfit.errors import UnsupportedInput
-from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.planning.fit import find_plan
-from tightfit.records import Plan, Profile, Verdict
+from tightfit.records import Plan
+from tightfit.report.dry_run import format_dry_run
 from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
 from tightfit.report.frontier_table import Curve, curve_figures, format_curve
 from tightfit.report.peers import load_peers
-from tightfit.report.plan_table import format_table, plan_rows
+from tightfit.report.plan_table import format_plan, format_table, plan_figures
+from tightfit.report.reporter import Reporter
 from tightfit.report.run_page import PAGE, read_run, render
+from tightfit.report.run_summary import format_summary
+from tightfit.report.text import batch_note, format_measuring, format_peak, format_verdict
 from tightfit.solver.frontier import frontier_of
 from tightfit.solver.next_budget import next_useful_bytes
 from tightfit.solver.solver import Solver
 from tightfit.step.step import describe_batch
-from tightfit.train import Interrupted, Reporter, TrainConfig, Workload, build, format_summary, resolve, run
+from tightfit.train import Interrupted, TrainConfig, Workload, build, resolve, run
 from tightfit.train.data import DATASETS
-from tightfit.train.dry_run import format_dry_run, rehearse
+from tightfit.train.dry_run import rehearse
 from tightfit.train.files import replacing, write_text
 from tightfit.train.launch.devices import take_device, usual_backend
 from tightfit.train.launch.launcher import launch, noting_failure
 from tightfit.train.launch.rendezvous import joined
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
-from tightfit.train.summary import format_plan
-from tightfit.units import format_bytes
 
 
 def train(options: TrainOptions, command: Sequence[str]) -> int:
@@ -232,86 +233,6 @@ def _keywords(work: Workload) -> dict[str, Any]:
         "autocast": work.autocast,
         "clip_norm": work.clip_norm,
     }
-
-
-def plan_figures(solved: Plan) -> dict[str, Any]:
-    """The figures of a plan as plain data; the decisions are in the plan's file."""
-    names = (
-        "model", "batch", "device", "optimizer", "budget_bytes", "predicted_peak_bytes", "peak_where",
-        "baseline_bytes", "plain_peak_bytes", "predicted_step_ms", "plain_step_ms", "overhead_ratio",
-        "lower_bound_ms", "exactness",
-    )  # fmt: skip
-    return {
-        **{name: getattr(solved, name) for name in names},
-        "breakdown": dict(solved.breakdown),
-        "parts_of_peak": parts_of_peak(solved.breakdown, solved.peak_where),
-        "tape_host_bytes": solved.tape_host_bytes,
-        "regions": len(solved.regions),
-        "planned_regions": sum(region.recipe >= 0 for region in solved.regions),
-        "recipes": plan_rows(solved),
-    }
-
-
-def format_peak(solved: Plan, more_bytes: int | None) -> str:
-    """What the peak consists of, and what more memory would buy, for people."""
-    parts = format_parts(parts_of_peak(solved.breakdown, solved.peak_where))
-    lines = [f"        peak at {solved.peak_where}: {parts}"]
-    if solved.tape_host_bytes:
-        lines.append(
-            f"        beside it, up to {format_bytes(solved.tape_host_bytes)} of Python objects in host memory"
-        )
-    if more_bytes is not None:
-        added = format_bytes(more_bytes - solved.budget_bytes)
-        lines.append(f"        more memory saves time from {format_bytes(more_bytes)} on ({added} more)")
-    elif not solved.is_plain:
-        lines.append("        more memory saves no time")
-    return "\n".join(lines)
-
-
-def format_measuring(profile: Profile) -> str:
-    """How long measuring took, for people."""
-    total_ms = sum(profile.measuring_ms.values())
-    alone_ms = profile.measuring_ms.get("scratch", 0.0) + profile.measuring_ms.get("times", 0.0)
-    return f"{total_ms / 1e3:.1f} s, {alone_ms / max(total_ms, 1e-9):.0%} of it on operations run alone"
-
-
-def batch_note(solved: Plan, batch: str) -> str:
-    """A line if the plan was made for another batch: its peak may then be exceeded, which is no fault of the plan."""
-    if batch == solved.batch:
-        return ""
-    return f"  note        the plan is for batches of {solved.batch}: for this one, {batch}, it promises no peak\n"
-
-
-def format_verdict(verdict: Verdict) -> str:
-    """A verdict, for people."""
-    proven = {True: "proven", False: "FAILED", None: "not fully proven"}[verdict.ok]
-    kept = "kept" if verdict.measured_peak_bytes <= verdict.budget_bytes else "EXCEEDED"
-    rows = [
-        ("verdict", f"{proven}: {verdict.method}, {verdict.steps} steps"),
-        ("loss", _equal(verdict.loss_equal)),
-        ("gradients", _equal(verdict.gradients_equal)),
-        ("buffers", _equal(verdict.buffers_equal)),
-        ("random", _equal(verdict.rng_equal)),
-        ("peak", f"{format_bytes(verdict.measured_peak_bytes)} measured, "
-                 f"{format_bytes(verdict.predicted_peak_bytes)} predicted, budget "
-                 f"{format_bytes(verdict.budget_bytes)} {kept}"),
-        ("plain peak", f"{format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source})"),
-        ("time", f"{verdict.step_ms:.1f} ms, plain {verdict.plain_step_ms:.1f} ms ({verdict.plain_step_source}): "
-                 f"{verdict.overhead_ratio:+.1%}"),
-    ]  # fmt: skip
-    for label, names in (
-        ("differs", verdict.differing),
-        ("unstable", verdict.not_reproducible),
-        ("unverified", verdict.unverified),
-    ):
-        if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            rows.append((label, shown))
-    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
-
-
-def _equal(equal: bool | None) -> str:
-    return {True: "bit for bit equal to plain", False: "NOT EQUAL to plain", None: "not compared"}[equal]
 
 
 def _require_folder(output: str | None) -> None:

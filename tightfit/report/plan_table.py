@@ -1,10 +1,11 @@
-"""What each region of a plan saves and what that costs: as a table for people and as plain data."""
+"""A plan in a few lines, as a table of what its regions save and cost, and as plain data."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from tightfit.peak_breakdown import parts_of_peak
 from tightfit.records import Plan
 from tightfit.units import format_bytes
 
@@ -29,6 +30,45 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
         }
         for number, keys in regions.items()
     ]
+
+
+def plan_figures(solved: Plan) -> dict[str, Any]:
+    """The figures of a plan as plain data; the decisions are in the plan's file."""
+    names = (
+        "model", "batch", "device", "optimizer", "budget_bytes", "predicted_peak_bytes", "peak_where",
+        "baseline_bytes", "plain_peak_bytes", "predicted_step_ms", "plain_step_ms", "overhead_ratio",
+        "lower_bound_ms", "exactness",
+    )  # fmt: skip
+    return {
+        **{name: getattr(solved, name) for name in names},
+        "breakdown": dict(solved.breakdown),
+        "parts_of_peak": parts_of_peak(solved.breakdown, solved.peak_where),
+        "tape_host_bytes": solved.tape_host_bytes,
+        "regions": len(solved.regions),
+        "planned_regions": sum(region.recipe >= 0 for region in solved.regions),
+        "recipes": plan_rows(solved),
+    }
+
+
+def format_plan(plan: Plan) -> str:
+    """What was decided, in two or three lines."""
+    planned = [plan.recipes[region.recipe] for region in plan.regions if region.recipe >= 0]
+    peaks = (
+        f"predicted peak {format_bytes(plan.predicted_peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
+        f"(plain {format_bytes(plan.plain_peak_bytes)}; {format_bytes(plan.baseline_bytes)} of it are parameters, "
+        f"gradients, optimizer state and batch)"
+    )
+    if not planned:
+        return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
+    dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
+    nested = (
+        "\n        the budget is below one level of recomputation: what passes between regions is recomputed, too, "
+        "some of it several times"
+    )
+    return (
+        f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
+        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{nested if plan.groups else ''}"
+    )
 
 
 def format_table(plan: Plan, most: int | None = None) -> str:

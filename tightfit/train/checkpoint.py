@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from tightfit.errors import UnsupportedInput
 from tightfit.train.files import flush_to_disk
-from tightfit.train.parallel.fsdp import parts_of_model, parts_of_optimizer
+from tightfit.train.parallel.fsdp import shards_of_model, shards_of_optimizer
+from tightfit.train.random_state import restore_random_state
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LATEST, BEST = "latest", "best"
 _TENSORS = "training.pt"
 _STATE = "state.json"
@@ -59,7 +58,7 @@ def save_checkpoint(
     model: Mapping[str, Any],
     optimizer: Mapping[str, Any],
     random_states: Sequence[Mapping[str, Any]],
-    further: Mapping[str, Any],
+    extra: Mapping[str, Any],
     is_best: bool,
 ) -> Path:
     """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is that.
@@ -68,9 +67,9 @@ def save_checkpoint(
         checkpoints: the folder of all checkpoints of the run.
         step: optimizer steps done.
         identity, progress: see `Checkpoint`.
-        model, optimizer: state dicts of what is trained, whole.
+        model, optimizer: state dicts of what is trained, unsharded.
         random_states: `random_state` of each process of the run, by rank.
-        further: more state, of tensors and plain data.
+        extra: more state, of tensors and plain data.
         is_best: it is the best so far.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,7 @@ def save_checkpoint(
             "model": model,
             "optimizer": optimizer,
             "random": [dict(state) for state in random_states],
-            "further": dict(further),
+            "extra": dict(extra),
         },
         tensors,
     )
@@ -162,13 +161,13 @@ def load_checkpoint(
     """Put model, optimizer and random generators back to where they were.
 
     Returns:
-        What was given as ``further``, and whether the random generators of this process were among what was saved: they
+        What was given as ``extra``, and whether the random generators of this process were among what was saved: they
         are not where the run had another number of processes.
     """
     saved = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
     try:
-        model.load_state_dict(parts_of_model(saved["model"], model))
-        optimizer.load_state_dict(parts_of_optimizer(saved["optimizer"], optimizer))
+        model.load_state_dict(shards_of_model(saved["model"], model))
+        optimizer.load_state_dict(shards_of_optimizer(saved["optimizer"], optimizer))
     except (RuntimeError, ValueError, KeyError) as problem:
         raise UnsupportedInput(
             f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "
@@ -177,8 +176,8 @@ def load_checkpoint(
     states = saved["random"]
     known = len(states) == world_size
     if known:
-        _restore_random_state(states[rank])
-    return saved["further"], known
+        restore_random_state(states[rank])
+    return saved["extra"], known
 
 
 def _not_whole(folder: Path, why: str) -> UnsupportedInput:
@@ -208,37 +207,3 @@ def _remove_leftovers(checkpoints: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def random_state() -> dict[str, Any]:
-    """Of all random generators of this process, as plain data and tensors."""
-    version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": {
-            "key": numpy_state["state"]["key"].tolist(),
-            "pos": int(numpy_state["state"]["pos"]),
-            "has_gauss": int(numpy_state["has_gauss"]),
-            "gauss": float(numpy_state["gauss"]),
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy_state = state["numpy"]
-    np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": {"key": np.array(numpy_state["key"], dtype=np.uint32), "pos": numpy_state["pos"]},
-            "has_gauss": numpy_state["has_gauss"],
-            "gauss": numpy_state["gauss"],
-        }
-    )
-    torch.set_rng_state(state["torch"])
-    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, index)

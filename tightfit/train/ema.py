@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.distributed.dtensor import is_distributed, local
-from tightfit.train.parallel.fsdp import joined_like, part_of
+from tightfit.train.parallel.fsdp import distributed_like, shard_of
 
 
 class MovingAverage:
-    """Of the parameters that train; everything else of the model is as it is.
+    """The average of the parameters that train; of sharded ones, of this process's shards.
 
     On CUDA it is kept in host memory.  On a CPU it is part of the budget: `nbytes`.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._decay = decay
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # Of shared-out parameters, this process's parts.
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        """``decay``: how much of the average stays at each step; None: there is no average, and no method does anything."""
+        self._decay = decay or 0.0
+        self._trained = {} if decay is None else {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: local(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
 
     @property
@@ -33,7 +33,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after step ``step`` (the first is 1) in.
+        """Include the weights after step ``step`` (the first is 1).
 
         In the first steps the decay is lower, so that the average does not remember the random start for long.
         """
@@ -43,29 +43,29 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        self._exchange()
+        """Give the model the averaged weights inside the context; afterwards it has its own again, bit for bit."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         for name, parameter in self._trained.items():
-            part = local(parameter).detach()
-            own = part.to("cpu", copy=True)
-            part.copy_(self._average[name])
+            weights = local(parameter).detach()
+            own = weights.to("cpu", copy=True)
+            weights.copy_(self._average[name])
             self._average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For a checkpoint; distributed like the parameters."""
+        """Return the average for a checkpoint, distributed like the parameters."""
         return {
-            name: joined_like(average, self._trained[name]) if is_distributed(self._trained[name]) else average
+            name: distributed_like(average, self._trained[name]) if is_distributed(self._trained[name]) else average
             for name, average in self._average.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """From a checkpoint, whole; raises KeyError or RuntimeError if it is of another model."""
+        """Load an unsharded average from a checkpoint; raises KeyError or RuntimeError if it is of another model."""
         for name, average in self._average.items():
-            average.copy_(local(part_of(state[name], self._trained[name])))
+            average.copy_(local(shard_of(state[name], self._trained[name])))

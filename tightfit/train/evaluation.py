@@ -1,11 +1,11 @@
-"""Judging the model on data that it is not trained on."""
+"""Evaluating the model on data that it is not trained on."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,10 +14,16 @@ from torch import nn
 from tightfit.device.memory import measure_peak, resident_bytes
 from tightfit.distributed.fsdp import is_sharded, settle
 from tightfit.distributed.process_group import ALONE, Group
+from tightfit.errors import UnsupportedInput
+from tightfit.train.config import TrainConfig
+from tightfit.train.data import load_data
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.loader import batches_of, to_device
+from tightfit.train.data.split import spread
+from tightfit.train.models import ModelSource
 from tightfit.train.tasks import Task
 from tightfit.train.tasks.task import Sums
+from tightfit.train.workload import Workload, data_options, for_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +51,15 @@ class Evaluator:
     group: Group = ALONE
 
     def evaluate(self) -> Evaluation:
-        """In eval mode, without gradients and without touching random generators or statistics.
+        """Evaluate in eval mode, without gradients and without touching random generators or statistics.
 
-        Several processes share the batches; what each found is added up in the order of the batches, by all of them.
-        Where they share the model's parameters, too, each forward needs all of them: all make equally many.
+        Several processes share the batches, and each adds up what all found, in the order of the batches.  Each forward
+        of a sharded model needs all processes, so that all make equally many.
         """
         found: list[tuple[int, Sums]] = []
         peak_bytes = 0
         group = self.group
-        with judging(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             for number, batch in batches_of(
                 self.data, self.samples, self.batch_size, group.rank, group.world_size, even=is_sharded(self.model)
             ):
@@ -87,8 +93,8 @@ class Evaluator:
 
 
 @contextmanager
-def judging(model: nn.Module) -> Iterator[None]:
-    """Inside, all modules are in eval mode; afterwards each in its own, and no weights gathered."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules in eval mode inside the context; afterwards each is in its own, and no weights are gathered."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -97,3 +103,51 @@ def judging(model: nn.Module) -> Iterator[None]:
         settle(model)
         for module, training in was_training.items():
             module.training = training
+
+
+def make_evaluator(config: TrainConfig, source: ModelSource, work: Workload) -> Evaluator | None:
+    """Return the evaluator, or None if the dataset has no held-out split.
+
+    Raises:
+        UnsupportedInput: an evaluation is asked for, but there is nothing to evaluate on.
+    """
+    data, samples = work.data, work.data.held_out
+    if config.eval_dataset is not None:
+        options = replace(data_options(config, source), arguments={})
+        data = for_task(load_data(config.eval_dataset, options), work.task)
+        if data.facts.kind != work.data.facts.kind:
+            raise UnsupportedInput(
+                f"--eval-dataset {config.eval_dataset} gives {data.facts.kind}, but the model is trained on "
+                f"{work.data.facts.kind}. Evaluate on data of the same kind."
+            )
+        samples = data.samples
+    if samples is None:
+        for name, value in (("eval-every", config.eval_every), ("early-stop", config.early_stop)):
+            if value is not None:
+                raise UnsupportedInput(
+                    f"--{name} {value} asks for evaluations, but {config.dataset} holds nothing out to evaluate on. "
+                    f"Add --eval-dataset, or let the dataset's factory return a pair: (training, held out)."
+                )
+        return None
+    return Evaluator(
+        model=work.model,
+        task=work.task,
+        data=data,
+        samples=spread(samples, config.eval_samples),
+        batch_size=config.samples_at_a_time(work.group.world_size),
+        group=work.group,
+        device=work.device,
+        autocast=work.autocast,
+        optimizer=work.optimizer,
+    )
+
+
+def loss_of_first_batch(work: Workload) -> float:
+    """Return the loss on the run's first batch, without dropout and without touching statistics."""
+    total = 0.0
+    with evaluating(work.model), torch.no_grad():
+        for microbatch in work.microbatches(0):
+            with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
+                loss = work.task.loss(work.model, to_device(microbatch.batch, work.device))
+                total += microbatch.weighted(loss).item()
+    return work.group.sums([total])[0] / work.group.world_size

@@ -1,4 +1,4 @@
-"""Before the first step: which batch of the run is the largest, and whether it fits."""
+"""Which microbatch of a run is the largest; it is named where it does not fit the budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extreme:
+class LargestMicrobatch:
     """The largest microbatch of a run."""
 
     step: int
@@ -38,24 +38,24 @@ class BatchDoesNotFit(BudgetInfeasible):
         self.args = (f"{self.args[0]} {what}",)
 
 
-def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int, total_steps: int) -> Extreme:
-    """The microbatch with the most elements once it is padded: its samples times the largest of them.
+def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int, total_steps: int) -> LargestMicrobatch:
+    """Find the microbatch with the most elements once it is padded: its samples times the largest of them.
 
     Where samples are all alike, that is the first full one.  Else the samples are looked at, once.
     """
     steps = range(first_step, total_steps)
     if not data.sizes_vary:
         place, step = 0, max(steps[:2], key=lambda step: len(loader.numbers(step)[0]))
-        return Extreme(step=step, place=place, numbers=loader.numbers(step)[0], is_bound=True)
+        return LargestMicrobatch(step=step, place=place, numbers=loader.numbers(step)[0], is_bound=True)
     stride = -(-len(data.samples) // MOST_SAMPLES)
     sizes = {number: _size(data, number) for number in range(0, len(data.samples), stride)}
-    best: tuple[int, Extreme] | None = None
+    best: tuple[int, LargestMicrobatch] | None = None
     unseen = set(sizes)
     for step in steps:
         for place, numbers in enumerate(loader.numbers(step)):
             elements = len(numbers) * max((sizes.get(number, 0) for number in numbers), default=0)
             if best is None or elements > best[0]:
-                best = elements, Extreme(step=step, place=place, numbers=numbers, is_bound=stride == 1)
+                best = elements, LargestMicrobatch(step=step, place=place, numbers=numbers, is_bound=stride == 1)
             unseen.difference_update(numbers)
         if not unseen:  # later epochs mix the same samples anew: none of their batches has a larger sample
             break
@@ -69,8 +69,8 @@ def _size(data: TrainingData, number: int) -> int:
 
 
 @contextmanager
-def naming(batch: object, extreme: Extreme) -> Iterator[None]:
-    """Inside, `BudgetInfeasible` names the batch that it is about."""
+def naming_batch(batch: object, largest: LargestMicrobatch) -> Iterator[None]:
+    """Make a `BudgetInfeasible` that is raised inside name the batch that it is about."""
     try:
         yield
     except BatchDoesNotFit:
@@ -78,9 +78,9 @@ def naming(batch: object, extreme: Extreme) -> Iterator[None]:
     except BudgetInfeasible as problem:
         raise BatchDoesNotFit(
             problem,
-            f"It is for the batch of step {extreme.step + 1}, the largest of the run"
-            f"{'' if extreme.is_bound else ' among the samples that were looked at'}: "
-            f"{describe_batch(batch)}, samples {_shown(extreme.numbers)}. To run fewer samples at a time without "
+            f"It is for the batch of step {largest.step + 1}, the largest of the run"
+            f"{'' if largest.is_bound else ' among the samples that were looked at'}: "
+            f"{describe_batch(batch)}, samples {_shown(largest.numbers)}. To run fewer samples at a time without "
             f"changing the training, add --microbatch-size.",
         ) from None
 

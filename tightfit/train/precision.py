@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,7 +14,7 @@ _AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """The dtype for `torch.autocast`; None: none.
+    """Return the dtype for `torch.autocast`; None: no autocast.
 
     Raises:
         UnsupportedInput: the device cannot train in it.
@@ -27,11 +27,6 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     return _AUTOCAST[precision]
 
 
-def make_scaler(precision: Precision) -> torch.amp.GradScaler | None:
-    """The loss scaler that fp16 needs, so that small gradients do not become zero; None where none is needed."""
-    return torch.amp.GradScaler("cuda") if precision == "fp16" else None
-
-
-def scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
-    """For a checkpoint."""
-    return scaler.state_dict() if scaler is not None else {}
+def make_scaler(precision: Precision) -> torch.amp.GradScaler:
+    """Return the loss scaler: with fp16 it keeps small gradients from becoming zero, otherwise it does nothing."""
+    return torch.amp.GradScaler("cuda", enabled=precision == "fp16")

@@ -1,7 +1,4 @@
-"""How a run went so far: kept in its checkpoints, so that a resumed run decides as an uninterrupted one.
-
-A leaf: plain data.
-"""
+"""How a run went so far: kept in its checkpoints, so that a resumed run decides as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -9,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tightfit.train.evaluation import Evaluation
+from tightfit.train.tasks import Task
+
 
 @dataclass(kw_only=True)
 class Progress:
-    """See the module."""
+    """The best evaluation so far, and the loss that the run began with."""
 
     loss_before: float
     """On the run's first batch, before its first step."""
@@ -22,11 +22,24 @@ class Progress:
     """When it was reached."""
     evaluations_since_best: int = 0
 
+    def note(self, evaluation: Evaluation, step: int, task: Task) -> bool:
+        """Note an evaluation after step ``step``; returns whether it is the best so far."""
+        value = evaluation.metrics[task.best]
+        if not task.is_better(value, self.best):
+            self.evaluations_since_best += 1
+            return False
+        self.best, self.best_step, self.evaluations_since_best = value, step, 0
+        return True
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row were no better; None: never."""
+        return patience is not None and self.evaluations_since_best >= patience
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The state, as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Progress:
-        """What `to_json` gave."""
+        """Read what `to_json` gave."""
         return cls(**state)

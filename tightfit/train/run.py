@@ -1,48 +1,55 @@
-"""The training run: plan a step that fits the budget, then take it again and again."""
+"""A training run: what is prepared before its loop, and what it ends with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 import tightfit
-from tightfit.device.budget import Budget
-from tightfit.distributed.fsdp import is_sharded
-from tightfit.distributed.process_group import ALONE, FailedElsewhere, Group
-from tightfit.errors import BudgetInfeasible, UnsupportedInput
+from tightfit.distributed.process_group import ALONE, Group
 from tightfit.planning.plan_cache import Shapes
-from tightfit.records import Profile
-from tightfit.report.plan_table import format_table
-from tightfit.train.checkpoint import Checkpoint, load_checkpoint
+from tightfit.report.plan_table import format_plan, format_table
+from tightfit.report.reporter import Reporter
+from tightfit.report.run_summary import RunSummary
+from tightfit.train.checkpoint import Checkpoint
+from tightfit.train.checkpoint_writer import CheckpointWriter
 from tightfit.train.config import TrainConfig
-from tightfit.train.data import load_data
-from tightfit.train.data.loader import to_device
-from tightfit.train.data.split import spread
 from tightfit.train.determinism import deterministic_algorithms
 from tightfit.train.ema import MovingAverage
-from tightfit.train.evaluation import Evaluator, judging
-from tightfit.train.largest_batch import largest_microbatch, naming
-from tightfit.train.loop import Training
+from tightfit.train.evaluation import Evaluator, loss_of_first_batch, make_evaluator
+from tightfit.train.loop import OptimizerStep, TrainingLoop
 from tightfit.train.models import ModelSource
-from tightfit.train.optimizer_step import Stepper
-from tightfit.train.parallel.ddp import bytes_of_exchange, parallel
-from tightfit.train.parallel.fsdp import whole
-from tightfit.train.parallel.unused_parameters import Reach, reach_of
+from tightfit.train.parallel.ddp import data_parallel
+from tightfit.train.parallel.fsdp import unsharded
 from tightfit.train.precision import make_scaler
 from tightfit.train.progress import Progress
-from tightfit.train.reporter import Reporter
+from tightfit.train.resume import identity_of, progress_of, restore
 from tightfit.train.run_folder import RunFolder
 from tightfit.train.run_metrics import MetricsFile, import_tensorboard
-from tightfit.train.summary import RunSummary, format_plan
-from tightfit.train.workload import Workload, build, data_options, for_task, resolve, seed_everything, seed_of
+from tightfit.train.run_plan import plan_run, unused_parameters_of
+from tightfit.train.step_log import StepLog
+from tightfit.train.step_meter import StepMeter
+from tightfit.train.workload import Workload, build, resolve
 from tightfit.units import format_bytes
 
 #: Of the plan's table, before the first step.
 _PLAN_LINES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a run is made of, checked, before anything is planned or written."""
+
+    config: TrainConfig
+    source: ModelSource
+    work: Workload
+    folder: RunFolder
+    evaluator: Evaluator | None
+    checkpoint: Checkpoint | None
+    total_steps: int
 
 
 def run(
@@ -53,7 +60,7 @@ def run(
     group: Group = ALONE,
     device: torch.device | None = None,
 ) -> RunSummary | None:
-    """Train as ``config`` says; ``command`` is noted in the run's folder. None when a resumed run is already done.
+    """Train as ``config`` says, noting ``command`` in the run's folder.  Returns None if a resumed run is already done.
 
     Of several processes each calls this, with its `group` and its `device`; rank 0 writes the run's folder.
 
@@ -63,22 +70,42 @@ def run(
         Interrupted: a signal came; the checkpoint is written.
     """
     with deterministic_algorithms(config.deterministic):
-        return _run(config, command, reporter, group, device)
+        prepared = group.together(lambda: _prepare(config, group, device))
+        checkpoint = group.from_first(prepared.checkpoint)
+        return _train(replace(prepared, checkpoint=checkpoint), command, reporter)
 
 
-def _run(
-    config: TrainConfig, command: Sequence[str], reporter: Reporter, group: Group, device: torch.device | None
-) -> RunSummary | None:
-    config, source, work, folder, evaluator, checkpoint = group.together(lambda: _prepared(config, group, device))
-    checkpoint = group.from_first(checkpoint)
-    total_steps = total_steps_of(config, work)
-    identity = _identity(config, work, total_steps)
+def _prepare(config: TrainConfig, group: Group, device: torch.device | None) -> _Prepared:
+    """Check all that can be wrong with what was asked for; nothing is written."""
+    config, source = resolve(config)
+    folder = RunFolder(config)
+    if config.tensorboard:
+        import_tensorboard()
+    checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
+    work = build(config, source, group, device, sharded=config.strategy == "fsdp" and not group.is_alone)
+    return _Prepared(
+        config=config,
+        source=source,
+        work=work,
+        folder=folder,
+        evaluator=make_evaluator(config, source, work),
+        checkpoint=checkpoint,
+        total_steps=config.total_steps(work.order.steps_per_epoch),
+    )
+
+
+def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> RunSummary | None:
+    config, work, folder, checkpoint = prepared.config, prepared.work, prepared.folder, prepared.checkpoint
+    group, total_steps = work.group, prepared.total_steps
+    identity = identity_of(config, work, total_steps)
+    extra = {} if checkpoint is None else group.together(lambda: restore(config, work, checkpoint, identity))
+    average = MovingAverage(work.model, config.ema_decay)
+    if "average" in extra:
+        average.load_state_dict(extra["average"])
     scaler = make_scaler(config.precision)
-    further = {} if checkpoint is None else group.together(lambda: _restored(config, work, checkpoint, identity))
-    average = make_average(config, work, further)
-    if scaler is not None and "scaler" in further:
-        scaler.load_state_dict(further["scaler"])
-    first_step = checkpoint.step if checkpoint else 0
+    if "scaler" in extra:
+        scaler.load_state_dict(extra["scaler"])
+    first_step = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None and first_step >= total_steps:
         reporter.say(
             f"nothing to do: the run in {folder.path} has done {first_step} steps, and {total_steps} were asked for. "
@@ -86,114 +113,97 @@ def _run(
             important=True,
         )
         return None
-    _introduce(config, source, work, folder, evaluator, reporter)
+    _introduce(prepared, reporter)
     applied, budget = plan_run(config, work, average, first_step, total_steps)
+    work = replace(work, budget=budget)
     try:
-        model = parallel(
-            work.model,
-            group,
-            work.device,
-            reach=_reach(config, work, applied),
-            accumulation_steps=work.accumulation_steps,
-        )
+        unused = unused_parameters_of(config, work, applied)
+        model = data_parallel(work.model, group, work.device, unused=unused, accumulation_steps=work.accumulation_steps)
         reporter.say(format_plan(applied.plan))
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
-        progress = Progress(loss_before=_first_loss(work)) if checkpoint is None else _progress_of(checkpoint)
-        group.together(
-            lambda: _open(folder, config, command, applied, first_step, reporter) if group.is_first else None
-        )
+        progress = Progress(loss_before=loss_of_first_batch(work)) if checkpoint is None else progress_of(checkpoint)
+        _on_first(group, lambda: _open(folder, config, command, applied, first_step, reporter))
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
         elif config.resume is not None:
             reporter.say("nothing to resume: beginning with the first step")
         with _metrics_of(folder, config, group) as metrics:
-            training = Training(
+            meter = StepMeter(work, average)
+            loop = TrainingLoop(
                 config=config,
                 work=work,
-                stepper=Stepper(work=work, applied=applied, scaler=scaler, model=model),
-                evaluator=evaluator,
+                steps=OptimizerStep(work=work, applied=applied, model=model, scaler=scaler),
+                meter=meter,
+                evaluator=prepared.evaluator,
                 average=average,
                 progress=progress,
-                folder=folder,
-                metrics=metrics,
-                reporter=reporter,
-                identity=identity,
+                log=StepLog(work=work, applied=applied, total_steps=total_steps, reporter=reporter, metrics=metrics),
+                checkpoints=CheckpointWriter(
+                    folder=folder.checkpoints,
+                    work=work,
+                    average=average,
+                    scaler=scaler,
+                    progress=progress,
+                    identity=identity,
+                ),
                 total_steps=total_steps,
+                steps_done=first_step,
             )
-            training.run(first_step)
-        verdict, shapes = applied.verdict, applied.shapes
-        assert verdict is not None  # fit has judged what it returns
-        mismatched_steps = shapes.statistics.mismatched_steps if isinstance(shapes, Shapes) else 0
+            loop.run()
+        mismatched_steps = applied.shapes.statistics.mismatched_steps if isinstance(applied.shapes, Shapes) else 0
     finally:
         applied.remove()
-    peak_bytes = max(training.highest_peak_bytes, verdict.measured_peak_bytes + budget.beside_step_bytes)
-    everyones = group.gather((peak_bytes, mismatched_steps))
-    summary = RunSummary(
-        plan=applied.plan,
-        verdict=verdict,
-        budget=budget,
-        measured_peak_bytes=max(peak for peak, _ in everyones),
-        mismatched_steps=max(steps for _, steps in everyones),
-        processes=group.world_size,
-        first_step=first_step,
-        steps=training.steps_done,
-        stopped_early=training.steps_done < total_steps,
-        loss_before=progress.loss_before,
-        loss_after=_first_loss(work),
-        evaluation=training.last_evaluation,
-        best_metric=work.task.best,
-        best=progress.best,
-        best_step=progress.best_step,
-        run_folder=str(folder.path),
-        model_file=str(folder.model),
-    )
-    with nullcontext() if average is None else average.in_place():
-        weights = whole(work.model.state_dict(), keep=group.is_first)
+    summary = _summarise(prepared, loop, applied, meter, mismatched_steps, first_step)
+    with average.in_place():
+        weights = unsharded(work.model.state_dict(), keep=group.is_first)
 
         def finish() -> None:
             folder.save_model(weights)
             folder.save_summary(summary.to_json())
 
-        group.together(lambda: finish() if group.is_first else None)
+        _on_first(group, finish)
     return summary
 
 
-def _prepared(
-    config: TrainConfig, group: Group, device: torch.device | None
-) -> tuple[TrainConfig, ModelSource, Workload, RunFolder, Evaluator | None, Checkpoint | None]:
-    """All that can be wrong with what was asked for; nothing is written."""
-    config, source = resolve(config)
-    folder = RunFolder(config)
-    if config.tensorboard:
-        import_tensorboard()
-    checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
-    sharded = config.strategy == "fsdp" and not group.is_alone
-    work = build(config, source, group, device, sharded=sharded)
-    return config, source, work, folder, make_evaluator(config, source, work), checkpoint
-
-
-def _restored(
-    config: TrainConfig, work: Workload, checkpoint: Checkpoint, identity: dict[str, object]
-) -> Mapping[str, Any]:
-    """Put model, optimizer and random generators where the checkpoint left them; what else it holds."""
-    _check_identity(checkpoint, identity)
-    group = work.group
-    further, knows_random = load_checkpoint(
-        checkpoint, model=work.model, optimizer=work.optimizer, rank=group.rank, world_size=group.world_size
+def _summarise(
+    prepared: _Prepared,
+    loop: TrainingLoop,
+    applied: tightfit.Applied,
+    meter: StepMeter,
+    mismatched_steps: int,
+    first_step: int,
+) -> RunSummary:
+    work, progress, verdict = loop.work, loop.progress, applied.verdict
+    assert verdict is not None  # fit has verified what it returns
+    peak_bytes = max(meter.highest_peak_bytes, verdict.measured_peak_bytes + work.budget.beside_step_bytes)
+    everyones = work.group.gather((peak_bytes, mismatched_steps))
+    evaluation = loop.last_evaluation
+    return RunSummary(
+        plan=applied.plan,
+        verdict=verdict,
+        budget=work.budget,
+        measured_peak_bytes=max(peak for peak, _ in everyones),
+        mismatched_steps=max(steps for _, steps in everyones),
+        processes=work.group.world_size,
+        first_step=first_step,
+        steps=loop.steps_done,
+        stopped_early=loop.steps_done < loop.total_steps,
+        loss_before=progress.loss_before,
+        loss_after=loss_of_first_batch(work),
+        evaluation=None if evaluation is None else evaluation.metrics,
+        evaluation_samples=0 if evaluation is None else evaluation.samples,
+        best_metric=work.task.best,
+        best=progress.best,
+        best_step=progress.best_step,
+        run_folder=str(prepared.folder.path),
+        model_file=str(prepared.folder.model),
     )
-    if not knows_random:
-        seed_everything(seed_of(config.seed, group.rank, checkpoint.step))
-    return further
 
 
-def _reach(config: TrainConfig, work: Workload, applied: tightfit.Applied) -> Reach:
-    """Which parameters a step gives a gradient, in every process."""
-    if work.group.is_alone or is_sharded(work.model):
-        return Reach.ALL
-    if config.ddp_find_unused_parameters == "on":
-        return Reach.VARYING
-    return max(work.group.gather(reach_of(work.model, work.microbatch(0), applied, work.spec())))
+def _on_first(group: Group, work: Callable[[], None]) -> None:
+    """Do `work` in rank 0; where it fails, it fails in all processes."""
+    group.together(lambda: work() if group.is_first else None)
 
 
 def _open(
@@ -214,204 +224,16 @@ def _metrics_of(folder: RunFolder, config: TrainConfig, group: Group) -> Abstrac
     return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None)
 
 
-def total_steps_of(config: TrainConfig, work: Workload) -> int:
-    """Optimizer steps of the whole run."""
-    return config.steps or (config.epochs or 1) * work.order.steps_per_epoch
-
-
-def make_evaluator(config: TrainConfig, source: ModelSource, work: Workload) -> Evaluator | None:
-    """What judges the model; None where nothing is held out.
-
-    Raises:
-        UnsupportedInput: an evaluation is asked for, but there is nothing to evaluate on.
-    """
-    data, samples = work.data, work.data.held_out
-    if config.eval_dataset is not None:
-        options = replace(data_options(config, source), arguments={})
-        data = for_task(load_data(config.eval_dataset, options), work.task)
-        if data.facts.kind != work.data.facts.kind:
-            raise UnsupportedInput(
-                f"--eval-dataset {config.eval_dataset} gives {data.facts.kind}, but the model is trained on "
-                f"{work.data.facts.kind}. Evaluate on data of the same kind."
-            )
-        samples = data.samples
-    if samples is None:
-        for name, value in (("eval-every", config.eval_every), ("early-stop", config.early_stop)):
-            if value is not None:
-                raise UnsupportedInput(
-                    f"--{name} {value} asks for evaluations, but {config.dataset} holds nothing out to evaluate on. "
-                    f"Add --eval-dataset, or let the dataset's factory return a pair: (training, held out)."
-                )
-        return None
-    return Evaluator(
-        model=work.model,
-        task=work.task,
-        data=data,
-        samples=spread(samples, config.eval_samples),
-        batch_size=config.samples_at_a_time(work.group.world_size),
-        group=work.group,
-        device=work.device,
-        autocast=work.autocast,
-        optimizer=work.optimizer,
-    )
-
-
-def make_average(config: TrainConfig, work: Workload, further: Any) -> MovingAverage | None:
-    """The moving average of the weights; None where none is asked for."""
-    if config.ema_decay is None:
-        return None
-    average = MovingAverage(work.model, config.ema_decay)
-    if "average" in further:
-        average.load_state_dict(further["average"])
-    return average
-
-
-def plan_run(
-    config: TrainConfig, work: Workload, average: MovingAverage | None, first_step: int, total_steps: int
-) -> tuple[tightfit.Applied, Budget]:
-    """A plan for the largest batch of the run, and the budget with what is reserved beside the step.
-
-    Batches of other sizes, at the ends of epochs, are planned, too: whether they fit is better known now.
-
-    Raises:
-        BudgetInfeasible: a batch does not fit; it is named.
-    """
-    extreme = largest_microbatch(work.data, work.loader, first_step, total_steps)
-    microbatches = work.microbatches(extreme.step)
-    batch = to_device(microbatches[extreme.place], work.device)
-    beside_bytes = (0 if average is None else average.nbytes) + work.bytes_beside(microbatches, extreme.place)
-    beside_bytes += bytes_of_exchange(work.model, work.group)
-    _require_more_than(beside_bytes, work.budget)
-    budget = work.budget.reserving(beside_bytes)
-    reference = config.reference_memory
-
-    def fitted(profile: Profile | None) -> tightfit.Applied:
-        with naming(batch, extreme):
-            return tightfit.fit(
-                work.model,
-                batch,
-                budget=budget,
-                loss=work.task.loss,
-                optimizer=work.optimizer,
-                accumulation_steps=work.accumulation_steps,
-                autocast=work.autocast,
-                clip_norm=work.clip_norm,
-                grad_checkpoint=config.grad_checkpoint,
-                reference_budget_bytes=(
-                    None
-                    if reference is None
-                    else Budget.of(reference, work.device, name="--reference-memory").total_bytes
-                ),
-                profile=profile,
-            )
-
-    group = work.group
-    if is_sharded(work.model):  # no step without all of them
-        try:
-            applied = fitted(None)
-        except BudgetInfeasible as problem:  # all have found it: said once
-            if not group.is_first:
-                raise FailedElsewhere(0, str(problem), is_bad_input=True) from None
-            raise
-    else:
-        # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the
-        # same.
-        mine = group.together(lambda: fitted(None) if group.is_first else None)
-        profile = group.from_first(None if mine is None else mine.profile)
-        applied = group.together(lambda: fitted(profile) if mine is None else mine)
-    # What the processes tell each other comes first: inside `together` one may end before another.
-    steps = work.order.sizes(first_step, total_steps).values()
-    others = {step: work.microbatches(step) for step in steps}
-
-    def prepare_others() -> None:
-        for step, microbatches in others.items():
-            for place, microbatch in enumerate(microbatches):
-                moved = to_device(microbatch, work.device)
-                other = replace(extreme, step=step, place=place, numbers=work.loader.numbers(step)[place])
-                with naming(moved, other):
-                    applied.prepare(moved)
-
-    try:
-        group.together(prepare_others)
-    except BaseException:
-        applied.remove()
-        raise
-    return applied, budget
-
-
-def _require_more_than(beside_bytes: int, budget: Budget) -> None:
-    if beside_bytes >= budget.total_bytes:
-        raise UnsupportedInput(
-            f"the budget is {format_bytes(budget.total_bytes)}, but the moving average of the weights and the other "
-            f"microbatches of a batch alone take {format_bytes(beside_bytes)}. Give more --memory, or leave out "
-            f"--ema-decay."
-        )
-
-
-def _introduce(
-    config: TrainConfig,
-    source: ModelSource,
-    work: Workload,
-    folder: RunFolder,
-    evaluator: Evaluator | None,
-    reporter: Reporter,
-) -> None:
+def _introduce(prepared: _Prepared, reporter: Reporter) -> None:
+    config, source, work, evaluator = prepared.config, prepared.source, prepared.work, prepared.evaluator
     parameters = sum(parameter.numel() for parameter in work.model.parameters())
     reporter.say(f"model   {source.name}: {source.summary.rpartition('· ')[2]}; {parameters:,} parameters")
     reporter.say(f"data    {work.data.description}")
     if evaluator is not None:
         origin = f" of {evaluator.data.description}" if config.eval_dataset is not None else ""
-        reporter.say(f"judged  on {len(evaluator.samples):,} held-out samples{origin}")
+        reporter.say(f"eval    {len(evaluator.samples):,} held-out samples{origin}")
     split = f", {work.accumulation_steps} microbatches a step" if work.accumulation_steps > 1 else ""
     reporter.say(
-        f"run     {folder.path} on {work.device}{split}, budget {format_bytes(work.budget.total_bytes)}"
+        f"run     {prepared.folder.path} on {work.device}{split}, budget {format_bytes(work.budget.total_bytes)}"
         f"{' (all that is free)' if work.budget.is_auto else ''}"
     )
-
-
-def _identity(config: TrainConfig, work: Workload, total_steps: int) -> dict[str, object]:
-    """What may not change when a run goes on."""
-    names = (
-        "model", "sequence_length", "batch_size", "microbatch_size", "accumulation_steps", "optimizer", "lr",
-        "weight_decay", "momentum", "beta2", "clip_norm", "precision", "schedule", "warmup_steps", "min_lr_ratio",
-        "ema_decay", "seed", "deterministic",
-    )  # fmt: skip
-    return {
-        **{name: getattr(config, name) for name in names},
-        "model_args": dict(config.model_args),
-        "data": work.data.fingerprint,
-        # A falling learning rate depends on where it is to arrive.
-        "length_of_the_schedule": None if config.schedule == "constant" else total_steps,
-    }
-
-
-def _check_identity(checkpoint: Checkpoint, identity: dict[str, object]) -> None:
-    for key, now in identity.items():
-        then = checkpoint.identity.get(key)
-        if then != now:
-            raise UnsupportedInput(
-                f"the checkpoint {checkpoint.folder} was written with {key.replace('_', ' ')} {then!r}, but now it is "
-                f"{now!r}, so going on would not be the same run. Use the old value, or begin another run with "
-                f"--mark NAME."
-            )
-
-
-def _progress_of(checkpoint: Checkpoint) -> Progress:
-    try:
-        return Progress.from_json(checkpoint.progress)
-    except TypeError:
-        raise UnsupportedInput(
-            f"{checkpoint.folder} does not say how its run went so far, so this version cannot go on from it. "
-            f"Begin another run with --mark NAME."
-        ) from None
-
-
-def _first_loss(work: Workload) -> float:
-    """The loss on the run's first batch, without dropout and without touching statistics."""
-    total = 0.0
-    with judging(work.model), torch.no_grad():
-        for microbatch in work.microbatches(0):
-            with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
-                loss = work.task.loss(work.model, to_device(microbatch.batch, work.device))
-                total += microbatch.weighted(loss).item()
-    return work.group.sums([total])[0] / work.group.world_size

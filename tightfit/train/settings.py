@@ -202,6 +202,10 @@ class LengthSettings(Settings):
     ema_decay: float | None = None
     """Keep a moving average of the weights, which is what is evaluated and saved; e.g. 0.999"""
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps or (self.epochs or 1) * steps_per_epoch
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(1, "epochs", "steps")

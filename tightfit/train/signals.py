@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: finish the step, save, then end with the signal's exit code."""
+"""SIGINT and SIGTERM during training: finish the step, save a checkpoint, then end with the signal's exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from tightfit.distributed.process_group import ALONE, Group
+
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+#: Several processes ask each other about so often whether one got a signal, and after so many steps at the latest.
+_ASK_EVERY_MS = 200.0
+_ASK_EVERY_STEPS = 50
 
 
 class Interrupted(Exception):
@@ -19,14 +25,28 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal_number`; a second one acts as ever.
+    """While entered, the first SIGINT or SIGTERM is noted instead of ending the process; a second one acts as ever.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
 
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
+    def __init__(self, group: Group = ALONE) -> None:
+        self._group = group
+        self._signal_number: int | None = None
+        self._ask_every = 1
         self._previous: dict[int, Any] = {}
+
+    def after_step(self, step: int) -> int | None:
+        """The signal that this process or another one of the group got; all learn of it after the same step."""
+        if self._group.is_alone:
+            return self._signal_number
+        if step % self._ask_every:
+            return None
+        return max(self._group.gather(self._signal_number or 0)) or None
+
+    def expect_steps_of(self, step_ms: float) -> None:
+        """Ask the other processes as often as fits steps of this duration, which must be equal in all of them."""
+        self._ask_every = max(1, min(_ASK_EVERY_STEPS, int(_ASK_EVERY_MS / max(step_ms, 1e-3))))
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -39,7 +59,7 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
+        self._signal_number = number
         self._restore()
 
     def _restore(self) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +26,7 @@ from tightfit.train.models import ModelSource, find_model
 from tightfit.train.optimizers import make_optimizer
 from tightfit.train.parallel.fsdp import can_be_cast, check_can_shard, shard
 from tightfit.train.precision import autocast_dtype
+from tightfit.train.random_state import seed_everything, seed_of
 from tightfit.train.tasks import Task, choose_task
 from tightfit.train.tasks.choose import check_fit
 
@@ -223,16 +221,3 @@ def build(
         budget=budget,
         group=group,
     )
-
-
-def seed_of(seed: int, rank: int, step: int) -> int:
-    """For what one process draws at random from a step on."""
-    digest = hashlib.sha256(f"{seed}:rank {rank}:step {step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Of all random generators."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)

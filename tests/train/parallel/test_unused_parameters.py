@@ -11,7 +11,7 @@ import tightfit
 from tests.train import user_code
 from tests.train.launch.launching import TWO, finish, metrics, run, start
 from tightfit.step.step import StepSpec
-from tightfit.train.parallel.unused_parameters import Reach, reach_of
+from tightfit.train.parallel.unused_parameters import UnusedParameters, find_unused_parameters
 
 WORDS = ["train", "--dataset", "tests.train.user_code:numbers", "--batch-size", "8", "--steps", "60", "--model"]
 
@@ -19,17 +19,17 @@ WORDS = ["train", "--dataset", "tests.train.user_code:numbers", "--batch-size", 
 @pytest.mark.parametrize(
     ("factory", "expected"),
     [
-        (user_code.own_loss_model, Reach.ALL),
-        (user_code.odd_model, Reach.SAME),
-        (user_code.leaves_out_by_data, Reach.VARYING),
-        (user_code.leaves_out_at_random, Reach.VARYING),
+        (user_code.own_loss_model, UnusedParameters.NONE),
+        (user_code.odd_model, UnusedParameters.SAME),
+        (user_code.leaves_out_by_data, UnusedParameters.VARYING),
+        (user_code.leaves_out_at_random, UnusedParameters.VARYING),
     ],
 )
-def test_what_is_known_of_steps(factory: type[torch.nn.Module], expected: Reach) -> None:
+def test_what_is_known_of_steps(factory: type[torch.nn.Module], expected: UnusedParameters) -> None:
     batch = (torch.randn(8, 4), torch.randn(8, 1))
     model = factory()
     with tightfit.fit(model, batch, budget="1GiB") as applied:
-        assert reach_of(model, batch, applied, StepSpec()) is expected
+        assert find_unused_parameters(model, batch, applied, StepSpec()) is expected
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -41,7 +41,7 @@ def test_each_step_may_use_other_parameters(factory: str) -> None:
 
 
 @pytest.mark.usefixtures("own_folder")
-def test_gradients_that_were_not_exchanged_are_not_used() -> None:
+def test_gradients_that_were_not_all_reduced_are_not_used() -> None:
     words = [*WORDS, "tests.train.user_code:leaves_out_later", *TWO, "--mark", "two"]
     words += ["--save-every", "1", "--log-every", "1"]
     ended = finish(start(*words))

@@ -1,6 +1,6 @@
-"""The model as DistributedDataParallel: each process has all of it and a part of every batch.
+"""The model as DistributedDataParallel: each process has all of it and a share of every batch.
 
-A model that FSDP2 has shared out (see `sharding`) exchanges its gradients by itself.
+A model that FSDP2 has sharded (see `fsdp`) reduces its gradients by itself.
 """
 
 from __future__ import annotations
@@ -15,54 +15,60 @@ from torch.nn.parallel import DistributedDataParallel
 from tightfit._torch_private import has_finished_exchange
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import Group
-from tightfit.train.parallel.unused_parameters import Reach
+from tightfit.train.failures import TrainingFailed
+from tightfit.train.parallel.unused_parameters import UnusedParameters
 
 
-def parallel(
-    model: nn.Module, group: Group, device: torch.device, *, reach: Reach, accumulation_steps: int = 1
+def data_parallel(
+    model: nn.Module, group: Group, device: torch.device, *, unused: UnusedParameters, accumulation_steps: int = 1
 ) -> nn.Module:
-    """The model, exchanging its gradients with the group's other processes at the end of each backward.
+    """Wrap the model so that its gradients are all-reduced at the end of each backward; alone or sharded, it stays.
 
-    Gradients are views of the buckets that are exchanged, so in steady state the exchange holds nothing of its own.
+    Gradients are views of DDP's buckets, so that the all-reduce holds nothing of its own after the first step.
 
     Args:
         model: with the same weights in every process.
         group: the processes.
         device: this process's.
-        reach: which parameters a step gives a gradient. Where steps reach the same ones, DDP learns them in the first
-            (its static graph); where they vary, each forward looks for those that it does not reach.
+        unused: which parameters a step leaves without a gradient. Where all steps leave out the same ones, DDP learns
+            them in the first (its static graph); where they vary, each forward looks for them.
         accumulation_steps: with more than one backward in a step, DDP does not learn them.
     """
     if group.is_alone or is_sharded(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         return model
-    is_static = reach is Reach.SAME and accumulation_steps == 1
+    is_static = unused is UnusedParameters.SAME and accumulation_steps == 1
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=is_static,
-        find_unused_parameters=reach is not Reach.ALL and not is_static,
+        find_unused_parameters=unused is not UnusedParameters.NONE and not is_static,
     )
 
 
-def is_exchanged(model: nn.Module) -> bool:
-    """After the last backward of a step: False if DDP still waits for a gradient that it was told each step has.
+@contextmanager
+def all_reducing(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Let a forward and its backward all-reduce gradients only if they are the ``last`` of a step."""
+    is_quiet = isinstance(model, DistributedDataParallel) and not last
+    with model.no_sync() if is_quiet else nullcontext():  # type: ignore[operator]  # DDP's
+        yield
+
+
+def require_all_reduced(model: nn.Module) -> None:
+    """Raise `TrainingFailed` if DDP, after a step's last backward, still waits for a gradient.
 
     The optimizer would then use gradients that differ from process to process.
     """
-    return not isinstance(model, DistributedDataParallel) or has_finished_exchange(model)
+    if isinstance(model, DistributedDataParallel) and not has_finished_exchange(model):
+        raise TrainingFailed(
+            "a step has left out parameters that the first one gave gradients, so not all gradients were all-reduced "
+            "between the processes. The step has changed nothing. Go on from the last checkpoint with --resume "
+            "auto and --ddp-find-unused-parameters on, which lets each step use other parameters."
+        )
 
 
-def bytes_of_exchange(model: nn.Module, group: Group) -> int:
+def bucket_bytes(model: nn.Module, group: Group) -> int:
     """Bytes held beside a step: after the first one, DDP makes its buckets anew while it still has the old ones."""
     if group.is_alone or is_sharded(model):
         return 0
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
-@contextmanager
-def exchanging(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Inside, a forward and its backward exchange gradients only if they are the ``last`` of a step."""
-    quiet = isinstance(model, DistributedDataParallel) and not last
-    with model.no_sync() if quiet else nullcontext():  # type: ignore[operator]  # DDP's
-        yield

@@ -1,4 +1,4 @@
-"""The model's parameters shared out among the processes, by PyTorch's FSDP2: each holds a part of all of them."""
+"""The model's parameters sharded over the processes by PyTorch's FSDP2, and state dicts from shards and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tightfit.train.optimizers import OptimizerName
 
 
 def shard(model: nn.Module, group: Group, device: torch.device, compute_dtype: torch.dtype | None) -> None:
-    """Share the parameters out, in place: block by block, and what is left as one unit with the model itself.
+    """Shard the parameters in place: block by block, and what is left as one unit with the model itself.
 
     Args:
         model: with the same weights in every process.
@@ -39,18 +39,18 @@ def shard(model: nn.Module, group: Group, device: torch.device, compute_dtype: t
 
 
 def can_be_cast(model: nn.Module) -> bool:
-    """Whether its weights may all be gathered in a smaller dtype.  Normalisation with running statistics cannot: they
-    stay float32, and PyTorch's kernels want the weights to be like them.  Autocast serves such models.
+    """Whether all weights may be gathered in a smaller dtype.  Those of normalisation with running statistics may not:
+    the statistics stay float32, and PyTorch's kernels want the weights to be like them.  Autocast serves such models.
     """
     return not any(getattr(module, "running_mean", None) is not None for module in model.modules())
 
 
 def check_can_shard(optimizer: OptimizerName, compute_dtype: torch.dtype | None) -> None:
-    """Raises `UnsupportedInput` for what does not work on parts of parameters."""
+    """Raise `UnsupportedInput` for what does not work on shards."""
     if optimizer == "adafactor":
         raise UnsupportedInput(
             "--optimizer adafactor keeps statistics of whole rows and columns, but --strategy fsdp gives each process "
-            "a part of them. Choose another optimizer, such as adamw, or --strategy ddp."
+            "a shard of them. Choose another optimizer, such as adamw, or --strategy ddp."
         )
     if compute_dtype is torch.float16:
         raise UnsupportedInput(
@@ -59,7 +59,7 @@ def check_can_shard(optimizer: OptimizerName, compute_dtype: torch.dtype | None)
 
 
 def units_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks whose weights are gathered one after the other: the outermost modules that are repeated in a
+    """Return the blocks whose weights are gathered one after the other: the outermost modules that are repeated in a
     `ModuleList` or `Sequential`, unless they share a parameter with something else.
     """
     uses = _uses(model)
@@ -79,13 +79,13 @@ def units_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
-    """It has parameters, and nothing outside of it has them, too."""
+    """Whether the block has parameters, and nothing outside of it has them, too."""
     inside = _uses(block)
     return bool(inside) and all(uses[key] == count for key, count in inside.items())
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """How many names each parameter has."""
+    """Count the names that each parameter has."""
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     return Counter(
         id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None
@@ -96,10 +96,10 @@ def _has_forward(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
-def whole(state: Any, *, keep: bool = True) -> Any:
-    """Nested containers with every part replaced by the whole tensor, in host memory; other things as they are.
+def unsharded(state: Any, *, keep: bool = True) -> Any:
+    """Gather every shard in nested containers to the full tensor, in host memory; other things stay as they are.
 
-    All processes have to call this, in which the wholes are put together; those that do not `keep` them get None.
+    All processes have to call this; those that do not `keep` the full tensors get None.
     """
     if isinstance(state, Tensor):
         if not is_distributed(state):
@@ -107,61 +107,57 @@ def whole(state: Any, *, keep: bool = True) -> Any:
         gathered = state.full_tensor()  # type: ignore[attr-defined]  # a DTensor's
         return gathered.cpu() if keep else None
     if isinstance(state, Mapping):
-        # PyTorch's own state dicts carry more than their entries: left as they are where nothing is shared out.
-        changed = {key: whole(value, keep=keep) for key, value in state.items()}
+        # PyTorch's own state dicts carry more than their entries: left as they are where nothing is sharded.
+        changed = {key: unsharded(value, keep=keep) for key, value in state.items()}
         return changed if any(changed[key] is not value for key, value in state.items()) else state
     if isinstance(state, list | tuple):
-        return type(state)(whole(value, keep=keep) for value in state)
+        return type(state)(unsharded(value, keep=keep) for value in state)
     return state
 
 
-def part_of(whole_tensor: Any, like: Tensor) -> Any:
-    """The part of a whole that this process holds, as a tensor shared out like another; the whole, where that one is
-    not shared out.
-    """
+def shard_of(full: Any, like: Tensor) -> Any:
+    """Return this process's shard of a full tensor, sharded like another; the full one, where that is not sharded."""
     if not is_distributed(like):
-        return whole_tensor
+        return full
     from torch.distributed.tensor import distribute_tensor
 
     like_: Any = like
     # From what is here already: nothing is sent.
-    return distribute_tensor(
-        whole_tensor.to(local(like).device), like_.device_mesh, like_.placements, src_data_rank=None
-    )
+    return distribute_tensor(full.to(local(like).device), like_.device_mesh, like_.placements, src_data_rank=None)
 
 
-def joined_like(part: Tensor, like: Tensor) -> Tensor:
-    """A part as a distributed tensor like another, which must be one, of the same kind of parts."""
+def distributed_like(shard: Tensor, like: Tensor) -> Tensor:
+    """Return a shard as a distributed tensor with the placements of another."""
     from torch.distributed.tensor import DTensor
 
     like_: Any = like
-    joined: Tensor = DTensor.from_local(
-        part.to(local(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
+    distributed: Tensor = DTensor.from_local(
+        shard.to(local(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
     )
-    return joined
+    return distributed
 
 
-def parts_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """A whole state dict as this process's part of the model loads it."""
+def shards_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Shard a full state dict as this process's part of the model loads it."""
     current = model.state_dict()
     if not any(isinstance(value, Tensor) and is_distributed(value) for value in current.values()):
         return state
-    return {name: part_of(value, current[name]) if name in current else value for name, value in state.items()}
+    return {name: shard_of(value, current[name]) if name in current else value for name, value in state.items()}
 
 
-def parts_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A whole optimizer's state dict as this process's optimizer loads it."""
+def shards_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Shard a full state dict as this process's optimizer loads it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(map(is_distributed, parameters)):
         return state
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parts: dict[Any, Any] = {}
+    shards: dict[Any, Any] = {}
     for number, parameter in zip(numbers, parameters, strict=True):
         entries = state["state"].get(number, {})
-        parts[number] = {
-            name: part_of(value, parameter)
+        shards[number] = {
+            name: shard_of(value, parameter)
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
             else value
             for name, value in entries.items()
         }
-    return {**state, "state": parts}
+    return {**state, "state": shards}

@@ -1,4 +1,4 @@
-"""Which parameters a step gives a gradient: what DistributedDataParallel has to know before it exchanges any."""
+"""Which parameters a step leaves without a gradient: DistributedDataParallel has to know that before the first step."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-import tightfit
+from tightfit.installation.applied import Applied
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import StepSpec
 
 
-class Reach(IntEnum):
-    """Of all parameters that train; the larger, the less is known."""
+class UnusedParameters(IntEnum):
+    """Which of the parameters that train get no gradient; the larger, the less is known."""
 
-    ALL = 0
-    """Each step reaches every one."""
+    NONE = 0
+    """Each step gives every one a gradient."""
     SAME = 1
-    """Each step reaches the same ones."""
+    """Each step leaves out the same ones."""
     VARYING = 2
-    """Every step may reach others."""
+    """Every step may leave out others."""
 
 
-def reach_of(model: nn.Module, batch: Any, applied: tightfit.Applied, spec: StepSpec) -> Reach:
-    """Which parameters steps like the one on `batch` give a gradient; everything is put back afterwards.
+def find_unused_parameters(model: nn.Module, batch: Any, applied: Applied, spec: StepSpec) -> UnusedParameters:
+    """Find which parameters steps like the one on `batch` leave out; everything is put back afterwards.
 
     Steps are alike where no data decide what is computed, as measuring found, and nothing is drawn from Python's or
     NumPy's generators, which decide in the models that skip layers at random.
     """
     profile = applied.profile
     if profile is None or profile.data_dependent:
-        return Reach.VARYING
+        return UnusedParameters.VARYING
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = TrainingState(model, spec.optimizers, also=(batch,))
-    before = _drawn()
+    before = _random_state()
     try:
         for parameter in trained:
             parameter.grad = None
         applied.loss(model, batch).backward()
-        if _drawn() != before:
-            return Reach.VARYING
-        return Reach.ALL if all(parameter.grad is not None for parameter in trained) else Reach.SAME
+        if _random_state() != before:
+            return UnusedParameters.VARYING
+        has_all = all(parameter.grad is not None for parameter in trained)
+        return UnusedParameters.NONE if has_all else UnusedParameters.SAME
     finally:
         state.restore()
 
 
-def _drawn() -> tuple[object, ...]:
-    """Where the generators are that measuring does not watch."""
+def _random_state() -> tuple[object, ...]:
+    """The states of the generators that measuring does not watch."""
     state = np.random.get_state(legacy=False)["state"]
     return random.getstate(), state["key"].tobytes(), state["pos"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tightfit.device.budget import Budget
 from tightfit.records import Plan, Verdict
-from tightfit.train.evaluation import Evaluation
-from tightfit.train.reporter import format_metrics
+from tightfit.report.text import format_metrics
 from tightfit.units import format_bytes
 
 
@@ -29,8 +29,9 @@ class RunSummary:
     steps: int
     stopped_early: bool
     """Before all steps were done, because evaluations no longer improved."""
-    evaluation: Evaluation | None
-    """The last one; None where nothing is held out."""
+    evaluation: Mapping[str, float] | None
+    """Metrics of the last evaluation; None where nothing is held out."""
+    evaluation_samples: int
     best_metric: str
     """The metric that decides which checkpoint is the best."""
     best: float | None
@@ -57,7 +58,7 @@ class RunSummary:
             "steps": self.steps,
             "first_step": self.first_step,
             "stopped_early": self.stopped_early,
-            "eval": None if self.evaluation is None else self.evaluation.metrics,
+            "eval": self.evaluation,
             "best_metric": None if self.best is None else self.best_metric,
             "best": self.best,
             "best_step": self.best_step,
@@ -79,27 +80,6 @@ class RunSummary:
             "buffers_equal": verdict.buffers_equal,
             "rng_equal": verdict.rng_equal,
         }
-
-
-def format_plan(plan: Plan) -> str:
-    """What was decided, in two or three lines."""
-    planned = [plan.recipes[region.recipe] for region in plan.regions if region.recipe >= 0]
-    peaks = (
-        f"predicted peak {format_bytes(plan.predicted_peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
-        f"(plain {format_bytes(plan.plain_peak_bytes)}; {format_bytes(plan.baseline_bytes)} of it are parameters, "
-        f"gradients, optimizer state and batch)"
-    )
-    if not planned:
-        return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
-    dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
-    nested = (
-        "\n        the budget is below one level of recomputation: what passes between regions is recomputed, too, "
-        "some of it several times"
-    )
-    return (
-        f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
-        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{nested if plan.groups else ''}"
-    )
 
 
 def format_summary(summary: RunSummary) -> str:
@@ -131,7 +111,7 @@ def format_summary(summary: RunSummary) -> str:
             f"{summary.loss_before:.4f} before, {summary.loss_after:.4f} after {summary.steps} steps "
             f"(first batch, without dropout){'; stopped early' if summary.stopped_early else ''}",
         ),
-        *_judged(summary),
+        *_evaluated(summary),
         ("run folder", summary.run_folder),
     ]
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
@@ -145,11 +125,10 @@ def _off_plan(summary: RunSummary) -> list[tuple[str, str]]:
     return [("off plan", f"{count} {steps} ran other operations than planned, and recomputed all that is safe there")]
 
 
-def _judged(summary: RunSummary) -> list[tuple[str, str]]:
-    evaluation = summary.evaluation
-    if evaluation is None:
+def _evaluated(summary: RunSummary) -> list[tuple[str, str]]:
+    if summary.evaluation is None:
         return []
-    rows = [("held out", f"{format_metrics(evaluation.metrics)} ({evaluation.samples:,} samples)")]
+    rows = [("held out", f"{format_metrics(summary.evaluation)} ({summary.evaluation_samples:,} samples)")]
     if summary.best is not None and summary.best_step != summary.steps:
         name = summary.best_metric.replace("_", " ")
         rows.append(("best", f"{name} {summary.best:.4f} at step {summary.best_step} (checkpoints/best)"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -13,61 +13,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tightfit.units import format_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One logged step."""
-
-    step: int
-    total_steps: int
-    epoch: int
-    loss: float
-    lr: float
-    step_ms: float
-    samples_per_second: float
-    memory_now_bytes: int
-    """Held after the step: parameters, gradients, optimizer state, batch."""
-    peak_bytes: int
-    """Measured during this step."""
-    budget_bytes: int
-    recompute_ratio: float
-    """Predicted time of recomputation in parts of the step."""
-    gradient_norm: float | None = None
-    """Before clipping; None: not clipped."""
-    evaluation: Mapping[str, float] | None = None
-    """Metrics on held-out data, where the step was followed by an evaluation."""
-
-
-def format_step(report: StepReport) -> str:
-    """One line about a logged step, and one about its evaluation."""
-    line = (
-        f"step {report.step}/{report.total_steps}  loss {report.loss:.4f}  lr {report.lr:.2e}  {format_rates(report)}  "
-        f"memory: {format_memory(report)}"
-    )
-    if report.evaluation is None:
-        return line
-    return f"{line}\n  held out: {format_metrics(report.evaluation)}"
-
-
-def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Metrics by name."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
-
-
-def format_rates(report: StepReport) -> str:
-    """Throughput and time of a logged step."""
-    share = f" ({report.recompute_ratio:.0%} recomputing)" if report.recompute_ratio >= 0.005 else ""
-    return f"{report.samples_per_second:.1f} samples/s  {report.step_ms:.0f} ms/step{share}"
-
-
-def format_memory(report: StepReport) -> str:
-    """Memory of a logged step."""
-    return (
-        f"now {format_bytes(report.memory_now_bytes)}, peak {format_bytes(report.peak_bytes)}, "
-        f"budget {format_bytes(report.budget_bytes)}"
-    )
+from tightfit.report.step_report import StepReport, format_memory, format_rates, format_step
+from tightfit.report.text import format_metrics
 
 
 class Reporter:
@@ -93,7 +40,6 @@ class Reporter:
     ) -> None:
         if error is not None:
             self._write(f"ended by {type(error).__name__}: {error}")
-        self.stop_progress()
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -111,8 +57,9 @@ class Reporter:
             self._console.print(text)
         self._write(text)
 
-    def start_progress(self, done: int, total: int) -> None:
-        """Show a live line, if this is a terminal."""
+    @contextmanager
+    def progress(self, done: int, total: int) -> Iterator[None]:
+        """Show a live line inside the context, if this is a terminal; it stays there as it was last."""
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
                 BarColumn(bar_width=20),
@@ -123,6 +70,12 @@ class Reporter:
             )
             self._task = self._progress.add_task("", total=total, completed=done)
             self._progress.start()
+        try:
+            yield
+        finally:
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
 
     def advance(self, step: int) -> None:
         """Step ``step`` is done, but not logged."""
@@ -140,12 +93,6 @@ class Reporter:
         elif not self._quiet:
             self._console.print(line)
         self._write(line)
-
-    def stop_progress(self) -> None:
-        """Leave the live line as it is."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
     def _write(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,76 @@
+"""What the commands print: a plan's peak, a verdict, how long measuring took, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tightfit.peak_breakdown import format_parts, parts_of_peak
+from tightfit.records import Plan, Profile, Verdict
+from tightfit.units import format_bytes
+
+
+def format_peak(solved: Plan, more_bytes: int | None) -> str:
+    """What the peak consists of, and what more memory would buy, for people."""
+    parts = format_parts(parts_of_peak(solved.breakdown, solved.peak_where))
+    lines = [f"        peak at {solved.peak_where}: {parts}"]
+    if solved.tape_host_bytes:
+        lines.append(
+            f"        beside it, up to {format_bytes(solved.tape_host_bytes)} of Python objects in host memory"
+        )
+    if more_bytes is not None:
+        added = format_bytes(more_bytes - solved.budget_bytes)
+        lines.append(f"        more memory saves time from {format_bytes(more_bytes)} on ({added} more)")
+    elif not solved.is_plain:
+        lines.append("        more memory saves no time")
+    return "\n".join(lines)
+
+
+def format_measuring(profile: Profile) -> str:
+    """How long measuring took, for people."""
+    total_ms = sum(profile.measuring_ms.values())
+    alone_ms = profile.measuring_ms.get("scratch", 0.0) + profile.measuring_ms.get("times", 0.0)
+    return f"{total_ms / 1e3:.1f} s, {alone_ms / max(total_ms, 1e-9):.0%} of it on operations run alone"
+
+
+def batch_note(solved: Plan, batch: str) -> str:
+    """A line if the plan was made for another batch: its peak may then be exceeded, which is no fault of the plan."""
+    if batch == solved.batch:
+        return ""
+    return f"  note        the plan is for batches of {solved.batch}: for this one, {batch}, it promises no peak\n"
+
+
+def format_verdict(verdict: Verdict) -> str:
+    """A verdict, for people."""
+    proven = {True: "proven", False: "FAILED", None: "not fully proven"}[verdict.ok]
+    kept = "kept" if verdict.measured_peak_bytes <= verdict.budget_bytes else "EXCEEDED"
+    rows = [
+        ("verdict", f"{proven}: {verdict.method}, {verdict.steps} steps"),
+        ("loss", _equal(verdict.loss_equal)),
+        ("gradients", _equal(verdict.gradients_equal)),
+        ("buffers", _equal(verdict.buffers_equal)),
+        ("random", _equal(verdict.rng_equal)),
+        ("peak", f"{format_bytes(verdict.measured_peak_bytes)} measured, "
+                 f"{format_bytes(verdict.predicted_peak_bytes)} predicted, budget "
+                 f"{format_bytes(verdict.budget_bytes)} {kept}"),
+        ("plain peak", f"{format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source})"),
+        ("time", f"{verdict.step_ms:.1f} ms, plain {verdict.plain_step_ms:.1f} ms ({verdict.plain_step_source}): "
+                 f"{verdict.overhead_ratio:+.1%}"),
+    ]  # fmt: skip
+    for label, names in (
+        ("differs", verdict.differing),
+        ("unstable", verdict.not_reproducible),
+        ("unverified", verdict.unverified),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            rows.append((label, shown))
+    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _equal(equal: bool | None) -> str:
+    return {True: "bit for bit equal to plain", False: "NOT EQUAL to plain", None: "not compared"}[equal]
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Metrics of an evaluation, by name."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())

@@ -1,0 +1,58 @@
+"""Errors that end a run that began well, each with what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tightfit.device.budget import Budget
+from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.distributed.process_group import Group, group_broken, is_group_broken
+from tightfit.errors import TightfitError
+from tightfit.records import Plan
+from tightfit.step.microbatch import Microbatch
+from tightfit.step.step import describe_batch
+from tightfit.units import format_bytes
+
+
+class TrainingFailed(TightfitError):
+    """A run that began well cannot go on."""
+
+
+@contextmanager
+def explaining_step_failures(
+    microbatches: Sequence[Microbatch], plan: Plan, budget: Budget, group: Group
+) -> Iterator[None]:
+    """Inside, out-of-memory errors and lost processes become errors that say what to do.
+
+    Raises:
+        TrainingFailed: the device has no more memory.
+        GroupBroken: another process of the run does not answer.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not group.is_alone and is_group_broken(error):
+            raise group_broken(error) from error
+        if not is_out_of_memory(error):
+            raise
+        shapes = "; ".join(map(describe_batch, microbatches))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        predicted_bytes = plan.predicted_peak_bytes + budget.beside_step_bytes
+        raise TrainingFailed(
+            f"a step on {shapes} ran out of memory ({reason}), though its predicted peak of "
+            f"{format_bytes(predicted_bytes)} is within the budget of {format_bytes(budget.total_bytes)}: the device "
+            f"has less than that to give, or something else took it. Go on from the last checkpoint with --resume auto "
+            f"and a smaller --memory."
+        ) from error
+
+
+def require_finite(loss: float, step: int, checkpoints: Path) -> None:
+    """Raise `TrainingFailed` if the loss is not a number any more."""
+    if not math.isfinite(loss):
+        raise TrainingFailed(
+            f"the loss is {loss} at step {step}, so the weights are no longer of use. "
+            f"The last checkpoint in {checkpoints} is from before. Try a smaller --lr."
+        )
