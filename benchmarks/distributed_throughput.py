@@ -29,7 +29,7 @@ from benchmarks.loops import Loop, by_hand, by_trainer
 from tightfit.distributed.process_group import Group
 from tightfit.train import TrainConfig, Workload, build, resolve
 from tightfit.train.ema import MovingAverage
-from tightfit.train.launch.rendezvous import joined
+from tightfit.train.launch.rendezvous import process_group
 from tightfit.train.launch.roles import Member, find_role
 from tightfit.train.loop import OptimizerStep
 from tightfit.train.parallel.ddp import data_parallel
@@ -68,7 +68,7 @@ def compare(name: str, strategy: str, rounds: int, steps: int) -> None:
     role = find_role(config, os.environ, 0)
     assert isinstance(role, Member)
     torch.set_num_threads(1)
-    with joined(role, backend="gloo", device=torch.device("cpu"), timeout_s=300) as group:
+    with process_group(role, backend="gloo", device=torch.device("cpu"), timeout_s=300) as group:
         works = [build(config, source, group, sharded=strategy == "fsdp") for _ in range(2)]
         loops = {
             "hand": loop_by_hand(works[0], group, steps, strategy),

@@ -105,7 +105,7 @@ def refused(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) 
         ([*TINY, "--precision", "fp16"], "--precision bf16 or fp32"),
         ([*TINY, "--ema-decay", "0.9", "--memory", "1KiB"], "moving average .* alone take"),
         ([*TINY, "--resume", "absent"], "no checkpoint at absent"),
-        ([*TINY, "--resume", "binaries"], "not a whole checkpoint"),
+        ([*TINY, "--resume", "binaries"], "not a complete checkpoint"),
         (
             ["--model", f"{USER_CODE}:vector_loss_model", "--dataset", f"{USER_CODE}:numbers"],
             "needs one number. Reduce it to a scalar",

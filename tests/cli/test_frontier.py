@@ -96,7 +96,7 @@ def test_a_budget_below_the_smallest_is_marked_and_the_curve_still_shown(capsys:
     assert "your budget: too small" in out
     assert "your budget is too small: the smallest is" in out
     rows = [line for line in out.splitlines() if " ms " in line]
-    assert rows[0].endswith("smallest") or rows[0].endswith("smallest at one level")
+    assert rows[0].endswith("smallest") or rows[0].endswith("smallest without recursion")
     assert rows[-1].endswith("plain")
     found = document(capsys, "--memory", "100KiB")
     assert found["your_budget"] == {"budget_bytes": 100 * 1024, "runs": False, "point": None}
@@ -108,11 +108,11 @@ def test_below_one_level_the_table_claims_no_bound() -> None:
     assert curve.plans[0].groups
     rows = format_curve(curve).splitlines()[2:]
     assert rows[0].split()[-2:] == ["-", "smallest"]
-    (one_level,) = [row for row in rows if "smallest at one level" in row]
+    (one_level,) = [row for row in rows if "smallest without recursion" in row]
     assert " - " not in one_level
     notes = [point["notes"] for point in curve_figures(curve)["points"]]
     assert notes[0] == ["smallest"]
-    assert ["smallest at one level"] in notes
+    assert ["smallest without recursion"] in notes
 
 
 def test_two_names_of_one_budget_are_both_noted() -> None:
@@ -122,7 +122,7 @@ def test_two_names_of_one_budget_are_both_noted() -> None:
     assert curve.notes(curve.plans[0])[0] == "smallest"
     assert curve.notes(curve.plans[0])[-1] == "your budget"
     only = curve_of(profile_of([(OpSpec(ms=1.0, reads=("stream",), makes=(64,)),)], [0]))
-    assert [only.notes(plan) for plan in only.plans] == [["smallest", "smallest at one level", "plain"]]
+    assert [only.notes(plan) for plan in only.plans] == [["smallest", "smallest without recursion", "plain"]]
 
 
 @pytest.mark.parametrize(("name", "beginning"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])

@@ -21,9 +21,9 @@ def test_two_jobs_side_by_side() -> None:
 
 
 def test_a_rank_that_came_twice() -> None:
-    meeting = ["--world-size", "3", "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--dist-timeout", "60"]
-    first = start(*GPT, *meeting, "--rank", "0")
-    twice = [start(*GPT, *meeting, "--rank", "1") for _ in range(2)]
+    rendezvous = ["--world-size", "3", "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--dist-timeout", "60"]
+    first = start(*GPT, *rendezvous, "--rank", "0")
+    twice = [start(*GPT, *rendezvous, "--rank", "1") for _ in range(2)]
     codes = []
     try:
         while not codes:
@@ -42,8 +42,8 @@ def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        meeting = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        ended = finish(start(*GPT, "--world-size", "2", "--rank", "0", "--dist-url", meeting, "--dist-timeout", "5"))
+        rendezvous = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        ended = finish(start(*GPT, "--world-size", "2", "--rank", "0", "--dist-url", rendezvous, "--dist-timeout", "5"))
     assert ended.code == 2
-    assert f"the port of {meeting} is in use" in ended.err
+    assert f"the port of {rendezvous} is in use" in ended.err
     assert "Traceback" not in ended.err

@@ -13,8 +13,8 @@ from tests.train.launch.launching import GPT, finish, free_port, start
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("kind", ["tcp", "file"])
 def test_two_of_four(kind: str) -> None:
-    meeting = f"tcp://127.0.0.1:{free_port()}" if kind == "tcp" else f"file://{Path('meet').absolute()}"
-    flags = ["--world-size", "4", "--dist-url", meeting, "--dist-timeout", "8"]
+    rendezvous = f"tcp://127.0.0.1:{free_port()}" if kind == "tcp" else f"file://{Path('meet').absolute()}"
+    flags = ["--world-size", "4", "--dist-url", rendezvous, "--dist-timeout", "8"]
     began = time.monotonic()
     waiting = [start(*GPT, *flags, "--rank", rank) for rank in ("0", "2")]
     for process in waiting:

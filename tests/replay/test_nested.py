@@ -147,7 +147,7 @@ def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     assert len(replayed) <= 2 * len(forward_ops)
     check_step(model, batch, middle)
     lowest = solver.solve(profile.baseline_bytes + smallest[200])
-    assert "below one level of recomputation" in format_plan(lowest)
+    assert "recursive recomputation" in format_plan(lowest)
     check_step(model, batch, lowest)
 
 

@@ -97,7 +97,7 @@ def test_a_flipped_byte_is_noticed_and_the_one_before_is_taken(tmp_path: Path) -
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(UnsupportedInput, match="not a whole checkpoint"):
+    with pytest.raises(UnsupportedInput, match="not a complete checkpoint"):
         read_checkpoint(tmp_path / "step-00000002")
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
@@ -117,7 +117,7 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     model, optimizer = make()
     shutil.rmtree(save(tmp_path, 1, model, optimizer))
     (tmp_path / "step-00000001").mkdir()
-    with pytest.raises(UnsupportedInput, match="not a whole checkpoint"):
+    with pytest.raises(UnsupportedInput, match="not a complete checkpoint"):
         newest_checkpoint(tmp_path)
 
 

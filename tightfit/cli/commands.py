@@ -1,4 +1,4 @@
-"""What each command does: call the trainer or the verbs, print what they return."""
+"""The commands: each calls the trainer or the verbs, and prints what they return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import tightfit
-from tightfit.cli.console import speak_as
+from tightfit.cli.console import prefix_messages
 from tightfit.cli.doctor import examine, format_examination
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.budget import Budget
@@ -41,15 +41,15 @@ from tightfit.train import Interrupted, TrainConfig, Workload, build, resolve, r
 from tightfit.train.data import DATASETS
 from tightfit.train.dry_run import rehearse
 from tightfit.train.files import replacing, write_text
-from tightfit.train.launch.devices import take_device, usual_backend
+from tightfit.train.launch.devices import choose_backend, take_device
 from tightfit.train.launch.launcher import launch, noting_failure
-from tightfit.train.launch.rendezvous import joined
+from tightfit.train.launch.rendezvous import process_group
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
 
 
 def train(options: TrainOptions, command: Sequence[str]) -> int:
-    """Train; print the summary."""
+    """Train, and print the summary."""
     config = TrainConfig(**{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
     if options.verbose:
         logging.getLogger("tightfit").setLevel(logging.INFO)
@@ -69,20 +69,20 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     device = take_device(role, config, config.device)
     if isinstance(role, Alone):
         return _train(config, options, command, ALONE, device, role.notice)
-    speak_as(f"rank {role.rank}")
-    backend = usual_backend(device, config.dist_backend)
-    with noting_failure(), joined(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
+    prefix_messages(f"rank {role.rank}")
+    backend = choose_backend(device, config.dist_backend)
+    with noting_failure(), process_group(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
         return _train(config, options, command, group, device, "")
 
 
 def _train(
     config: TrainConfig, options: TrainOptions, command: Sequence[str], group: Group, device: torch.device, notice: str
 ) -> int:
-    """One process's part of the run; rank 0 speaks."""
+    """Train in this process; only rank 0 prints."""
     with ExitStack() as stack:
-        # With --json, stdout belongs to the one document; people read stderr.
+        # With --json, stdout is for the one document, and all text goes to stderr.
         stream = sys.stderr if options.json else sys.stdout
-        if options.json:  # some libraries print what they think of the machine
+        if options.json:  # some libraries print warnings about the machine
             stack.enter_context(redirect_stdout(sys.stderr))
         if not group.is_first:
             stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -94,7 +94,7 @@ def _train(
         except Interrupted as interrupted:
             if group.is_first:
                 raise
-            return interrupted.exit_code  # rank 0 says so
+            return interrupted.exit_code  # rank 0 prints the message
         if summary is not None:
             reporter.say(format_summary(summary), important=True)
     if options.json and group.is_first:
@@ -103,7 +103,7 @@ def _train(
 
 
 def plan(options: PlanOptions, command: Sequence[str]) -> int:
-    """Find a plan that keeps the budget in a real step; print it."""
+    """Find a plan that keeps the budget in a real step, and print it."""
     options, source = resolve(options)
     _require_folder(options.output)
     work = build(options, source)
@@ -130,7 +130,7 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
 
 
 def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
-    """Solve for budgets from the smallest to the plain peak; print, and draw, what each costs."""
+    """Solve for budgets from the smallest to the plain peak, and print and draw what each costs."""
     options, source = resolve(options)
     output = None if options.output is None else Path(options.output)
     _require_folder(options.output)
@@ -159,7 +159,7 @@ def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
 
 
 def verify(options: VerifyOptions, command: Sequence[str]) -> int:
-    """Run plain and planned steps side by side; print the verdict. 1 if they are not proven equal."""
+    """Run plain and planned steps side by side, and print the verdict.  Returns 1 if they are not proven equal."""
     options, source = resolve(options)
     solved = Plan.load(options.plan) if options.plan is not None else None
     work = build(options, source)
@@ -186,7 +186,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
 
 
 def report(options: ReportOptions, command: Sequence[str]) -> int:
-    """Make the page of a run's folder."""
+    """Write the page of a run's folder."""
     assert options.run_folder is not None
     run = read_run(Path(options.run_folder))
     target = Path(options.output) if options.output is not None else run.folder / PAGE
@@ -204,28 +204,28 @@ def report(options: ReportOptions, command: Sequence[str]) -> int:
 
 
 def doctor(options: ListOptions, command: Sequence[str]) -> int:
-    """Print what this machine offers and whether the engine works here. 1 if it does not."""
+    """Print this machine's devices, and whether the engine works here.  Returns 1 if it does not."""
     found = examine()
     print(json.dumps(found) if options.json else format_examination(found))
     return 0 if found["self_test"]["ok"] and all(found["required"].values()) else 1
 
 
 def models(options: ListOptions, command: Sequence[str]) -> int:
-    """Print what models are known."""
+    """Print the built-in models."""
     known = {name: source.summary for name, source in MODELS}
     _print_list(options, known, "also: transformers:CONFIG.json (or folder), package.module:factory")
     return 0
 
 
 def datasets(options: ListOptions, command: Sequence[str]) -> int:
-    """Print what datasets are known."""
+    """Print the built-in datasets."""
     known = {name: source.summary for name, source in DATASETS}
     _print_list(options, known, "also: the path of a text file or folder, package.module:factory")
     return 0
 
 
 def _keywords(work: Workload) -> dict[str, Any]:
-    """The step, as the public verbs take it."""
+    """Return the step as keywords of the public verbs."""
     return {
         "loss": work.task.loss,
         "optimizer": work.optimizer,

@@ -1,17 +1,17 @@
-"""Who speaks: of several processes, each says which one it is."""
+"""Messages on stderr, prefixed with this process's rank."""
 
 from __future__ import annotations
 
 import sys
 
-_speaker: list[str] = []
+_prefix: list[str] = []
 
 
-def speak_as(name: str) -> None:
-    """From now on, what is told to people begins with ``name``; empty: with the program's name alone."""
-    _speaker[:] = [name] if name else []
+def prefix_messages(name: str) -> None:
+    """Prefix all further messages with ``name``; empty: with the program's name alone."""
+    _prefix[:] = [name] if name else []
 
 
-def tell(text: object) -> None:
-    """Tell people on stderr."""
-    print(": ".join(["tightfit", *_speaker, str(text)]), file=sys.stderr)
+def print_message(text: object) -> None:
+    """Print a message to stderr."""
+    print(": ".join(["tightfit", *_prefix, str(text)]), file=sys.stderr)

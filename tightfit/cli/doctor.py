@@ -1,4 +1,4 @@
-"""`tightfit doctor`: what this machine offers, what is installed, and whether the engine works here."""
+"""`tightfit doctor`: this machine's devices, what is installed, and whether the engine works here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REQUIRED = ("torch", "numpy", "highspy", "safetensors", "rich", "PyYAML")
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `tightfit doctor` says, as plain data."""
+    """Find everything that `tightfit doctor` prints, as plain data."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
         "tightfit": tightfit.__version__,
@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
 
 
 def format_examination(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """Format the findings as text."""
     lines = [
         f"tightfit {found['tightfit']} on Python {found['python']}, {found['platform']}",
         *(
@@ -83,7 +83,7 @@ def _version(package: str) -> str | None:
 
 
 def _self_test() -> dict[str, Any]:
-    """A small step in half of its memory, compared with the plain one."""
+    """Run a small step in half of its memory, and compare it with the plain one."""
     torch.manual_seed(0)
     blocks = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Sigmoid()) for _ in range(6)]
     model = torch.nn.Sequential(*blocks, torch.nn.Linear(64, 1))

@@ -33,7 +33,7 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Generic[Options]):
-    """A command whose settings are the dataclass `options`."""
+    """A command whose settings are the fields of the dataclass `options`."""
 
     name: str
     summary: str
@@ -44,7 +44,7 @@ class Command(Generic[Options]):
     """A field whose value may stand alone, without its flag."""
 
     def add_to(self, parsers: argparse._SubParsersAction[Parser]) -> None:
-        """Declare the command's flags."""
+        """Add the command's parser with its flags."""
         parser = parsers.add_parser(self.name, help=self.summary, description=self.summary, allow_abbrev=False)
         parser.add_argument("--config-file", metavar="FILE", help="YAML file with any of the settings below")
         words = "[KEY VALUE ...]" if self.alone is None else self.alone.upper()
@@ -66,7 +66,7 @@ class Command(Generic[Options]):
             )
 
     def parse(self, found: argparse.Namespace, rest: Sequence[str]) -> Options:
-        """The options from parsed flags and what was left over.
+        """Make the options from parsed flags and the words that were left over.
 
         Raises:
             UnsupportedInput: an unknown flag or key, or a value that does not fit.
@@ -93,7 +93,7 @@ class Command(Generic[Options]):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, raising its errors instead of printing usage and exiting."""
+    """argparse's parser, raising errors instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ``message`` as bad input."""
@@ -136,7 +136,7 @@ class Setting:
         return {int: "N", float: "X"}.get(self.type, self.name.split("_")[-1].upper())
 
     def convert(self, value: Any, where: str) -> Any:
-        """``value``, a string or what YAML made of it, as this setting's type; a misfit's error names ``where``."""
+        """Convert a string, or what YAML made of it, to this setting's type; an error names ``where``."""
         if value is None:
             return None
         if self.is_mapping:
@@ -171,7 +171,7 @@ MAPPING_ORIGIN = typing.get_origin(Mapping[str, object])
 
 
 def settings_of(options: type[Any]) -> tuple[Setting, ...]:
-    """The fields of an options dataclass as settings, in order."""
+    """Return the fields of an options dataclass as settings, in order."""
     hints = typing.get_type_hints(options)
     docs = field_docs(options)
     return tuple(
@@ -187,7 +187,7 @@ def settings_of(options: type[Any]) -> tuple[Setting, ...]:
 
 
 def _group_of(name: str, options: type[Any]) -> str:
-    """The title of the class that declares a field first; those of the command itself are about its output."""
+    """Return the title of the class that declares a field first; a command's own fields are about its output."""
     for kind in reversed(options.__mro__):
         if name in vars(kind).get("__annotations__", {}):
             return str(getattr(kind, "TITLE", "") or "output")
@@ -195,7 +195,7 @@ def _group_of(name: str, options: type[Any]) -> str:
 
 
 def field_docs(options: type[Any]) -> dict[str, str]:
-    """The docstring under each field of a dataclass and its bases; empty where the source is not at hand."""
+    """Return the docstring under each field of a dataclass and its bases; empty if there is no source."""
     docs: dict[str, str] = {}
     for kind in reversed(options.__mro__[:-1]):
         try:
@@ -215,7 +215,7 @@ def field_docs(options: type[Any]) -> dict[str, str]:
 
 
 def normalise(arguments: Sequence[str], bare_flags: Mapping[str, str], keys: Sequence[str]) -> list[str]:
-    """``arguments`` with underscores in flags made dashes, and a bare flag's value put in where the next word is a KEY.
+    """Turn underscores in flags into dashes, and insert a bare flag's value where the next word is a KEY.
 
     A bare ``--grad-checkpoint`` followed by the override ``STEPS 10`` would else take ``STEPS`` for its value.
     """
@@ -233,7 +233,7 @@ def normalise(arguments: Sequence[str], bare_flags: Mapping[str, str], keys: Seq
 
 
 def refuse_unknown_flags(rest: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `UnsupportedInput` if a word in ``rest`` is a flag; argparse leaves those that it does not know."""
+    """Raise `UnsupportedInput` if a word in ``rest`` is a flag: argparse leaves unknown ones there."""
     for word in rest:
         if word.startswith("-") and word != "-" and not _is_number(word):
             flag = word.partition("=")[0]
@@ -293,7 +293,7 @@ def _read_config_file(path: Path, settings: Mapping[str, Setting]) -> dict[str, 
 
 
 def _flat(content: Mapping[Any, Any], settings: Mapping[str, Setting], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values; what stands in a section, as YACS files have them, with the section's name before it."""
+    """Yield keys and values; those in a section, as in YACS files, with the section's name as prefix."""
     for key, value in content.items():
         setting = settings.get(_key(str(key)))
         if isinstance(value, Mapping) and (setting is None or not setting.is_mapping):
@@ -313,7 +313,7 @@ def _known_key(key: str, settings: Mapping[str, Setting], where: str) -> str:
 
 
 def _named(key: str, settings: Mapping[str, Setting], where: str) -> tuple[str, str]:
-    """The setting that a key names, and the key inside it where it is a mapping.
+    """Find the setting that a key names, and the key inside it if it is a mapping.
 
     Sections are for people: ``MODEL.DIST_TRAIN`` is ``dist_train``, and ``MODEL.NAME`` is ``model``.
     """
@@ -328,7 +328,7 @@ def _named(key: str, settings: Mapping[str, Setting], where: str) -> tuple[str, 
 
 
 def _split_pairs(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``key=value`` words, and from the first word that is not one: overrides that argparse took for more of them."""
+    """Split ``key=value`` words from the overrides after them, which argparse took for more of them."""
     for position, word in enumerate(words):
         if "=" not in word:
             return list(words[:position]), list(words[position:])

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from tightfit import __version__
 from tightfit.cli import commands
-from tightfit.cli.console import speak_as, tell
+from tightfit.cli.console import prefix_messages, print_message
 from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.out_of_memory import is_out_of_memory
@@ -27,14 +27,14 @@ from tightfit.distributed.process_group import FailedElsewhere
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
-from tightfit.train.launch.rendezvous import was_of_a_group
+from tightfit.train.launch.rendezvous import was_in_a_group
 from tightfit.train.registry import did_you_mean
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
 _OUT_OF_MEMORY = (
-    "the device had no more memory ({what}), although the budget was kept as far as it was measured, so something else "
+    "the device had no more memory ({what}), although every measured peak was within the budget, so something else "
     "takes memory there, or the process may have less than the budget (a container's limit, ulimit). Give a smaller "
     "--memory, or free memory on the device; a training run goes on with --resume auto."
 )
@@ -51,9 +51,16 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
             ),
             commands.train,
         ),
-        (Command(name="plan", summary="say what a budget costs, without training", options=PlanOptions), commands.plan),
         (
-            Command(name="frontier", summary="show what each budget costs in time", options=FrontierOptions),
+            Command(
+                name="plan",
+                summary="plan a budget without training: what is recomputed, and the cost",
+                options=PlanOptions,
+            ),
+            commands.plan,
+        ),
+        (
+            Command(name="frontier", summary="show the time that each budget costs", options=FrontierOptions),
             commands.frontier,
         ),
         (
@@ -66,27 +73,27 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
             Command(name="report", summary="show a run as one HTML page", options=ReportOptions, alone="run_folder"),
             commands.report,
         ),
-        (Command(name="models", summary="list the known models", options=ListOptions), commands.models),
-        (Command(name="datasets", summary="list the known datasets", options=ListOptions), commands.datasets),
+        (Command(name="models", summary="list the built-in models", options=ListOptions), commands.models),
+        (Command(name="datasets", summary="list the built-in datasets", options=ListOptions), commands.datasets),
         (
-            Command(name="doctor", summary="say what this machine offers, and test the engine", options=ListOptions),
+            Command(name="doctor", summary="check this machine, and test the engine", options=ListOptions),
             commands.doctor,
         ),
     )
 }
 
 
-#: For another process of the run to say what is wrong.
-_TELLING_S = 2.0
+#: For another process of the run to print its error.
+_OTHERS_ERROR_S = 2.0
 
 
 def console() -> NoReturn:
-    """The `tightfit` program."""
+    """Run the `tightfit` program."""
     # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
     os.environ["KINETO_LOG_LEVEL"] = "99"
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     exit_code = main(sys.argv[1:])
-    if was_of_a_group():
+    if was_in_a_group():
         # Threads of the process group may outlive it, and abort the process when they ask for Python's lock while that
         # is coming to its end: the end is left out.
         logging.shutdown()
@@ -107,28 +114,28 @@ def main(arguments: Sequence[str]) -> int:
             if in_main_thread:
                 signal.signal(signal.SIGTERM, previous)
     except FailedElsewhere as problem:
-        time.sleep(_TELLING_S)  # it is told there; a launcher that saw this process end first would cut it off
+        time.sleep(_OTHERS_ERROR_S)  # a launcher that saw this process end first would kill the other before it prints
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
     except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
-        return _tell(problem, EXIT_BAD_INPUT)
+        return _print_error(problem, EXIT_BAD_INPUT)
     except ProcessFailed as problem:
-        return _tell(problem, problem.exit_code)
+        return _print_error(problem, problem.exit_code)
     except TightfitError as problem:
-        return _tell(problem, EXIT_FAILED)
+        return _print_error(problem, EXIT_FAILED)
     except Interrupted as interrupted:
-        return _tell(interrupted, interrupted.exit_code)
+        return _print_error(interrupted, interrupted.exit_code)
     except _Terminated:
-        return _tell("terminated", 128 + signal.SIGTERM)
+        return _print_error("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return _tell("interrupted", 128 + signal.SIGINT)
+        return _print_error("interrupted", 128 + signal.SIGINT)
     except Exception as problem:
         if is_out_of_memory(problem):
-            return _tell(_OUT_OF_MEMORY.format(what=f"{type(problem).__name__}: {problem}"), EXIT_FAILED)
+            return _print_error(_OUT_OF_MEMORY.format(what=f"{type(problem).__name__}: {problem}"), EXIT_FAILED)
         traceback.print_exc()
         what = f"{type(problem).__name__}: {problem}"
-        return _tell(f"failed while running `tightfit {shlex.join(arguments)}`: {what}", EXIT_FAILED)
+        return _print_error(f"failed while running `tightfit {shlex.join(arguments)}`: {what}", EXIT_FAILED)
     finally:
-        speak_as("")
+        prefix_messages("")
 
 
 class _Terminated(BaseException):
@@ -139,8 +146,8 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
-def _tell(problem: object, exit_code: int) -> int:
-    tell(problem)
+def _print_error(problem: object, exit_code: int) -> int:
+    print_message(problem)
     return exit_code
 
 

@@ -16,13 +16,13 @@ class TrainOptions(TrainConfig):
     TITLE = "output"
 
     dry_run: bool = False
-    """Say what would be done, in which memory and about how long, and write nothing"""
+    """Plan the run and report its memory and time, but do not train or write anything"""
     quiet: bool = False
-    """Show the summary at the end only"""
+    """Print only the summary at the end"""
     verbose: bool = False
-    """Show what planning does, too"""
+    """Also print what planning does"""
     json: bool = False
-    """Print one JSON document to stdout instead of text for people"""
+    """Print one JSON document to stdout instead of text"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +41,7 @@ class PlanOptions(WorkConfig):
     output: str | None = None
     """Write the plan to this JSON file"""
     json: bool = False
-    """Print one JSON document to stdout instead of text for people"""
+    """Print one JSON document to stdout instead of text"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,15 @@ class FrontierOptions(WorkConfig):
     TITLE = "output"
 
     memory: str = "auto"
-    """A budget to mark in the curve: 8GiB, 8GB, 75% of the device's memory; auto marks none"""
+    """Budget to mark in the curve: 8GiB, 8GB, 75% of the device's memory; auto marks none"""
     points: int = 20
-    """Budgets to solve for, from the smallest that runs to the plain peak"""
+    """Number of budgets to solve for, from the smallest that runs to the plain peak"""
     output: str | None = None
     """Draw the curve into this file: .png, .svg or .pdf"""
     peers: str | None = None
-    """Draw the points of other methods, too, from this JSON file"""
+    """Also draw the points of other methods from this JSON file"""
     json: bool = False
-    """Print one JSON document to stdout instead of text for people"""
+    """Print one JSON document to stdout instead of text"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +72,7 @@ class FrontierOptions(WorkConfig):
 
     @property
     def marks_budget(self) -> bool:
-        """Whether --memory names a budget."""
+        """Whether --memory names a budget to mark."""
         return self.memory.strip().lower() != "auto"
 
 
@@ -83,13 +83,13 @@ class VerifyOptions(WorkConfig):
     TITLE = "output"
 
     plan: str | None = None
-    """Verify this plan file instead of solving one for --memory"""
+    """Plan file to verify, instead of solving for --memory"""
     steps: int = 3
-    """Optimizer steps that are compared"""
+    """Optimizer steps to compare"""
     reference_memory: str = "auto"
-    """What the plain step may use for comparison (default: what is free); where it needs more, regions are compared"""
+    """Memory that the plain step may use (default: what is free); if it needs more, regions are compared one by one"""
     json: bool = False
-    """Print one JSON document to stdout instead of text for people"""
+    """Print one JSON document to stdout instead of text"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +106,11 @@ class ReportOptions:
     """`tightfit report`."""
 
     run_folder: str | None = None
-    """The run's folder, ROOT_PATH/DATASET/MARK; may stand alone, without the flag"""
+    """Run folder, ROOT_PATH/DATASET/MARK; the flag itself may be left out"""
     output: str | None = None
-    """Write the page to this file (default: report.html in the run's folder)"""
+    """Write the page to this file (default: report.html in the run folder)"""
     json: bool = False
-    """Print one JSON document to stdout instead of text for people"""
+    """Print one JSON document to stdout instead of text"""
 
     def __post_init__(self) -> None:
         if self.run_folder is None:
@@ -122,7 +122,7 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """`tightfit models` and `tightfit datasets`."""
+    """`tightfit models`, `tightfit datasets` and `tightfit doctor`."""
 
     json: bool = False
-    """Print one JSON document to stdout instead of text for people"""
+    """Print one JSON document to stdout instead of text"""

@@ -1,1 +1,1 @@
-"""Tables and plots of plans. matplotlib (the extra `report`) is imported when a plot is made, not before."""
+"""What people look at: text, tables, plots, the page of a run. matplotlib is imported only when a plot is made."""

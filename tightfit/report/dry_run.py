@@ -1,4 +1,4 @@
-"""What a run would be: the findings of ``--dry-run``, as plain data and for people."""
+"""The findings of ``--dry-run``: a planned run, as plain data and as text."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DryRun:
     data: str
     held_out_samples: int
     microbatch: str
-    """Shapes and types of what runs at a time."""
+    """Shapes and dtypes of one."""
     microbatches: int
-    """In an optimizer step."""
+    """Per optimizer step."""
     first_step: int
     steps: int
     steps_per_epoch: int
@@ -37,11 +37,11 @@ class DryRun:
 
     @property
     def estimated_seconds(self) -> float:
-        """Of the steps alone: without evaluations and checkpoints."""
+        """Time of the steps alone, without evaluations and checkpoints."""
         return (self.steps - self.first_step) * self.step_ms / 1e3
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """Return the figures as plain data."""
         names = (
             "model", "parameters", "trained_parameters", "task", "data", "held_out_samples", "microbatch",
             "microbatches", "first_step", "steps", "steps_per_epoch", "run_folder", "step_ms", "estimated_seconds",
@@ -59,7 +59,7 @@ class DryRun:
 
 
 def format_dry_run(found: DryRun) -> str:
-    """What a run would be, for people."""
+    """Format the planned run as text."""
     plan = found.plan
     frozen = found.parameters - found.trained_parameters
     parts = format_parts(parts_of_peak(plan.breakdown, plan.peak_where))
@@ -82,7 +82,7 @@ def format_dry_run(found: DryRun) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time for people.
+    """Format a duration.
 
     >>> format_seconds(3725)
     '1 h 2 min'

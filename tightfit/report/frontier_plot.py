@@ -1,4 +1,4 @@
-"""A frontier as a picture: added time against budget.
+"""A frontier as a plot: added time against budget.
 
 Drawn with `matplotlib.figure.Figure` alone: no window, no pyplot, no global state of matplotlib is touched.
 """
@@ -48,13 +48,13 @@ def check_output(path: Path) -> None:
 
 
 def save_frontier(figure: Figure, path: Path, suffix: str) -> None:
-    """Write the figure to `path`, as the kind of picture that `suffix` names, whatever the path's own one is."""
+    """Write the figure to `path` in the format of `suffix`, whatever the path's own suffix is."""
     kind = suffix.lower()
     figure.savefig(path, format=kind[1:], dpi=160, metadata=_METADATA[kind])
 
 
 def draw_frontier(plans: Sequence[Plan], *, budget_bytes: int | None = None, peers: Peers | None = None) -> Figure:
-    """The curve of `plans`, which are in rising order of budget; `budget_bytes` is marked, peers' points are shown."""
+    """Draw the curve of `plans`, which are in rising order of budget, a mark at `budget_bytes`, and peers' points."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -98,7 +98,7 @@ class _Scale:
 
 
 def _scale(most_bytes: int) -> _Scale:
-    """The unit in which so many bytes are a number that people read well."""
+    """Choose the unit in which so many bytes are a number of few digits."""
     for unit, size_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if most_bytes >= size_bytes:
             return _Scale(unit, size_bytes)
@@ -121,12 +121,14 @@ def _draw_curve(axes: Axes, plans: Sequence[Plan], scale: _Scale) -> None:
         [budget for budget, _ in bounded],
         [added for _, added in bounded],
         color="black", linestyle=(0, (4, 2)), linewidth=1.2, drawstyle="steps-pre",
-        label="lower bound: no plan of one level is faster", zorder=3,
+        label="lower bound: no plan without recursive recomputation is faster", zorder=3,
     )  # fmt: skip
 
 
 def bound_ratio(plan: Plan) -> float | None:
-    """What any plan must add to the plain step, as a share of it; None below one level, where no bound is known."""
+    """Return what any plan must add to the plain step, as a share of it; None where no bound is known, for plans with
+    recursive recomputation.
+    """
     if plan.groups and plan.lower_bound_ms <= plan.plain_step_ms:
         return None
     return plan.lower_bound_ms / plan.plain_step_ms - 1 if plan.plain_step_ms else 0.0
@@ -173,7 +175,7 @@ def _draw_peers(axes: Axes, peers: Peers, scale: _Scale) -> None:
 
 
 def _text(name: str) -> str:
-    """A name as a label that shows it as it is: no formulas, and not left out for its first underscore."""
+    """Escape a name so that a label shows it as it is: no formulas, and not hidden for its first underscore."""
     escaped = name.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 

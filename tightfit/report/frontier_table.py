@@ -1,4 +1,4 @@
-"""Time against budget: as a table for people and as plain data."""
+"""A frontier, time against budget, as a table and as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tightfit.units import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A frontier, and what people want to find on it."""
+    """A frontier, and the budgets on it that have a name."""
 
     profile: Profile
     plans: tuple[Plan, ...]
@@ -22,14 +22,14 @@ class Curve:
     smallest_where: str
     """What sets the smallest budget."""
     one_level_bytes: int
-    """The smallest budget that one level of recomputation can keep."""
+    """The smallest budget without recursive recomputation."""
     marked_bytes: int | None
     """The user's budget."""
     solving_ms: float
 
     @classmethod
     def of(cls, solver: Solver, plans: Sequence[Plan], marked_bytes: int | None, solving_ms: float) -> Curve:
-        """The curve of `plans`, which `solver` found."""
+        """Make the curve of `plans`, which `solver` found."""
         smallest_bytes, where = solver.minimum_budget()
         return cls(
             profile=solver.profile,
@@ -43,14 +43,14 @@ class Curve:
 
     @property
     def marked(self) -> Plan | None:
-        """The plan for the user's budget; None without one, or where it is too small."""
+        """The plan for the user's budget; None without one, or if it is too small."""
         return next((plan for plan in self.plans if plan.budget_bytes == self.marked_bytes), None)
 
     def notes(self, plan: Plan) -> list[str]:
-        """What is special about a plan's budget."""
+        """Return the names that a plan's budget has."""
         named = {
             "smallest": self.smallest_bytes,
-            "smallest at one level": self.one_level_bytes,
+            "smallest without recursion": self.one_level_bytes,
             "plain": plan.plain_peak_bytes,
             "your budget": self.marked_bytes,
         }
@@ -58,7 +58,7 @@ class Curve:
 
 
 def curve_figures(curve: Curve) -> dict[str, Any]:
-    """The curve as plain data."""
+    """Return the curve as plain data."""
     first, marked = curve.plans[0], curve.marked
     return {
         **{name: getattr(first, name) for name in ("model", "batch", "device", "optimizer")},
@@ -91,7 +91,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
 
 
 def format_curve(curve: Curve) -> str:
-    """The curve, for people."""
+    """Format the curve as a table."""
     first = curve.plans[0]
     table = [("budget", "of plain peak", "step", "added", "at best", "")]
     table += [_row(plan, curve.notes(plan)) for plan in curve.plans]

@@ -1,4 +1,4 @@
-"""Points of other methods, read from a file, to be drawn beside a frontier."""
+"""Points of other methods, read from a file, to draw beside a frontier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tightfit.errors import UnsupportedInput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerPoint:
-    """What one method, with one parameter, was measured to need."""
+    """The measured memory and time of one method with one parameter."""
 
     method: str
     parameter: str
@@ -23,7 +23,7 @@ class PeerPoint:
     overhead_ratio: float
     """Its step's time / the plain step's time - 1."""
     correct: bool
-    """Whether its step gave what the plain step gives."""
+    """Whether its step gave the plain step's result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

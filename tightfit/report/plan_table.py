@@ -11,7 +11,7 @@ from tightfit.units import format_bytes
 
 
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
-    """A row for each recipe: the regions that share it, and its figures, which are of all their calls together."""
+    """Return a row for each recipe: the regions that share it, and its figures for all their calls together."""
     regions: dict[int, list[str]] = {}
     for region in plan.regions:
         if region.recipe >= 0:
@@ -33,7 +33,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def plan_figures(solved: Plan) -> dict[str, Any]:
-    """The figures of a plan as plain data; the decisions are in the plan's file."""
+    """Return the figures of a plan as plain data; its decisions are in its file."""
     names = (
         "model", "batch", "device", "optimizer", "budget_bytes", "predicted_peak_bytes", "peak_where",
         "baseline_bytes", "plain_peak_bytes", "predicted_step_ms", "plain_step_ms", "overhead_ratio",
@@ -51,7 +51,7 @@ def plan_figures(solved: Plan) -> dict[str, Any]:
 
 
 def format_plan(plan: Plan) -> str:
-    """What was decided, in two or three lines."""
+    """Format a plan's decisions and peaks in two or three lines."""
     planned = [plan.recipes[region.recipe] for region in plan.regions if region.recipe >= 0]
     peaks = (
         f"predicted peak {format_bytes(plan.predicted_peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
@@ -61,18 +61,18 @@ def format_plan(plan: Plan) -> str:
     if not planned:
         return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
     dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
-    nested = (
-        "\n        the budget is below one level of recomputation: what passes between regions is recomputed, too, "
-        "some of it several times"
+    recursive = (
+        "\n        this budget needs recursive recomputation: tensors passed between blocks are recomputed too, some "
+        "more than once"
     )
     return (
         f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
-        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{nested if plan.groups else ''}"
+        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{recursive if plan.groups else ''}"
     )
 
 
 def format_table(plan: Plan, most: int | None = None) -> str:
-    """The table; empty if nothing is recomputed.  `most`: lines for regions; those that save least share the last."""
+    """Format the table; empty if nothing is recomputed.  Of more than `most` lines, those that save least become one."""
     rows = plan_rows(plan)
     if not rows:
         return ""
@@ -87,12 +87,12 @@ def format_table(plan: Plan, most: int | None = None) -> str:
     calls = sum(row["calls"] for row in rows)
     table = [("regions", "calls", "saved", "added")]
     table += [(label, str(line[0]), format_bytes(int(line[1])), f"{line[2]:.2f} ms") for label, line in lines_of]
-    # What is not the first replay: writing operations down or running a module again, and replaying again where regions
-    # share a tape.
+    # All but the first replay: recording ops or recomputing a whole module, and further replays where regions share a
+    # tape.
     table.append(("recording, repeats", "", "", f"{added_ms - replay_ms:.2f} ms"))
     table.append(("all", str(calls), format_bytes(saved), f"{added_ms:.2f} ms"))
     if len(plan.regions) > calls:
-        table.append(("left alone", str(len(plan.regions) - calls), "", ""))
+        table.append(("nothing dropped", str(len(plan.regions) - calls), "", ""))
     widths = [max(len(line[column]) for line in table) for column in range(4)]
     lines = [
         f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}".rstrip()
@@ -113,7 +113,7 @@ def _kept_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _lines(plan: Plan) -> dict[str, tuple[int, int, float]]:
-    """Calls, bytes and milliseconds by what people call it: blocks by their recipe, other code by where it is."""
+    """Return calls, bytes and milliseconds by label: of blocks by their recipe, of other code by where it is."""
     paths: dict[int | str, list[str]] = {}
     figures: dict[int | str, tuple[int, int, float]] = {}
     for region in plan.regions:
@@ -131,7 +131,7 @@ def _lines(plan: Plan) -> dict[str, tuple[int, int, float]]:
     unique = {kind: label if labels.count(label) == 1 else f"{label} ({kind})" for label, kind in named}
     for kind in unique:
         if isinstance(kind, int) and plan.recipes[kind].rerun:
-            unique[kind] += ", run again"
+            unique[kind] += ", whole module"
     return {unique[kind]: line for kind, line in figures.items()}
 
 
@@ -140,6 +140,6 @@ _OWN_CODE = {"<loss>": "the loss", "<model>": "between blocks"}
 
 
 def _names(paths: list[str]) -> str:
-    """The regions' module paths; a long list by its ends."""
+    """Return the regions' module paths, a long list by its ends."""
     paths = list(dict.fromkeys(paths))
     return f"{paths[0]} ... {paths[-1]}" if len(paths) > 2 else ", ".join(paths)

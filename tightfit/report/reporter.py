@@ -1,4 +1,4 @@
-"""What people see while a run is going: a live line in a terminal, plain lines elsewhere, and always the log file."""
+"""Progress of a run: a live line in a terminal, plain lines elsewhere, and always the log file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tightfit.report.text import format_metrics
 
 
 class Reporter:
-    """Tells people on ``stream`` and the run's ``log.txt`` what happens.
+    """Prints a run's lines to ``stream`` and to its ``log.txt``.
 
-    Lines said before `open_log` are kept and written to the log when it is opened.  A quiet one writes to the log only,
-    except for what matters at the end.
+    Lines from before `open_log` are kept and written when the log is opened.  A quiet reporter writes to the log only,
+    except for important lines.
     """
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
@@ -45,21 +45,21 @@ class Reporter:
             self._log = None
 
     def open_log(self, path: Path) -> None:
-        """From here on, append everything to ``path`` too."""
+        """Append everything to ``path``, too, from here on."""
         self._log = path.open("a", encoding="utf-8", buffering=1)
         for line in self._unwritten:
             self._log.write(line)
         self._unwritten = []
 
     def say(self, text: str, *, important: bool = False) -> None:
-        """Show a line (or several); if this is a quiet reporter, only if it is important."""
+        """Print one or more lines; a quiet reporter only logs those that are not important."""
         if important or not self._quiet:
             self._console.print(text)
         self._write(text)
 
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
-        """Show a live line inside the context, if this is a terminal; it stays there as it was last."""
+        """Show a live line inside the context, if this is a terminal; it then stays as it was last."""
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
                 BarColumn(bar_width=20),
@@ -78,12 +78,12 @@ class Reporter:
                 self._progress = None
 
     def advance(self, step: int) -> None:
-        """Step ``step`` is done, but not logged."""
+        """Note that step ``step`` is done, but not logged."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step)
 
     def step(self, report: StepReport) -> None:
-        """Show a logged step."""
+        """Print a logged step."""
         line = format_step(report)
         if self._progress is not None and self._task is not None:
             description = f"loss {report.loss:.4f}  lr {report.lr:.2e}  {format_rates(report)}  {format_memory(report)}"

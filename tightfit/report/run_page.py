@@ -1,8 +1,8 @@
-"""A run's folder as one HTML page that needs nothing else: what was asked for, what was proved, how it went.
+"""A run's folder as one self-contained HTML page: its settings, its proof, its metrics.
 
 Everything on it is read from the folder's files, so that the page of a run that is still going, or was stopped, can be
-made at any time (`tightfit report RUN_FOLDER`).  What is known at a run's end only, the page itself holds as JSON, in
-an element that is not shown.
+made at any time (`tightfit report RUN_FOLDER`).  The summary of a finished run is in the page itself, as JSON in an
+element that is not shown.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _DATA = '<script type="application/json" id="summary">'
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     folder: Path
     plan: Plan
     metrics: Sequence[Mapping[str, Any]]
-    """Whole lines of ``metrics.jsonl``."""
+    """The complete lines of ``metrics.jsonl``."""
     summary: Mapping[str, Any] | None
-    """None: the run has not come to its end."""
+    """None: the run has not finished."""
     config: str
     command: str
     environment: Mapping[str, Any]
@@ -46,11 +46,12 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """What `tightfit train` wrote into ``folder``.
+    """Read what `tightfit train` wrote into ``folder``.
 
     Raises:
-        UnsupportedInput: it is no run's folder, or a file in it is damaged.
+        UnsupportedInput: it is no run's folder, a file in it is damaged, or recollect has written it.
     """
+    refuse_recollect(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "plan.json").is_file():
         raise UnsupportedInput(
             f"{folder} holds no run: there is no config.yaml and plan.json in it. "
@@ -73,8 +74,21 @@ def read_run(folder: Path) -> RunFiles:
         ) from None
 
 
+def refuse_recollect(folder: Path) -> None:
+    """Raise `UnsupportedInput` for a run's folder that was written before tightfit had its name."""
+    try:
+        packages = json.loads(_text(folder / "environment.json") or "{}").get("packages", {})
+    except (ValueError, AttributeError):  # damaged: whoever needs the file says so
+        return
+    if "recollect" in packages:
+        raise UnsupportedInput(
+            f"the run in {folder} was written by recollect {packages['recollect']}, as tightfit was called before, so "
+            f"this version can neither resume it nor show it. Keep the folder, and begin another run with --mark NAME."
+        )
+
+
 def render(run: RunFiles) -> str:
-    """The page."""
+    """Render the page as HTML."""
     parts = [
         f"<h1>{escape(run.name)}</h1>",
         f'<p class="sub">{escape(_subtitle(run))}</p>',
@@ -151,15 +165,15 @@ def _tile(what: str, figure: str, source: str) -> str:
 
 
 def _charts(run: RunFiles) -> list[tuple[str, str]]:
-    judged = [(line["step"], line["eval"]) for line in run.metrics if "eval" in line]
+    evaluated = [(line["step"], line["eval"]) for line in run.metrics if "eval" in line]
     losses = [
         Line(name="training loss", points=_points(run, "loss"), of_many=statistics.fmean),
-        Line(name="held-out loss", points=[(step, e["loss"]) for step, e in judged if "loss" in e]),
+        Line(name="held-out loss", points=[(step, e["loss"]) for step, e in evaluated if "loss" in e]),
     ]
     charts = [("Loss", line_chart(losses, x_name="step"))]
-    others = sorted({name for _, e in judged for name in e if name not in ("loss", "samples", "peak_bytes")})
+    others = sorted({name for _, e in evaluated for name in e if name not in ("loss", "samples", "peak_bytes")})
     for name in others:
-        line = Line(name=name.replace("_", " "), points=[(step, e[name]) for step, e in judged if name in e])
+        line = Line(name=name.replace("_", " "), points=[(step, e[name]) for step, e in evaluated if name in e])
         charts.append((f"Held out: {line.name}", line_chart([line], x_name="step")))
     charts.append(("Memory", _memory_chart(run)))
     times = [Line(name="step", points=_points(run, "step_ms"), of_many=statistics.fmean)]
@@ -185,7 +199,7 @@ def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
 
 
 def _metrics(path: Path) -> list[Mapping[str, Any]]:
-    """Whole lines; one that is being written is not among them."""
+    """Read the complete lines; one that is being written is not among them."""
     return [json.loads(line) for line in _text(path).split("\n")[:-1] if line]
 
 

@@ -1,4 +1,4 @@
-"""What a run ends with: the figures a sceptic asks for, each with where it comes from."""
+"""The summary of a finished run: its figures, each with where it comes from."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class RunSummary:
 
     plan: Plan
     verdict: Verdict
-    """Of a real step of this very model, run before the training."""
+    """Of a real step of this model, run before the training."""
     budget: Budget
     measured_peak_bytes: int
     """The highest of all measured steps and evaluations."""
     mismatched_steps: int
-    """In which a region ran other operations than its plan says."""
+    """Steps in which a region ran other operations than planned."""
     first_step: int
     """Steps that were done before this process began."""
     steps: int
@@ -46,11 +46,11 @@ class RunSummary:
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """Of the step, and what is held beside it."""
+        """Predicted for the step, with what is held beside it."""
         return self.plan.predicted_peak_bytes + self.budget.beside_step_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """Return the figures as plain data."""
         verdict = self.verdict
         return {
             "run_folder": self.run_folder,
@@ -83,7 +83,7 @@ class RunSummary:
 
 
 def format_summary(summary: RunSummary) -> str:
-    """The end of a run, for people."""
+    """Format the summary as text."""
     plan, verdict = summary.plan, summary.verdict
     budget_bytes = summary.budget.total_bytes
     rows = [
@@ -145,7 +145,7 @@ def _slowdown(plan: Plan, verdict: Verdict) -> str:
     if plan.is_plain:
         return "none: nothing is recomputed"
     if verdict.plain_step_source == "predicted":
-        # A measured time over a predicted one would say more about the machine than about the plan.
+        # A ratio of a measured and a predicted time would say more about the machine than about the plan.
         return f"{plan.overhead_ratio:+.1%} (predicted: the plain step was not run)"
     return f"{verdict.overhead_ratio:+.1%} (measured)"
 

@@ -1,4 +1,4 @@
-"""A logged step of a training run, and the line that people read about it."""
+"""A logged step of a training run, and its line of text."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class StepReport:
     step_ms: float
     samples_per_second: float
     memory_now_bytes: int
-    """Held after the step: parameters, gradients, optimizer state, batch."""
+    """Resident after the step: parameters, gradients, optimizer state, batch."""
     peak_bytes: int
     """Measured during this step."""
     budget_bytes: int
     recompute_ratio: float
-    """Predicted time of recomputation in parts of the step."""
+    """Predicted time of recomputation, as a share of the step."""
     gradient_norm: float | None = None
     """Before clipping; None: not clipped."""
     evaluation: Mapping[str, float] | None = None
-    """Metrics on held-out data, where the step was followed by an evaluation."""
+    """Metrics of the evaluation after the step, if there was one."""
 
 
 def format_step(report: StepReport) -> str:
-    """One line about a logged step, and one about its evaluation."""
+    """Format a logged step in one line, and its evaluation in another."""
     line = (
         f"step {report.step}/{report.total_steps}  loss {report.loss:.4f}  lr {report.lr:.2e}  {format_rates(report)}  "
         f"memory: {format_memory(report)}"
@@ -45,13 +45,13 @@ def format_step(report: StepReport) -> str:
 
 
 def format_rates(report: StepReport) -> str:
-    """Throughput and time of a logged step."""
+    """Format throughput and time of a logged step."""
     share = f" ({report.recompute_ratio:.0%} recomputing)" if report.recompute_ratio >= 0.005 else ""
     return f"{report.samples_per_second:.1f} samples/s  {report.step_ms:.0f} ms/step{share}"
 
 
 def format_memory(report: StepReport) -> str:
-    """Memory of a logged step."""
+    """Format the memory of a logged step."""
     return (
         f"now {format_bytes(report.memory_now_bytes)}, peak {format_bytes(report.peak_bytes)}, "
         f"budget {format_bytes(report.budget_bytes)}"

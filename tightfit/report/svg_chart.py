@@ -1,4 +1,4 @@
-"""A line chart as a piece of SVG, coloured by the style sheet of the page that it stands in."""
+"""A line chart as inline SVG, coloured by the style sheet of the page that it is in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Line:
     points: Sequence[Point]
     """(step, value), by step."""
     of_many: Callable[[Sequence[float]], float] = max
-    """What stands for neighbours where there are too many to draw."""
+    """Combines the values of neighbours where there are too many to draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Level:
 def line_chart(
     lines: Sequence[Line], *, levels: Sequence[Level] = (), show: Callable[[float], str] = "{:g}".format, x_name: str
 ) -> str:
-    """The chart; empty if there is no point whose value is finite.
+    """Draw the chart; empty if there is no point whose value is finite.
 
     Args:
         lines: curves; one without such points is left out.
@@ -94,7 +94,7 @@ def line_chart(
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about `count` of them."""
+    """Return round numbers from at most `low` to at least `high`, about `count` of them."""
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-99):  # the same, as far as a chart can show
         high = low + (abs(low) if abs(low) > 1e-90 else 1.0)
     rough = (high - low) / (count - 1)

@@ -1,4 +1,4 @@
-"""What the commands print: a plan's peak, a verdict, how long measuring took, metrics."""
+"""Text that the commands print: a plan's peak, a verdict, the time of measuring, metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tightfit.units import format_bytes
 
 
 def format_peak(solved: Plan, more_bytes: int | None) -> str:
-    """What the peak consists of, and what more memory would buy, for people."""
+    """Format what the peak consists of, and what more memory would buy."""
     parts = format_parts(parts_of_peak(solved.breakdown, solved.peak_where))
     lines = [f"        peak at {solved.peak_where}: {parts}"]
     if solved.tape_host_bytes:
@@ -26,21 +26,21 @@ def format_peak(solved: Plan, more_bytes: int | None) -> str:
 
 
 def format_measuring(profile: Profile) -> str:
-    """How long measuring took, for people."""
+    """Format how long measuring took."""
     total_ms = sum(profile.measuring_ms.values())
     alone_ms = profile.measuring_ms.get("scratch", 0.0) + profile.measuring_ms.get("times", 0.0)
     return f"{total_ms / 1e3:.1f} s, {alone_ms / max(total_ms, 1e-9):.0%} of it on operations run alone"
 
 
 def batch_note(solved: Plan, batch: str) -> str:
-    """A line if the plan was made for another batch: its peak may then be exceeded, which is no fault of the plan."""
+    """Return a line if the plan was made for another batch, for which its peak does not hold; else nothing."""
     if batch == solved.batch:
         return ""
     return f"  note        the plan is for batches of {solved.batch}: for this one, {batch}, it promises no peak\n"
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """A verdict, for people."""
+    """Format a verdict as a table."""
     proven = {True: "proven", False: "FAILED", None: "not fully proven"}[verdict.ok]
     kept = "kept" if verdict.measured_peak_bytes <= verdict.budget_bytes else "EXCEEDED"
     rows = [
@@ -72,5 +72,5 @@ def _equal(equal: bool | None) -> str:
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Metrics of an evaluation, by name."""
+    """Format the metrics of an evaluation."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())

@@ -1,4 +1,4 @@
-"""The trainer: built-in models and data, the loop, the run folder."""
+"""The trainer: built-in models and data, the training loop, the run folder."""
 
 from tightfit.train.config import TrainConfig, WorkConfig
 from tightfit.train.failures import TrainingFailed

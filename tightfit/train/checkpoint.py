@@ -1,12 +1,12 @@
-"""Checkpoints: all that a run needs to go on bit for bit.
+"""Checkpoints: all that a run needs to resume bit for bit.
 
 A checkpoint is a folder ``step-00000100`` with two files: ``training.pt`` (weights, optimizer, moving average, loss
-scaler, random generators; loads with ``weights_only=True``) and ``state.json`` (the step, what the run is, how it went
-so far, size and digest of ``training.pt``).
+scaler, random generators; loads with ``weights_only=True``) and ``state.json`` (the step, the run's identity and
+progress, size and digest of ``training.pt``).
 
 It is written under another name, flushed to disk and renamed; only then do the links ``latest`` and ``best`` move. So a
-process may be killed at any moment: ``latest`` names a whole checkpoint, before or after. Damage that happens later is
-noticed by the digest; then the newest whole checkpoint is taken.
+process may be killed at any moment: ``latest`` names a complete checkpoint, before or after. Later damage is noticed
+by the digest; then the newest complete checkpoint is taken.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tightfit.train.parallel.fsdp import shards_of_model, shards_of_optimizer
 from tightfit.train.random_state import restore_random_state
 
 FORMAT_VERSION = 4
+_RECOLLECT_FORMATS = (1, 2, 3)
 LATEST, BEST = "latest", "best"
 _TENSORS = "training.pt"
 _STATE = "state.json"
@@ -38,15 +39,15 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     folder: Path
     step: int
     """Optimizer steps done."""
     identity: Mapping[str, object]
-    """What the run is: another identity cannot continue it."""
+    """The settings and data of the run, which may not change when it is resumed."""
     progress: Mapping[str, Any]
-    """How the run went so far; see `tightfit.train.progress`."""
+    """How the run went so far, as `Progress.to_json` gives it."""
 
 
 def save_checkpoint(
@@ -61,7 +62,7 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     is_best: bool,
 ) -> Path:
-    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is that.
+    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is the best.
 
     Args:
         checkpoints: the folder of all checkpoints of the run.
@@ -73,7 +74,7 @@ def save_checkpoint(
         is_best: it is the best so far.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(checkpoints)
+    _remove_temporary(checkpoints)
     folder = checkpoints / f"step-{step:08d}"
     temporary = checkpoints / f".{folder.name}.{os.getpid()}.tmp"
     temporary.mkdir()
@@ -103,23 +104,30 @@ def save_checkpoint(
     temporary.rename(folder)
     for name in (LATEST, *((BEST,) if is_best else ())):
         _point(name, folder)
-    _remove_leftovers(checkpoints)
+    _remove_temporary(checkpoints)
     return folder
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Judge ``folder`` without loading its tensors.
+    """Check ``folder`` and read its state, without loading its tensors.
 
     Raises:
-        UnsupportedInput: it is not a whole checkpoint.
+        UnsupportedInput: it is not a complete checkpoint.
     """
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         tensors = folder / _TENSORS
-        if state["format_version"] != FORMAT_VERSION:
-            raise _not_whole(folder, f"its format is {state['format_version']}, this version reads {FORMAT_VERSION}")
+        version = state["format_version"]
+        if version in _RECOLLECT_FORMATS:
+            raise UnsupportedInput(
+                f"{folder} was written by recollect 0.1, as tightfit was called before, in checkpoint format "
+                f"{version}. This version reads format {FORMAT_VERSION} only, so it cannot resume from there. Begin "
+                f"another run with --mark NAME."
+            )
+        if version != FORMAT_VERSION:
+            raise _incomplete(folder, f"its format is {version}, this version reads {FORMAT_VERSION}")
         if tensors.stat().st_size != state["size_bytes"] or _digest(tensors) != state["sha256"]:
-            raise _not_whole(folder, f"{_TENSORS} is not what was written (its digest differs)")
+            raise _incomplete(folder, f"{_TENSORS} is not what was written (its digest differs)")
         return Checkpoint(
             folder=folder.resolve(),
             step=int(state["step"]),
@@ -127,18 +135,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             progress=dict(state["progress"]),
         )
     except OSError as problem:
-        raise _not_whole(folder, f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
+        raise _incomplete(folder, f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
     except (ValueError, KeyError, TypeError) as problem:
         if isinstance(problem, UnsupportedInput):
             raise
-        raise _not_whole(folder, f"{_STATE} cannot be understood") from None
+        raise _incomplete(folder, f"{_STATE} cannot be understood") from None
 
 
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
-    """The one that ``latest`` names if it is whole, else the newest whole one; None if none was ever written.
+    """Find the one that ``latest`` names if it is complete, else the newest complete one; None if there is none.
 
     Raises:
-        UnsupportedInput: there are checkpoints, but none is whole.
+        UnsupportedInput: there are checkpoints, but none is complete.
     """
     if not checkpoints.is_dir():
         return None
@@ -158,7 +166,7 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 def load_checkpoint(
     checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0, world_size: int = 1
 ) -> tuple[Mapping[str, Any], bool]:
-    """Put model, optimizer and random generators back to where they were.
+    """Restore model, optimizer and random generators.
 
     Returns:
         What was given as ``extra``, and whether the random generators of this process were among what was saved: they
@@ -180,10 +188,10 @@ def load_checkpoint(
     return saved["extra"], known
 
 
-def _not_whole(folder: Path, why: str) -> UnsupportedInput:
+def _incomplete(folder: Path, why: str) -> UnsupportedInput:
     return UnsupportedInput(
-        f"{folder} is not a whole checkpoint: {why}. A run cannot go on from it. "
-        f"Name another folder checkpoints/step-..., or use --resume auto to take the newest whole one."
+        f"{folder} is not a complete checkpoint: {why}. A run cannot be resumed from it. "
+        f"Name another folder checkpoints/step-..., or use --resume auto to take the newest complete one."
     )
 
 
@@ -195,8 +203,8 @@ def _point(name: str, folder: Path) -> None:
     flush_to_disk(folder.parent)
 
 
-def _remove_leftovers(checkpoints: Path) -> None:
-    """Remove what a killed process left half-written: names that begin with a dot and end with ``.tmp``."""
+def _remove_temporary(checkpoints: Path) -> None:
+    """Remove what a killed process left behind: names that begin with a dot and end with ``.tmp``."""
     for path in checkpoints.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -29,12 +29,12 @@ class WorkConfig(DeviceSettings, MemorySettings, StepSettings, DataSettings, Mod
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMemorySettings(MemorySettings):
-    """What training further takes into account."""
+    """What training does about memory."""
 
     grad_checkpoint: GradCheckpoint = "auto"
-    """auto: recompute as little as the budget allows; full: recompute all that can be; off: never"""
+    """auto: recompute as little as the budget allows; full: all that can be recomputed; off: nothing"""
     reference_memory: str | None = None
-    """What the proof may use to run the plain step for comparison (default: the budget)"""
+    """Memory that the proof may use to run the plain step for comparison (default: the budget)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ PER_CALL = ("resume", "rank", "local_rank", "world_size", "dist_url")
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The settings as YAML that `tightfit train --config-file` takes."""
+    """Write the settings as YAML that `tightfit train --config-file` reads."""
     settings: dict[str, Any] = {}
     for entry in fields(config):
         value = getattr(config, entry.name)

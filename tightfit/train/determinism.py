@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Inside, PyTorch only runs operations that are deterministic; afterwards its settings are as they were."""
+    """Make PyTorch use deterministic operations only inside the context; afterwards its settings are as they were."""
     if not wanted:
         yield
         return

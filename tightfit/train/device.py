@@ -1,4 +1,4 @@
-"""``--device`` as people write it."""
+"""``--device``: reading what people write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tightfit.errors import UnsupportedInput
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device that ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` names."""
+    """Return the device that ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` names."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would be, in which memory and about how long; nothing is written."""
+"""``--dry-run``: planning a run to see its memory and time; nothing is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tightfit.train.workload import build, resolve
 
 
 def rehearse(config: TrainConfig) -> DryRun:
-    """Prepare the run as `run` does, and do no step of it.
+    """Prepare and plan the run as `run` does, and take no step of it.
 
     Raises:
         UnsupportedInput, BudgetInfeasible: as `run`.

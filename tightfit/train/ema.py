@@ -19,7 +19,7 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
-        """``decay``: how much of the average stays at each step; None: there is no average, and no method does anything."""
+        """``decay``: how much of the average stays at each step; None: there is no average to keep."""
         self._decay = decay or 0.0
         self._trained = {} if decay is None else {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: local(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}

@@ -28,7 +28,7 @@ from tightfit.train.workload import Workload, data_options, for_task
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Metrics over all held-out samples."""
+    """Metrics over the evaluation set."""
 
     metrics: dict[str, float]
     samples: int

@@ -1,4 +1,4 @@
-"""``package.module:factory``: a user's own function that makes a model or a dataset."""
+"""``package.module:factory``: importing and calling a user's own function that makes a model or a dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tightfit.train.registry import did_you_mean
 def call_factory(
     factory: Callable[..., Any], arguments: Mapping[str, object], *, what: str, arguments_flag: str
 ) -> Any:
-    """``factory(**arguments)``.
+    """Call ``factory(**arguments)``.
 
     Errors raised inside the factory pass through unchanged: they are the user's own, with the user's traceback.
 
@@ -40,7 +40,7 @@ def call_factory(
 
 
 def import_factory(spec: str, *, flag: str) -> Callable[..., Any]:
-    """The function that ``spec`` names.
+    """Import the function that ``spec`` names.
 
     Raises:
         UnsupportedInput: no such module or function; ``flag`` is named in the message.
@@ -73,7 +73,7 @@ def import_factory(spec: str, *, flag: str) -> Callable[..., Any]:
     if not callable(factory):
         raise UnsupportedInput(
             f"{flag} {spec!r} is of type {type(factory).__name__}, which cannot be called. "
-            f"Name a function that returns what is wanted."
+            f"Name a function that returns a model or a dataset."
         )
     found: Callable[..., Any] = factory
     return found

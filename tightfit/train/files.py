@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under another name, flushed to disk, then renamed."""
+"""Atomic writes: a file is written under another name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; when the block ends without an error, the file there takes the place of ``path`` at once."""
+    """Yield a path to write to; when the block ends without an error, the file there replaces ``path`` atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""Which microbatch of a run is the largest; it is named where it does not fit the budget."""
+"""Finding the largest microbatch of a run, and naming it where it does not fit the budget."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class LargestMicrobatch:
     numbers: tuple[int, ...]
     """Of its samples."""
     is_bound: bool
-    """Every sample's size was looked at, so that no batch of the run is larger."""
+    """Whether every sample's size was looked at, so that no batch of the run is larger."""
 
 
 class BatchDoesNotFit(BudgetInfeasible):
-    """The largest batch of the run has no plan within the budget."""
+    """A batch of the run has no plan within the budget; the message names it."""
 
     def __init__(self, problem: BudgetInfeasible, what: str) -> None:
         super().__init__(problem.required_bytes, problem.budget_bytes, problem.where, problem.breakdown)
@@ -64,7 +64,7 @@ def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int,
 
 
 def _size(data: TrainingData, number: int) -> int:
-    """Elements of a sample."""
+    """Count the elements of a sample."""
     return sum(tensor.numel() for tensor in batch_tensors(data.samples[number]))
 
 

@@ -17,7 +17,7 @@ OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 def make_optimizer(
     name: OptimizerName, model: nn.Module, *, lr: float, weight_decay: float, momentum: float, beta2: float
 ) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of ``model`` that train.
+    """Make the optimizer of all parameters of ``model`` that train.
 
     Weight decay is for matrices and higher: a bias or a norm's scale has one dimension and is not decayed, as in the
     usual recipes for transformers.
@@ -38,7 +38,7 @@ def make_optimizer(
         for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
         if parameters
     ]
-    further: Mapping[str, Mapping[str, Any]] = {
+    arguments: Mapping[str, Mapping[str, Any]] = {
         "adamw": {"betas": (0.9, beta2)},
         "adam": {"betas": (0.9, beta2)},
         "sgd": {"momentum": momentum},
@@ -51,11 +51,11 @@ def make_optimizer(
         "adagrad": torch.optim.Adagrad,
         "rmsprop": torch.optim.RMSprop,
     }
-    made: torch.optim.Optimizer = kinds[name](groups, lr=lr, **further.get(name, {}))
+    made: torch.optim.Optimizer = kinds[name](groups, lr=lr, **arguments.get(name, {}))
     return made
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the steps to come, in all parameter groups."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

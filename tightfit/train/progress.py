@@ -36,7 +36,7 @@ class Progress:
         return patience is not None and self.evaluations_since_best >= patience
 
     def to_json(self) -> dict[str, Any]:
-        """The state, as plain data."""
+        """Return the state as plain data."""
         return asdict(self)
 
     @classmethod

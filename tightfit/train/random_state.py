@@ -12,7 +12,7 @@ import torch
 
 
 def seed_of(seed: int, rank: int, step: int) -> int:
-    """The seed of what one process draws at random from a step on."""
+    """Return the seed of what one process draws at random from a step on."""
     digest = hashlib.sha256(f"{seed}:rank {rank}:step {step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

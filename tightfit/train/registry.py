@@ -1,4 +1,4 @@
-"""Names that people type: tables of them, suggestions for typing errors, and names made safe for folders."""
+"""Names that people type: registries of them, suggestions for typing errors, and names made safe for folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Entry = TypeVar("Entry")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the closest of ``known``, with a leading space; empty if none is close.
+    """Return a sentence naming the closest of ``known``, with a leading space; empty if none is close.
 
     >>> did_you_mean("gtp", ["gpt", "lstm"])
     " Did you mean 'gpt'?"
@@ -23,7 +23,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def folder_name(spec: str) -> str:
-    """``spec`` with everything that does not belong in a folder's name replaced by ``-``.
+    """Return ``spec`` with everything that does not belong in a folder's name replaced by ``-``.
 
     >>> folder_name("my.models:build_net")
     'my.models-build_net'
@@ -32,7 +32,7 @@ def folder_name(spec: str) -> str:
 
 
 class Registry(Generic[Entry]):
-    """What is known under which name. Looking up an unknown name raises with the closest one."""
+    """Entries by name. Looking up an unknown name raises with the closest one."""
 
     def __init__(self, noun: str, entries: Mapping[str, Entry], elsewhere: str) -> None:
         self._noun = noun

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: whether it is of the same run, and putting everything back."""
+"""Resuming: checking that a checkpoint is of the same run, and restoring everything from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tightfit.train.workload import Workload
 
 
 def identity_of(config: TrainConfig, work: Workload, total_steps: int) -> dict[str, object]:
-    """What a run is: settings and data that may not change when it goes on."""
+    """Return the settings and data of a run that may not change when it is resumed."""
     names = (
         "model", "sequence_length", "batch_size", "microbatch_size", "accumulation_steps", "optimizer", "lr",
         "weight_decay", "momentum", "beta2", "clip_norm", "precision", "schedule", "warmup_steps", "min_lr_ratio",
@@ -48,7 +48,7 @@ def restore(
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:
-    """How the checkpoint's run went so far.
+    """Return how the checkpoint's run went so far.
 
     Raises:
         UnsupportedInput: it does not say so as this version does.
@@ -57,7 +57,7 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
         return Progress.from_json(checkpoint.progress)
     except TypeError:
         raise UnsupportedInput(
-            f"{checkpoint.folder} does not say how its run went so far, so this version cannot go on from it. "
+            f"{checkpoint.folder} does not say how its run went so far, so this version cannot resume from it. "
             f"Begin another run with --mark NAME."
         ) from None
 

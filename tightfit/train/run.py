@@ -1,4 +1,4 @@
-"""A training run: what is prepared before its loop, and what it ends with."""
+"""A training run: preparing it, running its loop, and finishing it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PLAN_LINES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """What a run is made of, checked, before anything is planned or written."""
+    """The checked parts of a run, before anything is planned or written."""
 
     config: TrainConfig
     source: ModelSource
@@ -76,7 +76,7 @@ def run(
 
 
 def _prepare(config: TrainConfig, group: Group, device: torch.device | None) -> _Prepared:
-    """Check all that can be wrong with what was asked for; nothing is written."""
+    """Build the parts of a run, so that all bad input is found; nothing is written."""
     config, source = resolve(config)
     folder = RunFolder(config)
     if config.tensorboard:

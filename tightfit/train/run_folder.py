@@ -1,4 +1,4 @@
-"""The folder of a run, ``ROOT_PATH/DATASET/MARK``: all that it did, and all that it takes to do it again."""
+"""The folder of a run, ``ROOT_PATH/DATASET/MARK``: its configuration, log, metrics, checkpoints and model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tightfit.errors import UnsupportedInput
 from tightfit.records import Plan
-from tightfit.report.run_page import PAGE, read_run, render
+from tightfit.report.run_page import PAGE, read_run, refuse_recollect, render
 from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from tightfit.train.config import TrainConfig, to_yaml
 from tightfit.train.data import data_name
@@ -30,7 +30,7 @@ _PACKAGES = ("tightfit", "torch", "numpy", "highspy", "transformers")
 
 
 class RunFolder:
-    """Paths and files of one run. Making the object touches nothing on disk; `open` does."""
+    """The paths and files of one run. Only `open` and later writes touch the disk."""
 
     def __init__(self, config: TrainConfig) -> None:
         assert config.dataset is not None
@@ -43,7 +43,7 @@ class RunFolder:
         self.model = self.path / "model.safetensors"
 
     def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
-        """The checkpoint to go on from; None to begin at the first step.
+        """Find the checkpoint to resume from; None: begin at the first step.
 
         Raises:
             UnsupportedInput: the folder is in use and ``resume`` is None, or what ``resume`` names does not exist.
@@ -54,6 +54,8 @@ class RunFolder:
             )
         self._require_writable()
         in_use = self.path.is_dir() and any(self.path.iterdir())
+        if in_use:
+            refuse_recollect(self.path)
         if resume is None:
             if in_use:
                 raise UnsupportedInput(
@@ -72,7 +74,7 @@ class RunFolder:
         return checkpoint
 
     def _require_writable(self) -> None:
-        """Raise `UnsupportedInput` if the folder cannot be made, or nothing be written into it."""
+        """Raise `UnsupportedInput` if the folder cannot be made, or nothing can be written into it."""
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir():
             raise UnsupportedInput(
@@ -85,7 +87,7 @@ class RunFolder:
             )
 
     def open(self, config: TrainConfig, command: Sequence[str], plan: Plan, first_step: int) -> None:
-        """Make the folder, or go on in it: forget metrics of steps that will be done again, keep everything else."""
+        """Make the folder, or reopen it: drop metrics of steps that will be done again, and keep everything else."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", to_yaml(config))
         with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
@@ -98,7 +100,7 @@ class RunFolder:
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def save_model(self, state: Mapping[str, Any]) -> None:
-        """Write ``model.safetensors``: each key of a state dict, also those that share their memory."""
+        """Write ``model.safetensors``, with each key of the state dict, also of tied weights."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -115,11 +117,11 @@ class RunFolder:
             shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the page that shows the run."""
+        """Write the run's HTML page, with its summary."""
         write_text(self.path / PAGE, render(replace(read_run(self.path), summary=summary)))
 
     def _metric_lines(self) -> list[str]:
-        """Whole lines; one that was cut off by a kill is not among them."""
+        """Return the complete lines; one that was cut off by a kill is not among them."""
         if not self.metrics.exists():
             return []
         pieces = self.metrics.read_text(encoding="utf-8").split("\n")
@@ -127,7 +129,7 @@ class RunFolder:
 
 
 def _named_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``: its own folder, or a run's folder."""
+    """Find the checkpoint at ``path``: its own folder, or a run's folder."""
     if not path.exists():
         raise UnsupportedInput(
             f"there is no checkpoint at {path}, which --resume names; training from scratch instead would hide that. "
@@ -136,13 +138,15 @@ def _named_checkpoint(path: Path) -> Checkpoint:
     if (path / "checkpoints").is_dir():
         checkpoint = newest_checkpoint(path / "checkpoints")
         if checkpoint is None:
-            raise UnsupportedInput(f"the run folder {path} holds no checkpoint to go on from. Use --resume auto there.")
+            raise UnsupportedInput(
+                f"the run folder {path} holds no checkpoint, so there is nothing to resume. Use --resume auto there."
+            )
         return checkpoint
     return read_checkpoint(path)
 
 
 def environment() -> dict[str, Any]:
-    """What this process runs on."""
+    """Describe what this process runs on."""
     return {
         "python": platform.python_version(),
         "executable": sys.executable,

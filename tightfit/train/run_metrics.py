@@ -1,4 +1,4 @@
-"""What is written down about logged steps: ``metrics.jsonl`` always, TensorBoard's files on request."""
+"""The metrics of logged steps on disk: ``metrics.jsonl`` always, TensorBoard's files on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tightfit.errors import UnsupportedInput
 
 
 class TensorBoardWriter:
-    """Every number of a logged step as a curve."""
+    """Writes every number of a logged step as a curve for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         writer = import_tensorboard()
@@ -27,12 +27,12 @@ class TensorBoardWriter:
                 self._writer.add_scalar(prefix + name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the files."""
         self._writer.close()
 
 
 def import_tensorboard() -> Any:
-    """PyTorch's writer for TensorBoard.
+    """Return PyTorch's writer for TensorBoard.
 
     Raises:
         UnsupportedInput: TensorBoard is not installed.
@@ -48,7 +48,7 @@ def import_tensorboard() -> Any:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one object for each logged step."""
+    """Writes ``metrics.jsonl``: one object for each logged step."""
 
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
         self._path = path

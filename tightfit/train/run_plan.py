@@ -1,4 +1,4 @@
-"""The plan of a run: for its largest microbatch, in the budget that is left for the step; and for its other sizes."""
+"""Planning a run before its first step: the largest microbatch, and batches of other sizes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The learning rate as a function of the step alone: nothing to save, nothing to restore.
-
-A leaf: needs nothing else.
-"""
+"""The learning rate as a function of the step alone, so that there is nothing to save or restore."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 def lr_at(
     step: int, *, total_steps: int, highest: float, schedule: ScheduleName, warmup_steps: int, min_ratio: float
 ) -> float:
-    """The learning rate of step ``step`` (the first is 0).
+    """Return the learning rate of step ``step`` (the first is 0).
 
-    It rises in a line over ``warmup_steps`` and reaches ``highest`` with the last of them; then it stays, or falls in a
-    line or half a cosine (Loshchilov & Hutter 2017) to ``min_ratio`` of it at the last step.
+    It rises linearly over ``warmup_steps`` and reaches ``highest`` with the last of them; then it stays, or falls
+    linearly or by half a cosine (Loshchilov & Hutter 2017) to ``min_ratio`` of that at the last step.
 
     >>> lr_at(0, total_steps=10, highest=1.0, schedule="linear", warmup_steps=2, min_ratio=0.0)
     0.5

@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted instead of ending the process; a second one acts as ever.
+    """Notes the first SIGINT or SIGTERM while entered, instead of ending the process; a second one acts as ever.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
@@ -37,7 +37,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def after_step(self, step: int) -> int | None:
-        """The signal that this process or another one of the group got; all learn of it after the same step."""
+        """Return the signal that this process or another of the group got; all learn of it after the same step."""
         if self._group.is_alone:
             return self._signal_number
         if step % self._ask_every:

@@ -16,7 +16,7 @@ from tightfit.train.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class StepLog:
-    """Where logged steps go."""
+    """Logs steps to the reporter and the metrics file."""
 
     work: Workload
     applied: Applied

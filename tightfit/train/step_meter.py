@@ -1,4 +1,4 @@
-"""What steps cost: the time of all of them, and the memory of those that are logged."""
+"""Measuring the steps of a run: the time of all of them, and the memory of those that are logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to objects: the model, its task, its data and its optimizer, checked before anything long begins."""
+"""From settings to objects: the model, its task, its data and its optimizer, all checked."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ class Workload:
         return len(self.loader.numbers(0))
 
     def microbatch(self, step: int) -> Microbatch:
-        """The first microbatch of step ``step`` (the first is 0), on the device."""
+        """Return the first microbatch of step ``step`` (the first is 0), on the device."""
         first: Microbatch = to_device(self.microbatches(step)[0], self.device)
         return first
 
     def microbatches(self, step: int) -> list[Microbatch]:
-        """The microbatches of step ``step`` (the first is 0), in host memory.  All processes call this."""
+        """Return the microbatches of step ``step`` (the first is 0), in host memory.  All processes call this."""
         return self._weighted(self.loader.batch(step))
 
     def stream(self, first_step: int, total_steps: int) -> Generator[list[Microbatch], None, None]:
-        """The microbatches of each step from `first_step` up to `total_steps`; `close` ends the workers."""
+        """Yield the microbatches of each step from `first_step` up to `total_steps`; `close` ends the workers."""
         with closing(self.loader.stream(first_step, total_steps)) as batches:
             for batch in batches:
                 yield self._weighted(batch)
 
     def _weighted(self, batch: SplitBatch) -> list[Microbatch]:
-        """Each microbatch with its share of the batch, times the number of processes; None where batches are not split.
+        """Weigh each microbatch by its share of the batch, times the number of processes; None: batches are not split.
 
         A batch that is too small to be split still has a weight of 1, so that its step is like that of the others.
         An all-reduce is needed only where the numbers of samples, which all processes know, do not suffice.
@@ -98,14 +98,14 @@ class Workload:
         return [Microbatch(part, share) for part, share in zip(batch.parts, shares, strict=True)]
 
     def bytes_beside(self, microbatches: Sequence[Microbatch], place: int) -> int:
-        """Bytes of the device that the other microbatches of a batch, and their losses, take while one of them runs."""
+        """Return what the other microbatches of a batch and their losses take on the device while one of them runs."""
         if self.device.type != "cpu" or len(microbatches) == 1:
             return 0  # the others wait in host memory
         others = [one for other, one in enumerate(microbatches) if other != place]
         return sum(tensor.nbytes for tensor in batch_tensors(others)) + _LOSSES_BYTES
 
     def spec(self) -> StepSpec:
-        """The step, as the verbs take it."""
+        """Return the step as the four verbs take it."""
         return StepSpec(
             loss=self.task.loss,
             optimizers=(self.optimizer,),
@@ -116,7 +116,7 @@ class Workload:
 
 
 def resolve(config: Config) -> tuple[Config, ModelSource]:
-    """``config`` with the model's usual dataset and sequence length filled in, and what the model is."""
+    """Fill in the model's usual dataset and sequence length, and find the model."""
     source = find_model(config.model, config.task)
     dataset = config.dataset or source.default_dataset
     if not dataset:
@@ -130,7 +130,7 @@ def resolve(config: Config) -> tuple[Config, ModelSource]:
 
 
 def data_options(config: WorkConfig, source: ModelSource) -> DataOptions:
-    """How the resolved ``config`` reads data for its model."""
+    """Return how the resolved ``config`` reads data for its model."""
     assert config.sequence_length is not None
     return DataOptions(
         sequence_length=config.sequence_length,
@@ -144,7 +144,7 @@ def data_options(config: WorkConfig, source: ModelSource) -> DataOptions:
 
 
 def for_task(data: TrainingData, task: Task) -> TrainingData:
-    """The data, in batches as the task needs them."""
+    """Return the data with batches made as the task needs them."""
     if task.collate is None:
         return data
     return replace(data, collate=task.collate, is_random=data.is_random or task.is_random)
@@ -158,8 +158,14 @@ def build(
     *,
     sharded: bool = False,
 ) -> Workload:
-    """Build what the resolved ``config`` describes, for one of the processes of ``group``, on ``device`` (default: the
-    configuration's). Seeds every random generator.  ``sharded``: the processes share the parameters out.
+    """Build what the resolved ``config`` describes, and seed every random generator.
+
+    Args:
+        config: the settings.
+        source: the model.
+        group: the processes of the run, of which this is one.
+        device: of this process; by default the configuration's.
+        sharded: the parameters are sharded over the processes.
 
     Raises:
         UnsupportedInput: something does not exist or does not fit; nothing has been written then.
@@ -175,8 +181,8 @@ def build(
     check_fit(source, data.facts, config.dataset)
     if config.batch_size < group.world_size:
         raise UnsupportedInput(
-            f"the batch has {config.batch_size} samples, but there are {group.world_size} processes to share them. "
-            f"Give a larger --batch-size, or start fewer processes."
+            f"the batch has {config.batch_size} samples, but there are {group.world_size} processes, and each needs at "
+            f"least one. Give a larger --batch-size, or start fewer processes."
         )
     order = BatchOrder(sample_count=len(data.samples), batch_size=config.batch_size, seed=config.seed)
     seed_everything(config.seed)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tightfit.errors import UnsupportedInput
-from tightfit.train.launch.devices import take_device, usual_backend
+from tightfit.train.launch.devices import choose_backend, take_device
 from tightfit.train.launch.roles import RUN_ID_PREFIX, Alone, Member, Role, Starter, find_role, first_host
 from tightfit.train.launch.settings import DistributedSettings
 
-MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+RENDEZVOUS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {
-    **MEETING, "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    **RENDEZVOUS, "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
     "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
 }  # fmt: skip
 SLURM = {
@@ -50,7 +50,7 @@ def refusal(environ: dict[str, str] | None = None, *, gpus: int = 0, **flags: An
         ({}, {"world_size": 1}),
         ({}, {"world_size": 1, "rank": 0}),
         ({}, {"strategy": "none"}),
-        (MEETING, {}),  # left over in the shell: no process has a rank
+        (RENDEZVOUS, {}),  # left over in the shell: no process has a rank
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {}),  # a batch script without srun: it is the only process
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, {}),
         ({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {}),
@@ -73,7 +73,7 @@ def test_a_run_that_should_have_several_processes_and_has_one_says_so(flags: dic
 
 def test_torchrun() -> None:
     assert member(TORCHRUN) == Member(
-        rank=3, world_size=4, local_rank=1, shares_machine=True, meeting="tcp://10.0.0.1:29500", agent_hosts=True
+        rank=3, world_size=4, local_rank=1, shares_node=True, rendezvous="tcp://10.0.0.1:29500", agent_hosts=True
     )
     assert member({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
 
@@ -96,13 +96,13 @@ def test_a_missing_variable_is_named_with_a_command_that_works(missing: str) -> 
 
 def test_several_missing_variables_are_all_named() -> None:
     assert refusal({"RANK": "0"}).startswith("WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set, though RANK is")
-    assert "LOCAL_RANK is not set" in refusal({**MEETING, "WORLD_SIZE": "2", "RANK": "0"})
+    assert "LOCAL_RANK is not set" in refusal({**RENDEZVOUS, "WORLD_SIZE": "2", "RANK": "0"})
 
 
-def test_a_meeting_place_of_its_own_needs_no_variables() -> None:
+def test_a_rendezvous_of_its_own_needs_no_variables() -> None:
     environ = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    assert member(environ, dist_url="tcp://host:1234").meeting == "tcp://host:1234"
-    assert member(environ, dist_url="file:///shared/meet").meeting == "file:///shared/meet"
+    assert member(environ, dist_url="tcp://host:1234").rendezvous == "tcp://host:1234"
+    assert member(environ, dist_url="file:///shared/meet").rendezvous == "file:///shared/meet"
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -113,14 +113,14 @@ def test_started_by_hand() -> None:
     assert (found.rank, found.world_size, found.local_rank) == (1, 2, 0)
     assert member(gpus=2, world_size=4, rank=3, dist_url="tcp://127.0.0.1:1234").local_rank == 1
     with_gpu = member(gpus=2, world_size=2, rank=0, gpu=1, dist_url="tcp://127.0.0.1:1234")
-    assert (with_gpu.local_rank, with_gpu.shares_machine) == (1, False)
+    assert (with_gpu.local_rank, with_gpu.shares_node) == (1, False)
 
 
 @pytest.mark.parametrize(
     ("environ", "flags", "message"),
     [
-        ({}, {"world_size": 2}, "which of these processes this is"),
-        ({}, {"rank": 1}, "how many there are is not known"),
+        ({}, {"world_size": 2}, "it is not known which of these processes this is"),
+        ({}, {"rank": 1}, "it is not known how many there are"),
         ({}, {"world_size": 2, "rank": 0}, "MASTER_ADDR, MASTER_PORT are not set"),
         ({}, {"world_size": 2, "rank": 2, "dist_url": "tcp://h:1"}, "ranks go from 0 to 1"),
         ({}, {"world_size": 1, "rank": 3}, "the rank is 3"),
@@ -140,7 +140,7 @@ def test_started_by_hand() -> None:
         (
             {},
             {"multiprocessing_distributed": True, "world_size": 2, "rank": 0, "dist_url": "file:///x"},
-            "meet at an address",
+            "is an address",
         ),
     ],
 )
@@ -161,24 +161,24 @@ def test_values_that_mean_nothing_are_refused(flags: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ starting others
 
 
-def test_one_process_for_each_gpu_of_the_machine() -> None:
+def test_one_process_for_each_gpu_of_the_node() -> None:
     assert role(gpus=4, multiprocessing_distributed=True) == Starter(processes=4)
     assert role(multiprocessing_distributed=True) == Starter(processes=1)
     assert role(gpus=4, multiprocessing_distributed=True, nproc_per_node=2) == Starter(processes=2)
 
 
-def test_with_several_machines_world_size_and_rank_are_theirs() -> None:
+def test_with_several_nodes_world_size_and_rank_are_theirs() -> None:
     flags = {"multiprocessing_distributed": True, "nproc_per_node": 2}
-    expected = Starter(processes=2, machines=3, machine_rank=1, meeting="10.0.0.1:29500")
+    expected = Starter(processes=2, nodes=3, node_rank=1, rendezvous="10.0.0.1:29500")
     assert role(world_size=3, rank=1, dist_url="tcp://10.0.0.1:29500", **flags) == expected
-    assert role({**MEETING, "WORLD_SIZE": "3", "RANK": "1"}, **flags) == expected
+    assert role({**RENDEZVOUS, "WORLD_SIZE": "3", "RANK": "1"}, **flags) == expected
 
 
 def test_what_we_started_is_a_member_whatever_its_flags_say() -> None:
     environ = {**TORCHRUN, "TORCHELASTIC_RUN_ID": RUN_ID_PREFIX + "1"}
     found = member(environ, multiprocessing_distributed=True, world_size=2, rank=1, dist_url="tcp://10.0.0.1:1")
     assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
-    assert (found.meeting, found.agent_hosts) == ("tcp://10.0.0.1:29500", True)
+    assert (found.rendezvous, found.agent_hosts) == ("tcp://10.0.0.1:29500", True)
     alone = {**environ, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
     assert member(alone, multiprocessing_distributed=True).world_size == 1
 
@@ -188,9 +188,9 @@ def test_what_we_started_is_a_member_whatever_its_flags_say() -> None:
 
 def test_srun() -> None:
     found = member(SLURM)
-    assert (found.rank, found.world_size, found.local_rank, found.shares_machine) == (5, 8, 1, True)
-    assert found.meeting == "tcp://gpu03:19711"
-    assert member({**SLURM, **MEETING}).meeting == "tcp://10.0.0.1:29500"
+    assert (found.rank, found.world_size, found.local_rank, found.shares_node) == (5, 8, 1, True)
+    assert found.rendezvous == "tcp://gpu03:19711"
+    assert member({**SLURM, **RENDEZVOUS}).rendezvous == "tcp://10.0.0.1:29500"
     assert "SLURM_LOCALID is not set" in refusal({k: v for k, v in SLURM.items() if k != "SLURM_LOCALID"})
 
 
@@ -198,7 +198,7 @@ def test_srun() -> None:
     ("nodes", "first"),
     [("gpu[03-05,9],cpu1", "gpu03"), ("gpu1,gpu2", "gpu1"), ("login", "login"), ("a-b[7]", "a-b7")],
 )
-def test_the_first_machine_of_slurms_list(nodes: str, first: str) -> None:
+def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
@@ -222,8 +222,8 @@ def test_each_process_takes_the_gpu_of_its_local_rank(gpus: list[torch.device]) 
 @pytest.mark.parametrize(
     ("environ", "device", "flags", "message"),
     [
-        (TORCHRUN, "auto", {"gpu": 0}, "all processes of this machine on one GPU"),
-        (TORCHRUN, "cuda:0", {}, "all processes of this machine on one device"),
+        (TORCHRUN, "auto", {"gpu": 0}, "all processes of this node on one GPU"),
+        (TORCHRUN, "cuda:0", {}, "all processes of this node on one device"),
         ({**TORCHRUN, "LOCAL_RANK": "2"}, "auto", {}, "local rank 2 has no GPU of its own"),
         ({}, "cpu", {"gpu": 0}, "they are not the same"),
         ({}, "auto", {"gpu": 7}, "'cuda:7' was asked for"),
@@ -244,8 +244,8 @@ def test_without_gpus_every_process_is_on_the_cpu(monkeypatch: pytest.MonkeyPatc
 
 def test_the_backend_is_chosen_by_the_device() -> None:
     cpu = torch.device("cpu")
-    assert usual_backend(cpu, None) == "gloo"
+    assert choose_backend(cpu, None) == "gloo"
     with pytest.raises(UnsupportedInput, match="nccl"):
-        usual_backend(cpu, "nccl")
+        choose_backend(cpu, "nccl")
     with pytest.raises(UnsupportedInput, match="smoke"):
-        usual_backend(cpu, "smoke")
+        choose_backend(cpu, "smoke")

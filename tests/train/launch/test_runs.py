@@ -29,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
-    """Without one, by two starters that meet at an address, as on two machines; with one, by a single starter."""
+    """Without one, by two starters that meet at an address, as on two nodes; with one, by a single starter."""
     steps = [*GPT, "--steps", "6"]
     run(*steps, "--mark", "one")
     flags = ["--multiprocessing-distributed", "--nproc-per-node", "1", "--world-size", "2", "--mark", "plain"]
-    meeting = ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    machines = [start(*steps, *flags, *meeting, "--rank", rank) for rank in ("0", "1")]
-    assert [ended.code for ended in map(finish, machines)] == [0, 0]
+    rendezvous = ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    nodes = [start(*steps, *flags, *rendezvous, "--rank", rank) for rank in ("0", "1")]
+    assert [ended.code for ended in map(finish, nodes)] == [0, 0]
     ended = run(*steps, *TWO, "--mark", "planned", "--memory", "1250KiB", "--json")
     assert losses("plain") == pytest.approx(losses("one"), rel=1e-5)
     assert losses("planned") == losses("plain")  # to the last bit

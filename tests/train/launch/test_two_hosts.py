@@ -11,7 +11,7 @@ import pytest
 
 from tests.train.launch.launching import GPT, finish, losses, run, start, torchrun
 
-MEETING = ["--master-addr", "10.77.0.1", "--master-port", "29517"]
+RENDEZVOUS = ["--master-addr", "10.77.0.1", "--master-port", "29517"]
 
 
 def ip(*words: str) -> None:
@@ -51,7 +51,7 @@ def test_two_hosts_train_like_one_process(hosts: list[list[str]]) -> None:
         for number, before in enumerate(hosts):
             command = [*before, *torchrun(2)]
             place = command.index("--standalone")
-            command[place : place + 1] = ["--nnodes", "2", "--node-rank", str(number), *MEETING]
+            command[place : place + 1] = ["--nnodes", "2", "--node-rank", str(number), *RENDEZVOUS]
             running.append(start(*steps, *options, command=command, GLOO_SOCKET_IFNAME=f"veth{number}"))
         first, second = map(finish, running)
         assert [first.code, second.code] == [0, 0], first.err + second.err

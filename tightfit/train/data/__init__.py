@@ -36,10 +36,10 @@ class DataOptions:
     """Kinds of data that the model can be trained on; empty: any."""
     tokens: Tokens = BYTES
     packed: bool = True
-    """Documents for language models are joined; see `TextForm`."""
+    """Documents for language models are concatenated; see `TextForm`."""
     columns: Columns = field(default_factory=Columns)
     image_size: int | None = None
-    """Pixels on a side; None: the usual."""
+    """Height and width in pixels; None: the usual."""
     arguments: Mapping[str, object] = field(default_factory=dict)
     """Of a dataset's factory."""
 
@@ -91,7 +91,7 @@ DATASETS: Registry[DatasetSource] = Registry(
 
 
 def data_name(spec: str) -> str:
-    """The short name of the data that ``spec`` names, for the run folder's path; nothing is read for it.
+    """Return the short name of the data that ``spec`` names, for the run folder's path; nothing is read for it.
 
     A known name goes before a path of the same spelling: write ``./digits`` for a folder called so.
 
@@ -114,7 +114,7 @@ def data_name(spec: str) -> str:
 
 
 def load_data(spec: str, options: DataOptions) -> TrainingData:
-    """The data that ``spec`` names: a known name, a path, or ``package.module:factory``.
+    """Load the data that ``spec`` names: a known name, a path, or ``package.module:factory``.
 
     Raises:
         UnsupportedInput: nothing of this name, unreadable, or empty.
@@ -161,14 +161,14 @@ def _from_factory(spec: str, arguments: Mapping[str, object]) -> TrainingData:
             raise UnsupportedInput(
                 f"--dataset {spec} returned no samples. Training needs data: return at least a batch."
             )
-    further = "" if held_out is None else f"; held out: {len(held_out):,}"
+    note = "" if held_out is None else f"; held out: {len(held_out):,}"
     return TrainingData(
         name=folder_name(spec),
         samples=samples,
         held_out=held_out,
         facts=DataFacts(kind="custom"),
         fingerprint=f"factory:{spec}:{len(samples)}",
-        description=f"{spec}: {len(samples):,} samples{further}",
+        description=f"{spec}: {len(samples):,} samples{note}",
         collate=getattr(samples, "collate", default_collate),
         sizes_vary=True,
         is_random=True,

@@ -10,7 +10,7 @@ from torch import Tensor
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data.dataset_info import DataFacts, TrainingData
 
-#: The last part of the series is held out: a forecast is judged on what came later.
+#: The last part of the series is held out: a forecast is evaluated on what came later.
 HELD_OUT_SHARE = 0.2
 _WEEKS_PER_YEAR = 52
 
@@ -30,7 +30,7 @@ class Windows:
 
 
 def co2(sequence_length: int) -> TrainingData:
-    """Weekly CO2 in the air, 1958-2001 (Keeling & Whorf, Scripps); the few missing weeks repeat the week before.
+    """Load weekly CO2 in the air, 1958-2001 (Keeling & Whorf, Scripps); the few missing weeks repeat the week before.
 
     The series is that of the changes from week to week: the level rises over the decades, out of the range that a model
     was trained on.  The last fifth of the weeks is held out.

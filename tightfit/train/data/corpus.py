@@ -1,4 +1,4 @@
-"""Text for language models: documents joined into one row of tokens that is cut into sequences, or each on its own."""
+"""Text for language models: documents concatenated and cut into sequences, or each on its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextForm:
     """Tokens in a sample, at most."""
     tokens: Tokens = BYTES
     packed: bool = True
-    """Documents are joined, and all samples equally long; else a sample is of one document."""
+    """Documents are concatenated and all samples equally long; else a sample is of one document."""
 
 
 class TokenSequences:
@@ -63,7 +63,7 @@ class DocumentSequences:
 
 
 def padded(samples: Sequence[Tensor]) -> Tensor:
-    """One batch of rows of tokens: the shorter ones are filled up at their right with what the loss leaves out."""
+    """Make a batch of rows of tokens: shorter ones are padded at their right with what the loss ignores."""
     return pad_sequence(list(samples), batch_first=True, padding_value=IGNORED)
 
 
@@ -85,7 +85,7 @@ def language_data(
     origin: str,
     note: str,
 ) -> TrainingData:
-    """Data for language models.
+    """Make data for language models.
 
     Args:
         name: enters the run folder's path.
@@ -100,10 +100,10 @@ def language_data(
     """
     tokens = form.tokens
     documents = [training, held_out]
-    parts = [_Part(part, form) for part in documents]
+    parts = [_Split(part, form) for part in documents]
     if not all(len(part.samples) for part in parts):  # too little to hold any of it out
         documents = [whole, []]
-        parts = [_Part(part, form) for part in documents]
+        parts = [_Split(part, form) for part in documents]
     samples, evaluation = (part.samples for part in parts)
     nbytes = [sum(len(document.text) for document in part) for part in documents]
     unit = "bytes" if tokens.is_bytes else "tokens"
@@ -120,7 +120,7 @@ def language_data(
     counts = f"{nbytes[0]:,} bytes"
     counts += "" if tokens.is_bytes else f" in {parts[0].token_count:,} tokens of {tokens.name}"
     sequences = f"{len(samples):,} sequences of {'' if form.packed else 'up to '}{form.sequence_length} {unit}"
-    judged = 1 if len(evaluation) else 0
+    evaluated = 1 if len(evaluation) else 0
     return TrainingData(
         name=name,
         samples=samples,
@@ -128,7 +128,7 @@ def language_data(
         facts=DataFacts(
             kind="text",
             vocabulary_size=tokens.vocabulary_size,
-            bytes_per_token=nbytes[judged] / max(1, parts[judged].token_count),
+            bytes_per_token=nbytes[evaluated] / max(1, parts[evaluated].token_count),
             padding=tokens.padding,
             mask=tokens.mask,
             is_padded=not form.packed,
@@ -142,7 +142,7 @@ def language_data(
     )
 
 
-class _Part:
+class _Split:
     """Documents as samples."""
 
     def __init__(self, documents: Sequence[Document], form: TextForm) -> None:
@@ -157,7 +157,7 @@ class _Part:
 
 
 def _joined(documents: Sequence[Document], tokens: Tokens) -> Tensor:
-    """All documents in one row, in the smallest type that holds their tokens."""
+    """Concatenate documents to one row of tokens, in the smallest type that holds them."""
     if tokens.is_bytes:
         joined = b"\n".join(document.text for document in documents)
         return torch.frombuffer(bytearray(joined), dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)

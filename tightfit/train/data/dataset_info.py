@@ -1,4 +1,4 @@
-"""What a model needs to know about its data, and the form in which data reaches the loop."""
+"""What a model needs to know about its data, and a dataset that is ready for the training loop."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.data import default_collate
 
 Kind = Literal["text", "labelled-text", "text-pairs", "images", "series", "custom"]
 
-#: A target that the loss leaves out.
+#: A target that the loss ignores.
 IGNORED = -100
 
 #: What one sample of each kind is; shown where a model and a dataset do not fit together.
 SAMPLE_FORMS: dict[Kind, str] = {
     "text": "a tensor of token numbers, one longer than the sequence length",
     "labelled-text": "a row of token numbers and its class number",
-    "text-pairs": "a row of token numbers and the row that it is to become",
+    "text-pairs": "a source row and a target row of token numbers",
     "images": "an image tensor (channels, height, width) and its class number",
     "series": "a tensor (time, features), one step longer than the sequence length",
     "custom": "whatever the dataset's own factory returns",
@@ -35,11 +35,11 @@ class DataFacts:
     bytes_per_token: float = 0.0
     """Text: bytes that a token stands for, on average; 0 if that is unknown."""
     padding: int = 0
-    """Text: the token that fills up shorter rows."""
+    """Text: the token that pads shorter rows."""
     mask: int | None = None
-    """Text: the token that stands for one to be guessed; None: the vocabulary has none."""
+    """Text: the mask token; None: the vocabulary has none."""
     is_padded: bool = False
-    """Text for language models: rows are of different lengths, and filled up with `IGNORED`."""
+    """Text for language models: rows are of different lengths, and padded with `IGNORED`."""
     features: int = 0
     """Series: numbers per time step."""
     season: int = 0
@@ -54,19 +54,19 @@ class DataFacts:
     """What the classes are called, in the order of their numbers; empty if they are numbers."""
 
     @property
-    def hiding_token(self) -> int:
-        """Text: the token that hides others; one more than the vocabulary has, where it has none for that."""
+    def mask_token(self) -> int:
+        """Text: the mask token; one more than the vocabulary has, if it has none."""
         return self.vocabulary_size if self.mask is None else self.mask
 
 
 class Samples(Protocol):
-    """Samples that are reached by number."""
+    """Samples that are indexed by number."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return how many there are."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """One of them."""
+        """Return one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class TrainingData:
     """For evaluation; None: there are none."""
     facts: DataFacts
     fingerprint: str
-    """Says whether the data is still the same when a run is resumed."""
+    """Tells whether the data is still the same when a run is resumed."""
     description: str
     """One line for people: what it is and how much of it."""
     collate: Callable[[list[Any]], Any] = default_collate

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data.dataset_info import DataFacts, TrainingData
-from tightfit.train.data.split import Part, divided
+from tightfit.train.data.split import Subset, split_by_hash
 
 IMAGE_SIZE = 32
 HELD_OUT_SHARE = 0.2
@@ -31,8 +31,8 @@ class LabelledImages:
 
 
 def digits() -> TrainingData:
-    """8x8 grey scans of handwritten digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32; about a fifth of them is
-    held out.
+    """Load 8x8 grey scans of handwritten digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32; about a fifth of them
+    is held out.
     """
     try:
         from sklearn.datasets import load_digits
@@ -45,14 +45,14 @@ def digits() -> TrainingData:
     small = torch.tensor(raw.images.tolist(), dtype=torch.float32).unsqueeze(1) / 16.0
     images = F.interpolate(small, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
     labels = torch.tensor(raw.target.tolist(), dtype=torch.int64)
-    training, held_out = divided((f"digit {number}" for number in range(len(labels))), HELD_OUT_SHARE)
-    seen = images[training]  # what is held out has no part in the normalisation
+    training, held_out = split_by_hash((f"digit {number}" for number in range(len(labels))), HELD_OUT_SHARE)
+    seen = images[training]  # held-out samples have no part in the normalisation
     digest = hashlib.sha256(raw.images.tobytes() + raw.target.tobytes()).hexdigest()
     samples = LabelledImages((images - seen.mean()) / seen.std(), labels)
     return TrainingData(
         name="digits",
-        samples=Part(samples, training),
-        held_out=Part(samples, held_out),
+        samples=Subset(samples, training),
+        held_out=Subset(samples, held_out),
         facts=DataFacts(kind="images", channels=1, image_size=IMAGE_SIZE, classes=10),
         fingerprint=f"digits:{HELD_OUT_SHARE}:{digest}",
         description=f"handwritten digits: {len(training):,} grey images of {IMAGE_SIZE}x{IMAGE_SIZE} in 10 classes; "

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data.dataset_info import DataFacts, TrainingData
-from tightfit.train.data.split import divided
+from tightfit.train.data.split import split_by_hash
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 HELD_OUT_SHARE = 0.1
-#: Pixels on a side, where nothing else is asked for.
+#: Height and width in pixels, if nothing else is asked for.
 USUAL_SIZE = 224
 _HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 
@@ -38,14 +38,14 @@ class ImageFiles:
 
 
 def is_image_folder(path: Path) -> bool:
-    """Whether there are images in folders below ``path``."""
+    """Return whether there are images in folders below ``path``."""
     return path.is_dir() and any(
         file.suffix.lower() in SUFFIXES for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*")
     )
 
 
 def image_folder(path: Path, size: int) -> TrainingData:
-    """The images under ``path``, in folders by class.
+    """Load the images under ``path``, in folders by class.
 
     Where there is a folder ``train`` and one called val, valid, validation or test, these are the two parts; else a
     tenth is held out, by a hash of the files' names.
@@ -74,7 +74,7 @@ def image_folder(path: Path, size: int) -> TrainingData:
         samples = ImageFiles(files, classes, size)
         held_out = ImageFiles(*_listed(held_out_root, names), size)
     else:
-        parts = divided((file.relative_to(root).as_posix() for file in files), HELD_OUT_SHARE)
+        parts = split_by_hash((file.relative_to(root).as_posix() for file in files), HELD_OUT_SHARE)
         samples, held_out = (ImageFiles([files[i] for i in part], [classes[i] for i in part], size) for part in parts)
     digest = hashlib.sha256()
     for file in files:
@@ -91,7 +91,7 @@ def image_folder(path: Path, size: int) -> TrainingData:
 
 
 def read_image(file: Path, size: int) -> Tensor:
-    """Three colours, numbers from -1 to 1.
+    """Read an image as three colour channels, scaled to [-1, 1].
 
     Raises:
         UnsupportedInput: the file is no image, or was cut off.

@@ -1,4 +1,4 @@
-"""Batches in the order of the steps, made in this process or by workers: the same ones either way.
+"""Loading batches in the order of the steps, in this process or by workers: the same ones either way.
 
 What a sample draws at random is seeded by its batch alone, so neither the number of workers nor a resume changes it.
 """
@@ -35,7 +35,7 @@ class _Request:
 
 @dataclass(frozen=True, eq=False)
 class SplitBatch:
-    """What one process runs of a step's batch, in the parts that are run one after the other."""
+    """One process's share of a step's batch, in the parts that are run one after the other."""
 
     parts: tuple[Any, ...]
     sizes: tuple[int, ...]
@@ -50,21 +50,21 @@ class SplitBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trouble:
-    """What a sample's error says; errors of workers travel badly."""
+class _SampleError:
+    """The message of an error in a sample, which a worker returns: exceptions do not always pickle."""
 
     text: str
 
 
-class _Built(Dataset[Any]):
-    """Samples by `_Request`, in whatever process asks."""
+class _Requests(Dataset[Any]):
+    """Microbatches by `_Request`, for this process or a worker."""
 
     def __init__(self, data: TrainingData, seed: str) -> None:
         self._data = data
         self._seed = seed
 
     def __getitems__(self, request: _Request) -> Any:
-        with _own_randomness(f"{self._seed}:{request.step}:{request.place}", self._data.is_random):
+        with _seeded_by(f"{self._seed}:{request.step}:{request.place}", self._data.is_random):
             return _batch_of(self._data.name, self._data.samples, request.numbers, self._data.collate)
 
 
@@ -73,16 +73,16 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class BatchLoader:
-    """Batches of the steps of a run: for each step, its microbatches on the CPU.
+    """Loads the batch of each step of a run, split into microbatches, on the CPU.
 
     Args:
         data: where samples come from.
         order: which samples each step has.
         samples_at_a_time: the most samples of a microbatch.
-        workers: processes that build batches ahead; 0: none.
+        workers: processes that load batches ahead; 0: none.
         pin_memory: put batches into memory from which a GPU copies fast.
         seed: of what samples draw at random.
-        rank, world_size: which of several processes this is; each has its part of every batch.
+        rank, world_size: which of several processes this is; each has its share of every batch.
     """
 
     def __init__(
@@ -103,37 +103,37 @@ class BatchLoader:
         self._pin_memory = pin_memory
         self._rank = rank
         self._world_size = world_size
-        self._built = _Built(data, f"{seed}" if world_size == 1 else f"{seed}/{rank}")
+        self._loaded = _Requests(data, f"{seed}" if world_size == 1 else f"{seed}/{rank}")
 
     def numbers(self, step: int) -> list[tuple[int, ...]]:
-        """The numbers of the samples of each microbatch of step ``step``."""
+        """Return the numbers of the samples of each microbatch of step ``step``."""
         numbers = self._order.indices(step)
-        begin, end = self._part(len(numbers))
+        begin, end = self._share(len(numbers))
         numbers = numbers[begin:end] or numbers[:1]
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
     def _sizes(self, step: int) -> tuple[tuple[int, ...], int]:
-        """The samples of each microbatch of step ``step`` that are this process's own, and those of all processes."""
+        """Count the samples of each microbatch of step ``step`` that are this process's own, and those of the step."""
         count = len(self._order.indices(step))
-        begin, end = self._part(count)
+        begin, end = self._share(count)
         return tuple(len(numbers) if begin < end else 0 for numbers in self.numbers(step)), count
 
-    def _part(self, count: int) -> tuple[int, int]:
-        """Of so many samples, this process's: from the first number up to the second."""
+    def _share(self, count: int) -> tuple[int, int]:
+        """Return where this process's share of so many samples begins and ends."""
         return count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size
 
     def batch(self, step: int) -> SplitBatch:
-        """The batch of step ``step`` (the first is 0), made now.
+        """Load the batch of step ``step`` (the first is 0) now, in this process.
 
         Raises:
             UnsupportedInput: the samples cannot be read, or put into one batch.
         """
-        parts = tuple(_checked(self._built.__getitems__(request)) for request in self._requests(step))
+        parts = tuple(_checked(self._loaded.__getitems__(request)) for request in self._requests(step))
         return SplitBatch(parts, *self._sizes(step))
 
     def stream(self, first_step: int, total_steps: int) -> Generator[SplitBatch, None, None]:
-        """The batch of each step from `first_step` up to `total_steps`.
+        """Load the batch of each step from `first_step` up to `total_steps`.
 
         Raises:
             UnsupportedInput: as `batch`, or a worker has died.
@@ -144,8 +144,8 @@ class BatchLoader:
             return
         all_sizes = [self._sizes(step) for step in range(first_step, total_steps)]
         loader = DataLoader(
-            self._built,
-            batch_sampler=_Plan(self, first_step, total_steps),  # type: ignore[arg-type]  # of requests, not of lists
+            self._loaded,
+            batch_sampler=_RequestOrder(self, first_step, total_steps),  # type: ignore[arg-type]  # of requests, not of lists
             collate_fn=_as_it_is,
             num_workers=self._workers,
             pin_memory=self._pin_memory,
@@ -163,8 +163,8 @@ class BatchLoader:
         return [_Request(step, place, numbers) for place, numbers in enumerate(self.numbers(step))]
 
 
-class _Plan:
-    """The requests of a run, for `DataLoader`."""
+class _RequestOrder:
+    """The requests of a run in their order, for `DataLoader`."""
 
     def __init__(self, loader: BatchLoader, first_step: int, total_steps: int) -> None:
         self._loader = loader
@@ -178,9 +178,10 @@ class _Plan:
 def batches_of(
     data: TrainingData, samples: Samples, size: int, rank: int = 0, world_size: int = 1, *, even: bool = False
 ) -> Iterator[tuple[int | None, Any]]:
-    """All samples in their order, in batches of ``size`` on the CPU; the last may be smaller.  Each with its number; of
-    several processes, each makes every ``world_size``-th.  With ``even``, all make equally many: a process that would
-    have one less makes the first batch again, without a number.
+    """Load all samples in their order, in batches of ``size`` on the CPU, each with its number.
+
+    The last batch may be smaller.  Of several processes, each loads every ``world_size``-th one.  With ``even``, all
+    load equally many: a process that would have one less loads the first batch again, without a number.
     """
     count = -(-len(samples) // size)
     for turn in range(-(-count // world_size)):
@@ -191,13 +192,13 @@ def batches_of(
             number = None
         start = (number or 0) * size
         numbers = range(start, min(start + size, len(samples)))
-        with _own_randomness(f"held out:{start}", data.is_random):
+        with _seeded_by(f"held out:{start}", data.is_random):
             batch = _batch_of(data.name, samples, numbers, data.collate)
         yield number, _checked(batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; lists become tuples."""
+    """Return the batch with its tensors on ``device``; lists become tuples."""
     if isinstance(batch, Microbatch):
         return Microbatch(to_device(batch.batch, device), batch.weight)
     if isinstance(batch, torch.Tensor):
@@ -215,11 +216,11 @@ def _batch_of(name: str, samples: Samples, numbers: Sequence[int], collate: Any)
         try:
             built.append(samples[number])
         except UnsupportedInput as problem:
-            return _Trouble(str(problem))
+            return _SampleError(str(problem))
         except OSError:
             raise
         except Exception as problem:
-            return _Trouble(
+            return _SampleError(
                 f"sample {number} of {name} cannot be read: {type(problem).__name__}: {problem}. Training needs every "
                 f"sample. Correct it, or leave it out of the dataset."
             )
@@ -227,7 +228,7 @@ def _batch_of(name: str, samples: Samples, numbers: Sequence[int], collate: Any)
         return collate(built)
     except (RuntimeError, TypeError, ValueError) as problem:
         shown = f"{list(numbers[:4])}{'...' if len(numbers) > 4 else ''}"
-        return _Trouble(
+        return _SampleError(
             f"samples {shown} of {name} cannot be put into one batch: {problem}. "
             f"Samples must be tensors, numbers, or tuples and dictionaries of them, all of the same shape; or give the "
             f"dataset an attribute collate, a function of a list of samples."
@@ -235,7 +236,7 @@ def _batch_of(name: str, samples: Samples, numbers: Sequence[int], collate: Any)
 
 
 def _checked(batch: Any) -> Any:
-    if isinstance(batch, _Trouble):
+    if isinstance(batch, _SampleError):
         raise UnsupportedInput(batch.text)
     return batch
 
@@ -247,14 +248,14 @@ def _next_of(batches: Iterator[Any]) -> Any:
         if "DataLoader worker" not in str(problem):
             raise
         raise UnsupportedInput(
-            f"a process that loads data has died: {str(problem).splitlines()[0]}. Its memory may have run out, or the "
+            f"a data loader worker has died: {str(problem).splitlines()[0]}. It may have run out of memory, or the "
             f"dataset's code has ended it. Try fewer --workers, or 0, which shows errors where they happen."
         ) from None
 
 
 @contextmanager
-def _own_randomness(key: str, wanted: bool) -> Iterator[None]:
-    """Inside, Python's, NumPy's and PyTorch's generators start from ``key``; afterwards they are as they were."""
+def _seeded_by(key: str, wanted: bool) -> Iterator[None]:
+    """Seed Python's, NumPy's and PyTorch's generators by ``key`` inside the context, and restore them afterwards."""
     if not wanted:
         yield
         return

@@ -13,7 +13,7 @@ from tightfit.errors import UnsupportedInput
 
 
 class BatchOrder:
-    """Which samples make up which step's batch.
+    """Tells which samples make up the batch of which step.
 
     Each epoch is a fresh permutation of all samples, drawn from (seed, epoch) alone. The last batch of an epoch may be
     incomplete; one of a single sample is left out, because BatchNorm cannot train on it.
@@ -43,15 +43,15 @@ class BatchOrder:
         return full + (1 if rest > 1 else 0)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that step ``step`` (the first is 0) belongs to."""
+        """Return the epoch that step ``step`` (the first is 0) belongs to."""
         return step // self.steps_per_epoch
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether step ``step`` (the first is 0) is the last of its epoch."""
+        """Return whether step ``step`` (the first is 0) is the last of its epoch."""
         return (step + 1) % self.steps_per_epoch == 0
 
     def indices(self, step: int) -> list[int]:
-        """The numbers of the samples of step ``step`` (the first is 0)."""
+        """Return the numbers of the samples of step ``step`` (the first is 0)."""
         epoch = self.epoch_of(step)
         if epoch != self._epoch:
             digest = hashlib.sha256(f"{self._seed}:{epoch}".encode()).digest()
@@ -62,7 +62,7 @@ class BatchOrder:
         return self._permutation[start : start + self._batch_size]
 
     def sizes(self, first_step: int, total_steps: int) -> dict[int, int]:
-        """The sizes of batches from `first_step` up to `total_steps`, each with the first step that has it."""
+        """Return the sizes of batches from `first_step` up to `total_steps`, each with the first step that has it."""
         found: dict[int, int] = {}
         for step in {first_step, *self._first_epoch_end(first_step, total_steps)}:
             found.setdefault(len(self.indices(step)), step)

@@ -1,4 +1,4 @@
-"""Text in the rows of a table: documents, texts with a class, or texts with what they are to become."""
+"""Text in the rows of a table: documents, texts with a class, or source and target texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data.corpus import Document, TextForm, language_data
 from tightfit.train.data.dataset_info import IGNORED, DataFacts, Kind, TrainingData
-from tightfit.train.data.split import Part, divided
+from tightfit.train.data.split import Subset, split_by_hash
 from tightfit.train.data.tables import LABEL_NAMES, SOURCE_NAMES, TARGET_NAMES, TEXT_NAMES, Table
 from tightfit.train.data.tokens import Tokens
 
@@ -31,7 +31,7 @@ class Columns:
 
 
 def table_data(table: Table, kind: Kind, *, columns: Columns, form: TextForm) -> TrainingData:
-    """The rows of a table as data of a kind.
+    """Make data of a kind from the rows of a table.
 
     Where the table has no part for evaluation, a tenth of the rows is held out, by a hash of their numbers.
 
@@ -49,7 +49,7 @@ def table_data(table: Table, kind: Kind, *, columns: Columns, form: TextForm) ->
         if text:
             documents.append(Document(text=text.encode(), origin=f"{table.path}, line {line}"))
             places.append(place)
-    training, held_out = ([documents[number] for number in part] for part in _divided(table, places))
+    training, held_out = ([documents[number] for number in part] for part in _split(table, places))
     return language_data(
         table.path.stem,
         documents,
@@ -62,7 +62,7 @@ def table_data(table: Table, kind: Kind, *, columns: Columns, form: TextForm) ->
 
 
 class _Padded:
-    """Makes a batch of samples by filling up the shorter ones at their right."""
+    """Makes a batch of samples, padding the shorter ones at their right."""
 
     def __init__(self, padding: int) -> None:
         self._padding = padding
@@ -107,7 +107,7 @@ def _pairs(table: Table, columns: Columns, tokens: Tokens, sequence_length: int)
 
 
 def _rows(table: Table, column: str, tokens: Tokens, sequence_length: int) -> list[Tensor]:
-    """The tokens of each row, cut off at the sequence length; an end is part of them where there is one."""
+    """Return the tokens of each row, cut off at the sequence length, with an end token if there is one."""
     rows = []
     for line, text in table.texts(column):
         numbers = list(tokens.encode(text.encode(), f"{table.path}, line {line}"))[:sequence_length]
@@ -118,7 +118,7 @@ def _rows(table: Table, column: str, tokens: Tokens, sequence_length: int) -> li
 
 
 def _classes(table: Table, column: str) -> tuple[list[int], tuple[str, ...]]:
-    """The number of each row's class, and the names of the classes; no names if they are numbers in the file."""
+    """Return the number of each row's class, and the names of the classes; no names if the file has numbers."""
     cells = table.values(column)
     numbers = [_as_number(cell) for cell in cells]
     if any(number is None for number in numbers):
@@ -157,11 +157,11 @@ def _as_number(cell: Any) -> int | None:
     return int(number) if number == int(number) else None
 
 
-def _divided(table: Table, places: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Which of the rows at these places are for training, and which for evaluation."""
+def _split(table: Table, places: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Split the rows at these places into those for training and those for evaluation."""
     begin = table.held_out_from
     if begin is None:
-        return divided((f"row {number}" for number in range(len(places))), HELD_OUT_SHARE)
+        return split_by_hash((f"row {number}" for number in range(len(places))), HELD_OUT_SHARE)
     numbers = range(len(places))
     return [n for n in numbers if places[n] < begin], [n for n in numbers if places[n] >= begin]
 
@@ -178,14 +178,14 @@ def _data(
     if not by_place:
         raise UnsupportedInput(f"every row of {table.path} is empty. Training needs data: name another --dataset.")
     samples = list(by_place.values())
-    training, held_out = _divided(table, list(by_place))
+    training, held_out = _split(table, list(by_place))
     digest = hashlib.sha256(repr((table.columns, table.rows)).encode()).hexdigest()
     empty = len(table.rows) - len(samples)
-    further = f" in {classes} classes" if classes else ""
+    note = f" in {classes} classes" if classes else ""
     return TrainingData(
         name=table.path.stem,
-        samples=Part(samples, training),
-        held_out=Part(samples, held_out) if held_out else None,
+        samples=Subset(samples, training),
+        held_out=Subset(samples, held_out) if held_out else None,
         facts=DataFacts(
             kind=kind,
             vocabulary_size=tokens.vocabulary_size,
@@ -195,7 +195,7 @@ def _data(
             label_names=names,
         ),
         fingerprint=f"{kind}:{sequence_length}:{tokens.fingerprint}:{digest}",
-        description=f"{table.path}: {len(training):,} rows{further}, {tokens.name}"
+        description=f"{table.path}: {len(training):,} rows{note}, {tokens.name}"
         + (f"; held out: {len(held_out):,}" if held_out else "")
         + (f"; {empty:,} empty rows are left out" if empty else ""),
         collate=_Padded(tokens.padding),

@@ -12,14 +12,14 @@ _HELD_OUT_NAMES = ("validation", "valid", "val", "test")
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether `save_to_disk` has written the folder: a Dataset, or a DatasetDict."""
+    """Return whether `save_to_disk` has written the folder: a Dataset, or a DatasetDict."""
     return (path / "dataset_dict.json").is_file() or (
         (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     )
 
 
 def read_saved(path: Path) -> Table:
-    """The rows of a saved dataset; of several splits, ``train`` and the first of validation, valid, val and test.
+    """Read the rows of a saved dataset; of several splits, ``train`` and the first of validation, valid, val and test.
 
     Raises:
         UnsupportedInput: it cannot be read, has no split to train on, or the library is not installed.

@@ -9,7 +9,7 @@ from typing import Any
 from tightfit.train.data.dataset_info import Samples
 
 
-class Part:
+class Subset:
     """Some of the samples, in the order of the given numbers."""
 
     def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
@@ -23,8 +23,8 @@ class Part:
         return self._samples[self._numbers[index]]
 
 
-def divided(names: Iterable[str], share: float) -> tuple[list[int], list[int]]:
-    """Places of the names for training, and of those that are held out: the share whose names' digests are smallest."""
+def split_by_hash(names: Iterable[str], share: float) -> tuple[list[int], list[int]]:
+    """Split places into those for training and those held out: the share whose names' digests are smallest."""
     digests = [hashlib.sha256(name.encode()).digest() for name in names]
     count = round(len(digests) * share)
     held_out = set(sorted(range(len(digests)), key=digests.__getitem__)[:count])
@@ -33,8 +33,8 @@ def divided(names: Iterable[str], share: float) -> tuple[list[int], list[int]]:
 
 
 def spread(samples: Samples, most: int) -> Samples:
-    """At most so many of the samples, evenly spread over them; all if ``most`` is 0."""
+    """Return at most so many of the samples, evenly spread over them; all if ``most`` is 0."""
     count = len(samples)
     if not most or count <= most:
         return samples
-    return Part(samples, [number * count // most for number in range(most)])
+    return Subset(samples, [number * count // most for number in range(most)])

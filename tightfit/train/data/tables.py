@@ -34,7 +34,7 @@ class Table:
     """The rows from this one on are for evaluation; None: there is no such part."""
 
     def find(self, wanted: str | None, usual: Sequence[str], what: str, flag: str) -> str:
-        """The column that ``wanted`` names; or, if that is None, the first that has a usual name.
+        """Find the column that ``wanted`` names; or, if that is None, the first that has a usual name.
 
         Raises:
             UnsupportedInput: there is none; the columns are listed.
@@ -56,7 +56,7 @@ class Table:
         )
 
     def texts(self, column: str) -> Iterator[tuple[int, str]]:
-        """Line and text of each row.
+        """Return line and text of each row.
 
         Raises:
             UnsupportedInput: a cell is not text.
@@ -71,18 +71,18 @@ class Table:
             yield line, row[place]
 
     def values(self, column: str) -> list[Any]:
-        """The column's cells."""
+        """Return the column's cells."""
         place = self.columns.index(column)
         return [row[place] for row in self.rows]
 
 
 def is_table(path: Path) -> bool:
-    """Whether the file is read as a table, by its name."""
+    """Return whether the file is read as a table, by its name."""
     return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
 def read_table(path: Path) -> Table:
-    """The rows of a file.
+    """Read the rows of a file.
 
     Raises:
         UnsupportedInput: it cannot be read, is empty, or is not what its name says; the line is named.

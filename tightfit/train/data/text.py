@@ -1,4 +1,4 @@
-"""Text files and folders of them."""
+"""Text from files and folders of files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data.corpus import Document, TextForm, language_data
 from tightfit.train.data.dataset_info import TrainingData
-from tightfit.train.data.split import divided
+from tightfit.train.data.split import split_by_hash
 
-#: Part of a corpus that is held out: files of a folder, the end of a single file.
+#: Subset of a corpus that is held out: files of a folder, the end of a single file.
 HELD_OUT_SHARE = 0.1
 
 # What of the standard library is not in every installation of the same Python.
@@ -28,7 +28,7 @@ _NOT_EVERYWHERE = {
 
 
 def python_source(form: TextForm) -> TrainingData:
-    """The source of the running Python's own standard library: real text that every machine has.
+    """Load the source of the running Python's own standard library: real text that every machine has.
 
     About a tenth of the files is held out.
     """
@@ -38,7 +38,7 @@ def python_source(form: TextForm) -> TrainingData:
 
 
 def python_source_files() -> tuple[Path, list[Path]]:
-    """The folder of the standard library, and the files of it that `python_source` consists of."""
+    """Return the folder of the standard library, and the files of it that `python_source` consists of."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return root, [
         path
@@ -48,7 +48,7 @@ def python_source_files() -> tuple[Path, list[Path]]:
 
 
 def text_path(path: Path, form: TextForm) -> TrainingData:
-    """A text file, or all text files of a folder in the order of their paths.
+    """Load a text file, or all text files of a folder in the order of their paths.
 
     In a folder, hidden files and binary files (those with a zero byte in their first 8 KiB) are left out, and about a
     tenth of the files is held out; of a single file it is the last tenth.
@@ -79,7 +79,7 @@ def text_path(path: Path, form: TextForm) -> TrainingData:
 
 def _of_files(name: str, files: Sequence[Path], root: Path, form: TextForm, origin: str) -> TrainingData:
     documents = [Document(text=_read(file), origin=str(file)) for file in files]
-    places = divided((file.relative_to(root).as_posix() for file in files), HELD_OUT_SHARE)
+    places = split_by_hash((file.relative_to(root).as_posix() for file in files), HELD_OUT_SHARE)
     training, held_out = ([documents[place] for place in part] for part in places)
     return language_data(
         name,

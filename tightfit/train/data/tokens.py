@@ -28,7 +28,7 @@ class Tokens:
     """Stands between documents; None: nothing does."""
     padding: int = 0
     mask: int | None = None
-    """Stands for a token that is to be guessed; None: the vocabulary has none."""
+    """The mask token; None: the vocabulary has none."""
     fingerprint: str = "bytes"
 
     @property
@@ -37,7 +37,7 @@ class Tokens:
         return self.encoder is None
 
     def encode(self, text: bytes, origin: str) -> list[int] | bytes:
-        """The tokens of ``text``, without any that mark its ends.
+        """Return the tokens of ``text``, without any that mark its ends.
 
         Raises:
             UnsupportedInput: it is not UTF-8, which a tokenizer needs; ``origin`` and the place are named.
@@ -59,8 +59,8 @@ BYTES = Tokens(name="bytes", vocabulary_size=256)
 
 
 def load_tokens(spec: str | None, model_folder: Path | None) -> Tokens:
-    """What ``--tokenizer`` names: a tokenizer.json, or a folder that holds one; by default the model folder's own, and
-    bytes where it has none.
+    """Load what ``--tokenizer`` names: a tokenizer.json, or a folder that holds one; by default the model folder's own,
+    and bytes if it has none.
 
     Raises:
         UnsupportedInput: there is no tokenizer there, or the file cannot be read as one.
@@ -115,12 +115,12 @@ def load_tokens(spec: str | None, model_folder: Path | None) -> Tokens:
 
 
 def folder_stem(path: Path) -> str:
-    """What people call the tokenizer at ``path``."""
+    """Return a name for the tokenizer at ``path``."""
     return path.resolve().name if path.is_dir() else path.resolve().parent.name
 
 
 def _special_tokens(config: Path) -> Mapping[str, str]:
-    """Names of special tokens by their roles, as transformers writes them beside a tokenizer."""
+    """Read the names of special tokens by their roles, as transformers writes them beside a tokenizer."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which device a process takes: its own and no other, before anything is put on one."""
+"""The device of a process: its own and no other, chosen before anything is put on one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tightfit.train.launch.settings import DistributedSettings
 
 
 def take_device(role: Alone | Member, settings: DistributedSettings, device: str) -> torch.device:
-    """The device of this process, made the current one.
+    """Choose the device of this process, and make it the current one.
 
     Args:
         role: alone, or one of several.
@@ -27,8 +27,8 @@ def take_device(role: Alone | Member, settings: DistributedSettings, device: str
     return chosen
 
 
-def usual_backend(device: torch.device, wanted: str | None) -> str:
-    """What carries gradients between processes whose devices are like this one.
+def choose_backend(device: torch.device, wanted: str | None) -> str:
+    """Choose the backend for collectives between processes whose devices are like this one.
 
     Raises:
         UnsupportedInput: ``wanted`` does not exist, or not for such devices.
@@ -49,7 +49,7 @@ def usual_backend(device: torch.device, wanted: str | None) -> str:
         )
     if backend == "nccl" and device.type != "cuda":
         raise UnsupportedInput(
-            f"--dist-backend nccl connects NVIDIA GPUs, but the processes are on {device.type}. "
+            f"--dist-backend nccl works between NVIDIA GPUs, but the processes are on {device.type}. "
             f"Leave it out to take {usual}."
         )
     return backend
@@ -62,9 +62,9 @@ def _choose(role: Alone | Member, settings: DistributedSettings, device: str) ->
                 f"both --gpu {settings.gpu} and --device {device} are given, but they are not the same. "
                 f"Give one of them."
             )
-        if isinstance(role, Member) and role.shares_machine and role.local_rank != settings.gpu:
+        if isinstance(role, Member) and role.shares_node and role.local_rank != settings.gpu:
             raise UnsupportedInput(
-                f"--gpu {settings.gpu} would put all processes of this machine on one GPU; this one's is "
+                f"--gpu {settings.gpu} would put all processes of this node on one GPU; this one's is "
                 f"{role.local_rank}. Leave --gpu out: each process takes the GPU of its local rank."
             )
         return resolve_device(f"cuda:{settings.gpu}")
@@ -72,14 +72,14 @@ def _choose(role: Alone | Member, settings: DistributedSettings, device: str) ->
         return resolve_device(device)
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if device not in ("auto", "cuda", f"cuda:{role.local_rank}") and role.shares_machine:
+    if device not in ("auto", "cuda", f"cuda:{role.local_rank}") and role.shares_node:
         raise UnsupportedInput(
-            f"--device {device} would put all processes of this machine on one device. "
+            f"--device {device} would put all processes of this node on one device. "
             f"Write --device cuda: each process takes the GPU of its local rank."
         )
     if role.local_rank >= torch.cuda.device_count():
         raise UnsupportedInput(
-            f"local rank {role.local_rank} has no GPU of its own: this machine offers {torch.cuda.device_count()}. "
+            f"local rank {role.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}. "
             f"Start fewer processes on it (--nproc-per-node), or write --device cpu."
         )
     return torch.device("cuda", role.local_rank)

@@ -1,4 +1,4 @@
-"""Starting the processes of this machine, by PyTorch's elastic launch: one that dies takes all down, and is named."""
+"""Starting the processes of this node by PyTorch's elastic launch: one that dies takes all down, and is named."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from tightfit.errors import TightfitError
 from tightfit.train.launch.roles import RUN_ID_PREFIX, Starter
 
-#: Of a process that ended by itself because of bad input or a signal: what the whole run then ends with.
-_TELLING_CODES = (2, 130, 143)
+#: Exit codes of a process for bad input or a signal: the whole run then ends with the same.
+_EXIT_CODES = (2, 130, 143)
 
 
 class ProcessFailed(TightfitError):
@@ -27,7 +27,7 @@ class ProcessFailed(TightfitError):
 
 
 def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None:
-    """Run ``tightfit ARGUMENTS`` in each process of this machine, and wait for all of them.
+    """Run ``tightfit ARGUMENTS`` in each process of this node, and wait for all of them.
 
     Raises:
         ProcessFailed: one ended with an error; the first is named.
@@ -39,7 +39,7 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.ERROR)  # what they warn of, `ProcessFailed` says
-    several = starter.machines > 1
+    several = starter.nodes > 1
     if "OMP_NUM_THREADS" not in os.environ:  # else each process would take all cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // starter.processes))
     # The profiler, which meters memory on a CPU, warns of each block that is older than itself; DDP frees such.
@@ -47,14 +47,14 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
     # Where a process that fails writes how; PyTorch's own choice would be left behind.
     notes = tempfile.TemporaryDirectory(prefix="tightfit-")
     config = LaunchConfig(
-        min_nodes=starter.machines,
-        max_nodes=starter.machines,
+        min_nodes=starter.nodes,
+        max_nodes=starter.nodes,
         nproc_per_node=starter.processes,
-        # Machines must agree on it.
-        run_id=RUN_ID_PREFIX + ("machines" if several else secrets.token_hex(8)),
+        # All nodes must agree on it.
+        run_id=RUN_ID_PREFIX + ("nodes" if several else secrets.token_hex(8)),
         rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=starter.meeting or "127.0.0.1:0",
-        rdzv_configs={"rank": starter.machine_rank, "timeout": timeout_s} if several else {},
+        rdzv_endpoint=starter.rendezvous or "127.0.0.1:0",
+        rdzv_configs={"rank": starter.node_rank, "timeout": timeout_s} if several else {},
         max_restarts=0,
         monitor_interval=0.1,
         local_addr=None if several else "127.0.0.1",
@@ -65,7 +65,7 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
             elastic_launch(config, sys.executable)("-m", "tightfit", *arguments)
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
-        raise ProcessFailed(_exit_code(first.exitcode), _described(rank, first)) from None
+        raise ProcessFailed(_exit_code(first.exitcode), _describe(rank, first)) from None
     except SignalException as caught:
         number = int(caught.sigval)
         raise ProcessFailed(128 + number, f"ended by {signal.Signals(number).name}; so were its processes") from None
@@ -73,8 +73,8 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
 
 @contextmanager
 def noting_failure() -> Iterator[None]:
-    """Inside, an error is written down for the elastic agent that started this process, if one did: it then knows which
-    process failed first.
+    """Record an error that is raised inside for the elastic agent that started this process, if one did: it then knows
+    which process failed first.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -91,10 +91,10 @@ def _cores() -> int:
 
 
 def _exit_code(code: int) -> int:
-    return code if code in _TELLING_CODES else 1
+    return code if code in _EXIT_CODES else 1
 
 
-def _described(rank: int, first: object) -> str:
+def _describe(rank: int, first: object) -> str:
     code = getattr(first, "exitcode", 1)
     pid = getattr(first, "pid", 0)
     if code < 0:

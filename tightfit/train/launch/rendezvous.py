@@ -1,7 +1,7 @@
-"""How the processes of a run find each other.
+"""The rendezvous: how the processes of a run find each other and become a process group.
 
-Before the group exists they sign in at a store, so that what goes wrong has a name: ranks that are missing, ranks that
-came twice, a port that is taken, a rank 0 that cannot be reached.
+Before the group exists they sign in at a store, so that errors can say what is wrong: ranks that are missing or there
+twice, a port that is taken, a rank 0 that cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from tightfit.train.launch.roles import Member
 
 #: Between two looks at who has signed in.
 _LOOK_S = 0.05
-#: For the others to hear why the run cannot begin.
-_HEARING_S = 10.0
+#: For the others to read why the run cannot begin.
+_READING_S = 10.0
 
 
 _has_joined = False
 
 
-def was_of_a_group() -> bool:
-    """Whether this process has been one of a group."""
+def was_in_a_group() -> bool:
+    """Return whether this process has ever been one of a group."""
     return _has_joined
 
 
 @contextmanager
-def joined(member: Member, *, backend: str, device: torch.device, timeout_s: float) -> Iterator[Group]:
-    """Inside, this process is one of its group.
+def process_group(member: Member, *, backend: str, device: torch.device, timeout_s: float) -> Iterator[Group]:
+    """Make this process one of its group inside the context.
 
     Args:
-        member: who it is.
-        backend: what carries gradients.
+        member: which process it is.
+        backend: of the collectives on gradients.
         device: of this process.
-        timeout_s: how long to wait for the others, now and in every exchange.
+        timeout_s: how long to wait for the others, at the rendezvous and in every collective.
 
     Raises:
-        UnsupportedInput: not all came, one came twice, or the meeting place is not to be had.
+        UnsupportedInput: a rank is missing or there twice, or the rendezvous cannot be reached.
     """
     timeout = timedelta(seconds=timeout_s)
     store = sign_in(member, timeout_s)
@@ -60,7 +60,7 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
         )
     except (RuntimeError, ValueError) as error:
         raise UnsupportedInput(
-            f"the processes have met, but {backend} cannot connect them ({str(error).splitlines()[0]}). "
+            f"the processes have found each other, but {backend} cannot connect them ({str(error).splitlines()[0]}). "
             f"Choose another --dist-backend: gloo works everywhere, nccl on NVIDIA GPUs."
         ) from error
     global _has_joined
@@ -68,7 +68,7 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         yield Group(rank=member.rank, world_size=member.world_size, control=control)
-        with suppress(RuntimeError):  # nobody leaves while another is still talking to it, unless that is gone
+        with suppress(RuntimeError):  # nobody leaves while another may still need it, unless that one is gone
             dist.barrier(group=control)
     finally:
         gc.collect()  # what still holds the group's threads, as DDP does, must not outlive it
@@ -76,18 +76,18 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
 
 
 def sign_in(member: Member, timeout_s: float) -> Store:
-    """Meet the others; afterwards all ranks are there, each once.
+    """Wait until all ranks have signed in, each once.
 
     Raises:
-        UnsupportedInput: see `joined`.
+        UnsupportedInput: as `process_group`.
     """
     deadline = time.monotonic() + timeout_s
     store = PrefixStore(f"tightfit-{member.attempt}", _store(member, timeout_s))
     try:
         if store.add(f"came-{member.rank}", 1) > 1:
             raise UnsupportedInput(
-                f"rank {member.rank} is there twice, so the processes cannot be told apart. "
-                f"Give each its own --rank (or RANK); {member.meeting} may also be in use by another run."
+                f"rank {member.rank} is there twice, so the ranks are not those of one run. "
+                f"Give each its own --rank (or RANK); {member.rendezvous} may also be in use by another run."
             )
         if member.rank == 0:
             store.set("verdict", _verdict(store, member, deadline))
@@ -95,30 +95,30 @@ def sign_in(member: Member, timeout_s: float) -> Store:
         store.wait(["verdict"], timedelta(seconds=2 * timeout_s + 5))
         verdict = store.get("verdict").decode()
         if member.rank > 0:
-            store.add("heard", 1)
+            store.add("read", 1)
         elif verdict:  # the store ends with rank 0: not before the others know why
-            _await_hearers(store, member)
+            _await_readers(store, member)
     except UnsupportedInput:
         raise
     except RuntimeError as error:
         raise UnsupportedInput(
-            f"rank {member.rank} has lost rank 0 at {member.meeting} ({str(error).splitlines()[0]}), so the run cannot "
-            f"begin. See what rank 0 said."
+            f"rank {member.rank} has lost rank 0 at {member.rendezvous} ({str(error).splitlines()[0]}), so the run "
+            f"cannot begin. See what rank 0 printed."
         ) from error
     if verdict:
         raise UnsupportedInput(verdict)
     return store
 
 
-def _await_hearers(store: Store, member: Member) -> None:
+def _await_readers(store: Store, member: Member) -> None:
     there = sum(store.check([f"came-{rank}"]) for rank in range(1, member.world_size))
-    deadline = time.monotonic() + _HEARING_S
-    while store.add("heard", 0) < there and time.monotonic() < deadline:
+    deadline = time.monotonic() + _READING_S
+    while store.add("read", 0) < there and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
 
 
 def _verdict(store: Store, member: Member, deadline: float) -> str:
-    """Empty once all have come; else who has not."""
+    """Return the error for ranks that did not sign in before the deadline; empty once all have."""
     while True:
         missing = [rank for rank in range(member.world_size) if not store.check([f"came-{rank}"])]
         if not missing:
@@ -126,16 +126,16 @@ def _verdict(store: Store, member: Member, deadline: float) -> str:
         if time.monotonic() > deadline:
             shown = ", ".join(map(str, missing[:16])) + (" and more" if len(missing) > 16 else "")
             return (
-                f"{len(missing)} of {member.world_size} processes did not come to {member.meeting} in time: "
-                f"{'rank' if len(missing) == 1 else 'ranks'} {shown}. Start them, too, or give the number of those "
-                f"that there are as --world-size; --dist-timeout is how long to wait."
+                f"{len(missing)} of {member.world_size} processes did not reach the rendezvous {member.rendezvous} in "
+                f"time: {'rank' if len(missing) == 1 else 'ranks'} {shown}. Start them, too, or give the number of "
+                f"processes that there are as --world-size; --dist-timeout is how long to wait."
             )
         time.sleep(_LOOK_S)
 
 
 def _store(member: Member, timeout_s: float) -> Store:
     timeout = timedelta(seconds=timeout_s)
-    kind, _, place = member.meeting.partition("://")
+    kind, _, place = member.rendezvous.partition("://")
     try:
         if kind == "file":
             return FileStore(place, member.world_size)
@@ -146,11 +146,11 @@ def _store(member: Member, timeout_s: float) -> Store:
         text = str(error)
         if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise UnsupportedInput(
-                f"the port of {member.meeting} is in use, by another run or by a second rank 0, so the processes "
-                f"cannot meet there. Choose another port in --dist-url or MASTER_PORT; --multiprocessing-distributed "
-                f"finds a free one by itself."
+                f"the port of {member.rendezvous} is in use, by another run or by a second rank 0, so the processes "
+                f"cannot find each other. Choose another port in --dist-url or MASTER_PORT; "
+                f"--multiprocessing-distributed finds a free one by itself."
             ) from None
         raise UnsupportedInput(
-            f"rank {member.rank} cannot reach {member.meeting} ({text.splitlines()[0]}), where rank 0 should be. "
+            f"rank {member.rank} cannot reach {member.rendezvous} ({text.splitlines()[0]}), where rank 0 should be. "
             f"Check that rank 0 runs, and the address in --dist-url or MASTER_ADDR and MASTER_PORT."
         ) from None

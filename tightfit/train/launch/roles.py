@@ -1,4 +1,4 @@
-"""What this process is, from its flags and its environment: alone, a member of a group, or the one that starts others.
+"""The role of this process, from its flags and its environment: alone, a member of a group, or a starter of others.
 
 The flags mean what they mean in PyTorch's ImageNet example; the environment is that of torchrun (and of all that sets
 the same variables), of ``torch.distributed``'s elastic agents, and of Slurm's srun.  Nothing here touches a device or
@@ -18,7 +18,7 @@ from tightfit.train.launch.settings import DistributedSettings
 RUN_ID_PREFIX = "tightfit-"
 
 _LAUNCHED = ("WORLD_SIZE", "RANK")
-_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 _EXAMPLES = (
     "Start it with a launcher, which sets them all: torchrun --nproc-per-node 2 -m tightfit train ...; "
     "or let tightfit start the processes: tightfit train --multiprocessing-distributed --nproc-per-node 2 ..."
@@ -30,7 +30,7 @@ class Alone:
     """The only process of its run."""
 
     notice: str = ""
-    """What people should know about that."""
+    """A note to print, if the user may have meant otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,38 +40,38 @@ class Member:
     rank: int
     world_size: int
     local_rank: int
-    """Number among the processes of this machine: its GPU."""
-    shares_machine: bool
-    """Other processes of this machine have other local ranks."""
-    meeting: str
+    """Rank on its node, and the number of its GPU."""
+    shares_node: bool
+    """Other processes of this node have other local ranks."""
+    rendezvous: str
     """``tcp://HOST:PORT`` or ``file:///PATH``."""
     agent_hosts: bool = False
-    """The launcher's agent holds the store at the meeting place, not rank 0."""
+    """The launcher's agent holds the store of the rendezvous, not rank 0."""
     attempt: int = 0
     """How often the launcher has started the group again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Starter:
-    """Starts the processes of this machine, and waits for them."""
+    """Starts the processes of this node, and waits for them."""
 
     processes: int
-    machines: int = 1
-    machine_rank: int = 0
-    meeting: str | None = None
-    """``HOST:PORT``; None: the processes are all on this machine, and any free port will do."""
+    nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str | None = None
+    """``HOST:PORT``; None: there is one node, and any free port will do."""
 
 
 Role = Alone | Member | Starter
 
 
 def find_role(settings: DistributedSettings, environ: Mapping[str, str], device_count: int) -> Role:
-    """What this process is.
+    """Find the role of this process.
 
     Args:
         settings: the flags.
         environ: variables of the environment.
-        device_count: GPUs of this machine.
+        device_count: GPUs of this node.
 
     Raises:
         UnsupportedInput: flags and environment contradict each other, or something is missing; it is named.
@@ -105,8 +105,8 @@ def _check_local_rank(settings: DistributedSettings, environ: Mapping[str, str])
     known = _number(environ, "LOCAL_RANK")
     if settings.local_rank is not None and known is not None and settings.local_rank != known:
         raise UnsupportedInput(
-            f"--local-rank is {settings.local_rank}, but LOCAL_RANK is {known}, so which device this process should "
-            f"take is unclear. Leave --local-rank out: launchers of today set the variable."
+            f"--local-rank is {settings.local_rank}, but LOCAL_RANK is {known}, so it is unclear which device this "
+            f"process should take. Leave --local-rank out: current launchers set the variable."
         )
 
 
@@ -121,33 +121,33 @@ def _starter(settings: DistributedSettings, environ: Mapping[str, str], device_c
             "--multiprocessing-distributed starts several processes, but --strategy none asks for one. "
             "Leave one of the two out."
         )
-    machines = settings.world_size if settings.world_size != -1 else _number(environ, "WORLD_SIZE") or 1
+    nodes = settings.world_size if settings.world_size != -1 else _number(environ, "WORLD_SIZE") or 1
     processes = settings.nproc_per_node or max(1, device_count)
-    if machines == 1:
+    if nodes == 1:
         return Starter(processes=processes)
     rank = settings.rank if settings.rank != -1 else _number(environ, "RANK")
     if rank is None:
         raise UnsupportedInput(
-            f"the run is to have {machines} machines, but which of them this is is not known. "
-            f"Give each its own --rank, from 0 to {machines - 1}, or set RANK."
+            f"the run has {nodes} nodes, but it is not known which of them this is. "
+            f"Give each its own --rank, from 0 to {nodes - 1}, or set RANK."
         )
-    _check_range(rank, machines, "machine")
+    _check_range(rank, nodes, "node")
     if settings.dist_url.startswith("file://"):
         raise UnsupportedInput(
-            f"--dist-url {settings.dist_url} is a file, but the machines' launchers meet at an address. "
-            f"Write --dist-url tcp://HOST:PORT, where HOST is machine 0."
+            f"--dist-url {settings.dist_url} is a file, but the rendezvous of several nodes is an address. "
+            f"Write --dist-url tcp://HOST:PORT, where HOST is node 0."
         )
     return Starter(
         processes=processes,
-        machines=machines,
-        machine_rank=rank,
-        meeting=_meeting(settings, environ).removeprefix("tcp://"),
+        nodes=nodes,
+        node_rank=rank,
+        rendezvous=_rendezvous(settings, environ).removeprefix("tcp://"),
     )
 
 
 def _launched(settings: DistributedSettings, environ: Mapping[str, str]) -> Role:
-    """By torchrun, or by what sets the same variables."""
-    needed = (*_LAUNCHED, *(_MEETING if settings.dist_url.startswith("env://") else ()))
+    """Find the role in a process started by torchrun, or by what sets the same variables."""
+    needed = (*_LAUNCHED, *(_RENDEZVOUS if settings.dist_url.startswith("env://") else ()))
     _require(environ, needed)
     world_size, rank = _needed_number(environ, "WORLD_SIZE"), _needed_number(environ, "RANK")
     _check_range(rank, world_size, "process")
@@ -156,8 +156,8 @@ def _launched(settings: DistributedSettings, environ: Mapping[str, str]) -> Role
         return Alone(notice=_alone_notice(settings))
     if settings.strategy == "none":
         raise UnsupportedInput(
-            f"--strategy none asks for one process, but the launcher has started {world_size}, which would all do the "
-            f"same. Leave the launcher out, or write --strategy ddp."
+            f"--strategy none asks for one process, but the launcher has started {world_size}, which would all train "
+            f"the same. Leave the launcher out, or write --strategy ddp."
         )
     local_rank = _number(environ, "LOCAL_RANK")
     if local_rank is None:
@@ -166,16 +166,16 @@ def _launched(settings: DistributedSettings, environ: Mapping[str, str]) -> Role
         local_rank = _number(environ, "SLURM_LOCALID")
     if local_rank is None:
         raise UnsupportedInput(
-            f"LOCAL_RANK is not set, so which device this process should take is not known, though {_present(environ)} "
-            f"is set. {_EXAMPLES}"
+            f"LOCAL_RANK is not set, though {_present(environ)} is, so it is not known which device this process "
+            f"should take. {_EXAMPLES}"
         )
     return Member(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        shares_machine=(_number(environ, "LOCAL_WORLD_SIZE") or world_size) > 1,
-        # Our own processes meet where their agent is, whatever the flag says: it was about the machines.
-        meeting=_from_variables(environ) if ours else _meeting(settings, environ),
+        shares_node=(_number(environ, "LOCAL_WORLD_SIZE") or world_size) > 1,
+        # The rendezvous of our own processes is their agent's, whatever the flag says: it was about the nodes.
+        rendezvous=_from_variables(environ) if ours else _rendezvous(settings, environ),
         agent_hosts=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         and (ours or settings.dist_url.startswith("env://")),
         attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT") or 0,
@@ -183,27 +183,27 @@ def _launched(settings: DistributedSettings, environ: Mapping[str, str]) -> Role
 
 
 def _of_slurm(settings: DistributedSettings, environ: Mapping[str, str]) -> Member:
-    """By srun: one task for each process."""
+    """Find the role in a task of srun: one for each process."""
     _require(environ, ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"))
     world_size, rank = _needed_number(environ, "SLURM_NTASKS"), _needed_number(environ, "SLURM_PROCID")
-    meeting = settings.dist_url
-    if meeting.startswith("env://"):
+    rendezvous = settings.dist_url
+    if rendezvous.startswith("env://"):
         host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "localhost"))
         job = _number(environ, "SLURM_JOB_ID") or 0
-        # A port that all tasks of the job know, and that another job of the same machine does not have.
+        # A port that all tasks of the job know, and that another job of the same node does not have.
         port = environ.get("MASTER_PORT") or str(15000 + job % 20000)
-        meeting = f"tcp://{host}:{port}"
+        rendezvous = f"tcp://{host}:{port}"
     return Member(
         rank=rank,
         world_size=world_size,
         local_rank=_needed_number(environ, "SLURM_LOCALID"),
-        shares_machine=(_number(environ, "SLURM_NTASKS_PER_NODE") or world_size) > 1,
-        meeting=meeting,
+        shares_node=(_number(environ, "SLURM_NTASKS_PER_NODE") or world_size) > 1,
+        rendezvous=rendezvous,
     )
 
 
 def _by_flags(settings: DistributedSettings, environ: Mapping[str, str], device_count: int) -> Role:
-    """Started by hand, one command for each process."""
+    """Find the role in a process started by hand, by one command for each."""
     world_size = settings.world_size if settings.world_size != -1 else _number(environ, "WORLD_SIZE")
     rank = settings.rank if settings.rank != -1 else _number(environ, "RANK")
     for flag, value, variable in (("world-size", world_size, "WORLD_SIZE"), ("rank", rank, "RANK")):
@@ -215,7 +215,7 @@ def _by_flags(settings: DistributedSettings, environ: Mapping[str, str], device_
             )
     if world_size is None:
         raise UnsupportedInput(
-            f"--rank {settings.rank} names one of several processes, but how many there are is not known. "
+            f"--rank {settings.rank} is the rank of one of several processes, but it is not known how many there are. "
             f"Add --world-size, or set WORLD_SIZE. {_EXAMPLES}"
         )
     if world_size == 1:
@@ -227,7 +227,7 @@ def _by_flags(settings: DistributedSettings, environ: Mapping[str, str], device_
         )
     if rank is None:
         raise UnsupportedInput(
-            f"--world-size is {world_size}, but which of these processes this is is not known. "
+            f"--world-size is {world_size}, but it is not known which of these processes this is. "
             f"Give each its own --rank, from 0 to {world_size - 1}, or set RANK. {_EXAMPLES}"
         )
     _check_range(rank, world_size, "process")
@@ -238,19 +238,19 @@ def _by_flags(settings: DistributedSettings, environ: Mapping[str, str], device_
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        shares_machine=settings.gpu is None,
-        meeting=_meeting(settings, environ),
+        shares_node=settings.gpu is None,
+        rendezvous=_rendezvous(settings, environ),
     )
 
 
-def _meeting(settings: DistributedSettings, environ: Mapping[str, str]) -> str:
+def _rendezvous(settings: DistributedSettings, environ: Mapping[str, str]) -> str:
     url = settings.dist_url
     if url.startswith("env://"):
-        _require(environ, _MEETING)
+        _require(environ, _RENDEZVOUS)
         return _from_variables(environ)
     if url.startswith("tcp://") and not re.fullmatch(r"tcp://[^/:]+:\d+/?", url):
         raise UnsupportedInput(
-            f"--dist-url {url} does not name a host and a port, so the processes cannot meet there. "
+            f"--dist-url {url} does not name a host and a port, so it is not a rendezvous. "
             f"Write it like tcp://10.0.0.1:29500."
         )
     return url.rstrip("/") if url.startswith("tcp://") else url
@@ -271,7 +271,7 @@ def _require(environ: Mapping[str, str], names: tuple[str, ...]) -> None:
 
 
 def _present(environ: Mapping[str, str]) -> str:
-    names = (*_LAUNCHED, "LOCAL_RANK", *_MEETING, "SLURM_PROCID")
+    names = (*_LAUNCHED, "LOCAL_RANK", *_RENDEZVOUS, "SLURM_PROCID")
     return ", ".join(name for name in names if name in environ)
 
 
@@ -280,7 +280,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if text is None or text == "":
         return None
     try:
-        return int(text.split("(")[0])  # Slurm writes 4(x2) for four tasks on each of two machines
+        return int(text.split("(")[0])  # Slurm writes 4(x2) for four tasks on each of two nodes
     except ValueError:
         raise UnsupportedInput(
             f"{name} is {text!r}, which is not a whole number, so the processes cannot be counted. Correct or unset it."
@@ -303,6 +303,6 @@ def _check_range(rank: int, count: int, what: str) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first machine of a list as Slurm writes it: ``gpu[03-05,9],cpu1`` begins with ``gpu03``."""
+    """Return the first host of a list as Slurm writes it: ``gpu[03-05,9],cpu1`` begins with ``gpu03``."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
     return nodes if match is None else match.group(1) + (match.group(2) or "")

@@ -1,4 +1,4 @@
-"""How a run is spread over processes and machines: the flags of PyTorch's ImageNet example, and what they mean here."""
+"""How a run is distributed over processes and nodes: the flags of PyTorch's ImageNet example, with their meaning."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Strategy = Literal["auto", "ddp", "fsdp", "none"]
 class DistributedSettings(Settings):
     """Which processes there are, and which of them this is."""
 
-    TITLE = "several processes"
+    TITLE = "distributed"
 
     multiprocessing_distributed: bool = False
-    """Start one process for each GPU of this machine (or --nproc-per-node); WORLD_SIZE then counts machines"""
+    """Start one process per GPU of this node (or --nproc-per-node); --world-size and --rank then count nodes"""
     nproc_per_node: int | None = None
-    """Processes to start on this machine (default: the GPUs; 1 without any)"""
+    """Processes to start on this node (default: one per GPU; 1 without GPUs)"""
     world_size: int = -1
-    """Processes in all; -1: what torchrun or Slurm has set"""
+    """Number of processes in all; -1: as set by torchrun or Slurm"""
     rank: int = -1
-    """Number of this process (of this machine, with --multiprocessing-distributed); -1: as for the world size"""
+    """Rank of this process; -1: as set by torchrun or Slurm"""
     local_rank: int | None = None
-    """Number of this process on its machine, which is the number of its GPU (default: what the launcher has set)"""
+    """Rank of this process on its node, and the number of its GPU (default: as set by the launcher)"""
     gpu: int | None = None
-    """Use this GPU and no other"""
+    """Use this GPU only"""
     dist_url: str = "env://"
-    """Where the processes meet: env:// (MASTER_ADDR and MASTER_PORT), tcp://HOST:PORT or file:///PATH"""
+    """Rendezvous: env:// (MASTER_ADDR and MASTER_PORT), tcp://HOST:PORT or file:///PATH"""
     dist_backend: str | None = None
-    """What carries tensors between them (default: nccl on GPUs, gloo elsewhere)"""
+    """Backend for all-reduces and all-gathers (default: nccl on GPUs, gloo elsewhere)"""
     dist_timeout: int = 300
-    """Seconds to wait for the other processes, at the start and later"""
+    """Seconds to wait for the other processes, at the rendezvous and later"""
     dist_train: bool = False
-    """The run is meant to have several processes: say so if it has only one; also MODEL.DIST_TRAIN in YAML"""
+    """Expect several processes, and note it if there is only one; also MODEL.DIST_TRAIN in YAML"""
     strategy: Strategy = "auto"
-    """ddp (auto): every process has the whole model and a part of each batch; fsdp: and a part of the parameters,
-    gradients and optimizer state only; none: one process only"""
+    """ddp (auto): every process has the whole model and its share of each batch; fsdp: parameters, gradients and
+    optimizer state are sharded, too; none: one process only"""
 
     ddp_find_unused_parameters: Literal["auto", "on"] = "auto"
-    """on: each step may use other parameters; auto: only if data or Python's random numbers decide about them"""
+    """on: each step may use other parameters; auto: only if data or Python's random numbers decide which"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,11 +52,11 @@ class DistributedSettings(Settings):
             value = getattr(self, name)
             if value != -1 and value < least:
                 raise UnsupportedInput(
-                    f"{name.replace('_', ' ')} is {value}, but it counts from {least}. "
-                    f"Give --{name.replace('_', '-')} such a number, or leave it out to take the launcher's."
+                    f"--{name.replace('_', '-')} is {value}, but it must be at least {least}. "
+                    f"Give such a number, or leave it out to take the launcher's."
                 )
         if not self.dist_url.startswith(("env://", "tcp://", "file://")):
             raise UnsupportedInput(
-                f"--dist-url {self.dist_url} is no place where processes can meet. "
+                f"--dist-url {self.dist_url} is not a rendezvous, so the processes cannot find each other. "
                 f"Write env://, tcp://HOST:PORT or file:///PATH."
             )

@@ -19,7 +19,7 @@ _PREFIX = "transformers:"
 
 
 def find_model(spec: str, task: TransformersTask | None) -> ModelSource:
-    """What ``spec`` names: a known name, ``transformers:CONFIG.json``, or ``package.module:factory``.
+    """Find what ``spec`` names: a known name, ``transformers:CONFIG.json``, or ``package.module:factory``.
 
     Raises:
         UnsupportedInput: nothing of this name.

@@ -20,7 +20,7 @@ Config = TypeVar("Config", GptConfig, LstmConfig, ResnetConfig)
 def _configure(
     name: str, kind: type[Config], settings: Mapping[str, object], arguments: Mapping[str, object]
 ) -> Config:
-    """``kind`` from what is known, overridden by the user's arguments."""
+    """Make the config from the preset and the data's facts, overridden by the user's arguments."""
     types = {field.name: {"int": int, "float": float}[str(field.type)] for field in fields(kind)}
     for key, value in arguments.items():
         if key not in types:

@@ -44,7 +44,7 @@ _DEFAULT_SEQUENCE_LENGTH = 256
 
 
 def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource:
-    """The model that ``transformers:FILE_OR_FOLDER`` describes; its config is read and judged at once."""
+    """Return the model that ``transformers:FILE_OR_FOLDER`` describes; its config is read and checked at once."""
     transformers = _import_transformers(spec)
     path = Path(spec.partition(":")[2])
     config = _read_config(transformers, path)
@@ -128,7 +128,7 @@ def _choose_class(
 
 
 def _fit_classes(path: Path, config: Any, facts: DataFacts) -> None:
-    """A classifier that is made anew gets as many classes as the data has, and the token that fills up rows."""
+    """Give a newly made classifier as many classes as the data has, and the padding token."""
     if facts.kind == "labelled-text":
         if not _has_weights(path) and getattr(config, "num_labels", facts.classes) != facts.classes:
             config.num_labels = facts.classes
@@ -137,7 +137,7 @@ def _fit_classes(path: Path, config: Any, facts: DataFacts) -> None:
 
 
 def _check_fit(path: Path, config: Any, facts: DataFacts, task: TransformersTask, sequence_length: int) -> None:
-    """Compare the config with the data. What does not fit is an error that names the setting."""
+    """Raise `UnsupportedInput` if the config does not fit the data; the setting is named."""
     wanted: dict[str, int] = {}
     if facts.kind == "images":
         wanted = {"num_channels": facts.channels, "num_labels": facts.classes, "image_size": facts.image_size}
@@ -155,11 +155,11 @@ def _check_fit(path: Path, config: Any, facts: DataFacts, task: TransformersTask
             f"Set --model-args {' '.join(f'{key}={value}' for key, value in wrong.items())}."
         )
     vocabulary_size = getattr(config, "vocab_size", None)
-    needed = max(facts.vocabulary_size, facts.hiding_token + 1 if task == "masked-lm" else 0)
+    needed = max(facts.vocabulary_size, facts.mask_token + 1 if task == "masked-lm" else 0)
     if isinstance(vocabulary_size, int) and vocabulary_size < needed:
         raise UnsupportedInput(
             f"the config {path} has vocab_size={vocabulary_size}, but the text has {needed} different tokens"
-            f"{', one of them for those that are hidden' if task == 'masked-lm' else ''}. "
+            f"{', the mask token included' if task == 'masked-lm' else ''}. "
             f"Set --model-args vocab_size={needed}."
         )
     longest = getattr(config, "max_position_embeddings", None)

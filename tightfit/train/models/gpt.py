@@ -53,7 +53,7 @@ class Gpt(nn.Module):
         self.apply(self._initialise)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, time, vocabulary) for token numbers (batch, time)."""
+        """Return logits (batch, time, vocabulary) for token numbers (batch, time)."""
         positions = self.positions[: tokens.shape[1]]
         hidden = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block in self.blocks:
@@ -85,7 +85,7 @@ class Block(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, time, width) to the same shape."""
+        """Map (batch, time, width) to the same shape."""
         hidden = hidden + self.attention(self.attention_norm(hidden))
         transformed: Tensor = self.mlp(self.mlp_norm(hidden))
         return hidden + transformed
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, time, width) to the same shape."""
+        """Map (batch, time, width) to the same shape."""
         batch, time, width = hidden.shape
         projected = self.query_key_value(hidden).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = projected.permute(2, 0, 3, 1, 4)

@@ -25,8 +25,8 @@ class LstmConfig:
     dropout: float = 0.1
     """Probability of dropping, between layers and before the head."""
     steps_at_a_time: int = 0
-    """Time steps that one call of PyTorch's LSTM goes through; 0: all of them, as one operation, whose memory cannot be
-    split. With fewer, the state is handed on, and a plan may hold some calls' memory and recompute others'."""
+    """Time steps per call of PyTorch's LSTM; 0: all, in one operation, whose memory cannot be split. With fewer, the
+    state is passed on, and a plan may keep the memory of some calls and recompute that of others."""
 
     def __post_init__(self) -> None:
         if (self.features > 0) == (self.vocabulary_size > 0):
@@ -58,7 +58,7 @@ class Lstm(nn.Module):
         self._steps_at_a_time = config.steps_at_a_time
 
     def forward(self, steps: Tensor) -> Tensor:
-        """(batch, time, features) or token numbers (batch, time) to (batch, time, features or vocabulary)."""
+        """Map (batch, time, features) or token numbers (batch, time) to (batch, time, features or vocabulary)."""
         embedded = self.embedding(steps)
         state = None
         pieces = []

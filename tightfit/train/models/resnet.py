@@ -43,7 +43,7 @@ class Resnet(nn.Module):
         self.head = nn.Linear(previous, config.classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) for images (batch, channels, height, width)."""
+        """Return logits (batch, classes) for images (batch, channels, height, width)."""
         features = self.pool(self.blocks(self.stem(images)))
         logits: Tensor = self.head(features.flatten(1))
         return logits
@@ -67,7 +67,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(batch, in_width, height, width) to (batch, out_width, height / stride, width / stride)."""
+        """Map (batch, in_width, height, width) to (batch, out_width, height / stride, width / stride)."""
         residual = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(images)))))
         residual += self.shortcut(images)
         result: Tensor = self.relu(residual)

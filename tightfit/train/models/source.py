@@ -23,7 +23,7 @@ class BuiltModel(NamedTuple):
 
     module: nn.Module
     loss: Loss | None
-    """None: chosen from the data."""
+    """None: the one of the data's task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class ModelSource:
     accepts: tuple[Kind, ...]
     """Kinds of data that it can be trained on; empty: whatever its factory says."""
     build: Callable[[DataFacts, int, Mapping[str, object]], BuiltModel]
-    """Called with the data's facts, the sequence length, and the user's ``--model-args``."""
+    """Builds the model from the data's facts, the sequence length, and the user's ``--model-args``."""
     task: TaskName | None = None
-    """What it is trained for; None: what is usual for the data."""
+    """The task that it is trained for; None: the usual one for the data."""
     folder: Path | None = None
-    """Where its files are, which may be a tokenizer's, too."""
+    """Where its files are, perhaps with a tokenizer."""
     default_dataset: str = ""
-    """Taken when no dataset is named; empty: one must be named."""
+    """Used when no dataset is named; empty: one must be named."""
     sequence_length: int = 256
-    """Taken when none is given."""
+    """Used when none is given."""

@@ -1,6 +1,6 @@
-"""Language modelling: each token from those before it.
+"""Causal language modelling: predict each token from those before it.
 
-Rows that are padded need no attention mask: what stands to the right of a token has no part in its prediction.
+Padded rows need no attention mask: what is to the right of a token has no part in its prediction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tightfit.train.tasks.task import Sums, Task, mean_and_count, prediction_of
 
 
 def causal_lm(facts: DataFacts) -> Task:
-    """For samples that are rows of tokens, one longer than the sequence length."""
+    """Make the task for samples that are rows of tokens, one longer than the sequence length."""
 
     def padded_loss(model: nn.Module, tokens: Tensor) -> Tensor:
         logits = prediction_of(model(tokens[:, :-1].masked_fill(tokens[:, :-1] == IGNORED, facts.padding)), "logits")
@@ -49,7 +49,7 @@ def causal_lm(facts: DataFacts) -> Task:
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each token, given those before it."""
+    """Return the cross-entropy of each token, given those before it."""
     logits = prediction_of(model(tokens[:, :-1]), "logits")
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
 

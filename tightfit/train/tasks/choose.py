@@ -1,4 +1,4 @@
-"""Which task: what the model can be trained for, on the kind of data that there is."""
+"""Choosing the task: what the model can be trained for, on the kind of data that there is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_fit(source: ModelSource, facts: DataFacts, dataset: str) -> None:
 
 
 def choose_task(source: ModelSource, built: BuiltModel, facts: DataFacts) -> Task:
-    """The model's task, or the usual one of the data's kind; with the loss that came with the model, if one did."""
+    """Return the model's task, or the usual one of the data's kind; with the model's own loss, if it came with one."""
     if built.loss is not None:
         return custom(facts, _checked(built.loss))
     if source.task == "masked-lm":
@@ -50,7 +50,7 @@ def choose_task(source: ModelSource, built: BuiltModel, facts: DataFacts) -> Tas
 
 
 def _checked(loss: Loss) -> Loss:
-    """``loss``, refusing what backward cannot start from."""
+    """Wrap a loss so that it raises for a result that backward cannot start from."""
 
     def scalar_loss(model: nn.Module, batch: Any) -> Tensor:
         value = loss(model, batch)

@@ -1,4 +1,4 @@
-"""Classification: one class for each sample."""
+"""Classification: predict one class for each sample."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _Scores = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 def image_classification(facts: DataFacts) -> Task:
-    """For samples that are an image and its class number."""
+    """Make the task for samples that are an image and its class number."""
     return _classification("image-classification", _of_images)
 
 
 def sequence_classification(facts: DataFacts) -> Task:
-    """For samples that are a row of tokens and its class number."""
+    """Make the task for samples that are a row of tokens and its class number."""
     return _classification("sequence-classification", _of_text)
 
 
@@ -36,7 +36,7 @@ def _of_text(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _classification(name: TaskName, scores: _Scores) -> Task:
-    """`scores`: the model's scores for each class, and the classes."""
+    """Make a classification task; `scores` returns the model's logits and the class numbers of a batch."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(*scores(model, batch))

@@ -1,4 +1,4 @@
-"""Whatever a user's own model, loss and data do."""
+"""The task of a user's own model, loss and data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tightfit.train.tasks.task import Sums, Task, mean_and_count, samples_in
 
 
 def custom(facts: DataFacts, loss: Loss | None = None) -> Task:
-    """With the given loss, or the one that the model itself returns.
+    """Make the task with the given loss, or the one that the model itself returns.
 
     The loss is taken for a mean over the samples of a batch.  One that is a mean over something else, such as tokens,
     says so by an attribute ``weight``: a function of the batch that gives their number.  An attribute ``metrics``, a
@@ -33,7 +33,7 @@ def custom(facts: DataFacts, loss: Loss | None = None) -> Task:
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that the model itself returns for a batch.
+    """Return the loss that the model itself computes for a batch.
 
     A mapping is passed as keyword arguments, a tuple as positional ones, anything else as one argument. The result is a
     scalar, or has ``.loss`` or ``["loss"]``.

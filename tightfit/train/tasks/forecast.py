@@ -1,4 +1,4 @@
-"""Forecasting: each step of a series from those before it."""
+"""Forecasting: predict each step of a series from those before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tightfit.train.tasks.task import Sums, Task, mean_and_count, prediction_of,
 
 
 def forecast(facts: DataFacts) -> Task:
-    """For samples that are windows (time, features), one step longer than the sequence length.
+    """Make the task for samples that are windows (time, features), one step longer than the sequence length.
 
     Where the data has a season, the error is set against the forecast that repeats the last season: below 1 is better.
     """
@@ -50,5 +50,5 @@ def forecast(facts: DataFacts) -> Task:
 
 
 def next_step_loss(model: nn.Module, series: Tensor) -> Tensor:
-    """Mean squared error of each step of a series, given those before it."""
+    """Return the mean squared error of each step of a series, given those before it."""
     return F.mse_loss(prediction_of(model(series[:, :-1]), "prediction"), series[:, 1:])

@@ -1,4 +1,4 @@
-"""Masked language modelling: tokens that were hidden, from those around them (Devlin et al. 2019)."""
+"""Masked language modelling: predict masked tokens from those around them (Devlin et al. 2019)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _SHARE = 0.15
 
 
 class Masking:
-    """Makes a batch of rows of tokens: of 15 % of them, 8 in 10 are hidden, one is replaced and one stays.
+    """Makes a batch of rows of tokens: of 15 % of the tokens, 8 in 10 are masked, one is replaced and one stays.
 
     Which ones is drawn from PyTorch's generator, which the loader seeds for each batch: another choice in each epoch,
     and the same one after a resume.
     """
 
     def __init__(self, facts: DataFacts) -> None:
-        self._mask = facts.hiding_token
+        self._mask = facts.mask_token
         self._vocabulary_size = facts.vocabulary_size
         self._padding = facts.padding
         self._is_padded = facts.is_padded
 
     def __call__(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What the model reads, and what it is to guess: -100 elsewhere."""
+        """Return the model's input, and the labels of the chosen tokens: -100 elsewhere."""
         rows = list(samples) if self._is_padded else [sample[:-1] for sample in samples]
         tokens = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         real = tokens != IGNORED
@@ -48,7 +48,7 @@ class Masking:
 
 
 def masked_lm(facts: DataFacts) -> Task:
-    """For samples that are rows of tokens."""
+    """Make the task for samples that are rows of tokens."""
 
     def summarise(means: Mapping[str, float]) -> dict[str, float]:
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
@@ -65,7 +65,7 @@ def masked_lm(facts: DataFacts) -> Task:
 
 
 def labelled_tokens(batch: Mapping[str, Tensor]) -> float:
-    """Tokens that the loss is a mean over."""
+    """Count the tokens that the loss is a mean over."""
     return float((batch["labels"] != IGNORED).sum())
 
 

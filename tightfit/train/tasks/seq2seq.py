@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text from another, by an encoder and a decoder."""
+"""Sequence to sequence: predict a target text from a source text, by an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tightfit.train.tasks.task import Sums, Task, mean_and_count, prediction_of
 
 
 def seq2seq(facts: DataFacts) -> Task:
-    """For samples that are a row of tokens and the row that it is to become."""
+    """Make the task for samples that are a source row and a target row of tokens."""
 
     def summarise(means: Mapping[str, float]) -> dict[str, float]:
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
@@ -24,7 +24,7 @@ def seq2seq(facts: DataFacts) -> Task:
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    # The decoder sees the target shifted by one; transformers' models know what stands at its beginning.
+    # The decoder sees the target shifted by one; transformers' models know its first token.
     shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]  # transformers' own method
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=shifted)
     return prediction_of(output, "logits")

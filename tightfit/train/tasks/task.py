@@ -1,4 +1,4 @@
-"""The form of a task, and what all tasks are made with."""
+"""The interface of a task, and helpers that all tasks share."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def _as_they_are(means: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """See the module."""
+    """What a model is trained to do: its loss, what the loss is a mean over, and its metrics."""
 
     name: TaskName
     loss: Loss
     """(model, batch) to a scalar: the mean over the elements that `weight` counts."""
     weight: Callable[[Any], float]
-    """How many elements (tokens, samples, time steps) that mean is over, from the batch alone: so that a batch in parts
-    has exactly the gradients of the whole."""
+    """Counts the elements (tokens, samples, time steps) that the mean is over, from the batch alone, so that
+    microbatches have exactly the gradients of the batch."""
     samples_weigh_alike: bool = False
-    """Each sample has as many of these elements, so that the numbers of samples do as well."""
+    """Each sample has the same number of these elements, so that counting samples is enough."""
     measure: Callable[[nn.Module, Any], Sums]
     """Metrics of one batch, without gradients."""
     summarise: Callable[[Mapping[str, float]], dict[str, float]] = _as_they_are
-    """Means of what `measure` gave, over all batches, to what people read."""
+    """Turns the means over all batches of what `measure` gave into the metrics that people read."""
     collate: Callable[[list[Any]], Any] | None = None
     """Makes a batch of samples; None: as the data does."""
     is_random: bool = False
-    """Making a batch draws random numbers."""
+    """Whether making a batch draws random numbers."""
     best: str = "loss"
     """The metric that decides which checkpoint is the best."""
     larger_is_better: bool = False
 
     def is_better(self, now: float, before: float | None) -> bool:
-        """Whether the metric `best` has improved; a value that is no number never has."""
+        """Return whether the metric `best` has improved; NaN never has."""
         if now != now:
             return False
         if before is None:
@@ -54,7 +54,7 @@ class Task:
 
 
 def first_tensor(batch: Any) -> Tensor:
-    """The first tensor in a batch of nested containers.
+    """Return the first tensor in a batch of nested containers.
 
     Raises:
         UnsupportedInput: there is none.
@@ -74,13 +74,13 @@ def first_tensor(batch: Any) -> Tensor:
 
 
 def samples_in(batch: Any) -> float:
-    """How many samples a batch has: the length of its first tensor."""
+    """Count the samples of a batch: the length of its first tensor."""
     tensor = first_tensor(batch)
     return float(len(tensor)) if tensor.dim() else 1.0
 
 
 def prediction_of(output: Any, what: str) -> Tensor:
-    """The tensor in a model's output: the output itself, or its ``.logits``.
+    """Return the tensor in a model's output: the output itself, or its ``.logits``.
 
     Raises:
         UnsupportedInput: there is none.
@@ -95,10 +95,10 @@ def prediction_of(output: Any, what: str) -> Tensor:
 
 
 def mean_and_count(loss: Tensor, weight: float) -> tuple[float, float]:
-    """A mean as (sum, count)."""
+    """Return a mean as (sum, count)."""
     return loss.double().item() * weight, weight
 
 
 def summed(values: Tensor) -> float:
-    """The sum of many numbers, without the error that 32-bit floats would gather."""
+    """Sum many numbers in float64."""
     return float(values.sum(dtype=torch.float64))
