@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tightfit.cli import flags
 from tightfit.cli.flags import field_docs, settings_of
 from tightfit.cli.main import COMMANDS, main
 from tightfit.cli.options import FrontierOptions, PlanOptions, TrainOptions, VerifyOptions
@@ -68,6 +70,30 @@ def test_help_is_grouped_and_fits_a_few_screens(capsys: pytest.CaptureFixture[st
 def test_every_flag_is_documented(options: type[Any]) -> None:
     docs = field_docs(options)
     assert [setting.name for setting in settings_of(options) if not docs.get(setting.name)] == []
+
+
+def test_settings_are_derived_once_and_each_module_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deriving them cost every start of the command line and every test of it 0.2 s."""
+    kinds = {command.options for command, _ in COMMANDS.values()}
+    modules = {base.__module__ for kind in kinds for base in kind.__mro__[:-1]}
+    read: list[Any] = []
+    source_of = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda thing: read.append(thing) or source_of(thing))
+    flags._docs_in.cache_clear()
+    flags._derive_settings.cache_clear()
+    first = {kind: settings_of(kind) for kind in kinds}
+    assert [thing.__name__ for thing in read] == list(dict.fromkeys(thing.__name__ for thing in read))
+    assert {thing.__name__ for thing in read} == modules
+    assert all(settings_of(kind) is first[kind] for kind in kinds)
+    assert {thing.__name__ for thing in read} == modules
+
+
+def test_only_the_flags_of_the_command_that_runs_are_added(parsed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    derived: list[type[Any]] = []
+    settings = settings_of
+    monkeypatch.setattr(flags, "settings_of", lambda kind: derived.append(kind) or settings(kind))
+    parsed("plan")
+    assert set(derived) == {PlanOptions}
 
 
 def test_sections_as_in_yacs_files(parsed: Any, tmp_path: Path) -> None:
@@ -158,7 +184,7 @@ def test_a_runs_own_configuration_can_be_given_back(parsed: Any, tmp_path: Path)
         (["--accumulation-steps", "17"], "only 16 samples to split"),
         (
             ["--microbatch-size", "4", "--accumulation-steps", "4"],
-            "--microbatch-size 4 and --accumulation-steps 4 are given",
+            "both --microbatch-size 4 and --acc",
         ),
         (["--workers", "-1"], "--workers is -1, but it must be zero or more"),
         (["--optimizer", "adam-w"], r"Did you mean 'adamw'\?"),

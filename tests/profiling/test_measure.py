@@ -299,7 +299,7 @@ def _observe_and_forget(model: nn.Module, batch: Tensor) -> None:
 
     observer, _ = profiler._observe_fake(model, batch, StepSpec(), SignatureTable(), {})
     assert observer is not None
-    assert observer.seen.ops
+    assert observer.observation.ops
     del observer
     gc.collect()
 

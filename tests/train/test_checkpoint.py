@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -142,3 +143,19 @@ def test_another_model_cannot_go_on(tmp_path: Path) -> None:
     other = nn.Linear(2, 2)
     with pytest.raises(UnsupportedInput, match="does not fit this model"):
         load_checkpoint(checkpoint, model=other, optimizer=torch.optim.AdamW(other.parameters()))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_checkpoint_of_recollect_is_recognised(version: int, tmp_path: Path) -> None:
+    """Tightfit was called so before; its checkpoints had other keys."""
+    model, optimizer = make()
+    folder = save(tmp_path, 1, model, optimizer)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format_version": version}))
+    with pytest.raises(UnsupportedInput) as caught:
+        newest_checkpoint(tmp_path)
+    assert f"written by recollect 0.1, as tightfit was called before, in checkpoint format {version}" in str(
+        caught.value
+    )
+    assert "cannot resume from there. Begin another run with --mark NAME" in str(caught.value)
+    assert "not a complete checkpoint" not in str(caught.value)

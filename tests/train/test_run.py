@@ -163,6 +163,24 @@ def test_a_named_checkpoint_of_another_run_begins_a_new_folder(capsys: pytest.Ca
     assert "belongs to another run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [[], ["--resume", "auto"]])
+def test_a_run_folder_of_recollect_is_recognised(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Tightfit was called so before; with or without a checkpoint, its folder is neither resumed nor overwritten."""
+    run = Path("runs/python-source/gpt-tiny")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "environment.json").write_text(json.dumps({"packages": {"recollect": "0.1.0", "torch": "2.13.0"}}))
+    before = sorted(run.rglob("*"))
+    assert main(["train", *GPT, "--steps", "1", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"the run in {run} was written by recollect 0.1.0, as tightfit was called before" in said
+    assert "neither resume it nor show it" in said
+    assert "begin another run with --mark NAME" in said
+    assert main(["report", str(run)]) == 2
+    assert "was written by recollect 0.1.0" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+    assert main(["train", *GPT, "--steps", "1", "--mark", "other", *words]) == 0
+
+
 def start(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tightfit", "train", *words]
     root = str(Path(__file__).parent.parent.parent)

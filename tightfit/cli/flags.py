@@ -15,11 +15,12 @@ import argparse
 import ast
 import difflib
 import inspect
-import textwrap
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -43,9 +44,13 @@ class Command(Generic[Options]):
     alone: str | None = None
     """A field whose value may stand alone, without its flag."""
 
-    def add_to(self, parsers: argparse._SubParsersAction[Parser]) -> None:
-        """Add the command's parser with its flags."""
+    def add_to(self, parsers: argparse._SubParsersAction[Parser], *, flags: bool) -> None:
+        """Add the command's parser; its ``flags`` are needed only if it is the one that is run."""
         parser = parsers.add_parser(self.name, help=self.summary, description=self.summary, allow_abbrev=False)
+        if flags:
+            self._add_flags(parser)
+
+    def _add_flags(self, parser: Parser) -> None:
         parser.add_argument("--config-file", metavar="FILE", help="YAML file with any of the settings below")
         words = "[KEY VALUE ...]" if self.alone is None else self.alone.upper()
         parser.usage = f"tightfit {self.name} [--config-file run.yaml] [flags] {words}"
@@ -172,6 +177,11 @@ MAPPING_ORIGIN = typing.get_origin(Mapping[str, object])
 
 def settings_of(options: type[Any]) -> tuple[Setting, ...]:
     """Return the fields of an options dataclass as settings, in order."""
+    return _derive_settings(options)  # type: ignore[arg-type]  # mypy does not take a class for hashable
+
+
+@cache
+def _derive_settings(options: type[Any]) -> tuple[Setting, ...]:
     hints = typing.get_type_hints(options)
     docs = field_docs(options)
     return tuple(
@@ -198,19 +208,30 @@ def field_docs(options: type[Any]) -> dict[str, str]:
     """Return the docstring under each field of a dataclass and its bases; empty if there is no source."""
     docs: dict[str, str] = {}
     for kind in reversed(options.__mro__[:-1]):
-        try:
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        except (OSError, TypeError):
-            continue
-        assert isinstance(body, ast.ClassDef)
-        for statement, following in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                docs[statement.target.id] = " ".join(str(following.value.value).split())
+        docs.update(_docs_in(kind.__module__).get(kind.__qualname__, {}))
+    return docs
+
+
+@cache
+def _docs_in(module: str) -> dict[str, dict[str, str]]:
+    """Return the docstrings under the fields of each class of a module, from one reading of its source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError):
+        return {}
+    return {node.name: _docs_of(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _docs_of(node: ast.ClassDef) -> dict[str, str]:
+    docs: dict[str, str] = {}
+    for statement, following in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
     return docs
 
 

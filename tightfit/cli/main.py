@@ -23,7 +23,7 @@ from tightfit.cli.console import prefix_messages, print_message
 from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.process_group import FailedElsewhere
+from tightfit.distributed.process_group import RankFailed
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         finally:  # what follows is short; a SIGTERM may end it
             if in_main_thread:
                 signal.signal(signal.SIGTERM, previous)
-    except FailedElsewhere as problem:
+    except RankFailed as problem:
         time.sleep(_OTHERS_ERROR_S)  # a launcher that saw this process end first would kill the other before it prints
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
     except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
@@ -156,7 +156,7 @@ def _run(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command, _ in COMMANDS.values():
-        command.add_to(subparsers)
+        command.add_to(subparsers, flags=command.name == next(iter(arguments), None))
     if not arguments:
         parser.print_help(sys.stderr)
         return EXIT_BAD_INPUT

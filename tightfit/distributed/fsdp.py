@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from tightfit.device import memory as meter
-from tightfit.distributed._fsdp_private import process_group, sharded_modules
-from tightfit.distributed._fsdp_private import settle as settle
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed._fsdp_private import ensure_sharded as ensure_sharded
+from tightfit.distributed._fsdp_private import mesh_process_group, sharded_modules
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 #: Bytes that each process contributes to the exchanges that are measured.
 _PROBE_BYTES = 1 << 18
@@ -28,18 +28,18 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return bool(sharded_modules(model))
 
 
-def group_of(model: torch.nn.Module) -> Group:
-    """The processes that share the model's parameters; `ALONE` for a model that is not sharded."""
-    control = process_group(model)
+def process_group_of(model: torch.nn.Module) -> ProcessGroup:
+    """The processes that share the model's parameters; `SINGLE_PROCESS` for a model that is not sharded."""
+    control = mesh_process_group(model)
     if control is None:
-        return ALONE
-    return Group(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)
+        return SINGLE_PROCESS
+    return ProcessGroup(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)
 
 
 _scratch: dict[tuple[str, int], tuple[float, float]] = {}
 
 
-def exchange_scratch(group: Group, device: torch.device) -> tuple[float, float]:
+def exchange_scratch(group: ProcessGroup, device: torch.device) -> tuple[float, float]:
     """Memory that an exchange takes inside, for each byte of the larger of its two tensors: (all-gather,
     reduce-scatter).
 

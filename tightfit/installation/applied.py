@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tightfit.distributed._fsdp_private import around_machinery
+from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.resolved_plan import LivePlan
 from tightfit.operators.escaped_memory import with_fast_paths
@@ -295,7 +295,7 @@ class Applied:
                 self._modules.append(module)
             self._installed.fast_paths = with_fast_paths(self._model)
             if wanted:
-                self._leave_machinery = around_machinery(self._model, self._installed.aside)
+                self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
         self._live = live
         self._installed.recipes = live.recipes
         self._installed.refused = live.refused

@@ -14,8 +14,8 @@ import torch
 from tightfit.device import memory as meter
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.fsdp import group_of
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.fsdp import process_group_of
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.installation.applied import Applied, apply
 from tightfit.planning.plan_cache import GradCheckpoint, Shapes
@@ -139,8 +139,8 @@ def find_plan(
     """
     device = device_of(model)
     budget_bytes = _resolved(budget, device).step_bytes
-    group = group_of(model)  # its processes take each step, and so each decision about one, together
-    is_known = all(group.gather(profile is not None and _is_of(profile, model, batch, spec)))
+    group = process_group_of(model)  # its processes take each step, and so each decision about one, together
+    is_known = all(group.all_gather(profile is not None and _is_of(profile, model, batch, spec)))
     if profile is None or not is_known:
         profile = measure_together(model, batch, spec, budget_bytes=budget_bytes)
     for _ in range(_MOST_ROUNDS):
@@ -148,7 +148,7 @@ def find_plan(
         if infeasible is not None:
             # The budget that the error names shall be one that runs: try it, if the device has that much.
             available_bytes = Budget.of("auto", device).total_bytes
-            if within_budget or not all(group.gather(infeasible.required_bytes <= available_bytes)):
+            if within_budget or not all(group.all_gather(infeasible.required_bytes <= available_bytes)):
                 raise infeasible
             found = _choose(profile, infeasible.required_bytes, grad_checkpoint)
         assert found is not None  # either there is a plan, or it is said why not
@@ -176,7 +176,7 @@ def _resolved(budget: int | str | Budget | None, device: torch.device) -> Budget
 
 
 def _choose_together(
-    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: Group
+    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: ProcessGroup
 ) -> tuple[Plan | None, BudgetInfeasible | None]:
     """The plan; else, where one of the processes has none, what the neediest of them needs."""
     plan: Plan | None = None
@@ -185,7 +185,7 @@ def _choose_together(
         plan = _choose(profile, budget_bytes, grad_checkpoint)
     except BudgetInfeasible as infeasible:
         problem = infeasible
-    problems = [one for one in group.gather(problem) if one is not None]
+    problems = [one for one in group.all_gather(problem) if one is not None]
     if problems:
         return None, max(problems, key=lambda one: one.required_bytes)
     return plan, None
@@ -237,16 +237,16 @@ def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec,
         return measure_step(model, batch, spec, concrete=True, budget_bytes=plan.budget_bytes)
     # What one process found, all heed: they have to come to the same decision.
     refused: dict[str, set[int]] = {}
-    for positions in trial.group.gather(applied.refused):
+    for positions in trial.group.all_gather(applied.refused):
         for key, found in positions.items():
             refused.setdefault(key, set()).update(found)
     if refused:
         _log.info("calibration refused operations in %d regions; solving again", len(refused))
         return _without(profile, refused)
-    over_bytes = max(trial.group.gather(measured_bytes - plan.budget_bytes))
+    over_bytes = max(trial.group.all_gather(measured_bytes - plan.budget_bytes))
     if over_bytes <= 0:
         return None
-    excess_bytes = max(trial.group.gather(measured_bytes - plan.predicted_peak_bytes))
+    excess_bytes = max(trial.group.all_gather(measured_bytes - plan.predicted_peak_bytes))
     _log.info("the guarded run took %s more than predicted; solving again", format_bytes(excess_bytes))
     return replace(profile, correction_bytes=profile.correction_bytes + max(excess_bytes, over_bytes))
 

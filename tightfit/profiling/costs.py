@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, profiler_memory_events, profiler_ranges, set_grad_enabled_quietly
+from tightfit._torch_private import below_autograd, profiler_memory_events, profiler_ranges, set_grad_mode
 from tightfit.device.memory import refuse_second_profiler
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, layouts_of
-from tightfit.profiling.partial_call import argument_bytes, share_within
+from tightfit.profiling.partial_call import argument_bytes, fit_call
 from tightfit.profiling.processor_caches import fill_caches, forget
 from tightfit.profiling.signatures import Call, TensorSpec
 from tightfit.records import Signature
@@ -104,7 +104,7 @@ def measure_costs(
     result_bytes = result_bytes or {}
     found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
     shares = {
-        index: share_within(call, result_bytes.get(index, 0), room_bytes)
+        index: fit_call(call, result_bytes.get(index, 0), room_bytes)
         for index, call in enumerate(calls)
         if index not in found
     }
@@ -182,7 +182,7 @@ def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: 
 
 def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
     with below_autograd():
-        set_grad_enabled_quietly(call.grad_enabled)
+        set_grad_mode(call.grad_enabled)
         return call.func(*args, **kwargs)
 
 
@@ -286,7 +286,7 @@ def _fill_rnn_workspace(args: list[Any]) -> None:
     tensors = args[:7]  # input, four weights, hx, cx
     reverse, mode, hidden_size, num_layers, has_biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
     with below_autograd():
-        set_grad_enabled_quietly(True)  # without it, forward returns no workspace
+        set_grad_mode(True)  # without it, forward returns no workspace
         args[7], args[8], args[9], args[22] = torch.ops.aten.mkldnn_rnn_layer.default(
             *tensors, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
         )

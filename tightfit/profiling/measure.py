@@ -22,15 +22,15 @@ from tightfit._torch_private import (
     FakeTensorMode,
 )
 from tightfit.device.memory import resident_bytes
-from tightfit.distributed._fsdp_private import plain_class
-from tightfit.distributed.fsdp import exchange_scratch, group_of, is_sharded, settle
+from tightfit.distributed._fsdp_private import unsharded_class
+from tightfit.distributed.fsdp import collective_workspace, ensure_sharded, is_sharded, process_group_of
 from tightfit.errors import TightfitError, UnsupportedInput
 from tightfit.operators.escaped_memory import watching_exposure, with_fast_paths
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.cost_cache import CostCache, NoCache
 from tightfit.profiling.costs import Costs, measure_costs
-from tightfit.profiling.fake_tensor_leaks import Surroundings
-from tightfit.profiling.forward_check import ran_otherwise
+from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
+from tightfit.profiling.forward_check import forward_differs
 from tightfit.profiling.fsdp_copy import ShardedCopy
 from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
 from tightfit.profiling.observer import Observer
@@ -112,18 +112,18 @@ def measure_together(
 ) -> Profile:
     """`measure_step`; of a sharded model by rank 0, for all who have a batch like its. All its processes call this."""
     check_model(model)
-    group = group_of(model)
+    group = process_group_of(model)
 
     def mine() -> Profile:
         return measure_step(model, batch, spec, budget_bytes=budget_bytes, cost_cache=cost_cache)
 
-    if group.is_alone:
+    if group.is_single_process:
         return mine()
-    exchange_scratch(group, device_of(model))
+    collective_workspace(group, device_of(model))
     described = describe_batch(batch)
-    firsts = group.from_first(described)
-    measured = group.from_first(group.together(lambda: mine() if group.is_first else None))
-    return group.together(lambda: measured if measured is not None and described == firsts else mine())
+    firsts = group.broadcast(described)
+    measured = group.broadcast(group.run_on_all(lambda: mine() if group.is_main_process else None))
+    return group.run_on_all(lambda: measured if measured is not None and described == firsts else mine())
 
 
 def measure_step(
@@ -141,7 +141,7 @@ def measure_step(
     """
     began = time.perf_counter()
     check_model(model)
-    settle(model)
+    ensure_sharded(model)
     device = device_of(model)
     cache = CostCache(device) if cost_cache and not untimed else NoCache()
     room_bytes = None if budget_bytes is None else budget_bytes - resident_bytes(model, batch, spec.optimizers)
@@ -172,7 +172,7 @@ def measure_step(
     begin = time.perf_counter()
     is_parted = is_sharded(model)
     # A real forward of a sharded model needs all its processes; whether this one is right, the guarded run finds out.
-    if observer is not None and not is_parted and ran_otherwise(observer.seen, model, batch, spec):
+    if observer is not None and not is_parted and forward_differs(observer.observation, model, batch, spec):
         _log.info("a real forward runs other operations than the fake one; measuring with a real step")
         observer = None
     method = "fake" if observer is not None else "real"
@@ -186,7 +186,7 @@ def measure_step(
         signatures = SignatureTable()
         observer = _observe_concrete(model, batch, spec, signatures)
     observing_s += time.perf_counter() - begin
-    seen = observer.seen
+    seen = observer.observation
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
     if method == "real":
@@ -213,7 +213,7 @@ def measure_step(
     }
     measuring_ms["tables"] = max(0.0, (time.perf_counter() - began) * 1e3 - sum(measuring_ms.values()))
     return Profile(
-        model=plain_class(model).__name__,
+        model=unsharded_class(model).__name__,
         fingerprint=fingerprint(model),
         batch=describe_batch(batch),
         device=str(device),
@@ -240,7 +240,7 @@ def measure_step(
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Digest of the names, shapes and dtypes of parameters and buffers, and of which parameters train."""
-    lines = [plain_class(model).__name__]
+    lines = [unsharded_class(model).__name__]
     lines += [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()]
     lines += [f"{n} {tuple(b.shape)} {b.dtype}" for n, b in model.named_buffers()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -255,7 +255,7 @@ def _observe_fake(
 ) -> tuple[Observer | None, bool]:
     """What was observed, None if the fake run failed; and whether it did because shapes depend on the data."""
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    surroundings = Surroundings(spec.loss)
+    surroundings = NamespaceSnapshot(spec.loss)
     observer = Observer(signatures, device_of(model).type, layouts=layouts)
     try:
         _observe_copy(model, batch, spec, observer, mode)
@@ -267,7 +267,7 @@ def _observe_fake(
         _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
         return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
     finally:
-        surroundings.forget_fakes(mode)
+        surroundings.remove_fakes(mode)
     return observer, False
 
 
@@ -359,22 +359,22 @@ def _observe(
                 optimizer.step()
         observer.in_optimizer = False
         for parameter in parameters:
-            observer.add_baseline(parameter, "parameters")
+            observer.add_resident(parameter, "parameters")
             if parameter.grad is not None:
-                observer.add_baseline(parameter.grad, "gradients")
+                observer.add_resident(parameter.grad, "gradients")
         for buffer in model.buffers():
-            observer.add_baseline(buffer, "buffers")
+            observer.add_resident(buffer, "buffers")
         for optimizer in optimizers:
             for entries in optimizer.state.values():
                 for entry in entries.values() if isinstance(entries, dict) else ():
                     if isinstance(entry, torch.Tensor):
-                        observer.add_baseline(entry, "optimizer_state")
+                        observer.add_resident(entry, "optimizer_state")
         for tensor in batch_tensors(batch):
-            observer.add_baseline(tensor, "batch")
+            observer.add_resident(tensor, "batch")
         with _watching_modules(model, observer):
             observer.start()
             try:
-                with watching_exposure(with_fast_paths(model), observer.expose):
+                with watching_exposure(with_fast_paths(model), observer.mark_escaped):
                     loss = spec.run_loss(model, batch)
                 observer.begin_backward()
                 loss.backward()

@@ -72,7 +72,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def format_table(plan: Plan, most: int | None = None) -> str:
-    """Format the table; empty if nothing is recomputed.  Of more than `most` lines, those that save least become one."""
+    """Format the table; empty if nothing is recomputed.  Beyond ``most`` lines, those that save least become one."""
     rows = plan_rows(plan)
     if not rows:
         return ""

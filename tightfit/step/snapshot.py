@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
-from tightfit.distributed.dtensor import is_distributed, local
+from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.microbatch import Microbatch
@@ -122,7 +122,7 @@ class TrainingState:
         if isinstance(thing, torch.Tensor):
             saved = _SavedTensor(thing, self._file)
             self._tensors.append(saved)
-            part_here = local(thing) if saved.is_distributed else None
+            part_here = local_shard(thing) if saved.is_distributed else None
             for part in (saved.gradient, saved.attributes, part_here, *saved.hooks.values()):
                 if part is not None:
                     yield part
@@ -154,7 +154,7 @@ class _SavedTensor:
 
     def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
         self.tensor = tensor
-        self.is_distributed = is_distributed(tensor)  # then what it holds is in its local part
+        self.is_distributed = is_dtensor(tensor)  # then what it holds is in its local part
         self.contents = None if file is None or self.is_distributed else HostCopy(tensor, file)
         self.shown = tensor.detach()
         self.requires_grad = tensor.requires_grad

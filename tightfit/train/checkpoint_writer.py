@@ -38,16 +38,18 @@ class CheckpointWriter:
             TrainingFailed: there is no room on the disk.
         """
         group = self.work.group
-        random_states = group.gather(random_state())
+        random_states = group.all_gather(random_state())
         state = unsharded(
             {
                 "model": self.work.model.state_dict(),
                 "optimizer": self.work.optimizer.state_dict(),
                 "average": self.average.state_dict(),
             },
-            keep=group.is_first,
+            keep=group.is_main_process,
         )
-        group.together(lambda: self._write(step, state, random_states, is_best=is_best) if group.is_first else None)
+        group.run_on_all(
+            lambda: self._write(step, state, random_states, is_best=is_best) if group.is_main_process else None
+        )
 
     def _write(self, step: int, state: dict[str, Any], random_states: list[dict[str, Any]], *, is_best: bool) -> None:
         extra: dict[str, Any] = {"scaler": self.scaler.state_dict()}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tightfit.distributed.dtensor import is_distributed, local
+from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.train.parallel.fsdp import distributed_like, shard_of
 
 
@@ -22,7 +22,7 @@ class MovingAverage:
         """``decay``: how much of the average stays at each step; None: there is no average to keep."""
         self._decay = decay or 0.0
         self._trained = {} if decay is None else {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: local(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
+        self._average = {name: local_shard(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +39,7 @@ class MovingAverage:
         """
         decay = min(self._decay, step / (step + 9.0))
         for name, parameter in self._trained.items():
-            self._average[name].lerp_(local(parameter).detach().to("cpu"), 1 - decay)
+            self._average[name].lerp_(local_shard(parameter).detach().to("cpu"), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -53,7 +53,7 @@ class MovingAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._trained.items():
-            weights = local(parameter).detach()
+            weights = local_shard(parameter).detach()
             own = weights.to("cpu", copy=True)
             weights.copy_(self._average[name])
             self._average[name].copy_(own)
@@ -61,11 +61,11 @@ class MovingAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average for a checkpoint, distributed like the parameters."""
         return {
-            name: distributed_like(average, self._trained[name]) if is_distributed(self._trained[name]) else average
+            name: distributed_like(average, self._trained[name]) if is_dtensor(self._trained[name]) else average
             for name, average in self._average.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load an unsharded average from a checkpoint; raises KeyError or RuntimeError if it is of another model."""
         for name, average in self._average.items():
-            average.copy_(local(shard_of(state[name], self._trained[name])))
+            average.copy_(local_shard(shard_of(state[name], self._trained[name])))

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tightfit.device.memory import measure_peak, resident_bytes
-from tightfit.distributed.fsdp import is_sharded, settle
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.fsdp import ensure_sharded, is_sharded
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.config import TrainConfig
 from tightfit.train.data import load_data
@@ -48,7 +48,7 @@ class Evaluator:
     device: torch.device
     autocast: torch.dtype | None
     optimizer: torch.optim.Optimizer
-    group: Group = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
 
     def evaluate(self) -> Evaluation:
         """Evaluate in eval mode, without gradients and without touching random generators or statistics.
@@ -73,7 +73,7 @@ class Evaluator:
                     found.append((number, sums))
         totals: Counter[str] = Counter()
         counts: Counter[str] = Counter()
-        everyones = self.group.gather((found, peak_bytes))
+        everyones = self.group.all_gather((found, peak_bytes))
         for _, sums in sorted((entry for entries, _ in everyones for entry in entries), key=lambda entry: entry[0]):
             for name, (total, count) in sums.items():
                 totals[name] += total  # type: ignore[assignment]  # Counter of floats
@@ -100,7 +100,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        settle(model)
+        ensure_sharded(model)
         for module, training in was_training.items():
             module.training = training
 
@@ -150,4 +150,4 @@ def loss_of_first_batch(work: Workload) -> float:
             with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
                 loss = work.task.loss(work.model, to_device(microbatch.batch, work.device))
                 total += microbatch.weighted(loss).item()
-    return work.group.sums([total])[0] / work.group.world_size
+    return work.group.all_reduce_sum([total])[0] / work.group.world_size

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.process_group import Group, group_broken, is_group_broken
+from tightfit.distributed.process_group import ProcessGroup, communication_failed, is_communication_failure
 from tightfit.errors import TightfitError
 from tightfit.records import Plan
 from tightfit.step.microbatch import Microbatch
@@ -23,19 +23,19 @@ class TrainingFailed(TightfitError):
 
 @contextmanager
 def explaining_step_failures(
-    microbatches: Sequence[Microbatch], plan: Plan, budget: Budget, group: Group
+    microbatches: Sequence[Microbatch], plan: Plan, budget: Budget, group: ProcessGroup
 ) -> Iterator[None]:
     """Inside, out-of-memory errors and lost processes become errors that say what to do.
 
     Raises:
         TrainingFailed: the device has no more memory.
-        GroupBroken: another process of the run does not answer.
+        CommunicationFailed: another process of the run does not answer.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not group.is_alone and is_group_broken(error):
-            raise group_broken(error) from error
+        if not group.is_single_process and is_communication_failure(error):
+            raise communication_failed(error) from error
         if not is_out_of_memory(error):
             raise
         shapes = "; ".join(map(describe_batch, microbatches))

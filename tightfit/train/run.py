@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import tightfit
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.planning.plan_cache import Shapes
 from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
@@ -57,7 +57,7 @@ def run(
     *,
     command: Sequence[str],
     reporter: Reporter,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
 ) -> RunSummary | None:
     """Train as ``config`` says, noting ``command`` in the run's folder.  Returns None if a resumed run is already done.
@@ -70,19 +70,19 @@ def run(
         Interrupted: a signal came; the checkpoint is written.
     """
     with deterministic_algorithms(config.deterministic):
-        prepared = group.together(lambda: _prepare(config, group, device))
-        checkpoint = group.from_first(prepared.checkpoint)
+        prepared = group.run_on_all(lambda: _prepare(config, group, device))
+        checkpoint = group.broadcast(prepared.checkpoint)
         return _train(replace(prepared, checkpoint=checkpoint), command, reporter)
 
 
-def _prepare(config: TrainConfig, group: Group, device: torch.device | None) -> _Prepared:
+def _prepare(config: TrainConfig, group: ProcessGroup, device: torch.device | None) -> _Prepared:
     """Build the parts of a run, so that all bad input is found; nothing is written."""
     config, source = resolve(config)
     folder = RunFolder(config)
     if config.tensorboard:
         import_tensorboard()
-    checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
-    work = build(config, source, group, device, sharded=config.strategy == "fsdp" and not group.is_alone)
+    checkpoint = folder.find_checkpoint(config.resume) if group.is_main_process else None
+    work = build(config, source, group, device, sharded=config.strategy == "fsdp" and not group.is_single_process)
     return _Prepared(
         config=config,
         source=source,
@@ -98,7 +98,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
     config, work, folder, checkpoint = prepared.config, prepared.work, prepared.folder, prepared.checkpoint
     group, total_steps = work.group, prepared.total_steps
     identity = identity_of(config, work, total_steps)
-    extra = {} if checkpoint is None else group.together(lambda: restore(config, work, checkpoint, identity))
+    extra = {} if checkpoint is None else group.run_on_all(lambda: restore(config, work, checkpoint, identity))
     average = MovingAverage(work.model, config.ema_decay)
     if "average" in extra:
         average.load_state_dict(extra["average"])
@@ -156,7 +156,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
         applied.remove()
     summary = _summarise(prepared, loop, applied, meter, mismatched_steps, first_step)
     with average.in_place():
-        weights = unsharded(work.model.state_dict(), keep=group.is_first)
+        weights = unsharded(work.model.state_dict(), keep=group.is_main_process)
 
         def finish() -> None:
             folder.save_model(weights)
@@ -177,7 +177,7 @@ def _summarise(
     work, progress, verdict = loop.work, loop.progress, applied.verdict
     assert verdict is not None  # fit has verified what it returns
     peak_bytes = max(meter.highest_peak_bytes, verdict.measured_peak_bytes + work.budget.beside_step_bytes)
-    everyones = work.group.gather((peak_bytes, mismatched_steps))
+    everyones = work.group.all_gather((peak_bytes, mismatched_steps))
     evaluation = loop.last_evaluation
     return RunSummary(
         plan=applied.plan,
@@ -201,9 +201,9 @@ def _summarise(
     )
 
 
-def _on_first(group: Group, work: Callable[[], None]) -> None:
+def _on_first(group: ProcessGroup, work: Callable[[], None]) -> None:
     """Do `work` in rank 0; where it fails, it fails in all processes."""
-    group.together(lambda: work() if group.is_first else None)
+    group.run_on_all(lambda: work() if group.is_main_process else None)
 
 
 def _open(
@@ -218,8 +218,10 @@ def _open(
     reporter.open_log(folder.log)
 
 
-def _metrics_of(folder: RunFolder, config: TrainConfig, group: Group) -> AbstractContextManager[MetricsFile | None]:
-    if not group.is_first:
+def _metrics_of(
+    folder: RunFolder, config: TrainConfig, group: ProcessGroup
+) -> AbstractContextManager[MetricsFile | None]:
+    if not group.is_main_process:
         return nullcontext()
     return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import tightfit
 from tightfit.device.budget import Budget
 from tightfit.distributed.fsdp import is_sharded
-from tightfit.distributed.process_group import FailedElsewhere
+from tightfit.distributed.process_group import RankFailed
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.records import Profile
 from tightfit.step.microbatch import Microbatch
@@ -49,11 +49,11 @@ def plan_run(
 
 def unused_parameters_of(config: TrainConfig, work: Workload, applied: tightfit.Applied) -> UnusedParameters:
     """Find which parameters a step leaves without a gradient, in any process.  All processes call this."""
-    if work.group.is_alone or is_sharded(work.model):
+    if work.group.is_single_process or is_sharded(work.model):
         return UnusedParameters.NONE
     if config.ddp_find_unused_parameters == "on":
         return UnusedParameters.VARYING
-    return max(work.group.gather(find_unused_parameters(work.model, work.microbatch(0), applied, work.spec())))
+    return max(work.group.all_gather(find_unused_parameters(work.model, work.microbatch(0), applied, work.spec())))
 
 
 def _with_reserve(budget: Budget, beside_bytes: int) -> Budget:
@@ -96,13 +96,13 @@ def _fit_together(
         try:
             return fitted(None)
         except BudgetInfeasible as problem:  # all have found it: said once
-            if not group.is_first:
-                raise FailedElsewhere(0, str(problem), is_bad_input=True) from None
+            if not group.is_main_process:
+                raise RankFailed(0, str(problem), is_bad_input=True) from None
             raise
     # Rank 0 measures, alone on its node's cores; where all have batches of the same sizes, all then solve the same.
-    mine = group.together(lambda: fitted(None) if group.is_first else None)
-    profile = group.from_first(None if mine is None else mine.profile)
-    return group.together(lambda: fitted(profile) if mine is None else mine)
+    mine = group.run_on_all(lambda: fitted(None) if group.is_main_process else None)
+    profile = group.broadcast(None if mine is None else mine.profile)
+    return group.run_on_all(lambda: fitted(profile) if mine is None else mine)
 
 
 def _prepare_other_sizes(
@@ -121,4 +121,4 @@ def _prepare_other_sizes(
                 with naming_batch(batch, replace(largest, step=step, place=place, numbers=numbers)):
                     applied.prepare(batch)
 
-    work.group.together(prepare)
+    work.group.run_on_all(prepare)

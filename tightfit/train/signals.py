@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
@@ -30,7 +30,7 @@ class StopRequest:
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
 
-    def __init__(self, group: Group = ALONE) -> None:
+    def __init__(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
         self._group = group
         self._signal_number: int | None = None
         self._ask_every = 1
@@ -38,7 +38,7 @@ class StopRequest:
 
     def after_step(self, step: int) -> int | None:
         """Return the signal that this process or another of the group got; all learn of it after the same step."""
-        if self._group.is_alone:
+        if self._group.is_single_process:
             return self._signal_number
         if step % self._ask_every:
             return None

@@ -81,7 +81,7 @@ class StepMeter:
         seconds = self._seconds / self._steps if self._steps else time.perf_counter() - started
         self._seconds, self._steps = 0.0, 0
         group = self._work.group
-        everyones = group.gather((result.loss.item(), seconds, peak_bytes))
+        everyones = group.all_gather((result.loss.item(), seconds, peak_bytes))
         measured = MeasuredStep(
             loss=math.fsum(loss for loss, _, _ in everyones) / group.world_size,
             gradient_norm=None if result.gradient_norm is None else result.gradient_norm.item(),

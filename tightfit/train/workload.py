@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tightfit.device.budget import Budget
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.step.microbatch import Microbatch
 from tightfit.step.step import StepSpec, batch_tensors
@@ -50,7 +50,7 @@ class Workload:
     autocast: torch.dtype | None
     clip_norm: float | None
     budget: Budget
-    group: Group = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
     """The processes of the run."""
 
     @property
@@ -79,7 +79,7 @@ class Workload:
         A batch that is too small to be split still has a weight of 1, so that its step is like that of the others.
         An all-reduce is needed only where the numbers of samples, which all processes know, do not suffice.
         """
-        if self.accumulation_steps == 1 and self.group.is_alone:
+        if self.accumulation_steps == 1 and self.group.is_single_process:
             return [Microbatch(part) for part in batch.parts]
         total: float
         weights: Sequence[float]
@@ -87,7 +87,7 @@ class Workload:
             weights, total = batch.sizes, batch.batch_size
         else:
             weights = [0.0 if batch.is_duplicate else self.task.weight(part) for part in batch.parts]
-            (total,) = self.group.sums([sum(weights)])
+            (total,) = self.group.all_reduce_sum([sum(weights)])
         if not total > 0:
             raise UnsupportedInput(
                 "a batch has no element that its loss is a mean over (no token to predict, no sample), so there is no "
@@ -153,7 +153,7 @@ def for_task(data: TrainingData, task: Task) -> TrainingData:
 def build(
     config: WorkConfig,
     source: ModelSource,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
     *,
     sharded: bool = False,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tightfit.device import memory as meter
-from tightfit.distributed.dtensor import local
-from tightfit.distributed.fsdp import group_of
+from tightfit.distributed.dtensor import local_shard
+from tightfit.distributed.fsdp import process_group_of
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied, apply
 from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES, Plan, Verdict
@@ -83,7 +83,7 @@ def verify_applied(
     trial = Trial(model, batch, applied, spec)
     try:
         guarded = trial.guarded(steps)
-        if all(trial.group.gather(plan.plain_peak_bytes <= allowed_bytes)):
+        if all(trial.group.all_gather(plan.plain_peak_bytes <= allowed_bytes)):
             return _whole_step(trial, guarded, steps)
         return _per_region(trial, guarded, steps)
     finally:
@@ -111,7 +111,7 @@ class Trial:
         self.applied = applied
         self.plan = applied.plan
         self.device = device_of(model)
-        self.group = group_of(model)
+        self.group = process_group_of(model)
         """Those who have to take each step together."""
         self._spec = spec
         self._planned_spec = replace(spec, around_loss=lambda: applied.step(batch))
@@ -135,7 +135,7 @@ class Trial:
 
     def guarded(self, steps: int = 1) -> Outcome:
         """The planned run alone.  Its first pass lets every region calibrate; only then is anything measured."""
-        if any(self.group.gather(self.applied.installed)):
+        if any(self.group.all_gather(self.applied.installed)):
             self._start.restore()
             self._planned_spec.run(self.model, self.batch)
         return self.run(steps, planned=True)
@@ -162,9 +162,9 @@ class Trial:
         tape_bytes = counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_VALUE_HOST_BYTES
         replayed, mismatches = counts.replayed_ops, counts.mismatches + counts.unplanned_calls
         for name, parameter in self.model.named_parameters():
-            tensors[f"parameter {name}"] = HostCopy(local(parameter), copies)
+            tensors[f"parameter {name}"] = HostCopy(local_shard(parameter), copies)
             if parameter.grad is not None:
-                tensors[f"gradient of {name}"] = HostCopy(local(parameter.grad), copies)
+                tensors[f"gradient of {name}"] = HostCopy(local_shard(parameter.grad), copies)
         for name, buffer in self.model.named_buffers():
             tensors[f"buffer {name}"] = HostCopy(buffer, copies)
         return Outcome(
@@ -200,8 +200,8 @@ def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
         if name not in not_reproducible and not same_contents(t, planned.tensors.get(name))
     }
     rng_equal = first.random_state.equals(planned.random_state)
-    if not trial.group.is_alone:  # each has compared its part
-        everyones = trial.group.gather((differing, not_reproducible, rng_equal))
+    if not trial.group.is_single_process:  # each has compared its part
+        everyones = trial.group.all_gather((differing, not_reproducible, rng_equal))
         not_reproducible = {name for _, names, _ in everyones for name in names}
         differing = {}
         for found, _, _ in everyones:
@@ -242,7 +242,7 @@ def _whole_step(trial: Trial, planned: Outcome, steps: int) -> Verdict:
 
 def _per_region(trial: Trial, planned: Outcome, steps: int) -> Verdict:
     plan = trial.plan
-    if trial.group.is_alone:
+    if trial.group.is_single_process:
         found = compare_regions(trial.model, trial.applied, lambda inside: trial.run(1, planned=True, inside=inside))
     else:  # a region's weights are there only within a step
         found = RegionComparison(unverified=[region.key for region in plan.regions if region.recipe >= 0])

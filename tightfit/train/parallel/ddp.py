@@ -12,15 +12,20 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tightfit._torch_private import has_finished_exchange
+from tightfit._torch_private import gradients_are_reduced
 from tightfit.distributed.fsdp import is_sharded
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.train.failures import TrainingFailed
 from tightfit.train.parallel.unused_parameters import UnusedParameters
 
 
 def data_parallel(
-    model: nn.Module, group: Group, device: torch.device, *, unused: UnusedParameters, accumulation_steps: int = 1
+    model: nn.Module,
+    group: ProcessGroup,
+    device: torch.device,
+    *,
+    unused: UnusedParameters,
+    accumulation_steps: int = 1,
 ) -> nn.Module:
     """Wrap the model so that its gradients are all-reduced at the end of each backward; alone or sharded, it stays.
 
@@ -34,7 +39,11 @@ def data_parallel(
             them in the first (its static graph); where they vary, each forward looks for them.
         accumulation_steps: with more than one backward in a step, DDP does not learn them.
     """
-    if group.is_alone or is_sharded(model) or not any(parameter.requires_grad for parameter in model.parameters()):
+    if (
+        group.is_single_process
+        or is_sharded(model)
+        or not any(parameter.requires_grad for parameter in model.parameters())
+    ):
         return model
     is_static = unused is UnusedParameters.SAME and accumulation_steps == 1
     return DistributedDataParallel(
@@ -59,7 +68,7 @@ def require_all_reduced(model: nn.Module) -> None:
 
     The optimizer would then use gradients that differ from process to process.
     """
-    if isinstance(model, DistributedDataParallel) and not has_finished_exchange(model):
+    if isinstance(model, DistributedDataParallel) and not gradients_are_reduced(model):
         raise TrainingFailed(
             "a step has left out parameters that the first one gave gradients, so not all gradients were all-reduced "
             "between the processes. The step has changed nothing. Go on from the last checkpoint with --resume "
@@ -67,8 +76,8 @@ def require_all_reduced(model: nn.Module) -> None:
         )
 
 
-def bucket_bytes(model: nn.Module, group: Group) -> int:
+def bucket_bytes(model: nn.Module, group: ProcessGroup) -> int:
     """Bytes held beside a step: after the first one, DDP makes its buckets anew while it still has the old ones."""
-    if group.is_alone or is_sharded(model):
+    if group.is_single_process or is_sharded(model):
         return 0
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

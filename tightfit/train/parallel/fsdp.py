@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tightfit.distributed.dtensor import is_distributed, local
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.dtensor import is_dtensor, local_shard
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.optimizers import OptimizerName
 
 
-def shard(model: nn.Module, group: Group, device: torch.device, compute_dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, group: ProcessGroup, device: torch.device, compute_dtype: torch.dtype | None) -> None:
     """Shard the parameters in place: block by block, and what is left as one unit with the model itself.
 
     Args:
@@ -102,7 +102,7 @@ def unsharded(state: Any, *, keep: bool = True) -> Any:
     All processes have to call this; those that do not `keep` the full tensors get None.
     """
     if isinstance(state, Tensor):
-        if not is_distributed(state):
+        if not is_dtensor(state):
             return state
         gathered = state.full_tensor()  # type: ignore[attr-defined]  # a DTensor's
         return gathered.cpu() if keep else None
@@ -117,13 +117,13 @@ def unsharded(state: Any, *, keep: bool = True) -> Any:
 
 def shard_of(full: Any, like: Tensor) -> Any:
     """Return this process's shard of a full tensor, sharded like another; the full one, where that is not sharded."""
-    if not is_distributed(like):
+    if not is_dtensor(like):
         return full
     from torch.distributed.tensor import distribute_tensor
 
     like_: Any = like
     # From what is here already: nothing is sent.
-    return distribute_tensor(full.to(local(like).device), like_.device_mesh, like_.placements, src_data_rank=None)
+    return distribute_tensor(full.to(local_shard(like).device), like_.device_mesh, like_.placements, src_data_rank=None)
 
 
 def distributed_like(shard: Tensor, like: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def distributed_like(shard: Tensor, like: Tensor) -> Tensor:
 
     like_: Any = like
     distributed: Tensor = DTensor.from_local(
-        shard.to(local(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
+        shard.to(local_shard(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
     )
     return distributed
 
@@ -140,7 +140,7 @@ def distributed_like(shard: Tensor, like: Tensor) -> Tensor:
 def shards_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Shard a full state dict as this process's part of the model loads it."""
     current = model.state_dict()
-    if not any(isinstance(value, Tensor) and is_distributed(value) for value in current.values()):
+    if not any(isinstance(value, Tensor) and is_dtensor(value) for value in current.values()):
         return state
     return {name: shard_of(value, current[name]) if name in current else value for name, value in state.items()}
 
@@ -148,7 +148,7 @@ def shards_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, 
 def shards_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Shard a full state dict as this process's optimizer loads it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(map(is_distributed, parameters)):
+    if not any(map(is_dtensor, parameters)):
         return state
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     shards: dict[Any, Any] = {}
