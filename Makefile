@@ -5,7 +5,7 @@
 #   make test    TESTS=tests/cli        all tests, or those under TESTS
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
 #   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
-#   make lint                           ruff and strict mypy
+#   make lint                           ruff, strict mypy, and the floors that imports go down
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
 SHELL := /bin/bash
@@ -60,6 +60,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 gpu-check:
 	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" .ci/gpu-check

@@ -96,7 +96,8 @@ def mem_tracker_peak(name: str, size: Any) -> int:
 
     from tests.suite import build
     from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
-    from tightfit.step.step import StepSpec, give_gradients
+    from tightfit.step.model import give_gradients
+    from tightfit.step.step import Step
 
     case = build(name, size)
     optimizers = case.optimizers()
@@ -104,7 +105,7 @@ def mem_tracker_peak(name: str, size: Any) -> int:
     model, fakes = copy_model(case.model, mode)
     batch = copy_batch(case.batch, mode)
     copies = tuple(copy_optimizer(optimizer, fakes) for optimizer in optimizers)
-    spec = StepSpec(loss=case.loss, optimizers=copies)
+    spec = Step(loss=case.loss, optimizer=copies)
     with mode:
         give_gradients(model)
         for optimizer in copies:
@@ -126,7 +127,7 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     from tests.suite.running import train
     from tightfit.errors import BudgetInfeasible
     from tightfit.planning import fit as planner
-    from tightfit.step.step import StepSpec
+    from tightfit.step.step import Step
 
     def run(applied: Any, case: Any) -> Any:
         found = train(case, STEPS, loss=lambda: applied.loss(case.model, case.batch))
@@ -138,7 +139,7 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     cell.solve_s = time.perf_counter() - begin
     cell.predicted = plan.predicted_peak_bytes
     case = build(name, size)
-    spec = StepSpec(loss=case.loss)
+    spec = Step(loss=case.loss)
     with tightfit.apply(case.model, plan, spec=spec) as applied:
         train(case, 1, loss=lambda: applied.loss(case.model, case.batch), metered=False)  # calibrates
         refused = bool(applied.refused)
@@ -157,13 +158,13 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     try:
         begin = time.perf_counter()
         case = build(name, size)
-        spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
+        spec = Step(loss=case.loss, optimizer=case.optimizers())
         try:
             applied = planner.find_plan(case.model, case.batch, spec, budget)
         except BudgetInfeasible as error:
             cell.budget = budget = error.required_bytes
             case = build(name, size)
-            spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
+            spec = Step(loss=case.loss, optimizer=case.optimizers())
             applied = planner.find_plan(case.model, case.batch, spec, budget)
         cell.guard_s = time.perf_counter() - begin
         with applied:
@@ -179,11 +180,11 @@ def one_model(name: str, size: Any) -> Row:
     from tests.suite.running import settle, train
     from tightfit.profiling.measure import measure_step
     from tightfit.solver.solver import Solver
-    from tightfit.step.step import StepSpec
+    from tightfit.step.step import Step
 
     def measured(kind: Any = "adamw-foreach") -> Any:
         case = build(name, size)
-        return measure_step(case.model, case.batch, StepSpec(loss=case.loss, optimizers=case.optimizers(kind)))
+        return measure_step(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers(kind)))
 
     def wall(profile: Any, seconds: float) -> dict[str, float]:
         return {part: ms / 1e3 for part, ms in profile.measuring_ms.items()} | {"total": seconds}

@@ -13,7 +13,7 @@ from tightfit.profiling import measure as profiler
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.solver.solver import Solver
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 pytest.importorskip("transformers")
 
@@ -32,7 +32,7 @@ def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", SUITE)
 def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build(name)
-    profile = measure_step(case.model, case.batch, StepSpec(loss=case.loss, optimizers=case.optimizers()))
+    profile = measure_step(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers()))
     solver = Solver(profile)
     plain = train(build(name), STEPS)
     plain_bytes = solver.plain(2**62).predicted_peak_bytes - profile.margin_bytes
@@ -42,7 +42,7 @@ def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str, monkeypatch: p
     budget_bytes = (smallest_bytes + plain.peak_bytes) // 2
     monkeypatch.setattr(planner, "measure_together", lambda *_, **__: profile)  # it is measured already
     case = build(name)
-    spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
+    spec = Step(loss=case.loss, optimizer=case.optimizers())
     with find_plan(case.model, case.batch, spec, budget_bytes) as applied:
         applied.statistics.reset()
         planned = train(case, STEPS, loss=lambda: applied.loss(case.model, case.batch))

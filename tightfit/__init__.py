@@ -22,9 +22,9 @@ except ValueError:  # sys.modules["torch"] is None: its import is blocked
 
 if _has_torch:
     from tightfit.installation.applied import Applied, apply
+    from tightfit.operators.pure_modules import allow_recompute
     from tightfit.planning.fit import fit
     from tightfit.profiling.measure import measure
-    from tightfit.replay.module_recompute import allow_rerun
     from tightfit.verification.verify import verify
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ __all__ = [
     "UnsupportedInput",
     "Verdict",
     "VerificationFailed",
-    "allow_rerun",
+    "allow_recompute",
     "apply",
     "fit",
     "frontier",

@@ -1,12 +1,14 @@
 """Every underscore API of PyTorch that tightfit uses, each with the reason and the versions it was seen working in.
 
-All were used with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Nothing else in the package may touch `torch._*`.
+All were used with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Nothing else in the package may touch `torch._*`,
+or an underscore attribute of what PyTorch makes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +20,38 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+
+#: How often a tensor's storage was written; autograd compares it at unpack. `attrgetter` is the fastest door.
+version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
+
+#: A module's own tables, without its children's: `parameters()` and `named_modules()` take two to four times as long.
+own_parameters: Callable[[torch.nn.Module], dict[str, torch.nn.Parameter | None]] = attrgetter("_parameters")
+own_buffers: Callable[[torch.nn.Module], dict[str, torch.Tensor | None]] = attrgetter("_buffers")
+own_children: Callable[[torch.nn.Module], dict[str, torch.nn.Module | None]] = attrgetter("_modules")
+
+#: An operator overload's schema: which arguments it writes, and their names.
+schema_of: Callable[[Any], Any] = attrgetter("_schema")
+
+#: What `Tensor.item()` dispatches to.
+LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
+
+
+_MODULE_HOOKS = tuple(f"_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def has_module_hooks(module: torch.nn.Module) -> bool:
+    """Whether anybody hooked the module's forward or backward. There is no public way to ask."""
+    return any(vars(module)[name] for name in _MODULE_HOOKS)
+
+
+def has_global_module_hooks() -> bool:
+    """Whether anybody hooked every module's forward or backward (`torch.nn.modules.module.register_module_...`)."""
+    return any(getattr(torch.nn.modules.module, f"_global{name}") for name in _MODULE_HOOKS)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile(module)` made the module, or `module.compile()` was called on it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class DispatchMode(TorchDispatchMode):

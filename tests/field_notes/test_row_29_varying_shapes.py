@@ -16,9 +16,9 @@ import tightfit
 from tests.replay.helpers import differences
 from tests.support.shape_models import Transformer, batch_of, gradients, next_word_loss, peak_of
 from tightfit.device.memory import measure_peak, resident_bytes
-from tightfit.planning.plan_cache import MOST_PLANS, Shapes
+from tightfit.planning.plan_cache import MOST_PLANS, PlanCache
 from tightfit.solver.solver import Solver
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 STEPS = 120
 LENGTHS = (24, 31, 32, 33, 48, 63, 64, 72)
@@ -61,9 +61,9 @@ def test_random_lengths_with_validation_in_between() -> None:
                 tensors_alive.append(sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor))
         assert max(peaks) <= budget < plain_bytes
         assert max(peaks) > 0.93 * budget  # the budget was binding
-        assert isinstance(applied.shapes, Shapes)
-        counts = applied.shapes.statistics
-        assert len(applied.shapes) <= 2 * len(LENGTHS) < MOST_PLANS
+        assert isinstance(applied.plans, PlanCache)
+        counts = applied.plans.statistics
+        assert len(applied.plans) <= 2 * len(LENGTHS) < MOST_PLANS
         assert counts.solved >= 1
         assert counts.reused >= 1
         assert (counts.mismatched_steps, counts.unplanned_calls) == (0, 0)
@@ -74,7 +74,7 @@ def test_random_lengths_with_validation_in_between() -> None:
 
 def test_a_batch_that_is_too_long_is_refused_before_it_runs_and_training_goes_on() -> None:
     model = Transformer()
-    spec = StepSpec(loss=next_word_loss)
+    spec = Step(loss=next_word_loss)
     budget = Solver(tightfit.measure(model, batch_of(64), loss=next_word_loss)).minimum_budget()[0] + 50_000
     with tightfit.fit(model, batch_of(48), budget=budget, loss=next_word_loss) as applied:
         forwards = model.forwards

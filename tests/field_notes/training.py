@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tightfit
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Snapshot = dict[str, Any]
@@ -116,7 +116,7 @@ def same_training(
         drops: whether the plan is expected to recompute anything.
     """
     plain, planned = make(), make()
-    steps = train(plain, batches, StepSpec(loss=loss).run_loss, optimizer(plain))
+    steps = train(plain, batches, Step(loss=loss).run_loss, optimizer(plain))
     seed_everything(1)
     planned_optimizer = optimizer(planned)
     with tightfit.fit(

@@ -21,7 +21,7 @@ from tightfit.records import Plan, Profile
 from tightfit.replay.tape import Tape
 from tightfit.replay.write_watch import Pending
 from tightfit.solver.solver import Solver, plain_plan
-from tightfit.verification.verify import Outcome, Trial
+from tightfit.verification.trial import Outcome, Trial
 
 Tensor = torch.Tensor
 MIB = 2**20
@@ -308,7 +308,7 @@ def test_repairs_are_logged(
 def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The live run had more operations than the fake one: positions that it refused are not the profile's."""
     model = Net()
-    spec = planner.StepSpec()
+    spec = planner.Step()
     profile = planner.measure_together(model, BATCH, spec)
     plan = planner.full_plan(profile, 2**40)
     key = profile.regions[2].key

@@ -16,14 +16,14 @@ from tests.support.shape_models import Block, Tensor, Transformer, batch_of, gra
 from tightfit import BudgetInfeasible
 from tightfit.installation.applied import RegionForward
 from tightfit.planning import plan_cache as shapes
-from tightfit.planning.plan_cache import Shapes, ShapeStatistics
+from tightfit.planning.plan_cache import PlanCache, PlanStatistics
 from tightfit.profiling import measure as profiler
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.profiling.remeasure import complete, measure_reshaped
 from tightfit.records import Profile
 from tightfit.solver.solver import Solver
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 SHORT, MIDDLE, LONG = 40, 48, 64
 
@@ -44,13 +44,13 @@ class Case:
         self.optimizer.step()
 
     @property
-    def shapes(self) -> Shapes:
-        assert isinstance(self.applied.shapes, Shapes)
-        return self.applied.shapes
+    def shapes(self) -> PlanCache:
+        assert isinstance(self.applied.plans, PlanCache)
+        return self.applied.plans
 
     @property
-    def counts(self) -> ShapeStatistics:
-        return self.shapes.statistics
+    def counts(self) -> PlanStatistics:
+        return self.plans.statistics
 
     def loss(self, batch: Tensor) -> Tensor:
         return self.applied.loss(self.model, batch)
@@ -80,7 +80,7 @@ def mechanism_of_fixed_cost() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reference() -> Profile:
     model = Transformer()
-    spec = StepSpec(loss=next_word_loss, optimizers=(torch.optim.AdamW(model.parameters()),))
+    spec = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
     return measure_step(model, batch_of(MIDDLE), spec)
 
 
@@ -88,7 +88,7 @@ def reference() -> Profile:
 def budget_bytes(reference: Profile) -> int:
     """What the longest batch can just do with: 15 % of the way from its smallest peak to its plain one."""
     model = Transformer()
-    spec = StepSpec(loss=next_word_loss, optimizers=(torch.optim.AdamW(model.parameters()),))
+    spec = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
     solver = Solver(measure_reshaped(model, batch_of(LONG), spec, reference, 2**40))
     smallest, plain = solver.minimum_budget()[0], solver.plain(0).plain_peak_bytes
     return smallest + (plain - smallest) * 15 // 100
@@ -108,7 +108,7 @@ def case(budget_bytes: int) -> Iterator[Case]:
 @pytest.mark.parametrize("length", [SHORT, LONG])
 def test_measuring_again_in_short_gives_the_same_peaks_as_in_full(reference: Profile, length: int) -> None:
     model = Transformer()
-    spec = StepSpec(loss=next_word_loss, optimizers=(torch.optim.AdamW(model.parameters()),), clip_norm=1.0)
+    spec = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),), clip_norm=1.0)
     whole, short = (
         measure_step(model, batch_of(length), spec),
         measure_reshaped(model, batch_of(length), spec, reference, 2**40),
@@ -128,7 +128,7 @@ def test_measuring_again_in_short_gives_the_same_peaks_as_in_full(reference: Pro
 
 def test_measuring_in_short_knows_when_it_is_another_step(reference: Profile) -> None:
     other = Transformer(depth=1)
-    spec = StepSpec(loss=next_word_loss)
+    spec = Step(loss=next_word_loss)
     profile = measure_step(other, batch_of(MIDDLE), spec, untimed=True)
     assert complete(profile, reference) is None
     assert measure_reshaped(other, batch_of(MIDDLE), spec, reference, 2**40).mode_ms_per_op > 0  # in full
@@ -255,7 +255,7 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
 def test_where_the_margin_does_not_fit_the_plan_is_run_under_the_meter(reference: Profile, budget_bytes: int) -> None:
     case = Case(Transformer(), budget_bytes)
     case.applied.remove()
-    spec = StepSpec(loss=next_word_loss, optimizers=(case.optimizer,))
+    spec = Step(loss=next_word_loss, optimizer=(case.optimizer,))
     smallest = Solver(measure_reshaped(case.model, batch_of(LONG), spec, reference, 2**40)).minimum_budget()[0]
     case = Case(Transformer(), smallest + 2000)
     state = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
@@ -269,12 +269,12 @@ def test_where_the_margin_does_not_fit_the_plan_is_run_under_the_meter(reference
 def test_a_budget_that_plain_fits_many_times_over_costs_no_measuring() -> None:
     model = Transformer()
     with tightfit.fit(model, batch_of(MIDDLE), budget="1GiB", loss=next_word_loss) as applied:
-        assert isinstance(applied.shapes, Shapes)
+        assert isinstance(applied.plans, PlanCache)
         for length in range(SHORT, LONG):
             applied.loss(model, batch_of(length))
             next_word_loss(model, batch_of(length))
             assert not applied.installed
-        counts = applied.shapes.statistics
+        counts = applied.plans.statistics
         assert counts.ample == LONG - SHORT - 1
         assert (counts.plain, counts.solved, counts.unplanned_calls) == (0, 0, 0)
         assert not any(isinstance(vars(m).get("forward"), RegionForward) for m in model.blocks.modules())
@@ -366,7 +366,7 @@ def test_without_gradients_nothing_is_planned(case: Case) -> None:
     with case.applied.paused():
         case.loss(batch_of(LONG))
     assert len(case.shapes) == 1
-    assert case.counts == ShapeStatistics()
+    assert case.counts == PlanStatistics()
 
 
 def test_while_a_profiler_runs_a_new_shape_is_not_measured_but_dropped(case: Case) -> None:
@@ -382,7 +382,7 @@ def test_a_plan_applied_without_fit_drops_all_on_another_shape(reference: Profil
     model = Transformer()
     solver = Solver(reference)
     plan = solver.solve((solver.minimum_budget()[0] + solver.plain(0).plain_peak_bytes) // 2)
-    with tightfit.apply(model, plan, spec=StepSpec(loss=next_word_loss)) as applied:
+    with tightfit.apply(model, plan, spec=Step(loss=next_word_loss)) as applied:
         for length in (MIDDLE, LONG, MIDDLE):
             batch = batch_of(length)
             with applied.paused():

@@ -21,7 +21,7 @@ import tightfit
 from tightfit.distributed.fsdp import group_of, is_sharded
 from tightfit.distributed.process_group import ALONE
 from tightfit.errors import UnsupportedInput
-from tightfit.profiling.measure import fingerprint
+from tightfit.step.fingerprint import fingerprint
 
 BATCH = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 
@@ -131,7 +131,7 @@ def test_other_shapes_are_planned_without_a_trial(mesh: DeviceMesh) -> None:
     with tightfit.fit(model, BATCH, budget=budget) as applied:
         other = torch.randn(96, 32)
         applied.prepare(other)
-        statistics = applied.shapes.statistics
+        statistics = applied.plans.statistics
         assert statistics.guarded == 0
         applied.loss(model, other).backward()
         assert applied.plan_in_force is not None

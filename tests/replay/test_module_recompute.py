@@ -14,9 +14,9 @@ import tightfit
 from tests.replay.helpers import differences, snapshot
 from tightfit import Plan, Profile, UnsupportedInput
 from tightfit.device import memory as meter
+from tightfit.operators.pure_modules import allow_recompute, may_rerun
 from tightfit.records import RERUN
 from tightfit.replay import module_recompute as rerun
-from tightfit.replay.module_recompute import allow_rerun, may_rerun
 from tightfit.replay.statistics import Statistics
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.plan_builder import build_plan
@@ -233,13 +233,13 @@ def test_unknown_kinds_and_statistics_are_never_run_again(block: Callable[[], nn
 
 def test_the_user_may_allow_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerun, "_pure", set(rerun._pure))
-    allow_rerun(Pure)
+    allow_recompute(Pure)
     assert assert_same(Net(Pure), batch()).reruns == 3
 
 
 def test_only_classes_of_modules_can_be_allowed() -> None:
-    with pytest.raises(UnsupportedInput, match=r"allow_rerun\(MyBlock\)"):
-        allow_rerun(Net(feed_forward))  # type: ignore[arg-type]  # the mistake that is told
+    with pytest.raises(UnsupportedInput, match=r"allow_recompute\(MyBlock\)"):
+        allow_recompute(Net(feed_forward))  # type: ignore[arg-type]  # the mistake that is told
 
 
 class WritesItsArgument(Pure):
@@ -263,7 +263,7 @@ class Later(nn.Module):
 
 def test_a_block_that_writes_its_argument_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerun, "_pure", set(rerun._pure))
-    allow_rerun(WritesItsArgument, Pure)
+    allow_recompute(WritesItsArgument, Pure)
     for model in (Net(WritesItsArgument), Later()):
         profile = tightfit.measure(model, batch(), loss=loss_of)
         index = ProfileIndex(profile)
@@ -428,13 +428,13 @@ def test_batches_of_other_sizes_are_planned_without_a_metered_run() -> None:
     plain = step(model, other)
     with tightfit.fit(model, data, budget=budget_bytes, loss=loss_of) as applied:
         assert any(recipe.rerun for recipe in applied.plan.recipes)
-        assert applied.shapes is not None
+        assert applied.plans is not None
         applied.statistics.reset()
         torch.manual_seed(3)
         model.zero_grad(set_to_none=True)
         loss = applied.loss(model, other)
         loss.backward()
         planned = {**snapshot(model, loss), "random state": torch.get_rng_state()}
-        assert applied.shapes.statistics.guarded == 0
+        assert applied.plans.statistics.guarded == 0
         assert applied.statistics.reruns > 0
     assert not differences(plain, planned)

@@ -33,8 +33,8 @@ from tightfit.report.run_page import PAGE, read_run, render
 from tightfit.solver.frontier import frontier_of
 from tightfit.solver.next_budget import next_useful_bytes
 from tightfit.solver.solver import Solver
-from tightfit.step.step import describe_batch
-from tightfit.train import Interrupted, Reporter, TrainConfig, Workload, build, format_summary, resolve, run
+from tightfit.step.batch import describe_batch
+from tightfit.train import Interrupted, Reporter, TrainConfig, Workload, build, format_summary, resolve
 from tightfit.train.data import DATASETS
 from tightfit.train.dry_run import format_dry_run, rehearse
 from tightfit.train.files import replacing, write_text
@@ -43,6 +43,7 @@ from tightfit.train.launch.launcher import launch, noting_failure
 from tightfit.train.launch.rendezvous import joined
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
+from tightfit.train.run import run
 from tightfit.train.summary import format_plan
 from tightfit.units import format_bytes
 

@@ -17,13 +17,16 @@ from tightfit.distributed._fsdp_private import around_machinery
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.resolved_plan import LivePlan
 from tightfit.operators.escaped_memory import with_fast_paths
+from tightfit.operators.pure_modules import may_rerun
 from tightfit.operators.region_names import LOSS, ROOT
-from tightfit.profiling.measure import fingerprint
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.replay.module_recompute import ModuleCall, may_rerun
+from tightfit.replay.module_recompute import ModuleCall
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
-from tightfit.step.step import StepSpec, check_model, describe_batch
+from tightfit.step.batch import describe_batch
+from tightfit.step.fingerprint import fingerprint
+from tightfit.step.model import check_model
+from tightfit.step.step import Step
 
 
 class RegionForward:
@@ -87,7 +90,7 @@ class RootForward(RegionForward):
             self._running = False
 
 
-class PlansByShape(Protocol):
+class Plans(Protocol):
     """Knows the plan for a batch; see `tightfit.planning.plan_cache`."""
 
     def plan_for(self, batch: Any) -> LivePlan:
@@ -106,7 +109,7 @@ class PlansByShape(Protocol):
 class Applied:
     """A plan in force on a model.  Leaving it as a context, or `remove`, restores the model."""
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, spec: StepSpec, profile: Profile | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, plan: Plan, spec: Step, profile: Profile | None = None) -> None:
         self.plan = plan
         """The plan for the batch that was given; see `plan_in_force`."""
         self.profile = profile
@@ -121,7 +124,7 @@ class Applied:
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None  # ends that FSDP2's work goes by unseen
-        self.shapes: PlansByShape | None = None
+        self.plans: Plans | None = None
         """Plans for batches of other shapes; None unless `fit` made this."""
         self._batch_is_known = False
         self._put_in_force(self._own)
@@ -177,8 +180,8 @@ class Applied:
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
-        if self.shapes is not None and self._is_active():
-            self.shapes.plan_for(batch)
+        if self.plans is not None and self._is_active():
+            self.plans.plan_for(batch)
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -203,17 +206,17 @@ class Applied:
         finally:
             self._batch_is_known = before
 
-    def adapt(self, shapes: PlansByShape) -> None:
+    def adapt(self, shapes: Plans) -> None:
         """From now on, `shapes` has the plan for each batch."""
-        self.shapes = shapes
+        self.plans = shapes
         self._put_in_force(self._live)
 
     def _is_active(self) -> bool:
         return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
 
     def _plan_for(self, batch: Any) -> LivePlan:
-        if self.shapes is not None:
-            return self.shapes.plan_for(batch)
+        if self.plans is not None:
+            return self.plans.plan_for(batch)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
         return LivePlan.dropping_everything(self.plan.region_paths)
@@ -224,16 +227,16 @@ class Applied:
         outermost = not self.is_running
         before = counts.mismatches + counts.unplanned_calls
         yield
-        if outermost and self.shapes is not None and counts.mismatches + counts.unplanned_calls > before:
-            self.shapes.note_mismatch()
+        if outermost and self.plans is not None and counts.mismatches + counts.unplanned_calls > before:
+            self.plans.note_mismatch()
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
-        if self.shapes is None:
+        if self.plans is None:
             return
         if self._batch_is_known:
-            self.shapes.note_call(args, kwargs)
+            self.plans.note_call(args, kwargs)
         else:
-            self._put_in_force(self.shapes.plan_for_call(args, kwargs))
+            self._put_in_force(self.plans.plan_for_call(args, kwargs))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -257,7 +260,7 @@ class Applied:
     def remove(self) -> None:
         """Restore the model. Graphs that were built under the plan stay valid."""
         self._take_off()
-        self.shapes = None
+        self.plans = None
 
     def _take_off(self) -> None:
         for module in self._modules:
@@ -284,7 +287,7 @@ class Applied:
         """Let regions follow `live`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
         they need.
         """
-        paths = live.region_paths or ((ROOT,) if self.shapes is not None else ())
+        paths = live.region_paths or ((ROOT,) if self.plans is not None else ())
         wanted = [self._module(path) for path in paths]
         if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
             self._take_off()
@@ -311,9 +314,7 @@ class Applied:
             ) from None
 
 
-def apply(
-    model: torch.nn.Module, plan: Plan, *, spec: StepSpec | None = None, profile: Profile | None = None
-) -> Applied:
+def apply(model: torch.nn.Module, plan: Plan, *, spec: Step | None = None, profile: Profile | None = None) -> Applied:
     """Install `plan` on `model`.
 
     Args:
@@ -339,4 +340,4 @@ def apply(
             f"{type(model).__name__} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
             "Measure and solve for this model."
         )
-    return Applied(model, plan, spec or StepSpec(), profile)
+    return Applied(model, plan, spec or Step(), profile)

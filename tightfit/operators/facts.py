@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import OpOverload, plain_call
+from tightfit._torch_private import OpOverload, plain_call, schema_of
 
 #: Operations that write arguments which their schema does not mark: the positions of those arguments, and of the flag
 #: that says whether they write. When they do, replay passes None: outputs are bit for bit the same and the running
@@ -141,7 +141,7 @@ def _describe(func: Any) -> OpInfo:
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
             blocker="a higher-order operator", blocker_on_cuda="", needs_calibration=True,
         )  # fmt: skip
-    schema = func._schema
+    schema = schema_of(func)
     name = str(func)
     base = schema.name.split("::")[-1]
     mutates = tuple(

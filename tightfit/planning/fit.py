@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
@@ -18,13 +18,17 @@ from tightfit.distributed.fsdp import group_of
 from tightfit.distributed.process_group import Group
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.installation.applied import Applied, apply
-from tightfit.planning.plan_cache import GradCheckpoint, Shapes
-from tightfit.profiling.measure import fingerprint, measure_step, measure_together
+from tightfit.planning.plan_cache import GradCheckpoint, PlanCache
+from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.solver.solver import full_plan, plain_plan, solve
-from tightfit.step.step import LossFunction, StepSpec, as_optimizers, check_model, describe_batch, device_of
+from tightfit.step.batch import describe_batch
+from tightfit.step.fingerprint import fingerprint
+from tightfit.step.model import check_model, device_of
+from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 from tightfit.units import format_bytes
-from tightfit.verification.verify import Trial, verify_applied
+from tightfit.verification.trial import Trial
+from tightfit.verification.verify import verify_applied
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +41,9 @@ def fit(
     batch: Any,
     *,
     budget: int | str | None = None,
+    step: Step | None = None,
     loss: LossFunction | None = None,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: Optimizers = None,
     accumulation_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_norm: float | None = None,
@@ -77,13 +82,7 @@ def fit(
     if grad_checkpoint not in ("auto", "full", "off"):
         raise UnsupportedInput(f"grad_checkpoint={grad_checkpoint!r} is not a choice. Give 'auto', 'full' or 'off'.")
     check_model(model)
-    spec = StepSpec(
-        loss=loss,
-        optimizers=as_optimizers(optimizer),
-        accumulation_steps=accumulation_steps,
-        autocast=autocast,
-        clip_norm=clip_norm,
-    )
+    spec = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
     begin = time.perf_counter()
     applied = find_plan(model, batch, spec, budget, grad_checkpoint, profile=profile)
     try:
@@ -99,17 +98,17 @@ def _adapt(
     model: torch.nn.Module,
     batch: Any,
     applied: Applied,
-    spec: StepSpec,
+    spec: Step,
     grad_checkpoint: GradCheckpoint,
     planning_ms: float,
 ) -> None:
     """Have batches of other shapes planned, too, for the same budget."""
     budget_bytes = applied.plan.budget_bytes
 
-    def plan_guarded(other: Any, other_spec: StepSpec) -> Applied:
+    def plan_guarded(other: Any, other_spec: Step) -> Applied:
         return find_plan(model, other, other_spec, budget_bytes, grad_checkpoint, within_budget=True)
 
-    shapes = Shapes(model, applied, spec, budget_bytes, grad_checkpoint, plan_guarded, planning_ms)
+    shapes = PlanCache(model, applied, spec, budget_bytes, grad_checkpoint, plan_guarded, planning_ms)
     shapes.add(batch, applied)
     applied.adapt(shapes)
 
@@ -117,7 +116,7 @@ def _adapt(
 def find_plan(
     model: torch.nn.Module,
     batch: Any,
-    spec: StepSpec,
+    spec: Step,
     budget: int | str | None = None,
     grad_checkpoint: GradCheckpoint = "auto",
     *,
@@ -182,7 +181,7 @@ def _choose_together(
     return plan, None
 
 
-def _is_of(profile: Profile, model: torch.nn.Module, batch: Any, spec: StepSpec) -> bool:
+def _is_of(profile: Profile, model: torch.nn.Module, batch: Any, spec: Step) -> bool:
     """The profile is of this step, as far as it says."""
     return (
         profile.fingerprint == fingerprint(model)
@@ -203,7 +202,7 @@ def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint
     return plan
 
 
-def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: StepSpec, profile: Profile) -> Profile | None:
+def _guard(model: torch.nn.Module, batch: Any, applied: Applied, spec: Step, profile: Profile) -> Profile | None:
     """Run the plan once, metered. None if it held; else a profile that knows better."""
     plan = applied.plan
     trial = Trial(model, batch, applied, spec)

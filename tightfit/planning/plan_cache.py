@@ -42,7 +42,8 @@ from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver
 from tightfit.step.key import ModelWatch, StepShape, ambient_autocast, step_shape
-from tightfit.step.step import StepSpec, device_of
+from tightfit.step.model import device_of
+from tightfit.step.step import Step
 from tightfit.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ _AMPLE = 2.0
 
 
 @dataclass(slots=True)
-class ShapeStatistics:
+class PlanStatistics:
     """What became of batches of other shapes."""
 
     guarded: int = 0
@@ -122,7 +123,7 @@ class _Entry:
         return plan.predicted_step_ms - plan.plain_step_ms if plan is not None else 0.0
 
 
-class _InOpenAutocast(StepSpec):
+class _InOpenAutocast(Step):
     """A step inside an autocast context that stays open around it, run as if the context were opened for each step.
 
     PyTorch forgets the weights that it has cast when the outermost context closes, which is then the user's; what the
@@ -138,21 +139,21 @@ class _InOpenAutocast(StepSpec):
             torch.clear_autocast_cache()
 
 
-class Shapes:
+class PlanCache:
     """See the module.  Made by `fit`, for one model."""
 
     def __init__(
         self,
         model: torch.nn.Module,
         applied: Applied,
-        spec: StepSpec,
+        spec: Step,
         budget_bytes: int,
         grad_checkpoint: GradCheckpoint,
-        plan_guarded: Callable[[Any, StepSpec], Applied],
+        plan_guarded: Callable[[Any, Step], Applied],
         planning_ms: float,
     ) -> None:
         """`plan_guarded`: makes a plan for a batch as `fit` does and leaves it installed; `planning_ms`: its time."""
-        self.statistics = ShapeStatistics()
+        self.statistics = PlanStatistics()
         self._model = model
         self._applied = applied
         self._spec = spec
@@ -299,12 +300,12 @@ class Shapes:
         most_bytes = baseline_bytes + _AMPLE * growth * (reference.plain_peak_bytes - baseline_bytes)
         return most_bytes <= self._budget_bytes
 
-    def _step_spec(self) -> StepSpec:
+    def _step_spec(self) -> Step:
         """The step as it runs now: an open autocast context counts as the step's own."""
         ambient = ambient_autocast(self._watch.device_type)
         if ambient is None:
             return self._spec
-        settings = {one.name: getattr(self._spec, one.name) for one in fields(self._spec)}
+        settings = {one.name: getattr(self._spec, one.name) for one in fields(self._spec) if one.init}
         return _InOpenAutocast(**{**settings, "autocast": ambient})
 
     def _guarded(self, shape: StepShape, batch: Any) -> _Entry:
@@ -317,7 +318,7 @@ class Shapes:
         self.statistics.guarded += 1
         return self._confirmed(shape, applied)
 
-    def _untried(self, shape: StepShape, batch: Any, spec: StepSpec) -> _Entry:
+    def _untried(self, shape: StepShape, batch: Any, spec: Step) -> _Entry:
         """A plan from a measurement of its own, corrected by what the latest trial showed."""
         latest = self._references[-1]
         with self._applied.paused(), _no_ambient_autocast(self._model):

@@ -15,7 +15,7 @@ from tightfit._torch_private import DispatchMode, current_graph_task
 from tightfit.operators.facts import describe
 from tightfit.profiling.observation import Observation
 from tightfit.step.snapshot import TrainingState
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 #: Packages whose modules ask whether a tensor is fake: transformers then leaves no mask out.
 _ASKING = ("transformers",)
@@ -45,7 +45,7 @@ def _refuse(_: object) -> torch.Tensor:
     raise _NeedsSaved
 
 
-def ran_otherwise(seen: Observation, model: torch.nn.Module, batch: Any, spec: StepSpec) -> bool:
+def ran_otherwise(seen: Observation, model: torch.nn.Module, batch: Any, spec: Step) -> bool:
     """Whether a real forward runs other operations than the observed one; False where that is not asked."""
     if not any(type(module).__module__.partition(".")[0] in _ASKING for module in model.modules()):
         return False

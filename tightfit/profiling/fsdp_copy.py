@@ -19,9 +19,10 @@ from tightfit.distributed._fsdp_private import (
     shard_like,
 )
 from tightfit.distributed.dtensor import local
-from tightfit.distributed.fsdp import SilentExchange, exchange_scratch, group_of
+from tightfit.distributed.fsdp import group_of
+from tightfit.profiling.fsdp_exchange import SilentExchange, exchange_scratch
 from tightfit.profiling.observer import Observer
-from tightfit.step.step import device_of
+from tightfit.step.model import device_of
 
 
 class ShardedCopy:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode, current_graph_task, storage_key
+from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, storage_key
 from tightfit.distributed.dtensor import is_distributed
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
@@ -146,7 +146,7 @@ class Observer(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.in_optimizer and func is torch.ops.aten._local_scalar_dense.default and not self._has_data:
+        if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:
             return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
         if self._quiet or not self._ledger.is_open:
             return func(*args, **kwargs)

@@ -14,12 +14,10 @@ import torch
 
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Event, EventKind, Op, Profile, Signature, Storage
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 
-def measure_reshaped(
-    model: torch.nn.Module, batch: Any, spec: StepSpec, reference: Profile, budget_bytes: int
-) -> Profile:
+def measure_reshaped(model: torch.nn.Module, batch: Any, spec: Step, reference: Profile, budget_bytes: int) -> Profile:
     """The profile of a step on `batch`; measured in full where the step is not the reference's at another size.
 
     Measuring stays within `budget_bytes`, as `measure_step` does.  A step that had to be run for real to be measured is
@@ -29,7 +27,7 @@ def measure_reshaped(
         forward = measure_step(
             model,
             batch,
-            replace(spec, optimizers=(), clip_norm=None),
+            replace(spec, optimizer=None, clip_norm=None),
             concrete=reference.method == "real",
             untimed=True,
             budget_bytes=budget_bytes - reference.baseline["optimizer_state"],

@@ -41,8 +41,8 @@ from tightfit.records import Group
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.self_check import Calibrator
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.tape import Tape
-from tightfit.replay.values import Handle, Kept
+from tightfit.replay.tape import Handle, Tape
+from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import Pending
 
 

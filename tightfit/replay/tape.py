@@ -46,6 +46,8 @@ from tightfit._torch_private import (
     is_conj_or_neg,
     set_grad_enabled_quietly,
     storage_key,
+    version_counter,
+    version_of,
 )
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import (
@@ -61,7 +63,6 @@ from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.self_check import Calibrator, mark_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import (
-    Handle,
     Kept,
     Passing,
     Ref,
@@ -76,6 +77,7 @@ from tightfit.replay.values import (
     copy_of_storage,
     demand,
     may_be_statistics,
+    modified_error,
     rebuild,
     unref,
     written_refs,
@@ -84,6 +86,27 @@ from tightfit.replay.write_watch import Pending
 
 _Tensor = torch.Tensor
 _Noted = (torch.Tensor, list, tuple)
+
+
+class Handle:
+    """What autograd holds instead of a dropped tensor."""
+
+    __slots__ = ("counter", "leaf", "ref", "tape", "version")
+
+    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
+        self.tape = tape
+        self.ref = ref
+        self.leaf = leaf  # of the tape's nest, in which it was saved
+        self.counter = version_counter(tensor)
+        self.version = version_of(tensor)
+
+    def check_version(self) -> None:
+        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
+        if version_of(self.counter) != self.version:
+            raise modified_error(self.ref.dtype, self.ref.size, version_of(self.counter), self.version)
+
+    def __del__(self) -> None:
+        self.tape.release(self.ref.value)
 
 
 class Tape:
@@ -366,7 +389,7 @@ class Tape:
                 if value.refs == 0:
                     value.source = None
                 elif value.source is not None:
-                    value.version = value.source._version
+                    value.version = version_of(value.source)
                     if self._calibrator is None and (value in movable or belongs_to_others(value.source)):
                         value.mark = mark_of(value.source)
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,14 +18,11 @@ from tightfit._torch_private import (
     alias_outside_dispatch,
     below_autograd,
     storage_key,
-    version_counter,
+    version_of,
     with_lazy_bits,
 )
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import LiveRecipe
-
-if TYPE_CHECKING:
-    from tightfit.replay.tape import Tape
 
 _Tensor = torch.Tensor
 
@@ -145,27 +142,6 @@ class Passing:
                 self.storages.pop(value, None)
 
 
-class Handle:
-    """What autograd holds instead of a dropped tensor."""
-
-    __slots__ = ("counter", "leaf", "ref", "tape", "version")
-
-    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
-        self.tape = tape
-        self.ref = ref
-        self.leaf = leaf  # of the tape's nest, in which it was saved
-        self.counter = version_counter(tensor)
-        self.version = tensor._version
-
-    def check_version(self) -> None:
-        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
-        if self.counter._version != self.version:
-            raise modified_error(self.ref.dtype, self.ref.size, self.counter._version, self.version)
-
-    def __del__(self) -> None:
-        self.tape.release(self.ref.value)
-
-
 class Kept:
     """A saved tensor that stays, with the version that plain autograd would have checked."""
 
@@ -177,12 +153,12 @@ class Kept:
         # A subclass is aliased as its own kind.
         plain = type(tensor) is _Tensor or type(tensor) is torch.nn.Parameter
         self.tensor = alias_outside_dispatch(_Tensor, tensor) if plain else alias(tensor)
-        self.version = tensor._version
+        self.version = version_of(tensor)
 
     def read(self) -> _Tensor:
         """The tensor; raises as plain autograd does if it was written after being saved."""
-        if self.tensor._version != self.version:
-            raise modified_error(self.tensor.dtype, self.tensor.shape, self.tensor._version, self.version)
+        if version_of(self.tensor) != self.version:
+            raise modified_error(self.tensor.dtype, self.tensor.shape, version_of(self.tensor), self.version)
         return self.tensor
 
 
@@ -193,7 +169,7 @@ def contents(value: TapedValue) -> torch.UntypedStorage | None:
     source = value.source
     if source is None:
         return None
-    if value.version is not None and source._version != value.version:
+    if value.version is not None and version_of(source) != value.version:
         raise changed_error(source, "in place after the region that used it ended")
     return source.untyped_storage()
 
@@ -305,11 +281,11 @@ def before_write(value: TapedValue, tensor: _Tensor) -> None:
     source = value.source
     if source is None or storage_key(source) != storage_key(tensor):
         return
-    if value.version is not None and source._version != value.version:
+    if value.version is not None and version_of(source) != value.version:
         return  # too late: it was written where nobody looked
     if value.refs:  # somebody will need the old contents
         value.source = copy_of_storage(source)
-        value.version = value.source._version
+        value.version = version_of(value.source)
     else:
         value.source = None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_bytes, storage_key, tree_leaves
+from tightfit._torch_private import own_children, own_parameters, storage_bytes, storage_key, tree_leaves
 
 _DEPTH = 4
 
@@ -114,9 +114,9 @@ class ModelWatch:
 
     def _is_unchanged(self) -> bool:
         for module, kind, training, children, known in self._modules:
-            if module.training is not training or type(module) is not kind or module._modules != children:
+            if module.training is not training or type(module) is not kind or own_children(module) != children:
                 return False
-            table = module._parameters
+            table = own_parameters(module)
             if len(table) != len(known):
                 return False
             for now_there, (parameter, shape, dtype, requires_grad) in zip(table.values(), known, strict=True):
@@ -145,11 +145,11 @@ class ModelWatch:
                 modules.append(places[module])  # here again
                 continue
             places[module] = len(places)
-            children = module._modules
+            children = own_children(module)
             modules.append((type(module), module.training, *children.keys()))
             known = [
                 (None, None, None, None) if p is None else (p, p.shape, p.dtype, p.requires_grad)
-                for p in module._parameters.values()
+                for p in own_parameters(module).values()
             ]
             self._modules.append((module, type(module), module.training, dict(children), known))
             parameters += [described[1:] for described in known if described[0] is not None]

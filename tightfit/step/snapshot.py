@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
+from tightfit._torch_private import (
+    drop_tensor_hooks,
+    no_function_modes,
+    set_versions,
+    storage_key,
+    tensor_hooks,
+    version_of,
+)
 from tightfit.distributed.dtensor import is_distributed, local
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import CopyFile, HostCopy
@@ -159,7 +166,7 @@ class _SavedTensor:
         self.gradient = tensor.grad if tensor.is_leaf else None
         self.attributes = vars(tensor) if hasattr(tensor, "__dict__") else None
         self.hooks = tensor_hooks(tensor)
-        self.version = -1 if tensor.is_inference() else tensor._version
+        self.version = -1 if tensor.is_inference() else version_of(tensor)
 
     def restore(self) -> None:
         tensor = self.tensor
@@ -180,7 +187,7 @@ class _SavedTensor:
             tensor.data = shown
         if self.contents is not None:
             self.contents.restore(tensor)
-        elif self.version >= 0 and tensor._version != self.version:
+        elif self.version >= 0 and version_of(tensor) != self.version:
             raise UnsupportedInput(
                 f"a tensor of the model, the optimizer or the batch ({tensor.dtype} {list(tensor.shape)}) was changed "
                 "while a copy of them was measured without data, so the loss function reaches past what it is given. "

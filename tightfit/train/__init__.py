@@ -3,7 +3,6 @@
 from tightfit.train.config import TrainConfig, WorkConfig
 from tightfit.train.optimizer_step import TrainingFailed
 from tightfit.train.reporter import Reporter
-from tightfit.train.run import run
 from tightfit.train.signals import Interrupted
 from tightfit.train.summary import RunSummary, format_summary
 from tightfit.train.workload import Workload, build, resolve
@@ -19,5 +18,4 @@ __all__ = [
     "build",
     "format_summary",
     "resolve",
-    "run",
 ]

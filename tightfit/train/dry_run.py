@@ -7,7 +7,7 @@ from typing import Any
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.records import Plan
-from tightfit.step.step import describe_batch
+from tightfit.step.batch import describe_batch
 from tightfit.train.config import TrainConfig
 from tightfit.train.determinism import deterministic_algorithms
 from tightfit.train.run import make_average, make_evaluator, plan_run, total_steps_of

@@ -11,7 +11,7 @@ import tightfit
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import group_broken, is_group_broken
 from tightfit.errors import TightfitError
-from tightfit.step.step import describe_batch
+from tightfit.step.batch import describe_batch
 from tightfit.train.data.loader import Parts, to_device
 from tightfit.train.parallel.ddp import exchanging, is_exchanged
 from tightfit.train.parallel.fsdp import whole

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tightfit.device.budget import resolve_budget
 from tightfit.distributed.process_group import ALONE, Group
 from tightfit.errors import UnsupportedInput
-from tightfit.step.step import StepSpec, batch_tensors
+from tightfit.step.batch import batch_tensors
+from tightfit.step.step import Step
 from tightfit.train.config import WorkConfig
 from tightfit.train.data import DataOptions, TrainingData, data_name, load_data
 from tightfit.train.data.loader import BatchLoader, Parts, to_device
@@ -106,11 +107,11 @@ class Workload:
             return 0  # the others wait in host memory
         return sum(t.nbytes for other, part in enumerate(parts) if other != place for t in batch_tensors(part))
 
-    def spec(self) -> StepSpec:
+    def spec(self) -> Step:
         """The step, as the verbs take it."""
-        return StepSpec(
+        return Step(
             loss=self.loss,
-            optimizers=(self.optimizer,),
+            optimizer=self.optimizer,
             accumulation_steps=self.accumulation_steps,
             autocast=self.autocast,
             clip_norm=self.clip_norm,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tightfit._torch_private import own_parameters
 from tightfit.distributed.dtensor import is_distributed, local
 from tightfit.distributed.process_group import Group
 from tightfit.errors import UnsupportedInput
@@ -88,7 +89,7 @@ def _uses(model: nn.Module) -> Counter[int]:
     """How many names each parameter has."""
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     return Counter(
-        id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None
+        id(parameter) for module in modules for parameter in own_parameters(module).values() if parameter is not None
     )
 
 

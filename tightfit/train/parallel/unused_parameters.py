@@ -11,7 +11,7 @@ from torch import nn
 
 import tightfit
 from tightfit.step.snapshot import TrainingState
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 
 class Reach(IntEnum):
@@ -25,7 +25,7 @@ class Reach(IntEnum):
     """Every step may reach others."""
 
 
-def reach_of(model: nn.Module, batch: Any, applied: tightfit.Applied, spec: StepSpec) -> Reach:
+def reach_of(model: nn.Module, batch: Any, applied: tightfit.Applied, spec: Step) -> Reach:
     """Which parameters steps like the one on `batch` give a gradient; everything is put back afterwards.
 
     Steps are alike where no data decide what is computed, as measuring found, and nothing is drawn from Python's or

@@ -1,0 +1,184 @@
+"""What to do in each region of a step: decisions, recipes, and the plan with what it is predicted to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from tightfit.records import json_codec
+from tightfit.records.checks import require
+from tightfit.records.recompute_tree import Nest
+
+#: Python objects in host memory that a planned step holds: for each operation that may be replayed, and for each value
+#: that is dropped. Upper estimates, measured with tracemalloc; not part of the budget.
+TAPED_OP_HOST_BYTES = 1600
+DROPPED_VALUE_HOST_BYTES = 1400
+
+#: A region's keep set: (operation's position in the region, output's index) of each value that is held instead of
+#: replayed. ``None`` instead of a keep set leaves the region untouched: it runs as plain PyTorch.
+KeepSet = frozenset[tuple[int, int]]
+
+
+class Rerun(Enum):
+    """Instead of a keep set: no tape; PyTorch's checkpoint runs the whole module's forward again in backward."""
+
+    RERUN = "rerun"
+
+
+RERUN = Rerun.RERUN
+Decision = KeepSet | Rerun | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptValue:
+    """A value that is kept for safety, whatever the budget, and why."""
+
+    op: str
+    reason: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What to do in a region: shared by all regions of one class with the same decision."""
+
+    class_id: int
+    op_names: tuple[str, ...]
+    """The operations that the decision was made for: the live tape follows it only as long as they agree."""
+    keep: tuple[tuple[int, int], ...]
+    """The keep set, sorted."""
+    drop: tuple[tuple[int, int], ...]
+    """(position, output) of each saved value that is dropped and replayed, sorted. Any other saved value is held."""
+    replay: tuple[int, ...]
+    """Positions of the operations that replay needs, sorted: only these are taped."""
+    held_bytes: int
+    """Bytes this region holds from the end of its forward to its backward, parameters and batch apart."""
+    dropped_bytes: int
+    """Bytes that autograd saves in the plain step and that this recipe does not hold."""
+    replay_ms: float
+    """Time of the replayed operations."""
+    rerun: bool = False
+    """There is no tape: PyTorch's checkpoint runs the module's forward again, up to the last operation in `replay`."""
+    kept_for_safety: tuple[KeptValue, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRegion:
+    """The decision for one region."""
+
+    key: str
+    recipe: int = -1
+    """Index into `Plan.recipes`; -1 leaves the region untouched."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Consecutive regions that share one tape: what passes between them is dropped and rebuilt, too."""
+
+    first: int
+    """Index of the first region, in `Profile.regions` and `Plan.regions`."""
+    count: int
+    nest: Nest
+    """What replay holds at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A decision for every region, with what it is predicted to cost."""
+
+    budget_bytes: int
+    """The budget it was solved for."""
+    predicted_peak_bytes: int
+    """Predicted peak of the whole step, in the budget's terms."""
+    peak_where: str
+    """When the peak is reached: a region's key, ``backward of KEY`` or ``optimizer step``."""
+    baseline_bytes: int
+    """Parameters, buffers, gradients, optimizer state, batch."""
+    breakdown: Mapping[str, int]
+    """Bytes at the moment of the peak, by component; they add up to `predicted_peak_bytes`."""
+    predicted_step_ms: float
+    plain_step_ms: float
+    plain_peak_bytes: int
+    overhead_ratio: float
+    """`predicted_step_ms` / `plain_step_ms` - 1."""
+    lower_bound_ms: float
+    """No plan of the plan space is faster than this at this budget."""
+    regions: tuple[PlannedRegion, ...]
+    recipes: tuple[Recipe, ...]
+    region_paths: tuple[str, ...]
+    """Module paths that are regions."""
+    groups: tuple[Group, ...] = ()
+    """Regions that share tapes, in order; empty unless the budget is below what one level of replay needs."""
+    model: str
+    fingerprint: str
+    """See `Profile.fingerprint`."""
+    batch: str
+    device: str
+    optimizer: str
+    """Empty when the optimizer was not measured: its state and step are then not in the figures."""
+    exactness: str = "bitwise"
+    """"bitwise": gradients are bit for bit those of the plain step. "rounding": summation order may differ."""
+
+    def check(self) -> None:
+        """Raise ValueError where an index or a size cannot be right."""
+        sizes = {"budget_bytes": self.budget_bytes, "baseline_bytes": self.baseline_bytes}
+        for name, size in sizes.items():
+            require(size >= 0, f"{name} is negative")
+        require(self.exactness in ("bitwise", "rounding"), f"exactness is {self.exactness!r}")
+        require(
+            sum(self.breakdown.values()) == self.predicted_peak_bytes,
+            "breakdown does not add up to predicted_peak_bytes",
+        )
+        keys = [region.key for region in self.regions]
+        require(len(set(keys)) == len(keys), "regions name one region twice")
+        for region in self.regions:
+            require(-1 <= region.recipe < len(self.recipes), f"{region.key} names recipe {region.recipe}")
+        _check_groups(self)
+        for place, recipe in enumerate(self.recipes):
+            count = len(recipe.op_names)
+            require(all(0 <= op < count for op in recipe.replay), f"recipes[{place}].replay names no operation")
+            pairs = (*recipe.keep, *recipe.drop)
+            require(all(0 <= op < count for op, _ in pairs), f"recipes[{place}] keeps or drops what no operation makes")
+            require(recipe.held_bytes >= 0 and recipe.dropped_bytes >= 0, f"recipes[{place}] has negative bytes")
+
+    @property
+    def tape_host_bytes(self) -> int:
+        """Host memory that the tapes' own Python objects take, at most: beside the budget, not within it."""
+        planned = [self.recipes[region.recipe] for region in self.regions if region.recipe >= 0]
+        planned = [recipe for recipe in planned if not recipe.rerun]
+        taped, dropped = sum(len(r.replay) for r in planned), sum(len(r.drop) for r in planned)
+        return taped * TAPED_OP_HOST_BYTES + dropped * DROPPED_VALUE_HOST_BYTES
+
+    @property
+    def is_plain(self) -> bool:
+        """True when nothing is dropped: applying the plan installs nothing."""
+        return all(region.recipe < 0 for region in self.regions)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        json_codec.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. Raises `PlanMismatch` if the file is not one."""
+        return json_codec.load(cls, path)
+
+
+def _check_groups(plan: Plan) -> None:
+    end = 0
+    for place, group in enumerate(plan.groups):
+        require(group.first >= end and group.count >= 1, f"groups[{place}] does not follow the one before")
+        end = group.first + group.count
+        require(end <= len(plan.regions), f"groups[{place}] names no region")
+        recipes = [region.recipe for region in plan.regions[group.first : end]]
+        require(all(recipe >= 0 for recipe in recipes), f"groups[{place}] has an untouched region")
+        nest = group.nest
+        require(len(nest.depths) == len(nest.cuts), f"groups[{place}].nest has cuts without depth")
+        require(list(nest.cuts) == sorted(set(nest.cuts)), f"groups[{place}].nest has cuts out of order")
+        require(
+            all(0 <= region < group.count and position >= 0 for region, position in nest.cuts)
+            and all(depth >= 0 for depth in nest.depths),
+            f"groups[{place}].nest names no place in its regions",
+        )
