@@ -6,6 +6,7 @@
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
 #   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
 #   make lint                           ruff, strict mypy, and the floors that imports go down
+#   make test    TORCH=2.11.0           any target with another PyTorch, in a virtual environment of its own
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
 SHELL := /bin/bash
@@ -22,8 +23,12 @@ TEST_THREADS ?= 1
 # Test processes, and how the tests are shared among them.
 TEST_PROCESSES ?= auto
 
-VENV := .venv
+# Another PyTorch than the one that constraints-dev.txt pins; each version has a virtual environment of its own.
+TORCH ?=
+
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints-dev.txt)
 RUNS := runs
 
 # About half of what the plain step needs (541.6 MiB): see README.md, "The demo".
@@ -66,19 +71,22 @@ gpu-check:
 	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" .ci/gpu-check
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "No Python 3.11-3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; fi
 	"$(PYTHON)" -m venv $(VENV)
 
+$(VENV)/constraints.txt: constraints-dev.txt | $(BIN)/python
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints-dev.txt > $@
+
 # The stamps say what is installed; they are renewed when the requirements change.
-$(VENV)/.installed-train: pyproject.toml constraints-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable .
+$(VENV)/.installed-train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable ".[dev]"
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@ $(VENV)/.installed-train
 
 # Without build isolation: deepspeed's build imports torch.
