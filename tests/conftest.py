@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, a quiet profiler, a fixed seed, and a cost cache of their own; and a folder."""
+"""Shared by all tests: fixed costs of operations, one thread, a quiet profiler, and no cost cache; and a folder."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support import fixed_costs
+
 if TYPE_CHECKING:
     import torch  # at run time not here: some tests run where torch is blocked
 
+ROOT = Path(__file__).parents[1]
+
+fixed_costs.install()
+# Of this process, before it imports torch, and of those that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(fixed_costs.STARTUP), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+# With a cache, what fits would depend on which tests ran before: an operation that is known is not run alone again.
+os.environ["TIGHTFIT_COST_CACHE"] = "off"
+# Models here are so small that a second thread costs more than it brings; and workspaces grow with threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
 
 
-@pytest.fixture(autouse=True, scope="session")
-def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The user's own cache of operation costs is neither read nor written; within a session, costs are shared."""
-    before = {name: os.environ.get(name) for name in ("TIGHTFIT_CACHE_DIR", "TIGHTFIT_COST_CACHE")}
-    os.environ["TIGHTFIT_CACHE_DIR"] = str(tmp_path_factory.mktemp("tightfit-cache"))
-    os.environ.pop("TIGHTFIT_COST_CACHE", None)
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+@pytest.fixture
+def measured_costs() -> Iterator[None]:
+    """Operations and the mechanism are timed, as for users."""
+    with fixed_costs.measured():
+        yield
 
 
 @pytest.fixture
@@ -53,6 +59,5 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working folder, from which the project's tests can still be imported."""
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

@@ -8,10 +8,7 @@ from tests.suite import SUITE, build
 from tests.suite.running import train
 from tightfit.planning import fit as planner
 from tightfit.planning.fit import find_plan
-from tightfit.profiling import costs
-from tightfit.profiling import measure as profiler
 from tightfit.profiling.measure import measure_step
-from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.solver.solver import Solver
 from tightfit.step.step import Step
 
@@ -20,13 +17,6 @@ pytest.importorskip("transformers")
 STEPS = 2
 #: Of the plain peak that was predicted without a real step.
 WORST_ERROR = 0.0005
-
-
-@pytest.fixture(autouse=True)
-def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times do not matter here, only bytes and bits."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
-    monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 
 @pytest.mark.parametrize("name", SUITE)

@@ -89,8 +89,7 @@ def trained(model: nn.Module, batch: Tensor, resident: bool) -> torch.optim.Opti
 
 @pytest.mark.parametrize("resident", [False, True], ids=["before the first step", "in training"])
 @pytest.mark.parametrize("case", CASES)
-def test_fit_takes_no_more_than_the_budget(case: str, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIGHTFIT_COST_CACHE", "off")
+def test_fit_takes_no_more_than_the_budget(case: str, resident: bool) -> None:
     build, batch = CASES[case]
     model = build()
     optimizer = trained(model, batch, resident)
@@ -111,9 +110,8 @@ def test_fit_takes_no_more_than_the_budget(case: str, resident: bool, monkeypatc
     applied.remove()
 
 
-def test_what_does_not_fit_beside_the_model_is_estimated_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_beside_the_model_is_estimated_and_says_so() -> None:
     """In training, a foreach operation's made-up arguments would be a second optimizer state."""
-    monkeypatch.setenv("TIGHTFIT_COST_CACHE", "off")
     model = Wide()
     batch = torch.randn(8, 512)
     optimizer = trained(model, batch, resident=True)

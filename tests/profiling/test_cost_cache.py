@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TIGHTFIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TIGHTFIT_COST_CACHE")
     return tmp_path / "cache"
 
 
@@ -61,6 +62,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.usefixtures("measured_costs")
 def test_an_operation_is_run_alone_once_per_machine(folder: Path, ran: list[str]) -> None:
     first = measure_small()
     assert len(set(ran)) > 5
@@ -86,7 +88,8 @@ def test_it_can_be_turned_off(folder: Path, ran: list[str], monkeypatch: pytest.
 
 
 def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TIGHTFIT_CACHE_DIR")
+    monkeypatch.delenv("TIGHTFIT_COST_CACHE")
+    monkeypatch.delenv("TIGHTFIT_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cost_cache.cache_folder() == tmp_path / "tightfit"
     monkeypatch.delenv("XDG_CACHE_HOME")

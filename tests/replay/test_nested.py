@@ -50,7 +50,6 @@ def nested_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decisio
     return decisions, tuple(g for g in groups if g.first not in alone)
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 @settings(SMALL, max_examples=15)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
@@ -126,7 +125,6 @@ def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
     assert abs(peak_bytes - plan.predicted_peak_bytes) <= 256
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     torch.manual_seed(0)
     batch = torch.randn(512, 8)
@@ -151,7 +149,6 @@ def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     check_step(model, batch, lowest)
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 def test_100_steps_of_a_loop_in_one_region() -> None:
     torch.manual_seed(0)
     smallest = {}
@@ -171,7 +168,6 @@ def decided(plan: Plan) -> tuple[list[Decision], tuple[Group, ...]]:
     return list(keep), plan.groups
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 def test_regions_of_a_group_that_another_plan_never_ran_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans for other shapes share what is calibrated: the group's first region may be, and the others not."""
     model, batch = ResidualMLP(6), torch.randn(64, 8)

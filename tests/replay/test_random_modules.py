@@ -83,7 +83,6 @@ def is_random(name: str) -> bool:
     return any(word in name for word in ("dropout", "rand", "bernoulli"))
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 @settings(SMALL, max_examples=25)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_planned(model: Program, data: st.DataObject) -> None:
