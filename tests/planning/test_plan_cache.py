@@ -44,7 +44,7 @@ class Case:
         self.optimizer.step()
 
     @property
-    def shapes(self) -> PlanCache:
+    def plans(self) -> PlanCache:
         assert isinstance(self.applied.plans, PlanCache)
         return self.applied.plans
 
@@ -179,21 +179,21 @@ def test_other_batch_sizes(case: Case) -> None:
     with case.applied.paused():
         plain = gradients(case.model, lambda: next_word_loss(case.model, batch))
     assert differences(plain, gradients(case.model, lambda: case.loss(batch))) == []
-    assert len(case.shapes) == 2
+    assert len(case.plans) == 2
 
 
 def test_what_does_not_fit_is_refused_before_forward(case: Case) -> None:
     batch = batch_of(200, size=8)
     case.loss(batch_of(SHORT)).backward()
-    before = case.applied.live, case.model.forwards, torch.get_rng_state(), len(case.shapes)
+    before = case.applied.resolved, case.model.forwards, torch.get_rng_state(), len(case.plans)
     installed = {name: vars(m)["forward"] for name, m in case.model.named_modules() if "forward" in vars(m)}
     with pytest.raises(BudgetInfeasible) as caught:
         case.loss(batch)
     assert case.budget_bytes < caught.value.required_bytes
-    assert case.applied.live is before[0]
+    assert case.applied.resolved is before[0]
     assert case.model.forwards == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
-    assert len(case.shapes) == before[3]
+    assert len(case.plans) == before[3]
     assert installed == {name: vars(m)["forward"] for name, m in case.model.named_modules() if "forward" in vars(m)}
     with pytest.raises(BudgetInfeasible), case.applied.step(batch):
         pytest.fail("the step began")
@@ -238,7 +238,7 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
     monkeypatch.setattr(shapes, "measure_reshaped", forgetful)
     monkeypatch.setattr(shapes, "_replaying", lambda plan: set())  # as if all of these regions were calibrated
     case = Case(Transformer(), budget_bytes)
-    for reference in case.shapes._references:
+    for reference in case.plans._references:
         reference.correction_bytes = forgotten_bytes
     case.applied.prepare(batch_of(LONG))
     case.loss(batch_of(LONG))
@@ -285,9 +285,9 @@ def test_no_more_plans_are_kept_than_stated(case: Case, monkeypatch: pytest.Monk
     monkeypatch.setattr(shapes, "MOST_PLANS", 3)
     for length in (41, 42, 43, 44):
         case.loss(batch_of(length))
-    assert len(case.shapes) == 3
+    assert len(case.plans) == 3
     assert case.counts.forgotten == 2
-    assert len(case.shapes._calls) <= 3
+    assert len(case.plans._calls) <= 3
     case.loss(batch_of(44))
     planned = case.counts.planning_ms
     case.loss(batch_of(43))
@@ -365,7 +365,7 @@ def test_without_gradients_nothing_is_planned(case: Case) -> None:
         case.model(batch_of(LONG))
     with case.applied.paused():
         case.loss(batch_of(LONG))
-    assert len(case.shapes) == 1
+    assert len(case.plans) == 1
     assert case.counts == PlanStatistics()
 
 
@@ -373,9 +373,9 @@ def test_while_a_profiler_runs_a_new_shape_is_not_measured_but_dropped(case: Cas
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         case.assert_gradients_are_plain(batch_of(LONG))
     assert case.counts.unplanned_calls == 1
-    assert len(case.shapes) == 1
+    assert len(case.plans) == 1
     case.assert_gradients_are_plain(batch_of(LONG))
-    assert len(case.shapes) == 2
+    assert len(case.plans) == 2
 
 
 def test_a_plan_applied_without_fit_drops_all_on_another_shape(reference: Profile) -> None:

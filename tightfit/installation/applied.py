@@ -15,7 +15,7 @@ import torch
 
 from tightfit.distributed._fsdp_private import around_machinery
 from tightfit.errors import PlanMismatch, UnsupportedInput
-from tightfit.installation.resolved_plan import LivePlan
+from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
 from tightfit.operators.pure_modules import may_rerun
 from tightfit.operators.region_names import LOSS, ROOT
@@ -93,13 +93,13 @@ class RootForward(RegionForward):
 class Plans(Protocol):
     """Knows the plan for a batch; see `tightfit.planning.plan_cache`."""
 
-    def plan_for(self, batch: Any) -> LivePlan:
+    def plan_for(self, batch: Any) -> ResolvedPlan:
         """The plan for a batch, made now if there is none yet."""
 
     def note_call(self, args: Any, kwargs: Any) -> None:
         """The model is called with these arguments, for the batch that `plan_for` was last asked about."""
 
-    def plan_for_call(self, args: Any, kwargs: Any) -> LivePlan:
+    def plan_for_call(self, args: Any, kwargs: Any) -> ResolvedPlan:
         """The plan for a call of the model whose batch nobody told."""
 
     def note_mismatch(self) -> None:
@@ -120,7 +120,7 @@ class Applied:
         """Measured peak of the last run that `fit` made to see whether the plan holds."""
         self._model = model
         self._spec = spec
-        self._own = self._live = LivePlan.of(plan)
+        self._own = self._resolved = ResolvedPlan.of(plan)
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None  # ends that FSDP2's work goes by unseen
@@ -135,9 +135,9 @@ class Applied:
         return self._installed.statistics
 
     @property
-    def live(self) -> LivePlan:
+    def resolved(self) -> ResolvedPlan:
         """What is in force."""
-        return self._live
+        return self._resolved
 
     @property
     def is_running(self) -> bool:
@@ -147,14 +147,14 @@ class Applied:
     @property
     def installed(self) -> bool:
         """Whether regions of the model run under a plan: False while the plan in force drops nothing."""
-        return bool(self._modules) and bool(self._live.region_paths)
+        return bool(self._modules) and bool(self._resolved.region_paths)
 
     @property
     def plan_in_force(self) -> Plan | None:
         """The plan of the last batch; None if that had none: because its shape was never planned, so that all that is
         provably replayable was dropped, or because it is so small that nothing needs to be dropped.
         """
-        return self._live.plan
+        return self._resolved.plan
 
     @property
     def refused(self) -> dict[str, set[int]]:
@@ -209,17 +209,17 @@ class Applied:
     def adapt(self, shapes: Plans) -> None:
         """From now on, `shapes` has the plan for each batch."""
         self.plans = shapes
-        self._put_in_force(self._live)
+        self._put_in_force(self._resolved)
 
     def _is_active(self) -> bool:
         return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
 
-    def _plan_for(self, batch: Any) -> LivePlan:
+    def _plan_for(self, batch: Any) -> ResolvedPlan:
         if self.plans is not None:
             return self.plans.plan_for(batch)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
-        return LivePlan.dropping_everything(self.plan.region_paths)
+        return ResolvedPlan.dropping_everything(self.plan.region_paths)
 
     @contextmanager
     def _noticing_mismatches(self) -> Iterator[None]:
@@ -255,7 +255,7 @@ class Applied:
         try:
             yield
         finally:
-            self._put_in_force(self._live)
+            self._put_in_force(self._resolved)
 
     def remove(self) -> None:
         """Restore the model. Graphs that were built under the plan stay valid."""
@@ -283,11 +283,11 @@ class Applied:
     ) -> None:
         self.remove()
 
-    def _put_in_force(self, live: LivePlan) -> None:
-        """Let regions follow `live`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
+    def _put_in_force(self, resolved: ResolvedPlan) -> None:
+        """Let regions follow `resolved`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
         they need.
         """
-        paths = live.region_paths or ((ROOT,) if self.plans is not None else ())
+        paths = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
         wanted = [self._module(path) for path in paths]
         if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
             self._take_off()
@@ -299,10 +299,10 @@ class Applied:
             self._installed.fast_paths = with_fast_paths(self._model)
             if wanted:
                 self._leave_machinery = around_machinery(self._model, self._installed.aside)
-        self._live = live
-        self._installed.recipes = live.recipes
-        self._installed.refused = live.refused
-        self._installed.calibrated = live.calibrated
+        self._resolved = resolved
+        self._installed.recipes = resolved.recipes
+        self._installed.refused = resolved.refused
+        self._installed.calibrated = resolved.calibrated
 
     def _module(self, path: str) -> torch.nn.Module:
         try:

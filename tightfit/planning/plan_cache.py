@@ -34,7 +34,7 @@ from tightfit._torch_private import profiler_is_running
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import BudgetInfeasible
 from tightfit.installation.applied import Applied
-from tightfit.installation.resolved_plan import LivePlan
+from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import RERUN, Decision, Group, Plan, Profile
@@ -99,7 +99,7 @@ class _Reference:
     call: StepShape | None
     """Shape of the model's call in it."""
     profile: Profile
-    live: LivePlan
+    resolved: ResolvedPlan
     plain_peak_bytes: int
     correction_bytes: int
     """What the meter saw beyond the prediction."""
@@ -107,7 +107,7 @@ class _Reference:
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class _Entry:
-    live: LivePlan
+    resolved: ResolvedPlan
     kind: Hashable
     elements: int
     is_reused: bool = False
@@ -119,7 +119,7 @@ class _Entry:
 
     @property
     def added_ms(self) -> float:
-        plan = self.live.plan
+        plan = self.resolved.plan
         return plan.predicted_step_ms - plan.plain_step_ms if plan is not None else 0.0
 
 
@@ -179,7 +179,7 @@ class PlanCache:
 
     # ------------------------------------------------------------------------------------------------ before a step
 
-    def plan_for(self, batch: Any) -> LivePlan:
+    def plan_for(self, batch: Any) -> ResolvedPlan:
         """The plan for a batch, made now if there is none yet.
 
         Raises:
@@ -197,7 +197,7 @@ class PlanCache:
         if entry.is_reused:
             self._lost_ms += entry.added_ms
         self._current = entry
-        return entry.live
+        return entry.resolved
 
     def note_call(self, args: Any, kwargs: Any) -> None:
         """The model is called with these arguments, for the batch that `plan_for` was last asked about."""
@@ -208,17 +208,17 @@ class PlanCache:
                 self._current.calls.add(call)
                 self._calls[call] = self._current
             for reference in self._references:
-                if reference.live is self._current.live and reference.call is None:
+                if reference.resolved is self._current.resolved and reference.call is None:
                     reference.call = call
 
-    def plan_for_call(self, args: Any, kwargs: Any) -> LivePlan:
+    def plan_for_call(self, args: Any, kwargs: Any) -> ResolvedPlan:
         """The plan for a call of the model whose batch nobody told."""
         call = self._shape_of((args, kwargs))
         self._current = self._calls.get(call)
         if self._current is not None:
-            return self._current.live
+            return self._current.resolved
         if any(r.call is not None and self._is_ample(call, r.call, r) for r in self._references):
-            return LivePlan.dropping_nothing()
+            return ResolvedPlan.dropping_nothing()
         return self._unplanned()
 
     def note_mismatch(self) -> None:
@@ -230,12 +230,12 @@ class PlanCache:
     def _shape_of(self, batch: Any) -> StepShape:
         return step_shape(self._watch, batch, self._spec.optimizers)
 
-    def _unplanned(self) -> LivePlan:
+    def _unplanned(self) -> ResolvedPlan:
         self.statistics.unplanned_calls += 1
         self._current = None
         if self._grad_checkpoint == "off":
-            return LivePlan.dropping_nothing()
-        return LivePlan.dropping_everything(self._references[-1].profile.region_paths)
+            return ResolvedPlan.dropping_nothing()
+        return ResolvedPlan.dropping_everything(self._references[-1].profile.region_paths)
 
     def _can_measure(self) -> bool:
         """Scratch is measured with PyTorch's profiler, of which a process can run one; and not inside a forward."""
@@ -273,7 +273,7 @@ class PlanCache:
                 return self._guarded(shape, batch)
             if self._is_ample(shape, reference.shape, reference):
                 self.statistics.ample += 1
-                return _Entry(live=LivePlan.dropping_nothing(), kind=shape.kind, elements=shape.elements)
+                return _Entry(resolved=ResolvedPlan.dropping_nothing(), kind=shape.kind, elements=shape.elements)
             if reference.profile.data_dependent:
                 return self._guarded(shape, batch)
             return self._unguarded(shape, batch, reference, begin)
@@ -326,34 +326,36 @@ class PlanCache:
         profile = replace(profile, correction_bytes=latest.correction_bytes)
         plan, is_reused = self._choose(profile, shape)
         self.statistics.solved += 1
-        return _Entry(live=LivePlan.of(plan), kind=shape.kind, elements=shape.elements, is_reused=is_reused)
+        return _Entry(resolved=ResolvedPlan.of(plan), kind=shape.kind, elements=shape.elements, is_reused=is_reused)
 
     def _confirmed(self, shape: StepShape, applied: Applied) -> _Entry:
-        profile, live = applied.profile, applied.live
+        profile, resolved = applied.profile, applied.resolved
         assert profile is not None
-        assert live.plan is not None
+        assert resolved.plan is not None
         measured_bytes = applied.guarded_peak_bytes or 0
         reference = _Reference(
             shape=shape,
             call=None,
             profile=profile,
-            live=live,
-            plain_peak_bytes=live.plan.plain_peak_bytes,
+            resolved=resolved,
+            plain_peak_bytes=resolved.plan.plain_peak_bytes,
             correction_bytes=max(
                 0,
                 profile.correction_bytes,
-                profile.correction_bytes + measured_bytes - live.plan.predicted_peak_bytes,
+                profile.correction_bytes + measured_bytes - resolved.plan.predicted_peak_bytes,
             ),
         )
         known = self._reference(shape.kind, profile)
         if known is not None:  # the same operations: what was calibrated there counts here, and the other way round
-            known.live.calibrated.update(live.calibrated)
-            for key, positions in live.refused.items():
-                known.live.refused.setdefault(key, set()).update(positions)
-            live.calibrated, live.refused = known.live.calibrated, known.live.refused
+            known.resolved.calibrated.update(resolved.calibrated)
+            for key, positions in resolved.refused.items():
+                known.resolved.refused.setdefault(key, set()).update(positions)
+            resolved.calibrated, resolved.refused = known.resolved.calibrated, known.resolved.refused
         others = [one for one in self._references if one is not known]
         self._references = [*others[1 - MOST_KINDS :], reference]
-        return _Entry(live=live, kind=shape.kind, elements=shape.elements, is_data_dependent=profile.data_dependent)
+        return _Entry(
+            resolved=resolved, kind=shape.kind, elements=shape.elements, is_data_dependent=profile.data_dependent
+        )
 
     def _reference(self, kind: Hashable, like: Profile | None = None) -> _Reference | None:
         """The latest one of that kind (with the operations of `like`)."""
@@ -381,7 +383,7 @@ class PlanCache:
             return self._guarded(shape, batch)
         if _estimated(profile) - _estimated(reference.profile):  # they could not be run alone within the budget
             return self._guarded(shape, batch)
-        if _replaying(plan) - reference.live.calibrated:  # a first call checks its replay, which takes memory
+        if _replaying(plan) - reference.resolved.calibrated:  # a first call checks its replay, which takes memory
             return self._guarded(shape, batch)
         if plan.is_plain:
             self.statistics.plain += 1
@@ -395,8 +397,8 @@ class PlanCache:
             "planned %s: %s, peak %s", profile.batch, "reused" if is_reused else "solved",
             format_bytes(plan.predicted_peak_bytes),
         )  # fmt: skip
-        live = LivePlan.of(plan, like=reference.live)
-        return _Entry(live=live, kind=shape.kind, elements=shape.elements, is_reused=is_reused)
+        resolved = ResolvedPlan.of(plan, like=reference.resolved)
+        return _Entry(resolved=resolved, kind=shape.kind, elements=shape.elements, is_reused=is_reused)
 
     def _with_margin(self, profile: Profile, reference: _Reference) -> Profile:
         growth = max(1.0, _activation_bytes(profile) / max(1, _activation_bytes(reference.profile)))
@@ -428,15 +430,19 @@ class PlanCache:
     def _neighbours(self, index: ProfileIndex, shape: StepShape) -> list[Plan]:
         """Plans for this profile that follow the decisions of shapes of similar size."""
         near = sorted(
-            (e for e in self._entries.values() if e.kind == shape.kind and e.live.plan and not e.live.plan.is_plain),
+            (
+                e
+                for e in self._entries.values()
+                if e.kind == shape.kind and e.resolved.plan and not e.resolved.plan.is_plain
+            ),
             key=lambda entry: abs(entry.elements - shape.elements),
         )
         found: dict[tuple[tuple[Decision, ...], tuple[Group, ...]], None] = {}
         for entry in near:
-            assert entry.live.plan is not None
-            decisions = decisions_of(entry.live.plan, index.profile)
+            assert entry.resolved.plan is not None
+            decisions = decisions_of(entry.resolved.plan, index.profile)
             if decisions is not None:
-                found[tuple(decisions), entry.live.plan.groups] = None
+                found[tuple(decisions), entry.resolved.plan.groups] = None
             if len(found) == _NEIGHBOURS:
                 break
         return [build_plan(index, decisions, self._budget_bytes, groups=groups) for decisions, groups in found]
