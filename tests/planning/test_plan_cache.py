@@ -139,9 +139,9 @@ def test_other_lengths_are_planned_before_they_run(case: Case) -> None:
         batch = batch_of(length)
         assert case.peak(batch) <= case.budget_bytes
         case.assert_gradients_are_plain(batch)
-        assert case.applied.plan_in_force is not None
-        assert case.applied.plan_in_force.predicted_peak_bytes <= case.budget_bytes
-        assert case.applied.plan_in_force.batch == f"int64[4x{length + 1}]"
+        assert case.applied.active_plan is not None
+        assert case.applied.active_plan.predicted_peak_bytes <= case.budget_bytes
+        assert case.applied.active_plan.batch == f"int64[4x{length + 1}]"
     counts = case.counts
     assert (counts.guarded, counts.solved + counts.reused + counts.plain) == (0, 2)
     assert (counts.mismatched_steps, counts.unplanned_calls, counts.ample) == (0, 0, 0)
@@ -207,7 +207,7 @@ def test_decisions_are_reused_until_that_has_cost_as_much_as_solving(case: Case)
     case.applied.prepare(batch_of(near))
     assert (case.counts.solved, case.counts.reused) == (1, 1)
     assert case.peak(batch_of(near)) <= case.budget_bytes
-    reused = case.applied.plan_in_force
+    reused = case.applied.active_plan
     assert reused is not None
     steps = 0
     while case.counts.solved == 1:
@@ -216,8 +216,8 @@ def test_decisions_are_reused_until_that_has_cost_as_much_as_solving(case: Case)
         assert steps < 100_000
     assert steps > 1
     assert case.peak(batch_of(near)) <= case.budget_bytes
-    assert case.applied.plan_in_force is not None
-    assert case.applied.plan_in_force.predicted_step_ms <= reused.predicted_step_ms
+    assert case.applied.active_plan is not None
+    assert case.applied.active_plan.predicted_step_ms <= reused.predicted_step_ms
     solved = case.counts.solved
     for _ in range(50):
         case.applied.prepare(batch_of(near))
@@ -242,7 +242,7 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
         reference.correction_bytes = forgotten_bytes
     case.applied.prepare(batch_of(LONG))
     case.loss(batch_of(LONG))
-    plan = case.applied.plan_in_force
+    plan = case.applied.active_plan
     assert plan is not None
     margin_bytes = int(shapes.UNCONFIRMED_MARGIN * (budget_bytes - found[0].baseline_bytes))
     growth = shapes._activation_bytes(found[0]) / shapes._activation_bytes(case.applied.profile)
@@ -330,16 +330,16 @@ def test_step_with_a_batch_and_without(case: Case) -> None:
             return next_word_loss(case.model, batch)
 
     assert differences(plain, gradients(case.model, untold)) == []
-    assert case.applied.plan_in_force is None
+    assert case.applied.active_plan is None
     assert case.counts.unplanned_calls == 1
     dropped = case.applied.statistics.dropped_slots
     assert differences(plain, gradients(case.model, told)) == []
-    planned = case.applied.plan_in_force
+    planned = case.applied.active_plan
     assert planned is not None
     assert case.counts.solved == 1
     case.applied.statistics.reset()
     assert differences(plain, gradients(case.model, untold)) == []  # the model knows this call by now
-    assert case.applied.plan_in_force is planned
+    assert case.applied.active_plan is planned
     assert case.counts.unplanned_calls == 1
     assert 0 < case.applied.statistics.dropped_slots < dropped
 
@@ -352,7 +352,7 @@ def test_a_bare_call_of_a_shape_that_was_never_planned_drops_all_that_it_can(cas
         planned = gradients(case.model, lambda batch=batch: next_word_loss(case.model, batch))
         assert differences(plain, planned) == []
         assert case.counts.unplanned_calls == unplanned
-        assert (case.applied.plan_in_force is None) is (length != MIDDLE)
+        assert (case.applied.active_plan is None) is (length != MIDDLE)
     batch = batch_of(LONG)
     dropped_bytes = peak_of(case.model, batch, case.optimizer, lambda: next_word_loss(case.model, batch))
     with case.applied.paused():
@@ -389,7 +389,7 @@ def test_a_plan_applied_without_fit_drops_all_on_another_shape(reference: Profil
                 plain = gradients(model, lambda batch=batch: next_word_loss(model, batch))
             planned = gradients(model, lambda batch=batch: applied.loss(model, batch))
             assert differences(plain, planned) == []
-            assert (applied.plan_in_force is plan) is (length == MIDDLE)
+            assert (applied.active_plan is plan) is (length == MIDDLE)
         applied.prepare(batch_of(LONG))  # nothing to do
 
 

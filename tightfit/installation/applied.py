@@ -111,7 +111,7 @@ class Applied:
 
     def __init__(self, model: torch.nn.Module, plan: Plan, spec: Step, profile: Profile | None = None) -> None:
         self.plan = plan
-        """The plan for the batch that was given; see `plan_in_force`."""
+        """The plan for the batch that was given; see `active_plan`."""
         self.profile = profile
         """What the plan was solved from; None for a plan from a file."""
         self.verdict: Verdict | None = None
@@ -127,7 +127,7 @@ class Applied:
         self.plans: Plans | None = None
         """Plans for batches of other shapes; None unless `fit` made this."""
         self._batch_is_known = False
-        self._put_in_force(self._own)
+        self._activate(self._own)
 
     @property
     def statistics(self) -> Statistics:
@@ -150,7 +150,7 @@ class Applied:
         return bool(self._modules) and bool(self._resolved.region_paths)
 
     @property
-    def plan_in_force(self) -> Plan | None:
+    def active_plan(self) -> Plan | None:
         """The plan of the last batch; None if that had none: because its shape was never planned, so that all that is
         provably replayable was dropped, or because it is so small that nothing needs to be dropped.
         """
@@ -195,7 +195,7 @@ class Applied:
             return
         before = self._batch_is_known
         if batch is not None:
-            self._put_in_force(self._plan_for(batch))
+            self._activate(self._plan_for(batch))
             self._batch_is_known = True
         try:
             if self.installed:
@@ -209,7 +209,7 @@ class Applied:
     def adapt(self, shapes: Plans) -> None:
         """From now on, `shapes` has the plan for each batch."""
         self.plans = shapes
-        self._put_in_force(self._resolved)
+        self._activate(self._resolved)
 
     def _is_active(self) -> bool:
         return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
@@ -236,7 +236,7 @@ class Applied:
         if self._batch_is_known:
             self.plans.note_call(args, kwargs)
         else:
-            self._put_in_force(self.plans.plan_for_call(args, kwargs))
+            self._activate(self.plans.plan_for_call(args, kwargs))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -251,18 +251,18 @@ class Applied:
     @contextmanager
     def removed(self) -> Iterator[None]:
         """Inside, nothing is installed, so that another plan can be."""
-        self._take_off()
+        self._uninstall()
         try:
             yield
         finally:
-            self._put_in_force(self._resolved)
+            self._activate(self._resolved)
 
     def remove(self) -> None:
         """Restore the model. Graphs that were built under the plan stay valid."""
-        self._take_off()
+        self._uninstall()
         self.plans = None
 
-    def _take_off(self) -> None:
+    def _uninstall(self) -> None:
         for module in self._modules:
             forward = vars(module).get("forward")
             if isinstance(forward, RegionForward):
@@ -283,14 +283,14 @@ class Applied:
     ) -> None:
         self.remove()
 
-    def _put_in_force(self, resolved: ResolvedPlan) -> None:
+    def _activate(self, resolved: ResolvedPlan) -> None:
         """Let regions follow `resolved`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
         they need.
         """
         paths = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
         wanted = [self._module(path) for path in paths]
         if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
-            self._take_off()
+            self._uninstall()
             for path, module in zip(paths, wanted, strict=True):
                 root = path == ROOT
                 forward = RootForward(module, self) if root else RegionForward(module, path, self._installed)

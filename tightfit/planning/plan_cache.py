@@ -1,6 +1,6 @@
 """Plans for batches of other shapes than the one that `fit` was given: made before the step runs, and kept.
 
-What decides about a plan is compared before each step (`step_shape`).  For a shape without a plan:
+What decides about a plan is compared before each step (`step_key`).  For a shape without a plan:
 
 * Where the model, its mode or the settings are new too (an adapter, eval mode, another dtype), a plan is made as `fit`
   makes one: measured, solved, run once under the meter, repaired.
@@ -41,7 +41,7 @@ from tightfit.records import RERUN, Decision, Group, Plan, Profile
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver
-from tightfit.step.key import ModelWatch, StepShape, ambient_autocast, step_shape
+from tightfit.step.key import ModelWatch, StepKey, ambient_autocast, step_key
 from tightfit.step.model import device_of
 from tightfit.step.step import Step
 from tightfit.units import format_bytes
@@ -52,7 +52,7 @@ GradCheckpoint = Literal["auto", "full", "off"]
 
 #: Plans that are kept; the one unused for longest goes first.
 MOST_PLANS = 256
-#: Kinds of steps (see `StepShape.kind`) of which a profile is kept to measure others by.
+#: Kinds of steps (see `StepKey.kind`) of which a profile is kept to measure others by.
 MOST_KINDS = 8
 #: Part of the memory above the baseline that a plan leaves free if no metered run confirmed it: the memory model's own
 #: bar for its largest error before repair.
@@ -95,8 +95,8 @@ class PlanStatistics:
 class _Reference:
     """A step that was measured in full and run under the meter."""
 
-    shape: StepShape
-    call: StepShape | None
+    shape: StepKey
+    call: StepKey | None
     """Shape of the model's call in it."""
     profile: Profile
     resolved: ResolvedPlan
@@ -114,7 +114,7 @@ class _Entry:
     is_data_dependent: bool = False
     mismatched_steps: int = 0
     replan_at: int = 1
-    calls: set[StepShape] = field(default_factory=set)
+    calls: set[StepKey] = field(default_factory=set)
     calls_looked_at: int = 0
 
     @property
@@ -163,8 +163,8 @@ class PlanCache:
         self._is_sharded = is_sharded(model)
         self._solving_ms = planning_ms
         self._lost_ms = 0.0
-        self._entries: OrderedDict[StepShape, _Entry] = OrderedDict()
-        self._calls: dict[StepShape, _Entry] = {}
+        self._entries: OrderedDict[StepKey, _Entry] = OrderedDict()
+        self._calls: dict[StepKey, _Entry] = {}
         self._references: list[_Reference] = []  # the latest last
         self._watch = ModelWatch(model)
         self._current: _Entry | None = None
@@ -227,8 +227,8 @@ class PlanCache:
             self._current.mismatched_steps += 1
             self.statistics.mismatched_steps += 1
 
-    def _shape_of(self, batch: Any) -> StepShape:
-        return step_shape(self._watch, batch, self._spec.optimizers)
+    def _shape_of(self, batch: Any) -> StepKey:
+        return step_key(self._watch, batch, self._spec.optimizers)
 
     def _unplanned(self) -> ResolvedPlan:
         self.statistics.unplanned_calls += 1
@@ -249,7 +249,7 @@ class PlanCache:
 
     # ------------------------------------------------------------------------------------------------ making plans
 
-    def _note(self, shape: StepShape, entry: _Entry) -> _Entry:
+    def _note(self, shape: StepKey, entry: _Entry) -> _Entry:
         self._entries[shape] = entry
         while len(self._entries) > MOST_PLANS:
             _, oldest = self._entries.popitem(last=False)
@@ -259,7 +259,7 @@ class PlanCache:
                     del self._calls[call]
         return entry
 
-    def _timed(self, shape: StepShape, batch: Any, known: _Entry | None) -> _Entry:
+    def _timed(self, shape: StepKey, batch: Any, known: _Entry | None) -> _Entry:
         begin = time.perf_counter()
         reference = self._reference(shape.kind)
         try:
@@ -292,7 +292,7 @@ class PlanCache:
             )
         _log.info("the model, its mode, or PyTorch's settings are not as when fit planned them; planning again")
 
-    def _is_ample(self, shape: StepShape, known: StepShape, reference: _Reference) -> bool:
+    def _is_ample(self, shape: StepKey, known: StepKey, reference: _Reference) -> bool:
         if self._grad_checkpoint == "full" or shape.kind != known.kind:
             return False
         baseline_bytes = reference.profile.baseline_bytes
@@ -308,7 +308,7 @@ class PlanCache:
         settings = {one.name: getattr(self._spec, one.name) for one in fields(self._spec) if one.init}
         return _InOpenAutocast(**{**settings, "autocast": ambient})
 
-    def _guarded(self, shape: StepShape, batch: Any) -> _Entry:
+    def _guarded(self, shape: StepKey, batch: Any) -> _Entry:
         spec = self._step_spec()
         if self._is_sharded:  # a trial needs all processes, and the others may know their shapes already
             return self._untried(shape, batch, spec)
@@ -318,7 +318,7 @@ class PlanCache:
         self.statistics.guarded += 1
         return self._confirmed(shape, applied)
 
-    def _untried(self, shape: StepShape, batch: Any, spec: Step) -> _Entry:
+    def _untried(self, shape: StepKey, batch: Any, spec: Step) -> _Entry:
         """A plan from a measurement of its own, corrected by what the latest trial showed."""
         latest = self._references[-1]
         with self._applied.paused(), _no_ambient_autocast(self._model):
@@ -328,7 +328,7 @@ class PlanCache:
         self.statistics.solved += 1
         return _Entry(resolved=ResolvedPlan.of(plan), kind=shape.kind, elements=shape.elements, is_reused=is_reused)
 
-    def _confirmed(self, shape: StepShape, applied: Applied) -> _Entry:
+    def _confirmed(self, shape: StepKey, applied: Applied) -> _Entry:
         profile, resolved = applied.profile, applied.resolved
         assert profile is not None
         assert resolved.plan is not None
@@ -365,7 +365,7 @@ class PlanCache:
                 return one
         return None
 
-    def _unguarded(self, shape: StepShape, batch: Any, reference: _Reference, begin: float) -> _Entry:
+    def _unguarded(self, shape: StepKey, batch: Any, reference: _Reference, begin: float) -> _Entry:
         spec = self._step_spec()
         with self._applied.paused(), _no_ambient_autocast(self._model):
             profile = measure_reshaped(self._model, batch, spec, reference.profile, self._budget_bytes)
@@ -409,7 +409,7 @@ class PlanCache:
             margin_bytes=profile.margin_bytes + margin_bytes,
         )
 
-    def _choose(self, profile: Profile, shape: StepShape) -> tuple[Plan, bool]:
+    def _choose(self, profile: Profile, shape: StepKey) -> tuple[Plan, bool]:
         """A plan that fits, and whether its decisions are another shape's."""
         solver = Solver(profile)
         budget_bytes = self._budget_bytes
@@ -427,7 +427,7 @@ class PlanCache:
             rivals.append(solver.solve(budget_bytes))
         return min(rivals, key=lambda plan: plan.predicted_step_ms), not is_solved
 
-    def _neighbours(self, index: ProfileIndex, shape: StepShape) -> list[Plan]:
+    def _neighbours(self, index: ProfileIndex, shape: StepKey) -> list[Plan]:
         """Plans for this profile that follow the decisions of shapes of similar size."""
         near = sorted(
             (
