@@ -15,8 +15,9 @@ from tests.replay.helpers import differences
 from tests.support.shape_models import Block, Tensor, Transformer, batch_of, gradients, next_word_loss, peak_of
 from tightfit import BudgetInfeasible
 from tightfit.installation.applied import RegionForward
-from tightfit.planning import plan_cache as shapes
-from tightfit.planning.plan_cache import PlanCache, PlanStatistics
+from tightfit.installation.plans import PlanStatistics
+from tightfit.planning import plan_cache, replan
+from tightfit.planning.plan_cache import PlanCache
 from tightfit.profiling import measure as profiler
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.mechanism_cost import Overhead
@@ -80,16 +81,16 @@ def mechanism_of_fixed_cost() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reference() -> Profile:
     model = Transformer()
-    spec = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
-    return measure_step(model, batch_of(MIDDLE), spec)
+    step = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
+    return measure_step(model, batch_of(MIDDLE), step)
 
 
 @pytest.fixture(scope="module")
 def budget_bytes(reference: Profile) -> int:
     """What the longest batch can just do with: 15 % of the way from its smallest peak to its plain one."""
     model = Transformer()
-    spec = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
-    solver = Solver(measure_reshaped(model, batch_of(LONG), spec, reference, 2**40))
+    step = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
+    solver = Solver(measure_reshaped(model, batch_of(LONG), step, reference, 2**40))
     smallest, plain = solver.minimum_budget()[0], solver.plain(0).plain_peak_bytes
     return smallest + (plain - smallest) * 15 // 100
 
@@ -108,10 +109,10 @@ def case(budget_bytes: int) -> Iterator[Case]:
 @pytest.mark.parametrize("length", [SHORT, LONG])
 def test_measuring_again_in_short_gives_the_same_peaks_as_in_full(reference: Profile, length: int) -> None:
     model = Transformer()
-    spec = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),), clip_norm=1.0)
+    step = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),), clip_norm=1.0)
     whole, short = (
-        measure_step(model, batch_of(length), spec),
-        measure_reshaped(model, batch_of(length), spec, reference, 2**40),
+        measure_step(model, batch_of(length), step),
+        measure_reshaped(model, batch_of(length), step, reference, 2**40),
     )
     short.check()
     assert short.measuring_ms["times"] < 1
@@ -128,10 +129,10 @@ def test_measuring_again_in_short_gives_the_same_peaks_as_in_full(reference: Pro
 
 def test_measuring_in_short_knows_when_it_is_another_step(reference: Profile) -> None:
     other = Transformer(depth=1)
-    spec = Step(loss=next_word_loss)
-    profile = measure_step(other, batch_of(MIDDLE), spec, untimed=True)
+    step = Step(loss=next_word_loss)
+    profile = measure_step(other, batch_of(MIDDLE), step, untimed=True)
     assert complete(profile, reference) is None
-    assert measure_reshaped(other, batch_of(MIDDLE), spec, reference, 2**40).mode_ms_per_op > 0  # in full
+    assert measure_reshaped(other, batch_of(MIDDLE), step, reference, 2**40).mode_ms_per_op > 0  # in full
 
 
 def test_other_lengths_are_planned_before_they_run(case: Case) -> None:
@@ -143,7 +144,7 @@ def test_other_lengths_are_planned_before_they_run(case: Case) -> None:
         assert case.applied.active_plan.predicted_peak_bytes <= case.budget_bytes
         assert case.applied.active_plan.batch == f"int64[4x{length + 1}]"
     counts = case.counts
-    assert (counts.guarded, counts.solved + counts.reused + counts.plain) == (0, 2)
+    assert (counts.tried, counts.solved + counts.reused + counts.plain) == (0, 2)
     assert (counts.mismatched_steps, counts.unplanned_calls, counts.ample) == (0, 0, 0)
     assert counts.planning_ms > 0
     assert case.applied.plan.batch == f"int64[4x{MIDDLE + 1}]"
@@ -168,8 +169,8 @@ def test_other_lengths_of_a_model_that_only_real_steps_can_measure(budget_bytes:
     # The longer batch may need regions to be recomputed that were not before (which ones depends on measured times):
     # calibrating them takes memory once.
     counts = case.counts
-    assert (counts.guarded <= 1, counts.mismatched_steps) == (True, 0)
-    assert counts.guarded + counts.reused + counts.solved + counts.plain == 2
+    assert (counts.tried <= 1, counts.mismatched_steps) == (True, 0)
+    assert counts.tried + counts.reused + counts.solved + counts.plain == 2
     case.applied.remove()
 
 
@@ -227,7 +228,7 @@ def test_decisions_are_reused_until_that_has_cost_as_much_as_solving(case: Case)
 def test_a_margin_and_what_repair_added_hold_for_other_shapes(
     budget_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = shapes.measure_reshaped
+    measure = replan.measure_reshaped
     forgotten_bytes = 64 * 1024
     found = []
 
@@ -235,17 +236,17 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
         found.append(measure(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(shapes, "measure_reshaped", forgetful)
-    monkeypatch.setattr(shapes, "_replaying", lambda plan: set())  # as if all of these regions were calibrated
+    monkeypatch.setattr(replan, "measure_reshaped", forgetful)
+    monkeypatch.setattr(replan, "_replaying", lambda plan: set())  # as if all of these regions were calibrated
     case = Case(Transformer(), budget_bytes)
-    for reference in case.plans._references:
+    for reference in case.plans._replanner._references:
         reference.correction_bytes = forgotten_bytes
     case.applied.prepare(batch_of(LONG))
     case.loss(batch_of(LONG))
     plan = case.applied.active_plan
     assert plan is not None
-    margin_bytes = int(shapes.UNCONFIRMED_MARGIN * (budget_bytes - found[0].baseline_bytes))
-    growth = shapes._activation_bytes(found[0]) / shapes._activation_bytes(case.applied.profile)
+    margin_bytes = int(replan.UNCONFIRMED_MARGIN * (budget_bytes - found[0].baseline_bytes))
+    growth = replan._activation_bytes(found[0]) / replan._activation_bytes(case.applied.profile)
     assert growth > 1
     assert plan.breakdown["correction"] == margin_bytes + int(forgotten_bytes * growth)
     assert plan.predicted_peak_bytes <= budget_bytes
@@ -255,12 +256,12 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
 def test_where_the_margin_does_not_fit_the_plan_is_run_under_the_meter(reference: Profile, budget_bytes: int) -> None:
     case = Case(Transformer(), budget_bytes)
     case.applied.remove()
-    spec = Step(loss=next_word_loss, optimizer=(case.optimizer,))
-    smallest = Solver(measure_reshaped(case.model, batch_of(LONG), spec, reference, 2**40)).minimum_budget()[0]
+    step = Step(loss=next_word_loss, optimizer=(case.optimizer,))
+    smallest = Solver(measure_reshaped(case.model, batch_of(LONG), step, reference, 2**40)).minimum_budget()[0]
     case = Case(Transformer(), smallest + 2000)
     state = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     assert case.peak(batch_of(LONG)) <= smallest + 2000
-    assert case.counts.guarded == 1
+    assert case.counts.tried == 1
     assert case.applied.statistics.mismatches == 0
     case.applied.remove()
     assert state.keys() == case.model.state_dict().keys()
@@ -282,7 +283,7 @@ def test_a_budget_that_plain_fits_many_times_over_costs_no_measuring() -> None:
 
 
 def test_no_more_plans_are_kept_than_stated(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "MOST_PLANS", 3)
+    monkeypatch.setattr(plan_cache, "MOST_PLANS", 3)
     for length in (41, 42, 43, 44):
         case.loss(batch_of(length))
     assert len(case.plans) == 3
@@ -382,7 +383,7 @@ def test_a_plan_applied_without_fit_drops_all_on_another_shape(reference: Profil
     model = Transformer()
     solver = Solver(reference)
     plan = solver.solve((solver.minimum_budget()[0] + solver.plain(0).plain_peak_bytes) // 2)
-    with tightfit.apply(model, plan, spec=Step(loss=next_word_loss)) as applied:
+    with tightfit.apply(model, plan, step=Step(loss=next_word_loss)) as applied:
         for length in (MIDDLE, LONG, MIDDLE):
             batch = batch_of(length)
             with applied.paused():
@@ -399,13 +400,13 @@ def test_a_plan_applied_without_fit_drops_all_on_another_shape(reference: Profil
 def test_eval_mode_with_gradients_and_back(case: Case) -> None:
     case.model.eval()
     case.assert_gradients_are_plain(batch_of(MIDDLE))
-    assert case.counts.guarded == 1
+    assert case.counts.tried == 1
     assert case.peak(batch_of(MIDDLE)) <= case.budget_bytes
     case.model.train()
     case.assert_gradients_are_plain(batch_of(MIDDLE))
     case.model.eval()
     case.assert_gradients_are_plain(batch_of(SHORT))
-    assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
+    assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
 
 
 def test_another_dtype(budget_bytes: int) -> None:
@@ -417,7 +418,7 @@ def test_another_dtype(budget_bytes: int) -> None:
     case.optimizer.step()
     assert case.peak(batch_of(LONG)) <= 2 * budget_bytes
     case.assert_gradients_are_plain(batch_of(LONG))
-    assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
+    assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
     case.applied.remove()
 
 
@@ -432,13 +433,13 @@ def test_autocast_around_the_step(case: Case) -> None:
         plain = gradients(case.model, lambda: under_autocast(lambda: next_word_loss(case.model, batch)))
     planned = gradients(case.model, lambda: under_autocast(lambda: case.loss(batch)))
     assert differences(plain, planned) == []
-    assert (case.counts.guarded, case.counts.mismatched_steps) == (1, 0)
+    assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
     longer = batch_of(LONG)
     under_autocast(lambda: case.loss(longer)).backward()
-    assert case.counts.guarded + case.counts.solved + case.counts.reused + case.counts.plain == 2
-    guarded = case.counts.guarded
+    assert case.counts.tried + case.counts.solved + case.counts.reused + case.counts.plain == 2
+    tried = case.counts.tried
     case.assert_gradients_are_plain(batch)
-    assert (case.counts.guarded, case.counts.mismatched_steps) == (guarded, 0)
+    assert (case.counts.tried, case.counts.mismatched_steps) == (tried, 0)
 
 
 class LowRank(nn.Module):
@@ -461,7 +462,7 @@ def test_an_adapter_that_is_added_later(case: Case, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, logger="tightfit"):
         case.assert_gradients_are_plain(batch_of(MIDDLE))
     assert "in none of the optimizers" in caplog.text
-    assert case.counts.guarded == 1
+    assert case.counts.tried == 1
     caplog.clear()
     case.optimizer.add_param_group({"params": [p for n, p in case.model.named_parameters() if ".up.up" in n]})
     case.optimizer.add_param_group({"params": [p for n, p in case.model.named_parameters() if ".up.down" in n]})
@@ -472,7 +473,7 @@ def test_an_adapter_that_is_added_later(case: Case, caplog: pytest.LogCaptureFix
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     case.optimizer.step()
     assert case.peak(batch_of(MIDDLE)) <= case.budget_bytes
-    assert (case.counts.guarded, case.counts.mismatched_steps) == (2, 0)
+    assert (case.counts.tried, case.counts.mismatched_steps) == (2, 0)
 
 
 def test_blocks_that_are_replaced_or_frozen_later(case: Case) -> None:
@@ -528,5 +529,5 @@ def test_a_branch_that_the_data_decides(budget_bytes: int) -> None:
             plain = gradients(model, lambda batch=batch: next_word_loss(model, batch))
         assert differences(plain, gradients(model, lambda batch=batch: case.loss(batch))) == []
     assert case.counts.mismatched_steps == 2
-    assert (case.counts.replanned, case.counts.guarded) == (0, 0)
+    assert (case.counts.replanned, case.counts.tried) == (0, 0)
     case.applied.remove()

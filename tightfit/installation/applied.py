@@ -1,4 +1,4 @@
-"""`apply`: install a plan on a model, and take it away again.
+"""`apply`: install a plan on a model, and uninstall it again.
 
 Nothing but an instance-level `forward` is installed, on the modules that are regions: classes, `state_dict` keys,
 `isinstance`, repr and user hooks (which run around forward) are untouched.  A plan that drops nothing installs nothing.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tightfit.distributed._fsdp_private import around_machinery
 from tightfit.errors import PlanMismatch, UnsupportedInput
+from tightfit.installation.plans import Plans
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
 from tightfit.operators.pure_modules import may_rerun
@@ -68,7 +69,7 @@ def _identity(thing: Any) -> Any:
 
 
 class RootForward(RegionForward):
-    """The forward of the model itself: has the plan of the arguments' shapes put in force first."""
+    """The forward of the model itself: activates the plan for the step, or for the arguments' shapes, first."""
 
     def __init__(self, model: torch.nn.Module, applied: Applied) -> None:
         super().__init__(model, ROOT, applied._installed)
@@ -90,63 +91,59 @@ class RootForward(RegionForward):
             self._running = False
 
 
-class Plans(Protocol):
-    """Knows the plan for a batch; see `tightfit.planning.plan_cache`."""
-
-    def plan_for(self, batch: Any) -> ResolvedPlan:
-        """The plan for a batch, made now if there is none yet."""
-
-    def note_call(self, args: Any, kwargs: Any) -> None:
-        """The model is called with these arguments, for the batch that `plan_for` was last asked about."""
-
-    def plan_for_call(self, args: Any, kwargs: Any) -> ResolvedPlan:
-        """The plan for a call of the model whose batch nobody told."""
-
-    def note_mismatch(self) -> None:
-        """The forward that just ended did not follow the plan that was last asked for."""
-
-
 class Applied:
-    """A plan in force on a model.  Leaving it as a context, or `remove`, restores the model."""
+    """A plan installed on a model, as `apply` and `fit` return it.
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, spec: Step, profile: Profile | None = None) -> None:
+    Leaving it as a context uninstalls the plan, as `remove` does.
+
+        with tightfit.apply(model, plan, step=tightfit.Step(loss=loss_fn)) as applied:
+            for batch in batches:
+                applied.loss(model, batch).backward()
+
+    Whoever computes the loss in a loop of their own opens `step(batch)` around forward and loss, or calls the model as
+    ever.  Copying and pickling the model give an unplanned one.
+
+    Attributes:
+        plan: the `Plan` for the batch that was given; see `active_plan` for that of the last step.
+        profile: the `Profile` that the plan was solved from; None for a plan from a file.
+        verdict: the `Verdict` of the proof that `fit` made; None from `apply`.
+        plans: the cache of plans for batches of other shapes, which `fit` makes; its `statistics` count what became of
+            them (plans ``tried``, ``solved``, ``reused``, ``mismatched_steps``, ...). None from `apply`.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, step: Step, profile: Profile | None = None) -> None:
         self.plan = plan
-        """The plan for the batch that was given; see `active_plan`."""
         self.profile = profile
-        """What the plan was solved from; None for a plan from a file."""
         self.verdict: Verdict | None = None
-        """What the guarded run found; None until something ran it."""
-        self.guarded_peak_bytes: int | None = None
-        """Measured peak of the last run that `fit` made to see whether the plan holds."""
+        self.plans: Plans | None = None
         self._model = model
-        self._spec = spec
+        self._step = step
         self._own = self._resolved = ResolvedPlan.of(plan)
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
-        self._leave_machinery: Callable[[], None] | None = None  # ends that FSDP2's work goes by unseen
-        self.plans: Plans | None = None
-        """Plans for batches of other shapes; None unless `fit` made this."""
+        self._leave_machinery: Callable[[], None] | None = None
+        """Removes the hooks that hide FSDP2's own operations from the tape."""
         self._batch_is_known = False
         self._activate(self._own)
 
     @property
     def statistics(self) -> Statistics:
-        """What the engine did since the last `statistics.reset()`."""
+        """Counts of what the engine did since the last `statistics.reset()`."""
         return self._installed.statistics
 
     @property
     def resolved(self) -> ResolvedPlan:
-        """What is in force."""
+        """The active plan, ready to be run, with what its regions' self-checks found."""
         return self._resolved
 
     @property
     def is_running(self) -> bool:
-        """A planned forward is open in some thread."""
+        """Whether a planned forward is open in some thread."""
         return bool(self._installed.sessions)
 
     @property
     def installed(self) -> bool:
-        """Whether regions of the model run under a plan: False while the plan in force drops nothing."""
+        """Whether regions of the model run under a plan: False while the active plan drops nothing."""
         return bool(self._modules) and bool(self._resolved.region_paths)
 
     @property
@@ -158,19 +155,26 @@ class Applied:
 
     @property
     def refused(self) -> dict[str, set[int]]:
-        """Positions of operations, by region key, that calibration found unfit for replay."""
+        """Positions of operations, by region key, that a self-check found unfit for replay: they are kept."""
         return {key: set(positions) for key, positions in self._installed.refused.items() if positions}
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """The loss on a batch, under the plan for its shape, what runs outside the model included.
+        """Compute the loss on a batch under the plan for its shape, with what runs outside the model.
 
         After `fit`, a batch whose shape has no plan yet is measured and solved first.
+
+        Args:
+            model: the model, or what wraps it (DistributedDataParallel).
+            batch: any batch.
+
+        Returns:
+            The loss, to call ``backward()`` on.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
         with self.step(batch):
-            return self._spec.run_loss(model, batch)
+            return self._step.run_loss(model, batch)
 
     def prepare(self, batch: Any) -> None:
         """Make the plan for batches of this shape now, if there is none yet (after `fit`; else this does nothing).
@@ -185,10 +189,17 @@ class Applied:
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
-        """A context for the forward of model and loss (backward may be inside or outside).
+        """Open a context for the forward of model and loss (backward may be inside or outside).
 
-        With `batch`, the plan for its shape is in force inside, made first if there is none yet.  Without, the model
+        With `batch`, the plan for its shape is active inside, made first if there is none yet.  Without, the model
         recognises its arguments' shapes; where they were never planned, all that is provably replayable is dropped.
+
+            with applied.step(batch):
+                loss = loss_fn(model(batch["x"]), batch["y"])
+            loss.backward()
+
+        Raises:
+            BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
         if not self._is_active():
             yield
@@ -206,9 +217,9 @@ class Applied:
         finally:
             self._batch_is_known = before
 
-    def adapt(self, shapes: Plans) -> None:
-        """From now on, `shapes` has the plan for each batch."""
-        self.plans = shapes
+    def follow(self, plans: Plans) -> None:
+        """Take the plan for each batch from `plans` from now on."""
+        self.plans = plans
         self._activate(self._resolved)
 
     def _is_active(self) -> bool:
@@ -240,7 +251,7 @@ class Applied:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the model runs as plain PyTorch."""
+        """Open a context in which the model runs as plain PyTorch, with the plan left installed."""
         before = self._installed.enabled
         self._installed.enabled = False
         try:
@@ -250,7 +261,7 @@ class Applied:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Inside, nothing is installed, so that another plan can be."""
+        """Open a context in which nothing is installed, so that another plan can be."""
         self._uninstall()
         try:
             yield
@@ -258,7 +269,7 @@ class Applied:
             self._activate(self._resolved)
 
     def remove(self) -> None:
-        """Restore the model. Graphs that were built under the plan stay valid."""
+        """Uninstall the plan: the model is as it was before. Graphs that were built under the plan stay valid."""
         self._uninstall()
         self.plans = None
 
@@ -284,8 +295,9 @@ class Applied:
         self.remove()
 
     def _activate(self, resolved: ResolvedPlan) -> None:
-        """Let regions follow `resolved`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
-        they need.
+        """Let regions follow `resolved`.
+
+        Graphs built under another plan stay valid: they hold tapes, which hold all that they need.
         """
         paths = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
         wanted = [self._module(path) for path in paths]
@@ -314,14 +326,24 @@ class Applied:
             ) from None
 
 
-def apply(model: torch.nn.Module, plan: Plan, *, spec: Step | None = None, profile: Profile | None = None) -> Applied:
-    """Install `plan` on `model`.
+def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
+    """Install `plan` on `model`: from now on, its training steps drop and recompute as the plan says.
+
+    Only an instance-level ``forward`` is installed on the modules that the plan names.  Batches of another shape than
+    the plan's run with all dropped that is provably replayable; `fit` plans them, too.
+
+        plan = tightfit.Plan.load("plan.json")
+        with tightfit.apply(model, plan) as applied:
+            model(**batch).loss.backward()
 
     Args:
         model: the model that the plan was solved for.
         plan: from `solve`, `fit` or `Plan.load`.
-        spec: how `Applied.loss` computes the loss; by default from the model's own result.
-        profile: noted in the result.
+        step: how `Applied.loss` computes the loss; by default from the model's own result.
+        profile: what the plan was solved from, to be found in the result.
+
+    Returns:
+        `Applied`: a context that uninstalls the plan when it is left, as its `remove` does.
 
     Raises:
         PlanMismatch: the plan is of another model.
@@ -340,4 +362,4 @@ def apply(model: torch.nn.Module, plan: Plan, *, spec: Step | None = None, profi
             f"{type(model).__name__} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
             "Measure and solve for this model."
         )
-    return Applied(model, plan, spec or Step(), profile)
+    return Applied(model, plan, step or Step(), profile)
