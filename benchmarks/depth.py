@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import tightfit
 from tightfit.device import memory as meter
-from tightfit.planning.plan_cache import decisions_of
+from tightfit.planning.reuse import decisions_of
 from tightfit.records import Plan, Profile
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate

@@ -141,7 +141,7 @@ def main() -> None:
     print(f"| per shape | {counts.planning_ms / max(1, len(shapes)):.0f} ms |")
     print(f"| metered steps | {step_s:.1f} s |")
     print(f"| plans: reused, solved, plain, run under the meter | {counts.reused}, {counts.solved}, {counts.plain}, "
-          f"{counts.guarded} |")  # fmt: skip
+          f"{counts.tried} |")  # fmt: skip
     print(f"| steps that did not follow their plan, calls without a plan | {counts.mismatched_steps}, "
           f"{counts.unplanned_calls} |")  # fmt: skip
     print(f"| plans kept, forgotten | {len(applied.plans)}, {counts.forgotten} |")

@@ -16,7 +16,7 @@ import tightfit
 from tests.replay.helpers import differences
 from tests.support.shape_models import Transformer, batch_of, gradients, next_word_loss, peak_of
 from tightfit.device.memory import measure_peak, resident_bytes
-from tightfit.planning.plan_cache import MOST_PLANS, PlanCache
+from tightfit.planning.plan_cache import MOST_PLANS
 from tightfit.solver.solver import Solver
 from tightfit.step.step import Step
 
@@ -61,7 +61,7 @@ def test_random_lengths_with_validation_in_between() -> None:
                 tensors_alive.append(sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor))
         assert max(peaks) <= budget < plain_bytes
         assert max(peaks) > 0.93 * budget  # the budget was binding
-        assert isinstance(applied.plans, PlanCache)
+        assert applied.plans is not None
         counts = applied.plans.statistics
         assert len(applied.plans) <= 2 * len(LENGTHS) < MOST_PLANS
         assert counts.solved >= 1

@@ -111,8 +111,7 @@ def test_planned_step_equals_plain_and_replays(model: Net, plan: Plan) -> None:
 def test_the_loss_is_planned_when_it_runs_through_applied(model: Net, plan: Plan) -> None:
     torch.manual_seed(1)
     plain = loss_of(model, BATCH)
-    spec = Step(loss=loss_of)
-    with tightfit.apply(model, plan, spec=spec) as applied:
+    with tightfit.apply(model, plan, step=Step(loss=loss_of)) as applied:
         torch.manual_seed(1)
         assert torch.equal(applied.loss(model, BATCH), plain)
         assert (applied.statistics.unplanned_calls, applied.statistics.mismatches) == (0, 0)

@@ -132,10 +132,10 @@ def test_other_shapes_are_planned_without_a_trial(mesh: DeviceMesh) -> None:
         other = torch.randn(96, 32)
         applied.prepare(other)
         statistics = applied.plans.statistics
-        assert statistics.guarded == 0
+        assert statistics.tried == 0
         applied.loss(model, other).backward()
-        assert applied.plan_in_force is not None
-        assert not applied.plan_in_force.is_plain
+        assert applied.active_plan is not None
+        assert not applied.active_plan.is_plain
 
 
 def test_what_is_not_known_is_refused(mesh: DeviceMesh) -> None:

@@ -556,11 +556,11 @@ def test_an_installed_plan_is_not_the_steps_doing() -> None:
 
 def test_an_interrupted_snapshot_leaves_the_model_as_it_was(harmless: Callable[..., None]) -> None:
     model = nn.Linear(4, 4)
-    spec = Step(optimizer=(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),))
+    step = Step(optimizer=(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),))
     plan = tightfit.solve(tightfit.measure(model, torch.randn(2, 4), loss=lambda m, b: m(b).sum()), 2**30)
     batch = torch.randn(2, 4)
     applied = tightfit.apply(model, plan)
-    harmless(model, spec.optimizers, batch)
+    harmless(model, step.optimizers, batch)
 
     class Interrupted(Trial):
         def _reach_steady_state(self) -> None:
@@ -568,7 +568,7 @@ def test_an_interrupted_snapshot_leaves_the_model_as_it_was(harmless: Callable[.
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Interrupted(model, batch, applied, spec)
+        Interrupted(model, batch, step).run_planned(applied)
 
 
 def test_a_sparse_gradient_is_put_back() -> None:

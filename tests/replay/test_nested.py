@@ -185,7 +185,7 @@ def test_regions_of_a_group_that_another_plan_never_ran_are_calibrated(monkeypat
     monkeypatch.setattr(Tape, "begin_region", noting)
     first, *others = [region.key for region in plan.regions]
     with tightfit.apply(model, plan) as applied:
-        applied.live.calibrated.add(first)
+        applied.resolved.calibrated.add(first)
         applied.loss(model, batch).backward()
         assert watched == set(others)
         watched.clear()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tightfit.operators.escaped_memory import ExposureWatch
-from tightfit.step.key import ModelWatch, StepShape, step_shape
+from tightfit.step.key import ModelWatch, StepKey, step_key
 
 x, y = torch.zeros(4, 8), torch.zeros(4, 8)
 
@@ -21,8 +21,8 @@ class Holder:
     scale: float = 1.0
 
 
-def shape_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.Optimizer) -> StepShape:
-    return step_shape(ModelWatch(model or nn.Linear(8, 8)), batch, optimizers)
+def shape_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.Optimizer) -> StepKey:
+    return step_key(ModelWatch(model or nn.Linear(8, 8)), batch, optimizers)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_the_model_and_the_settings_count() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
     optimizer = torch.optim.SGD(model.parameters())
     watch = ModelWatch(model)
-    shapes = [step_shape(watch, x, (optimizer,))]
+    shapes = [step_key(watch, x, (optimizer,))]
 
     def changed() -> None:
-        now = step_shape(watch, x, (optimizer,))
-        assert now == step_shape(watch, x, (optimizer,)) == shape_of(x, model, optimizer)
+        now = step_key(watch, x, (optimizer,))
+        assert now == step_key(watch, x, (optimizer,)) == shape_of(x, model, optimizer)
         assert hash(now) == hash(shape_of(x, model, optimizer))
         assert now not in shapes
         assert (now.sizes, now.numbers) == (shapes[0].sizes, shapes[0].numbers)

@@ -23,7 +23,7 @@ from tightfit.device.budget import resolve_budget
 from tightfit.distributed.process_group import ALONE, Group
 from tightfit.errors import UnsupportedInput
 from tightfit.peak_breakdown import format_parts, parts_of_peak
-from tightfit.planning.fit import find_plan
+from tightfit.planning.search import find_plan
 from tightfit.records import Plan, Profile, Verdict
 from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
 from tightfit.report.frontier_table import Curve, curve_figures, format_curve
@@ -107,9 +107,8 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
     options, source = resolve(options)
     _require_folder(options.output)
     work = build(options, source)
-    with find_plan(work.model, work.microbatch(0), work.spec(), work.budget_bytes) as applied:
-        solved, profile = applied.plan, applied.profile
-    assert profile is not None  # find_plan has measured
+    found = find_plan(work.model, work.microbatch(0), work.spec(), work.budget_bytes)
+    solved, profile = found.plan, found.profile
     more_bytes = next_useful_bytes(Solver(profile), solved)
     if options.output is not None:
         with replacing(Path(options.output)) as temporary:
@@ -166,8 +165,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     batch = work.microbatch(0)
     if solved is None:
         # With repair, as in training: what is verified is the plan that `tightfit train` would use.
-        with find_plan(work.model, batch, work.spec(), work.budget_bytes) as applied:
-            solved = applied.plan
+        solved = find_plan(work.model, batch, work.spec(), work.budget_bytes).plan
     verdict = tightfit.verify(
         work.model,
         batch,

@@ -1,6 +1,6 @@
 """What a plan depends on, in a form that can be compared: the batch's shapes, the model's state, the settings in force.
 
-Two steps with equal `StepShape`s run the same operations on tensors of the same sizes, as far as that can be told
+Two steps with equal `StepKey`s run the same operations on tensors of the same sizes, as far as that can be told
 without running them.  What a model decides by its data, or by its own Python attributes, is not in it; the live tape
 notices that.
 """
@@ -20,7 +20,7 @@ _DEPTH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class StepShape:
+class StepKey:
     """See the module."""
 
     sizes: tuple[tuple[int, ...], ...]
@@ -36,20 +36,20 @@ class StepShape:
         """Elements of all tensors of the batch."""
         return sum(math.prod(size) for size in self.sizes)
 
-    def growth_from(self, other: StepShape) -> float:
+    def growth_from(self, other: StepKey) -> float:
         """How many times larger than `other`'s a tensor of this batch is, at most; 1 where none is."""
         pairs = zip(self.sizes, other.sizes, strict=True)
         return max([1.0, *(math.prod(a) / max(1, math.prod(b)) for a, b in pairs)])
 
 
-def step_shape(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepShape:
+def step_key(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepKey:
     """The shape of a training step on `batch`, as things are now."""
-    shape = arguments_shape(batch)
-    state = watch.state(), optimizer_state(optimizers), settings_in_force(watch.device_type)
-    return StepShape(shape.sizes, shape.numbers, (shape.kind, state))
+    shape = arguments_key(batch)
+    state = watch.state(), optimizer_state(optimizers), active_settings(watch.device_type)
+    return StepKey(shape.sizes, shape.numbers, (shape.kind, state))
 
 
-def arguments_shape(thing: Any) -> StepShape:
+def arguments_key(thing: Any) -> StepKey:
     """The shape of nested containers and objects alone.
 
     Whole numbers and text count by value where they stand alone (a length, a flag, a mode), by type inside lists (what
@@ -73,7 +73,7 @@ def arguments_shape(thing: Any) -> StepShape:
             kind.append((name, leaf))
         else:
             kind.append((name, type(leaf)))
-    return StepShape(tuple(sizes), tuple(numbers), tuple(kind))
+    return StepKey(tuple(sizes), tuple(numbers), tuple(kind))
 
 
 class ModelState:
@@ -162,7 +162,7 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
     return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
 
 
-def settings_in_force(device_type: str) -> Hashable:
+def active_settings(device_type: str) -> Hashable:
     """PyTorch's settings that decide which kernels run."""
     return (
         ambient_autocast(device_type),

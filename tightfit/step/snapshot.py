@@ -222,18 +222,16 @@ _ATOMS = (
 def _restore_container(container: Any, contents: Any) -> None:
     """Make a container hold what it held, if it does not."""
     if isinstance(container, dict):
+        if "_modules" in container:
+            contents = _with_forward_of(container, contents)
         now = list(container.items())
         if len(now) == len(contents) and all(a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)):
             return
         # The base class's own methods: a subclass may do more in its own.
         kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        own_forward = [(key, value) for key, value in now if key == "forward"] if "_modules" in container else []
         kind.clear(container)
         for key, value in contents:
             kind.__setitem__(container, key, value)
-        if "_modules" in container:  # an installed plan is not the step's doing
-            container.pop("forward", None)
-            container.update(own_forward)
     elif isinstance(container, set):
         if container != contents:
             container.clear()
@@ -241,6 +239,16 @@ def _restore_container(container: Any, contents: Any) -> None:
     elif len(container) != len(contents) or not all(a is b for a, b in zip(container, contents, strict=True)):
         container.clear()
         container.extend(contents)
+
+
+def _with_forward_of(module: dict[str, Any], contents: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Return what a module held, with the forward that it has now: an installed plan is not the step's doing."""
+    if "forward" not in module:
+        return [pair for pair in contents if pair[0] != "forward"]
+    forward = "forward", module["forward"]
+    if all(key != "forward" for key, _ in contents):
+        return [*contents, forward]
+    return [forward if pair[0] == "forward" else pair for pair in contents]
 
 
 def _generator_state(thing: Any) -> Any:

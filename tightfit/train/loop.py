@@ -214,7 +214,7 @@ class Training:
         outcome: StepOutcome,
         evaluation: Evaluation | None,
     ) -> None:
-        work, plan = self.work, self.stepper.applied.plan_in_force
+        work, plan = self.work, self.stepper.applied.active_plan
         norm = outcome.gradient_norm
         report = StepReport(
             step=done,

@@ -14,7 +14,6 @@ from tightfit.device.budget import resolve_budget
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import ALONE, FailedElsewhere, Group
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
-from tightfit.planning.plan_cache import PlanCache
 from tightfit.records import Profile
 from tightfit.report.plan_table import format_table
 from tightfit.train.checkpoint import Checkpoint, load_checkpoint
@@ -123,9 +122,9 @@ def _run(
                 beside_bytes=beside_bytes,
             )
             training.run(first_step)
-        verdict, shapes = applied.verdict, applied.plans
+        verdict = applied.verdict
         assert verdict is not None  # fit has judged what it returns
-        mismatched_steps = shapes.statistics.mismatched_steps if isinstance(shapes, PlanCache) else 0
+        mismatched_steps = 0 if applied.plans is None else applied.plans.statistics.mismatched_steps
     finally:
         applied.remove()
     peak_bytes = max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes)
