@@ -133,6 +133,27 @@ def test_what_a_page_names_is_there(page: Path) -> None:
             assert (ROOT / code).exists(), code
 
 
+#: Where a page quotes what the program prints: the page, and a pattern of the quotations in it.
+QUOTATIONS = [
+    (README, r"^  (?:plain step|this run|budget|slowdown|gradients|buffers|loss)  .*$"),
+    (ROOT / "docs/budgets.md", r"^(?: +budget  of|  566|  measured|.*  smallest|.*  your budget).*$"),
+    (ROOT / "docs/distributed.md", r"^\| `[^-].*?` \|"),
+]
+
+
+@pytest.mark.parametrize(("page", "pattern"), QUOTATIONS, ids=[name_of(page) for page, _ in QUOTATIONS])
+def test_what_is_quoted_is_what_the_program_says(page: Path, pattern: str) -> None:
+    """Its words in a row are words in a row of some string in the package, figures and names left out."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tightfit").rglob("*.py"))
+    said = re.sub(r"\W*[\"']\s*f?[\"']\W*", " ", text)  # strings that stand next to each other are one
+    words_said = " ".join(re.findall(r"[a-z]+", said))
+    quotations = re.findall(pattern, page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(quotations) >= 5
+    for quotation in quotations:
+        for run in re.findall(r"[a-z]+(?: [a-z]+)+", quotation):
+            assert run in words_said, quotation
+
+
 def test_the_python_of_the_readme_trains() -> None:
     (block,) = blocks(README, "python")
     torch.manual_seed(0)
