@@ -1,6 +1,5 @@
 """One `fit` is one trial: its whole steps and snapshots are counted, and the state is put back.
 
-
 Of the whole steps, one is run for the self-checks of a plan, one under the meter; plain runs twice under the meter; and
 three of each are timed.
 """
