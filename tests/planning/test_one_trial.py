@@ -16,8 +16,6 @@ from torch import nn
 
 import tightfit
 from tightfit.planning import search
-from tightfit.profiling import measure as profiler
-from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.solver.solver import Solver
 from tightfit.step.snapshot import RandomState, TrainingState
 
@@ -70,7 +68,6 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
         right(self, *arguments, **options)
 
     monkeypatch.setattr(TrainingState, "__init__", counting)
-    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
 
 
 @pytest.fixture(scope="module")

@@ -45,11 +45,11 @@ def _refuse(_: object) -> torch.Tensor:
     raise _NeedsSaved
 
 
-def ran_otherwise(seen: Observation, model: torch.nn.Module, batch: Any, spec: Step) -> bool:
+def ran_otherwise(seen: Observation, model: torch.nn.Module, batch: Any, step: Step) -> bool:
     """Whether a real forward runs other operations than the observed one; False where that is not asked."""
     if not any(type(module).__module__.partition(".")[0] in _ASKING for module in model.modules()):
         return False
-    state = TrainingState(model, spec.optimizers, also=(batch,))
+    state = TrainingState(model, step.optimizers, also=(batch,))
     names = _Names()
     try:
         with (
@@ -57,7 +57,7 @@ def ran_otherwise(seen: Observation, model: torch.nn.Module, batch: Any, spec: S
             torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse),
             names,
         ):
-            spec.run_loss(model, batch)
+            step.run_loss(model, batch)
     except _NeedsSaved:
         return False
     finally:

@@ -43,16 +43,16 @@ _KINDS_OF_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 def observe_fake(
     model: torch.nn.Module,
     batch: Any,
-    spec: Step,
+    step: Step,
     signatures: SignatureTable,
     layouts: Mapping[str, Layouts],
 ) -> tuple[Observer | None, bool]:
     """What was observed, None if the fake run failed; and whether it did because shapes depend on the data."""
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    surroundings = Surroundings(spec.loss)
+    surroundings = Surroundings(step.loss)
     observer = Observer(signatures, device_of(model).type, layouts=layouts)
     try:
-        _observe_copy(model, batch, spec, observer, mode)
+        _observe_copy(model, batch, step, observer, mode)
     except BaseException as error:
         if isinstance(error, TightfitError) or not isinstance(error, Exception):
             if error.__traceback__ is not None:
@@ -65,9 +65,9 @@ def observe_fake(
     return observer, False
 
 
-def _observe_copy(model: torch.nn.Module, batch: Any, spec: Step, observer: Observer, mode: FakeTensorMode) -> None:
+def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Observer, mode: FakeTensorMode) -> None:
     # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
-    state = TrainingState(model, spec.optimizers, also=(batch,), contents=False)
+    state = TrainingState(model, step.optimizers, also=(batch,), contents=False)
     try:
         copied, copies = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
@@ -78,8 +78,8 @@ def _observe_copy(model: torch.nn.Module, batch: Any, spec: Step, observer: Obse
             if sharded is not None:
                 sharded.watch(observer)
                 copies, parameters = sharded.copies, sharded.parameters
-            optimizers = [copy_optimizer(optimizer, copies) for optimizer in spec.optimizers]
-            _observe(copied, parameters, fake_batch, spec, optimizers, observer)
+            optimizers = [copy_optimizer(optimizer, copies) for optimizer in step.optimizers]
+            _observe(copied, parameters, fake_batch, step, optimizers, observer)
             observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
     finally:
         state.restore()
@@ -98,19 +98,19 @@ def _hushed(logger_name: str) -> Iterator[None]:
         logger.disabled = before
 
 
-def observe_concrete(model: torch.nn.Module, batch: Any, spec: Step, signatures: SignatureTable) -> Observer:
+def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures: SignatureTable) -> Observer:
     """Observe a real step, with what autograd saves moved to a file; afterwards everything is put back.
 
     Raises:
         UnsupportedInput: the model uses `torch.func` transforms in its forward.
     """
-    state = TrainingState(model, spec.optimizers, also=(batch,))
+    state = TrainingState(model, step.optimizers, also=(batch,))
     try:
         spill, unspill = _spill_to(CopyFile())
         observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
         give_gradients(model)
         try:
-            _observe(model, list(model.parameters()), batch, spec, list(spec.optimizers), observer)
+            _observe(model, list(model.parameters()), batch, step, list(step.optimizers), observer)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
@@ -146,7 +146,7 @@ def _observe(
     model: torch.nn.Module,
     parameters: Sequence[torch.Tensor],
     batch: Any,
-    spec: Step,
+    step: Step,
     optimizers: Sequence[torch.optim.Optimizer],
     observer: Observer,
 ) -> None:
@@ -174,12 +174,12 @@ def _observe(
             observer.start()
             try:
                 with watching_exposure(with_fast_paths(model), observer.expose):
-                    loss = spec.run_loss(model, batch)
+                    loss = step.run_loss(model, batch)
                 observer.begin_backward()
                 loss.backward()
                 observer.begin_optimizer()
-                if spec.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
+                if step.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
                 for optimizer in optimizers:
                     optimizer.step()
             finally:

@@ -17,7 +17,7 @@ from tightfit.records import Event, EventKind, Op, Profile, Signature, Storage
 from tightfit.step.step import Step
 
 
-def measure_reshaped(model: torch.nn.Module, batch: Any, spec: Step, reference: Profile, budget_bytes: int) -> Profile:
+def measure_reshaped(model: torch.nn.Module, batch: Any, step: Step, reference: Profile, budget_bytes: int) -> Profile:
     """The profile of a step on `batch`; measured in full where the step is not the reference's at another size.
 
     Measuring stays within `budget_bytes`, as `measure_step` does.  A step that had to be run for real to be measured is
@@ -27,7 +27,7 @@ def measure_reshaped(model: torch.nn.Module, batch: Any, spec: Step, reference: 
         forward = measure_step(
             model,
             batch,
-            replace(spec, optimizer=None, clip_norm=None),
+            replace(step, optimizer=None, clip_norm=None),
             concrete=reference.method == "real",
             untimed=True,
             budget_bytes=budget_bytes - reference.baseline["optimizer_state"],
@@ -35,7 +35,7 @@ def measure_reshaped(model: torch.nn.Module, batch: Any, spec: Step, reference: 
         completed = complete(forward, reference)
         if completed is not None:
             return completed
-    return measure_step(model, batch, spec, budget_bytes=budget_bytes)
+    return measure_step(model, batch, step, budget_bytes=budget_bytes)
 
 
 def operations(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
