@@ -1,15 +1,24 @@
-"""Shared by all tests: fixed costs of operations, one thread, a quiet profiler, and no cost cache; and a folder."""
+"""Shared by all tests: nothing that decides a test's outcome comes from the machine or from the test before it.
+
+Costs of operations are fixed (`fixed_costs`), there is no cost cache and one thread, random numbers begin from one
+seed, and PyTorch's and the process's settings are put back.  Markers follow from a test's folder (`subjects`).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.support import fixed_costs
+from tests.support.subjects import subject_of
 
 if TYPE_CHECKING:
     import torch  # at run time not here: some tests run where torch is blocked
@@ -26,6 +35,97 @@ os.environ["TIGHTFIT_COST_CACHE"] = "off"
 # Models here are so small that a second thread costs more than it brings; and workspaces grow with threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
+
+# The same examples at every run, however long one takes on a busy machine.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the subject of its folder."""
+    for item in items:
+        subject = subject_of(item.path.relative_to(ROOT / "tests").as_posix())
+        if subject is not None:
+            item.add_marker(subject)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a package that is not installed."""
+    for marker in item.iter_markers("needs"):
+        missing = [package for package in marker.args if not _is_installed(package)]
+        if missing:
+            pytest.skip(f"needs {', '.join(missing)}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules[package] is None: its import is blocked
+        return False
+
+
+# ------------------------------------------------------------------------------------- nothing of what ran before
+
+
+def _begin_anew() -> None:
+    """Random numbers from the start, in whichever libraries are there."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Before a module is imported, which may draw its data."""
+    if isinstance(collector, pytest.Module):
+        _begin_anew()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Before a fixture that several tests share, whichever of them comes first."""
+    if fixturedef.scope != "function":
+        _begin_anew()
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    """Each test begins from the same random numbers, and leaves the process's settings as they were."""
+    environment = dict(os.environ)
+    torch = sys.modules.get("torch")
+    settings = () if torch is None else _torch_settings()
+    _begin_anew()
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    if torch is not None and _torch_settings() != settings:
+        threads, deterministic, warn_only, dtype, precision, grad, autocast = settings
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_enabled("cpu", autocast)
+
+
+def _torch_settings() -> tuple[object, ...]:
+    torch = sys.modules["torch"]
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- fixtures
 
 
 @pytest.fixture

@@ -266,7 +266,7 @@ def test_passes_with_torch_blocked() -> None:
         f"{str(here)!r}, {str(here.parent / 'test_codec.py')!r}, {str(here.parent / 'test_simulate.py')!r}]))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=here.parent.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=here.parent.parent
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -1,4 +1,7 @@
-"""Row 24, "auto batch size changes the training": however a batch is split, it stays one optimizer step."""
+"""Take one optimizer step for a batch however it is split: "auto batch size changes the training".
+
+See https://github.com/huggingface/transformers/issues/33281.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.field_notes.running import metrics
+from tests.train.runs import metrics
 from tightfit.cli.main import main
 
 TOKENS = ["--model", "tests.train.user_code:token_mean_model", "--dataset", "tests.train.user_code:ragged_numbers"]

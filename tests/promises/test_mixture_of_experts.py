@@ -1,4 +1,7 @@
-"""Row 4: tied router scores cannot fall out otherwise in recomputation, as the router's choice is not made again."""
+"""Route as in forward: tied scores cannot fall out otherwise, as the router's choice is not made again.
+
+See https://github.com/huggingface/transformers/issues/47467 and https://github.com/NVIDIA-NeMo/Automodel/issues/2635.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.field_notes.training import adamw, same_training
+from tests.promises.training import adamw, same_training
 
 STEPS = 100
 

@@ -1,4 +1,7 @@
-"""Row 28: keyword arguments x dictionaries x dataclasses x in-place writes x views: gradients equal plain."""
+"""Give plain gradients for keyword arguments x dictionaries x dataclasses x in-place writes x views.
+
+See https://github.com/deepspeedai/DeepSpeed/issues/953.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.field_notes.training import same_training
+from tests.promises.training import same_training
 
 BATCHES = [torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 

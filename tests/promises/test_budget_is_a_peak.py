@@ -1,4 +1,6 @@
-"""Row 9: a budget is a peak that is kept, never a ratio: measured, on a CNN, a U-Net, a transformer and an RNN.
+"""Keep a budget as a peak, never as a ratio: measured, on a CNN, a U-Net, a transformer and an RNN.
+
+See https://github.com/pytorch/pytorch/issues/197838 and https://github.com/pytorch/pytorch/issues/58466.
 
 That the command line prints the smallest budget, and runs with it, is shown in tests/cli/test_bad_input.py.
 """
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tests.field_notes.training import Snapshot, adamw, differences, train
+from tests.promises.training import Snapshot, adamw, differences, train
 from tightfit import BudgetInfeasible
 from tightfit.device import memory as meter
 from tightfit.solver.solver import Solver

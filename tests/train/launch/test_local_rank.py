@@ -1,4 +1,7 @@
-"""Row 18, "unrecognized arguments: --local-rank=0": every spelling is understood; a conflict is an error."""
+"""Understand every spelling of ``--local-rank``; a conflict is an error: "unrecognized arguments: --local-rank=0".
+
+See https://github.com/huggingface/pytorch-image-models/issues/1724.
+"""
 
 from __future__ import annotations
 

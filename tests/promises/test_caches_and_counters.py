@@ -1,4 +1,7 @@
-"""Row 5: what forward changes (a KV cache, an attribute, a counter) is changed once, as without a plan."""
+"""Change what forward changes (a KV cache, an attribute, a counter) once, as without a plan.
+
+See https://github.com/pytorch/pytorch/issues/155171 and https://github.com/huggingface/transformers/issues/28056.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tightfit
-from tests.field_notes.training import adamw, same_training
+from tests.promises.training import adamw, same_training
 
 TOKENS = [torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 

@@ -1,4 +1,7 @@
-"""Row 25: each region says what it saves and what that costs; regions that do not pay are left alone."""
+"""Say what each region saves and costs, and leave regions alone that do not pay.
+
+See https://github.com/pytorch/pytorch/issues/193193 and https://github.com/pytorch/pytorch/issues/143176.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tests.field_notes.training import adamw
+from tests.promises.training import adamw
 from tightfit.cli.main import main
 from tightfit.records import KeptValue, Plan
 from tightfit.replay.session import Session

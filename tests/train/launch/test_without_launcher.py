@@ -1,5 +1,7 @@
-"""Row 17, "KeyError: 'WORLD_SIZE'": without a launcher there is one process and a notice; half a launcher is an error
-that lists what is missing, and a command that works.
+"""Run one process, with a notice, where no launcher has set anything; of half a launcher list what is missing, and a
+command that works: "KeyError: 'WORLD_SIZE'".
+
+See https://github.com/pytorch/examples/issues/458 and https://github.com/damo-cv/TransReID/issues/11.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Row 19, "You have chosen a specific GPU. This will completely disable data parallelism": silent when distributed;
-otherwise the run says which device it uses, and uses no other.
+"""Use the GPU that was chosen and no other, without a word about it when distributed: "You have chosen a specific GPU.
+This will completely disable data parallelism".
+
+See https://github.com/pytorch/examples/issues/1001.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Row 2: randomness in forward (dropout, and Python's and NumPy's own generators) is the same in recomputation."""
+"""Recompute with the same randomness as in forward: dropout, and Python's and NumPy's own generators.
+
+See https://github.com/allenai/OLMo-core/issues/828 and https://github.com/pytorch/torchtitan/issues/1323.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.field_notes.training import differences, same_training, seed_everything, snapshot
+from tests.promises.training import differences, same_training, seed_everything, snapshot
 
 BATCHES = [torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 

@@ -1,4 +1,7 @@
-"""Row 15, "=> no checkpoint found", and then it trains from scratch: a missing ``--resume`` path is an error."""
+"""Refuse a ``--resume`` path that is missing: "=> no checkpoint found", and then it trains from scratch.
+
+https://github.com/pytorch/examples/tree/main/imagenet does that.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Row 29: out of memory in validation, or after hours, because shapes vary.
+"""Keep the budget at every step while lengths vary, with validation in between.
 
-What must hold: random lengths with validation in between, and the peak stays within the budget in every step.  The
-2,000 steps of the field note are in `benchmarks/random_lengths.py`; this is such a run on fewer lengths.
+See https://github.com/pytorch/pytorch/issues/35901.
+
+A run of 2,000 steps on more lengths is `benchmarks/random_lengths.py`.
 """
 
 from __future__ import annotations

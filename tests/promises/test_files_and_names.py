@@ -1,4 +1,7 @@
-"""Row 14: files load with `weights_only=True`, and a plan changes no name in them."""
+"""Write files that load with `weights_only=True`, and change no name in them by a plan.
+
+See https://github.com/nerfstudio-project/nerfstudio/issues/3683.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tightfit
-from tests.field_notes.training import adamw, differences, train
+from tests.promises.training import adamw, differences, train
 from tightfit import Applied, Plan, UnsupportedInput
 from tightfit.cli.main import main
 from tightfit.installation.applied import RegionForward

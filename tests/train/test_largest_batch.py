@@ -1,4 +1,7 @@
-"""Row 7, "OOM after hours": the data's largest batch is planned before the first step, and named if it cannot fit."""
+"""Plan the data's largest batch before the first step, and name it if it cannot fit: else "OOM after hours".
+
+See https://github.com/meta-pytorch/torchtune/issues/2830.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.field_notes.running import metrics
+from tests.train.runs import metrics
 from tightfit.cli.main import main
 
 WORDS = [

@@ -1,4 +1,7 @@
-"""Row 3: recomputation does not update BatchNorm's running statistics a second time."""
+"""Update BatchNorm's running statistics once a step, whatever is recomputed.
+
+See https://github.com/pytorch/pytorch/issues/96136.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import tightfit
-from tests.field_notes.training import adamw, same_training
+from tests.promises.training import adamw, same_training
 
 BATCHES = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 

@@ -1,4 +1,7 @@
-"""Row 1: a frozen embedding and trainable adapters. No input requires a gradient, and every adapter is trained."""
+"""Train a frozen embedding with adapters: no input requires a gradient, and every adapter is trained.
+
+See https://github.com/pytorch/pytorch/issues/7617 and https://github.com/huggingface/peft/issues/137.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.field_notes.training import same_training
+from tests.promises.training import same_training
 
 BATCHES = [torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 

@@ -1,6 +1,9 @@
-"""Row 22, "hang at the last batch; same order each epoch": 101 samples on 2, 3 and 8 processes are each seen once an
-epoch, in another order each time, and every process takes part in every step.  (A run that ends with such a batch is in
-tests/train/launch/test_runs.py.)
+"""Show 101 samples to 2, 3 and 8 processes once an epoch each, in another order each time, with every process in every
+step: "hang at the last batch; same order each epoch".
+
+See https://github.com/pytorch/pytorch/issues/33148 and https://github.com/pytorch/pytorch/issues/31771.
+
+A run that ends with such a batch is in tests/train/launch/test_runs.py.
 """
 
 from __future__ import annotations

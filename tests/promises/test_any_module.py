@@ -1,4 +1,7 @@
-"""Row 27: any unmodified `nn.Module` works; nothing asks for a class that supports it."""
+"""Plan any unmodified `nn.Module`; nothing asks for a class that supports it.
+
+See https://github.com/huggingface/transformers/issues/17464.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.field_notes.training import Loss, same_training
+from tests.promises.training import Loss, same_training
 
 
 def floats(*shape: int, seed: int = 0) -> Tensor:
