@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from benchmarks.loops import Loop, by_hand, by_stepper
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.train import TrainConfig, Workload, build, resolve
 from tightfit.train.launch.rendezvous import joined
 from tightfit.train.launch.roles import Member, find_role
@@ -42,7 +42,7 @@ _PROCESSES = 2
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_PROCESSES), "-m"]
 
 
-def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loop:
+def loop_by_hand(work: Workload, group: ProcessGroup, steps: int, strategy: str) -> Loop:
     """As people write it."""
     model = work.model if strategy == "fsdp" else DistributedDataParallel(work.model, gradient_as_bucket_view=True)
     size = _BATCH // group.world_size
@@ -52,7 +52,7 @@ def loop_by_hand(work: Workload, group: Group, steps: int, strategy: str) -> Loo
     return by_hand(work, model, loader)
 
 
-def own_loop(config: TrainConfig, work: Workload, group: Group, steps: int) -> Loop:
+def own_loop(config: TrainConfig, work: Workload, group: ProcessGroup, steps: int) -> Loop:
     """As `tightfit train` takes steps between two logged ones."""
     applied, _ = plan_run(config, work, None, 0, steps)
     model = parallel(work.model, group, work.device, reach=Reach.ALL)
@@ -75,10 +75,10 @@ def compare(name: str, strategy: str, rounds: int, steps: int) -> None:
         for turn in range(rounds + 1):
             for loop in sorted(loops, reverse=turn % 2 == 1):  # what runs second finds other caches
                 ends = loops[loop]()
-                slowest = max(group.gather((ends[-1] - ends[0]) * 1e3 / (len(ends) - 1)))
+                slowest = max(group.all_gather((ends[-1] - ends[0]) * 1e3 / (len(ends) - 1)))
                 if turn:  # DDP makes its buckets anew after the first step
                     times[loop].append(slowest)
-        if group.is_first:
+        if group.is_main_process:
             print(json.dumps({loop: statistics.median(found) for loop, found in times.items()}), flush=True)
 
 

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import tightfit
-from tightfit.distributed.fsdp import group_of, is_sharded
-from tightfit.distributed.process_group import ALONE
+from tightfit.distributed.fsdp import is_sharded, process_group_of
+from tightfit.distributed.process_group import SINGLE_PROCESS
 from tightfit.errors import UnsupportedInput
 from tightfit.step.fingerprint import fingerprint
 
@@ -104,8 +104,8 @@ def test_the_profile_is_of_the_model_and_says_that_it_is_sharded(mesh: DeviceMes
     model = sharded(mesh)
     assert is_sharded(model)
     assert not is_sharded(Net())
-    assert group_of(model).world_size == 1
-    assert group_of(Net()) is ALONE
+    assert process_group_of(model).world_size == 1
+    assert process_group_of(Net()) is SINGLE_PROCESS
     profile = tightfit.measure(model, BATCH)
     assert profile.is_sharded
     assert profile.model == "Net"

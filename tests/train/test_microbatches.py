@@ -11,7 +11,7 @@ import torch
 
 from tests.train.runs import metrics, workload
 from tightfit.cli.main import main
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.train.data.loader import BatchLoader, to_device
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -78,8 +78,8 @@ def test_a_custom_loss_says_what_it_is_a_mean_over() -> None:
 def test_where_samples_weigh_alike_their_numbers_are_shares_enough(model: str) -> None:
     """So that no process has to ask the others."""
 
-    class Silent(Group):
-        def sums(self, values: Sequence[float]) -> list[float]:
+    class Silent(ProcessGroup):
+        def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
             raise AssertionError("asked")
 
     work = workload(model=model, batch_size=8, microbatch_size=2)

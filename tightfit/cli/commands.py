@@ -20,7 +20,7 @@ from tightfit.cli.console import speak_as
 from tightfit.cli.doctor import examine, format_examination
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.budget import resolve_budget
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.planning.search import find_plan
@@ -68,7 +68,7 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
         return 0
     device = take_device(role, config, config.device)
     if isinstance(role, Alone):
-        return _train(config, options, command, ALONE, device, role.notice)
+        return _train(config, options, command, SINGLE_PROCESS, device, role.notice)
     speak_as(f"rank {role.rank}")
     backend = usual_backend(device, config.dist_backend)
     with noting_failure(), joined(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
@@ -76,7 +76,12 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
 
 
 def _train(
-    config: TrainConfig, options: TrainOptions, command: Sequence[str], group: Group, device: torch.device, notice: str
+    config: TrainConfig,
+    options: TrainOptions,
+    command: Sequence[str],
+    group: ProcessGroup,
+    device: torch.device,
+    notice: str,
 ) -> int:
     """One process's part of the run; rank 0 speaks."""
     with ExitStack() as stack:
@@ -84,7 +89,7 @@ def _train(
         stream = sys.stderr if options.json else sys.stdout
         if options.json:  # some libraries print what they think of the machine
             stack.enter_context(redirect_stdout(sys.stderr))
-        if not group.is_first:
+        if not group.is_main_process:
             stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = stack.enter_context(Reporter(stream, quiet=options.quiet))
         if notice:
@@ -92,12 +97,12 @@ def _train(
         try:
             summary = run(config, command=command, reporter=reporter, group=group, device=device)
         except Interrupted as interrupted:
-            if group.is_first:
+            if group.is_main_process:
                 raise
             return interrupted.exit_code  # rank 0 says so
         if summary is not None:
             reporter.say(format_summary(summary), important=True)
-    if options.json and group.is_first:
+    if options.json and group.is_main_process:
         print(json.dumps({"finished": True} if summary is None else {"finished": True, **summary.to_json()}))
     return 0
 

@@ -23,7 +23,7 @@ from tightfit.cli.console import speak_as, tell
 from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.process_group import FailedElsewhere
+from tightfit.distributed.process_group import RankFailed
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         finally:  # what follows is short; a SIGTERM may end it
             if in_main_thread:
                 signal.signal(signal.SIGTERM, previous)
-    except FailedElsewhere as problem:
+    except RankFailed as problem:
         time.sleep(_TELLING_S)  # it is told there; a launcher that saw this process end first would cut it off
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
     except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:

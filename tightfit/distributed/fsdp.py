@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tightfit.distributed._fsdp_private import process_group, sharded_modules
 from tightfit.distributed._fsdp_private import settle as settle
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -21,9 +21,9 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return bool(sharded_modules(model))
 
 
-def group_of(model: torch.nn.Module) -> Group:
-    """The processes that share the model's parameters; `ALONE` for a model that is not sharded."""
+def process_group_of(model: torch.nn.Module) -> ProcessGroup:
+    """The processes that share the model's parameters; `SINGLE_PROCESS` for a model that is not sharded."""
     control = process_group(model)
     if control is None:
-        return ALONE
-    return Group(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)
+        return SINGLE_PROCESS
+    return ProcessGroup(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)

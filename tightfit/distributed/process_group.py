@@ -15,12 +15,12 @@ from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, Unsup
 Result = TypeVar("Result")
 
 
-class GroupBroken(TightfitError):
+class CommunicationFailed(TightfitError):
     """Another process of the run has ended or does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ProcessGroup:
     """The processes of a run, as one of them sees it.  With one process, everything here does nothing."""
 
     rank: int = 0
@@ -29,36 +29,36 @@ class Group:
     """The process group for messages: gloo, whatever carries gradients."""
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Rank 0: the one that writes and speaks."""
         return self.rank == 0
 
     @property
-    def is_alone(self) -> bool:
+    def is_single_process(self) -> bool:
         """There is one process."""
         return self.world_size == 1 and self.control is None
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """The sums over all processes, exact to float64."""
-        if self.is_alone:
+        if self.is_single_process:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         with _naming_loss():
             dist.all_reduce(tensor, group=self.control)
         return [float(value) for value in tensor]
 
-    def gather(self, thing: Result) -> list[Result]:
+    def all_gather(self, thing: Result) -> list[Result]:
         """What each process gave, by rank."""
-        if self.is_alone:
+        if self.is_single_process:
             return [thing]
         found: list[Any] = [None] * self.world_size
         with _naming_loss():
             dist.all_gather_object(found, thing, group=self.control)
         return found
 
-    def from_first(self, thing: Result) -> Result:
+    def broadcast(self, thing: Result) -> Result:
         """What rank 0 gave."""
-        if self.is_alone:
+        if self.is_single_process:
             return thing
         found: list[Any] = [thing]
         with _naming_loss():
@@ -66,30 +66,30 @@ class Group:
         result: Result = found[0]
         return result
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def run_on_all(self, work: Callable[[], Result]) -> Result:
         """Do `work` on every process; where it fails on one of them it fails on all, instead of some waiting forever.
 
         Raises:
-            Exception: what `work` raised here; else what it raised elsewhere, as `FailedElsewhere`.
+            Exception: what `work` raised here; else what it raised elsewhere, as `RankFailed`.
         """
-        if self.is_alone:
+        if self.is_single_process:
             return work()
         problem: Exception | None = None
         result: Result | None = None
         try:
             result = work()
-        except GroupBroken:
+        except CommunicationFailed:
             raise
         except Exception as raised:
             problem = raised
         is_input = isinstance(problem, UnsupportedInput | BudgetInfeasible | PlanMismatch)
-        failures = self.gather(None if problem is None else (str(problem), is_input))
+        failures = self.all_gather(None if problem is None else (str(problem), is_input))
         try:
-            if problem is not None and (self.is_first or failures[0] is None or failures[0][0] != str(problem)):
+            if problem is not None and (self.is_main_process or failures[0] is None or failures[0][0] != str(problem)):
                 raise problem
             for rank, failure in enumerate(failures):
                 if failure is not None:  # the same everywhere is said once
-                    raise FailedElsewhere(rank, failure[0], is_bad_input=failure[1]) from problem
+                    raise RankFailed(rank, failure[0], is_bad_input=failure[1]) from problem
         finally:
             # An error whose frame holds it would keep the group's threads alive until Python ends, and they may then
             # ask for Python's lock, which aborts the process.
@@ -97,7 +97,7 @@ class Group:
         return result  # type: ignore[return-value]  # `work` has returned
 
 
-class FailedElsewhere(TightfitError):
+class RankFailed(TightfitError):
     """What another process says."""
 
     def __init__(self, rank: int, text: str, *, is_bad_input: bool) -> None:
@@ -106,7 +106,7 @@ class FailedElsewhere(TightfitError):
         self.is_bad_input = is_bad_input
 
 
-ALONE = Group()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
@@ -114,19 +114,19 @@ def _naming_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise group_broken(error) from error
+        raise communication_failed(error) from error
 
 
-def group_broken(error: BaseException) -> GroupBroken:
+def communication_failed(error: BaseException) -> CommunicationFailed:
     """What a failed message between processes means."""
-    return GroupBroken(
+    return CommunicationFailed(
         f"the other processes of the run do not answer ({str(error).splitlines()[0]}): one of them has ended or hangs, "
         f"and this one cannot go on without it. See what it said; a training run goes on from its last checkpoint with "
         f"--resume auto."
     )
 
 
-def is_group_broken(error: BaseException) -> bool:
+def is_communication_failure(error: BaseException) -> bool:
     """Whether an error that PyTorch raised in a step comes from the connection between processes."""
     text = str(error).lower()
     signs = (

@@ -12,7 +12,7 @@ import torch
 
 from tightfit.device.budget import resolve_budget
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible
 from tightfit.installation.applied import Applied, apply
 from tightfit.installation.resolved_plan import ResolvedPlan
@@ -84,14 +84,14 @@ def search(
         BudgetInfeasible, UnsupportedInput: as `fit`. No plan is installed.
     """
     group = trial.group  # its processes take each step, and so each decision about one, together
-    is_known = all(group.gather(profile is not None and _is_of(profile, trial)))
+    is_known = all(group.all_gather(profile is not None and _is_of(profile, trial)))
     if profile is None or not is_known:
         profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=budget_bytes)
     for _ in range(_MOST_ROUNDS):
         chosen, infeasible = _choose_together(profile, budget_bytes, grad_checkpoint, group)
         if infeasible is not None:
             # Check that the budget which the error suggests works, if the device has that much memory.
-            if within_budget or not all(group.gather(_has_room(trial, infeasible.required_bytes))):
+            if within_budget or not all(group.all_gather(_has_room(trial, infeasible.required_bytes))):
                 raise infeasible
             chosen = _choose(profile, infeasible.required_bytes, grad_checkpoint)
         assert chosen is not None  # either there is a plan, or it is said why not
@@ -130,7 +130,7 @@ def _is_of(profile: Profile, trial: Trial) -> bool:
 
 
 def _choose_together(
-    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: Group
+    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: ProcessGroup
 ) -> tuple[Plan | None, BudgetInfeasible | None]:
     """Return the plan; else, where one of the processes has none, what the neediest of them needs."""
     plan: Plan | None = None
@@ -139,7 +139,7 @@ def _choose_together(
         plan = _choose(profile, budget_bytes, grad_checkpoint)
     except BudgetInfeasible as infeasible:
         problem = infeasible
-    problems = [one for one in group.gather(problem) if one is not None]
+    problems = [one for one in group.all_gather(problem) if one is not None]
     if problems:
         return None, max(problems, key=lambda one: one.required_bytes)
     return plan, None
@@ -177,16 +177,16 @@ def _try(trial: Trial, applied: Applied, profile: Profile) -> tuple[Outcome | No
         return None, measure_step(trial.model, trial.batch, trial.step, concrete=True, budget_bytes=plan.budget_bytes)
     # What one process found, all heed: they have to come to the same decision.
     refused: dict[str, set[int]] = {}
-    for positions in trial.group.gather(applied.refused):
+    for positions in trial.group.all_gather(applied.refused):
         for key, found in positions.items():
             refused.setdefault(key, set()).update(found)
     if refused:
         _log.info("self-checks refused operations in %d regions; solving again", len(refused))
         return None, _without(profile, refused)
-    over_bytes = max(trial.group.gather(measured_bytes - plan.budget_bytes))
+    over_bytes = max(trial.group.all_gather(measured_bytes - plan.budget_bytes))
     if over_bytes <= 0:
         return outcome, profile
-    excess_bytes = max(trial.group.gather(measured_bytes - plan.predicted_peak_bytes))
+    excess_bytes = max(trial.group.all_gather(measured_bytes - plan.predicted_peak_bytes))
     _log.info("the trial run took %s more than predicted; solving again", format_bytes(excess_bytes))
     correction_bytes = profile.correction_bytes + max(excess_bytes, over_bytes)
     return None, replace(profile, correction_bytes=correction_bytes)

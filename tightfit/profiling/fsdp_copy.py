@@ -19,7 +19,7 @@ from tightfit.distributed._fsdp_private import (
     shard_like,
 )
 from tightfit.distributed.dtensor import local
-from tightfit.distributed.fsdp import group_of
+from tightfit.distributed.fsdp import process_group_of
 from tightfit.profiling.fsdp_exchange import SilentExchange, exchange_scratch
 from tightfit.profiling.observer import Observer
 from tightfit.step.model import device_of
@@ -36,7 +36,7 @@ class ShardedCopy:
         """Shards `copies[id(model)]`; call it where fake tensors are made."""
         self.model: torch.nn.Module = copies[id(model)]
         self._pairs = shard_like(model, copies)
-        gather_ratio, scatter_ratio = exchange_scratch(group_of(model), device_of(model))
+        gather_ratio, scatter_ratio = exchange_scratch(process_group_of(model), device_of(model))
         self._exchanges = SilentExchange(gather_ratio), SilentExchange(scatter_ratio)
         exchange_by(self.model, *self._exchanges)
         self._gathered = gather_once(self.model)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tightfit.device import memory as meter
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 
 #: Bytes that each process contributes to the exchanges that are measured.
 _PROBE_BYTES = 1 << 18
@@ -17,7 +17,7 @@ _PROBE_BYTES = 1 << 18
 _scratch: dict[tuple[str, int], tuple[float, float]] = {}
 
 
-def exchange_scratch(group: Group, device: torch.device) -> tuple[float, float]:
+def exchange_scratch(group: ProcessGroup, device: torch.device) -> tuple[float, float]:
     """Memory that an exchange takes inside, for each byte of the larger of its two tensors: (all-gather,
     reduce-scatter).
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tightfit.distributed._fsdp_private import plain_class
-from tightfit.distributed.fsdp import group_of, is_sharded, settle
+from tightfit.distributed.fsdp import is_sharded, process_group_of, settle
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.fsdp_exchange import exchange_scratch
@@ -84,18 +84,18 @@ def measure_together(
     All processes of a sharded model call this.
     """
     check_model(model)
-    group = group_of(model)
+    group = process_group_of(model)
 
     def mine() -> Profile:
         return measure_step(model, batch, step, budget_bytes=budget_bytes, cost_cache=cost_cache)
 
-    if group.is_alone:
+    if group.is_single_process:
         return mine()
     exchange_scratch(group, device_of(model))
     described = describe_batch(batch)
-    firsts = group.from_first(described)
-    measured = group.from_first(group.together(lambda: mine() if group.is_first else None))
-    return group.together(lambda: measured if measured is not None and described == firsts else mine())
+    firsts = group.broadcast(described)
+    measured = group.broadcast(group.run_on_all(lambda: mine() if group.is_main_process else None))
+    return group.run_on_all(lambda: measured if measured is not None and described == firsts else mine())
 
 
 def measure_step(

@@ -13,7 +13,7 @@ from torch import nn
 
 from tightfit.device.memory import measure_peak, resident_bytes
 from tightfit.distributed.fsdp import is_sharded, settle
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.loader import batches_of, to_device
 from tightfit.train.tasks import Task
@@ -42,7 +42,7 @@ class Evaluator:
     device: torch.device
     autocast: torch.dtype | None
     optimizer: torch.optim.Optimizer
-    group: Group = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
 
     def evaluate(self) -> Evaluation:
         """In eval mode, without gradients and without touching random generators or statistics.
@@ -67,7 +67,7 @@ class Evaluator:
                     found.append((number, sums))
         totals: Counter[str] = Counter()
         counts: Counter[str] = Counter()
-        everyones = self.group.gather((found, peak_bytes))
+        everyones = self.group.all_gather((found, peak_bytes))
         for _, sums in sorted((entry for entries, _ in everyones for entry in entries), key=lambda entry: entry[0]):
             for name, (total, count) in sums.items():
                 totals[name] += total  # type: ignore[assignment]  # Counter of floats

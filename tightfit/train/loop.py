@@ -96,11 +96,11 @@ class Training:
 
     def _signal(self, stop: StopRequest, done: int) -> int | None:
         """A signal that this process or another one got; all processes are told at the same step."""
-        if self.work.group.is_alone:
+        if self.work.group.is_single_process:
             return stop.signal_number
         if done % self._ask_every:
             return None
-        return max(self.work.group.gather(stop.signal_number or 0)) or None
+        return max(self.work.group.all_gather(stop.signal_number or 0)) or None
 
     def _step(self, parts: Parts, done: int, first_step: int, started: float) -> bool:
         """Take step ``done`` (the first is 1) and all that follows from it; True if the run ends with it."""
@@ -127,7 +127,7 @@ class Training:
         outcome, step_ms, peak_bytes = self._measured(parts)
         self._after_step(done)
         group = self.work.group
-        everyones = group.gather((outcome.loss.item(), step_ms, peak_bytes))
+        everyones = group.all_gather((outcome.loss.item(), step_ms, peak_bytes))
         value = math.fsum(loss for loss, _, _ in everyones) / group.world_size
         step_ms, peak_bytes = max(ms for _, ms, _ in everyones), max(peak for _, _, peak in everyones)
         self.highest_peak_bytes = max(self.highest_peak_bytes, peak_bytes)
@@ -257,13 +257,15 @@ class Training:
     def _save(self, done: int, *, is_best: bool) -> None:
         """Rank 0 writes, and all know whether it could."""
         group = self.work.group
-        random_states = group.gather(random_state())
+        random_states = group.all_gather(random_state())
         average = None if self.average is None else self.average.state_dict()
         state = whole(
             {"model": self.work.model.state_dict(), "optimizer": self.work.optimizer.state_dict(), "average": average},
-            keep=group.is_first,
+            keep=group.is_main_process,
         )
-        group.together(lambda: self._write(done, state, random_states, is_best=is_best) if group.is_first else None)
+        group.run_on_all(
+            lambda: self._write(done, state, random_states, is_best=is_best) if group.is_main_process else None
+        )
 
     def _write(self, done: int, state: dict[str, Any], random_states: list[dict[str, Any]], *, is_best: bool) -> None:
         further: dict[str, Any] = {"scaler": scaler_state(self.stepper.scaler)}

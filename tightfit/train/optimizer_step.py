@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tightfit
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.process_group import group_broken, is_group_broken
+from tightfit.distributed.process_group import communication_failed, is_communication_failure
 from tightfit.errors import TightfitError
 from tightfit.step.batch import describe_batch
 from tightfit.train.data.loader import Parts, to_device
@@ -62,8 +62,8 @@ class Stepper:
         try:
             return self._take(parts)
         except (RuntimeError, MemoryError) as error:
-            if not self.work.group.is_alone and is_group_broken(error):
-                raise group_broken(error) from error
+            if not self.work.group.is_single_process and is_communication_failure(error):
+                raise communication_failed(error) from error
             if not is_out_of_memory(error):
                 raise
             shapes = "; ".join(describe_batch(part) for part in parts)

@@ -12,7 +12,7 @@ import torch
 import tightfit
 from tightfit.device.budget import resolve_budget
 from tightfit.distributed.fsdp import is_sharded
-from tightfit.distributed.process_group import ALONE, FailedElsewhere, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankFailed
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.records import Profile
 from tightfit.report.plan_table import format_table
@@ -49,7 +49,7 @@ def run(
     *,
     command: Sequence[str],
     reporter: Reporter,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
 ) -> RunSummary | None:
     """Train as ``config`` says; ``command`` is noted in the run's folder. None when a resumed run is already done.
@@ -66,14 +66,14 @@ def run(
 
 
 def _run(
-    config: TrainConfig, command: Sequence[str], reporter: Reporter, group: Group, device: torch.device | None
+    config: TrainConfig, command: Sequence[str], reporter: Reporter, group: ProcessGroup, device: torch.device | None
 ) -> RunSummary | None:
-    config, source, work, folder, evaluator, checkpoint = group.together(lambda: _prepared(config, group, device))
-    checkpoint = group.from_first(checkpoint)
+    config, source, work, folder, evaluator, checkpoint = group.run_on_all(lambda: _prepared(config, group, device))
+    checkpoint = group.broadcast(checkpoint)
     total_steps = total_steps_of(config, work)
     identity = _identity(config, work, total_steps)
     scaler = make_scaler(config.precision)
-    further = {} if checkpoint is None else group.together(lambda: _restored(config, work, checkpoint, identity))
+    further = {} if checkpoint is None else group.run_on_all(lambda: _restored(config, work, checkpoint, identity))
     average = make_average(config, work, further)
     if scaler is not None and "scaler" in further:
         scaler.load_state_dict(further["scaler"])
@@ -99,8 +99,8 @@ def _run(
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
         progress = Progress(loss_before=_first_loss(work)) if checkpoint is None else _progress_of(checkpoint)
-        group.together(
-            lambda: _open(folder, config, command, applied, first_step, reporter) if group.is_first else None
+        group.run_on_all(
+            lambda: _open(folder, config, command, applied, first_step, reporter) if group.is_main_process else None
         )
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
@@ -128,7 +128,7 @@ def _run(
     finally:
         applied.remove()
     peak_bytes = max(training.highest_peak_bytes, verdict.measured_peak_bytes + beside_bytes)
-    everyones = group.gather((peak_bytes, mismatched_steps))
+    everyones = group.all_gather((peak_bytes, mismatched_steps))
     summary = RunSummary(
         plan=applied.plan,
         verdict=verdict,
@@ -150,26 +150,26 @@ def _run(
         model_file=str(folder.model),
     )
     with nullcontext() if average is None else average.in_place():
-        weights = whole(work.model.state_dict(), keep=group.is_first)
+        weights = whole(work.model.state_dict(), keep=group.is_main_process)
 
         def finish() -> None:
             folder.save_model(weights)
             folder.save_summary(summary.to_json())
 
-        group.together(lambda: finish() if group.is_first else None)
+        group.run_on_all(lambda: finish() if group.is_main_process else None)
     return summary
 
 
 def _prepared(
-    config: TrainConfig, group: Group, device: torch.device | None
+    config: TrainConfig, group: ProcessGroup, device: torch.device | None
 ) -> tuple[TrainConfig, ModelSource, Workload, RunFolder, Evaluator | None, Checkpoint | None]:
     """All that can be wrong with what was asked for; nothing is written."""
     config, source = resolve(config)
     folder = RunFolder(config)
     if config.tensorboard:
         import_tensorboard()
-    checkpoint = folder.find_checkpoint(config.resume) if group.is_first else None
-    sharded = config.strategy == "fsdp" and not group.is_alone
+    checkpoint = folder.find_checkpoint(config.resume) if group.is_main_process else None
+    sharded = config.strategy == "fsdp" and not group.is_single_process
     work = build(config, source, group, device, sharded=sharded)
     return config, source, work, folder, make_evaluator(config, source, work), checkpoint
 
@@ -190,11 +190,11 @@ def _restored(
 
 def _reach(config: TrainConfig, work: Workload, applied: tightfit.Applied) -> Reach:
     """Which parameters a step gives a gradient, in every process."""
-    if work.group.is_alone or is_sharded(work.model):
+    if work.group.is_single_process or is_sharded(work.model):
         return Reach.ALL
     if config.ddp_find_unused_parameters == "on":
         return Reach.VARYING
-    return max(work.group.gather(reach_of(work.model, work.microbatch(0), applied, work.spec())))
+    return max(work.group.all_gather(reach_of(work.model, work.microbatch(0), applied, work.spec())))
 
 
 def _open(
@@ -209,8 +209,10 @@ def _open(
     reporter.open_log(folder.log)
 
 
-def _metrics_of(folder: RunFolder, config: TrainConfig, group: Group) -> AbstractContextManager[MetricsFile | None]:
-    if not group.is_first:
+def _metrics_of(
+    folder: RunFolder, config: TrainConfig, group: ProcessGroup
+) -> AbstractContextManager[MetricsFile | None]:
+    if not group.is_main_process:
         return nullcontext()
     return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None)
 
@@ -308,15 +310,15 @@ def plan_run(
         try:
             applied = fitted(None)
         except BudgetInfeasible as problem:  # all have found it: said once
-            if not group.is_first:
-                raise FailedElsewhere(0, str(problem), is_bad_input=True) from None
+            if not group.is_main_process:
+                raise RankFailed(0, str(problem), is_bad_input=True) from None
             raise
     else:
         # Rank 0 measures, alone on its machine's cores; where all have batches of the same sizes, all then solve the
         # same.
-        mine = group.together(lambda: fitted(None) if group.is_first else None)
-        profile = group.from_first(None if mine is None else mine.profile)
-        applied = group.together(lambda: fitted(profile) if mine is None else mine)
+        mine = group.run_on_all(lambda: fitted(None) if group.is_main_process else None)
+        profile = group.broadcast(None if mine is None else mine.profile)
+        applied = group.run_on_all(lambda: fitted(profile) if mine is None else mine)
     # What the processes tell each other comes first: inside `together` one may end before another.
     steps = work.order.sizes(first_step, total_steps).values()
     shares = {step: work.shares(work.loader.microbatches(step)) for step in steps}
@@ -331,7 +333,7 @@ def plan_run(
                     applied.prepare(moved)
 
     try:
-        group.together(prepare_others)
+        group.run_on_all(prepare_others)
     except BaseException:
         applied.remove()
         raise
@@ -414,4 +416,4 @@ def _first_loss(work: Workload) -> float:
             work.loss.share = share
             with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
                 total += work.loss(work.model, to_device(part, work.device)).item()
-    return work.group.sums([total])[0] / work.group.world_size
+    return work.group.all_reduce_sum([total])[0] / work.group.world_size

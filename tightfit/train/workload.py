@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.device.budget import resolve_budget
-from tightfit.distributed.process_group import ALONE, Group
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.step.batch import batch_tensors
 from tightfit.step.step import Step
@@ -64,7 +64,7 @@ class Workload:
     autocast: torch.dtype | None
     clip_norm: float | None
     budget_bytes: int
-    group: Group = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
     """The processes of the run."""
 
     @property
@@ -84,7 +84,7 @@ class Workload:
         A batch that is too small to be split still has a share of 1, so that its step is like that of the others.
         The processes ask each other only where it takes more than the numbers of samples, which all of them know.
         """
-        if self.accumulation_steps == 1 and self.group.is_alone:
+        if self.accumulation_steps == 1 and self.group.is_single_process:
             return [None] * len(parts)
         total: float
         weights: Sequence[float]
@@ -92,7 +92,7 @@ class Workload:
             weights, total = parts.sizes, parts.batch_size
         else:
             weights = [0.0 if parts.is_filler else self.task.weight(part) for part in parts]
-            (total,) = self.group.sums([sum(weights)])
+            (total,) = self.group.all_reduce_sum([sum(weights)])
         if not total > 0:
             raise UnsupportedInput(
                 "a batch has no element that its loss is a mean over (no token to predict, no sample), so there is no "
@@ -156,7 +156,7 @@ def for_task(data: TrainingData, task: Task) -> TrainingData:
 def build(
     config: WorkConfig,
     source: ModelSource,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
     *,
     sharded: bool = False,

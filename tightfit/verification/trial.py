@@ -12,7 +12,7 @@ import torch
 
 from tightfit.device import memory as meter
 from tightfit.distributed.dtensor import local
-from tightfit.distributed.fsdp import group_of
+from tightfit.distributed.fsdp import process_group_of
 from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.host_copy import CopyFile, HostCopy
@@ -50,7 +50,7 @@ class Trial:
         self.batch = batch
         self.step = step
         self.device = device_of(model)
-        self.group = group_of(model)
+        self.group = process_group_of(model)
         """Those who have to take each step together."""
         self._given: TrainingState | None = None
         self._start: TrainingState | None = None
@@ -71,7 +71,7 @@ class Trial:
 
     def run_self_checked(self, applied: Applied, steps: int = 1) -> Outcome:
         """Run the installed plan: first one step in which every region checks its replay, then `steps`, metered."""
-        if any(self.group.gather(applied.installed)):
+        if any(self.group.all_gather(applied.installed)):
             self._go_to_start()
             self._planned(applied).run(self.model, self.batch)
         return self.run_planned(applied, steps)

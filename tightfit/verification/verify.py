@@ -80,7 +80,7 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
     """Compare the outcome of an installed plan with plain runs, or regions, of the same trial."""
     plan = applied.plan
     allowed_bytes = max(plan.budget_bytes, reference_budget_bytes or 0)
-    if all(trial.group.gather(plan.plain_peak_bytes <= allowed_bytes)):
+    if all(trial.group.all_gather(plan.plain_peak_bytes <= allowed_bytes)):
         return _whole_step(trial, applied, planned)
     return _per_region(trial, applied, planned)
 
@@ -95,8 +95,8 @@ def _whole_step(trial: Trial, applied: Applied, planned: Outcome) -> Verdict:
         if name not in not_reproducible and not same_contents(t, planned.tensors.get(name))
     }
     rng_equal = first.random_state.equals(planned.random_state)
-    if not trial.group.is_alone:  # each has compared its part
-        everyones = trial.group.gather((differing, not_reproducible, rng_equal))
+    if not trial.group.is_single_process:  # each has compared its part
+        everyones = trial.group.all_gather((differing, not_reproducible, rng_equal))
         not_reproducible = {name for _, names, _ in everyones for name in names}
         differing = {}
         for found, _, _ in everyones:
@@ -137,7 +137,7 @@ def _whole_step(trial: Trial, applied: Applied, planned: Outcome) -> Verdict:
 
 def _per_region(trial: Trial, applied: Applied, planned: Outcome) -> Verdict:
     plan = applied.plan
-    if trial.group.is_alone:
+    if trial.group.is_single_process:
         found = compare_regions(trial.model, applied, lambda inside: trial.run_planned(applied, inside=inside))
     else:  # a region's weights are there only within a step
         found = RegionComparison(unverified=[region.key for region in plan.regions if region.recipe >= 0])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented
 
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.launch.roles import Member
 
@@ -35,7 +35,7 @@ def was_of_a_group() -> bool:
 
 
 @contextmanager
-def joined(member: Member, *, backend: str, device: torch.device, timeout_s: float) -> Iterator[Group]:
+def joined(member: Member, *, backend: str, device: torch.device, timeout_s: float) -> Iterator[ProcessGroup]:
     """Inside, this process is one of its group.
 
     Args:
@@ -67,7 +67,7 @@ def joined(member: Member, *, backend: str, device: torch.device, timeout_s: flo
     _has_joined = True
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        yield Group(rank=member.rank, world_size=member.world_size, control=control)
+        yield ProcessGroup(rank=member.rank, world_size=member.world_size, control=control)
         with suppress(RuntimeError):  # nobody leaves while another is still talking to it, unless that is gone
             dist.barrier(group=control)
     finally:

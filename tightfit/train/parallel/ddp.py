@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tightfit._torch_private import has_finished_exchange
 from tightfit.distributed.fsdp import is_sharded
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.train.parallel.unused_parameters import Reach
 
 
 def parallel(
-    model: nn.Module, group: Group, device: torch.device, *, reach: Reach, accumulation_steps: int = 1
+    model: nn.Module, group: ProcessGroup, device: torch.device, *, reach: Reach, accumulation_steps: int = 1
 ) -> nn.Module:
     """The model, exchanging its gradients with the group's other processes at the end of each backward.
 
@@ -33,7 +33,11 @@ def parallel(
             (its static graph); where they vary, each forward looks for those that it does not reach.
         accumulation_steps: with more than one backward in a step, DDP does not learn them.
     """
-    if group.is_alone or is_sharded(model) or not any(parameter.requires_grad for parameter in model.parameters()):
+    if (
+        group.is_single_process
+        or is_sharded(model)
+        or not any(parameter.requires_grad for parameter in model.parameters())
+    ):
         return model
     is_static = reach is Reach.SAME and accumulation_steps == 1
     return DistributedDataParallel(
@@ -53,9 +57,9 @@ def is_exchanged(model: nn.Module) -> bool:
     return not isinstance(model, DistributedDataParallel) or has_finished_exchange(model)
 
 
-def bytes_of_exchange(model: nn.Module, group: Group) -> int:
+def bytes_of_exchange(model: nn.Module, group: ProcessGroup) -> int:
     """Bytes held beside a step: after the first one, DDP makes its buckets anew while it still has the old ones."""
-    if group.is_alone or is_sharded(model):
+    if group.is_single_process or is_sharded(model):
         return 0
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from tightfit._torch_private import own_parameters
 from tightfit.distributed.dtensor import is_distributed, local
-from tightfit.distributed.process_group import Group
+from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.optimizers import OptimizerName
 
 
-def shard(model: nn.Module, group: Group, device: torch.device, compute_dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, group: ProcessGroup, device: torch.device, compute_dtype: torch.dtype | None) -> None:
     """Share the parameters out, in place: block by block, and what is left as one unit with the model itself.
 
     Args:
