@@ -288,7 +288,7 @@ MARK_BEGINS = torch.ops.profiler._record_function_enter_new.default
 MARK_ENDS = torch.ops.profiler._record_function_exit._RecordFunction
 
 
-def has_finished_exchange(model: torch.nn.parallel.DistributedDataParallel) -> bool:
+def gradients_are_reduced(model: torch.nn.parallel.DistributedDataParallel) -> bool:
     """Whether the backward that just ended has exchanged all gradients; PyTorch itself only asks at the next forward,
     when the optimizer has used them.
     """

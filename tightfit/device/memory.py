@@ -22,7 +22,7 @@ from tightfit._torch_private import (
     storage_key,
     tree_leaves,
 )
-from tightfit.distributed.dtensor import local
+from tightfit.distributed.dtensor import local_shard
 from tightfit.errors import UnsupportedInput
 
 Result = TypeVar("Result")
@@ -50,7 +50,7 @@ def resident_bytes(
     device = next(model.parameters()).device
     storages = {
         storage_key(t): t.untyped_storage().nbytes()
-        for t in map(local, tensors)
+        for t in map(local_shard, tensors)
         if t.device == device and t.layout is torch.strided
     }
     return sum(storages.values())

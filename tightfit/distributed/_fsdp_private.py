@@ -33,7 +33,7 @@ def sharded_modules(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if _is_sharded_kind(type(module))] if _PACKAGE in sys.modules else []
 
 
-def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+def unsharded_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The module's class as it was before `fully_shard`, which puts a subclass in its place."""
     kind = type(module)
     if not _is_sharded_kind(kind):
@@ -49,7 +49,7 @@ def _is_sharded_kind(kind: type) -> bool:
     return base is not None and issubclass(kind, base)
 
 
-def process_group(model: torch.nn.Module) -> Any:
+def mesh_process_group(model: torch.nn.Module) -> Any:
     """The processes that share the model's parameters; None for a model that is not sharded."""
     for group in _groups(model):
         mesh = group.mesh_info.mesh
@@ -57,7 +57,7 @@ def process_group(model: torch.nn.Module) -> Any:
     return None
 
 
-def settle(model: torch.nn.Module) -> None:
+def ensure_sharded(model: torch.nn.Module) -> None:
     """Have FSDP2 decide which module is the root; let go of weights that a forward without backward left gathered."""
     modules = sharded_modules(model)
     for module in modules:
@@ -87,7 +87,7 @@ def _groups(model: torch.nn.Module) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class WholeParameter:
+class UnshardedParameter:
     """A parameter that this process holds a part of, described as the whole."""
 
     tensors: tuple[torch.Tensor, ...]
@@ -98,7 +98,7 @@ class WholeParameter:
     requires_grad: bool
 
 
-def whole_parameters(model: torch.nn.Module) -> list[WholeParameter]:
+def unsharded_parameters(model: torch.nn.Module) -> list[UnshardedParameter]:
     """The sharded parameters of the model."""
     found = []
     for group in _groups(model):
@@ -107,7 +107,7 @@ def whole_parameters(model: torch.nn.Module) -> list[WholeParameter]:
             if hasattr(one, "_unsharded_param"):
                 tensors.append(one._unsharded_param)
             found.append(
-                WholeParameter(
+                UnshardedParameter(
                     tensors=tuple(tensors),
                     shape=one._orig_size,
                     dtype=one.sharded_param.dtype,
@@ -118,7 +118,7 @@ def whole_parameters(model: torch.nn.Module) -> list[WholeParameter]:
     return found
 
 
-def attributes_without_sharding(module: torch.nn.Module) -> dict[str, Any]:
+def unsharded_attributes(module: torch.nn.Module) -> dict[str, Any]:
     """The attributes of a sharded module, without FSDP2's state and hooks: what a copy shall have.
 
     (`fully_shard` forbids `copy.deepcopy`, because its state cannot be copied.)
@@ -134,7 +134,7 @@ def attributes_without_sharding(module: torch.nn.Module) -> dict[str, Any]:
     return attributes
 
 
-def shard_like(model: torch.nn.Module, copies: Mapping[int, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def shard_copy(model: torch.nn.Module, copies: Mapping[int, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Shard a copy as the model is sharded.
 
     Args:
@@ -151,7 +151,7 @@ def shard_like(model: torch.nn.Module, copies: Mapping[int, Any]) -> list[tuple[
 
     _refuse_unknown(model)
     states = _states(model)
-    managed = {id(tensor) for whole in whole_parameters(model) for tensor in whole.tensors}
+    managed = {id(tensor) for whole in unsharded_parameters(model) for tensor in whole.tensors}
     ignored = {copies[id(p)] for p in model.parameters() if id(p) not in managed}
     mesh = next(iter(_groups(model))).mesh_info.mesh
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -204,7 +204,7 @@ def _refuse_unknown(model: torch.nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------- watching
 
 
-def around_machinery(model: torch.nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+def wrap_fsdp_hooks(model: torch.nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
     """Have everything that FSDP2 does around forwards and in backward happen inside a context.
 
     Returns:
@@ -230,7 +230,7 @@ def around_machinery(model: torch.nn.Module, around: Callable[[], AbstractContex
     return take_away
 
 
-def on_resize(model: torch.nn.Module, resized: Callable[[torch.Tensor], None]) -> None:
+def on_storage_resize(model: torch.nn.Module, resized: Callable[[torch.Tensor], None]) -> None:
     """Have `resized` called with each tensor whose memory FSDP2 has just given back, or taken anew, in place."""
 
     def tell_of(parameters: list[Any]) -> None:
@@ -254,18 +254,18 @@ def after_backward(model: torch.nn.Module, call: Callable[[], None]) -> None:
         _override(state, name, _then(getattr(state, name), call))
 
 
-def gather_once(model: torch.nn.Module) -> list[torch.Tensor]:
+def unshard_once(model: torch.nn.Module) -> list[torch.Tensor]:
     """Gather all weights one after the other and let them go, as every step but the first finds them; the tensors in
     which they will be gathered, now without memory.
     """
-    settle(model)
+    ensure_sharded(model)
     for module in sharded_modules(model):
         module.unshard()
         module.reshard()
     return [tensor for one in _parameters(model) for tensor in one.all_gather_outputs]
 
 
-def exchange_by(model: torch.nn.Module, all_gather: Any, reduce_scatter: Any) -> None:
+def use_collectives(model: torch.nn.Module, all_gather: Any, reduce_scatter: Any) -> None:
     """Use these instead of the process group's collectives; see `torch.distributed.fsdp`'s own protocols for them."""
     for group in _groups(model):
         group._all_gather_comm = all_gather

@@ -9,15 +9,15 @@ import torch
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_distributed(tensor: torch.Tensor) -> bool:
+def is_dtensor(tensor: torch.Tensor) -> bool:
     """It is a `DTensor`.  Asking imports nothing: where that package is not loaded, there is none."""
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a distributed tensor that this process holds; any other tensor itself."""
-    if type(tensor) in _PLAIN_TYPES or not is_distributed(tensor):
+    if type(tensor) in _PLAIN_TYPES or not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         part: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor's

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from tightfit.distributed._fsdp_private import process_group, sharded_modules
-from tightfit.distributed._fsdp_private import settle as settle
+from tightfit.distributed._fsdp_private import ensure_sharded as ensure_sharded
+from tightfit.distributed._fsdp_private import mesh_process_group, sharded_modules
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -23,7 +23,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def process_group_of(model: torch.nn.Module) -> ProcessGroup:
     """The processes that share the model's parameters; `SINGLE_PROCESS` for a model that is not sharded."""
-    control = process_group(model)
+    control = mesh_process_group(model)
     if control is None:
         return SINGLE_PROCESS
     return ProcessGroup(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit.distributed._fsdp_private import around_machinery
+from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.plans import Plans
 from tightfit.installation.resolved_plan import ResolvedPlan
@@ -310,7 +310,7 @@ class Applied:
                 self._modules.append(module)
             self._installed.fast_paths = with_fast_paths(self._model)
             if wanted:
-                self._leave_machinery = around_machinery(self._model, self._installed.aside)
+                self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
         self._resolved = resolved
         self._installed.recipes = resolved.recipes
         self._installed.refused = resolved.refused

@@ -12,13 +12,13 @@ import torch
 
 from tightfit.distributed._fsdp_private import (
     after_backward,
-    around_machinery,
-    exchange_by,
-    gather_once,
-    on_resize,
-    shard_like,
+    on_storage_resize,
+    shard_copy,
+    unshard_once,
+    use_collectives,
+    wrap_fsdp_hooks,
 )
-from tightfit.distributed.dtensor import local
+from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
 from tightfit.profiling.fsdp_exchange import SilentExchange, exchange_scratch
 from tightfit.profiling.observer import Observer
@@ -35,13 +35,13 @@ class ShardedCopy:
     def __init__(self, model: torch.nn.Module, copies: dict[int, Any]) -> None:
         """Shards `copies[id(model)]`; call it where fake tensors are made."""
         self.model: torch.nn.Module = copies[id(model)]
-        self._pairs = shard_like(model, copies)
+        self._pairs = shard_copy(model, copies)
         gather_ratio, scatter_ratio = exchange_scratch(process_group_of(model), device_of(model))
         self._exchanges = SilentExchange(gather_ratio), SilentExchange(scatter_ratio)
-        exchange_by(self.model, *self._exchanges)
-        self._gathered = gather_once(self.model)
+        use_collectives(self.model, *self._exchanges)
+        self._gathered = unshard_once(self.model)
         self._part_of = {
-            id(copied): torch.nn.Parameter(local(copied), requires_grad=copied.requires_grad)
+            id(copied): torch.nn.Parameter(local_shard(copied), requires_grad=copied.requires_grad)
             for _, copied in self._pairs
         }
         self.copies = copies | {id(real): self._part_of[id(copied)] for real, copied in self._pairs}
@@ -63,10 +63,10 @@ class ShardedCopy:
         """Have the observer told of what FSDP2 does; to be called when gradients are there."""
         for _, copied in self._pairs:
             if copied.grad is not None:
-                self._part_of[id(copied)].grad = local(copied.grad)
+                self._part_of[id(copied)].grad = local_shard(copied.grad)
         for tensor in self._gathered:
             observer.add_resizable(tensor)
-        on_resize(self.model, observer.resized)
-        around_machinery(self.model, observer.beside_the_step)
+        on_storage_resize(self.model, observer.resized)
+        wrap_fsdp_hooks(self.model, observer.beside_the_step)
         for exchange in self._exchanges:
             after_backward(self.model, exchange.let_go)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tightfit.distributed._fsdp_private import plain_class
-from tightfit.distributed.fsdp import is_sharded, process_group_of, settle
+from tightfit.distributed._fsdp_private import unsharded_class
+from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.fsdp_exchange import exchange_scratch
@@ -118,7 +118,7 @@ def measure_step(
     """
     clock = Clock()
     check_model(model)
-    settle(model)
+    ensure_sharded(model)
     pricer = Pricer(model, batch, step, clock, cost_cache=cost_cache, timed=not untimed, budget_bytes=budget_bytes)
     observed = observe_step(model, batch, step, pricer, concrete=concrete)
     observer, signatures = observed.observer, observed.costs.signatures
@@ -134,7 +134,7 @@ def measure_step(
     if observed.data_dependent:
         margin_bytes = int(component_bytes["activation"] * _DATA_DEPENDENT_MARGIN)
     return Profile(
-        model=plain_class(model).__name__,
+        model=unsharded_class(model).__name__,
         fingerprint=fingerprint(model),
         batch=describe_batch(batch),
         device=str(pricer.device),

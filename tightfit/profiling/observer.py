@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, storage_key
-from tightfit.distributed.dtensor import is_distributed
+from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.profiling.gradient_sums import GradientSums
@@ -163,7 +163,7 @@ class Observer(DispatchMode):
         result = func(*args, **kwargs)
         if not describe(func).is_view:
             for tensor in result_tensors(result):
-                if isinstance(tensor, torch.Tensor) and not is_distributed(tensor):
+                if isinstance(tensor, torch.Tensor) and not is_dtensor(tensor):
                     self._ledger.value_of(tensor)
         return result
 

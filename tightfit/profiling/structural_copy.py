@@ -15,10 +15,10 @@ import torch
 
 from tightfit._torch_private import FakeTensorMode, default_foreach, tree_map
 from tightfit.distributed._fsdp_private import (
-    attributes_without_sharding,
-    plain_class,
     sharded_modules,
-    whole_parameters,
+    unsharded_attributes,
+    unsharded_class,
+    unsharded_parameters,
 )
 
 
@@ -36,7 +36,7 @@ def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.M
             raise TypeError(f"{name or 'the model'} is a TorchScript module, which copies its data in C++")
     # deepcopy looks an object up in its memo before copying: naming every tensor's fake there keeps data out.
     memo: dict[int, Any] = {}
-    for whole in whole_parameters(model):
+    for whole in unsharded_parameters(model):
         with mode:
             data = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
             fake = torch.nn.Parameter(data, requires_grad=whole.requires_grad)
@@ -52,9 +52,9 @@ def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.M
                 memo[id(tensor_gradient)] = None
     sharded = sharded_modules(model)
     for module in sharded:
-        memo[id(module)] = object.__new__(plain_class(module))
+        memo[id(module)] = object.__new__(unsharded_class(module))
     for module in sharded:
-        memo[id(module)].__dict__.update(copy.deepcopy(attributes_without_sharding(module), memo))
+        memo[id(module)].__dict__.update(copy.deepcopy(unsharded_attributes(module), memo))
     return copy.deepcopy(model, memo), memo
 
 

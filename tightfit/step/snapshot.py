@@ -26,7 +26,7 @@ from tightfit._torch_private import (
     tensor_hooks,
     version_of,
 )
-from tightfit.distributed.dtensor import is_distributed, local
+from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import CopyFile, HostCopy
 
@@ -128,7 +128,7 @@ class TrainingState:
         if isinstance(thing, torch.Tensor):
             saved = _SavedTensor(thing, self._file)
             self._tensors.append(saved)
-            part_here = local(thing) if saved.is_distributed else None
+            part_here = local_shard(thing) if saved.is_distributed else None
             for part in (saved.gradient, saved.attributes, part_here, *saved.hooks.values()):
                 if part is not None:
                     yield part
@@ -158,7 +158,7 @@ class _SavedTensor:
 
     def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
         self.tensor = tensor
-        self.is_distributed = is_distributed(tensor)  # then what it holds is in its local part
+        self.is_distributed = is_dtensor(tensor)  # then what it holds is in its local part
         self.contents = None if file is None or self.is_distributed else HostCopy(tensor, file)
         self.shown = tensor.detach()
         self.requires_grad = tensor.requires_grad

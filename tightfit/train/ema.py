@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tightfit.distributed.dtensor import is_distributed, local
+from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.train.parallel.fsdp import joined_like, part_of
 
 
@@ -22,7 +22,7 @@ class MovingAverage:
         self._decay = decay
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Of shared-out parameters, this process's parts.
-        self._average = {name: local(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
+        self._average = {name: local_shard(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +39,7 @@ class MovingAverage:
         """
         decay = min(self._decay, step / (step + 9.0))
         for name, parameter in self._trained.items():
-            self._average[name].lerp_(local(parameter).detach().to("cpu"), 1 - decay)
+            self._average[name].lerp_(local_shard(parameter).detach().to("cpu"), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -53,7 +53,7 @@ class MovingAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self._trained.items():
-            part = local(parameter).detach()
+            part = local_shard(parameter).detach()
             own = part.to("cpu", copy=True)
             part.copy_(self._average[name])
             self._average[name].copy_(own)
@@ -61,11 +61,11 @@ class MovingAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """For a checkpoint; distributed like the parameters."""
         return {
-            name: joined_like(average, self._trained[name]) if is_distributed(self._trained[name]) else average
+            name: joined_like(average, self._trained[name]) if is_dtensor(self._trained[name]) else average
             for name, average in self._average.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """From a checkpoint, whole; raises KeyError or RuntimeError if it is of another model."""
         for name, average in self._average.items():
-            average.copy_(local(part_of(state[name], self._trained[name])))
+            average.copy_(local_shard(part_of(state[name], self._trained[name])))

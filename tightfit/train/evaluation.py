@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tightfit.device.memory import measure_peak, resident_bytes
-from tightfit.distributed.fsdp import is_sharded, settle
+from tightfit.distributed.fsdp import ensure_sharded, is_sharded
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.loader import batches_of, to_device
@@ -94,6 +94,6 @@ def judging(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        settle(model)
+        ensure_sharded(model)
         for module, training in was_training.items():
             module.training = training

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tightfit.device import memory as meter
-from tightfit.distributed.dtensor import local
+from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
 from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES
@@ -143,9 +143,9 @@ class Trial:
                         if parameter.grad is not None:
                             parameter.grad.zero_()
         for name, parameter in self.model.named_parameters():
-            tensors[f"parameter {name}"] = HostCopy(local(parameter), copies)
+            tensors[f"parameter {name}"] = HostCopy(local_shard(parameter), copies)
             if parameter.grad is not None:
-                tensors[f"gradient of {name}"] = HostCopy(local(parameter.grad), copies)
+                tensors[f"gradient of {name}"] = HostCopy(local_shard(parameter.grad), copies)
         for name, buffer in self.model.named_buffers():
             tensors[f"buffer {name}"] = HostCopy(buffer, copies)
         return Outcome(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tightfit._torch_private import has_finished_exchange
+from tightfit._torch_private import gradients_are_reduced
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.train.parallel.unused_parameters import Reach
@@ -54,7 +54,7 @@ def is_exchanged(model: nn.Module) -> bool:
 
     The optimizer would then use gradients that differ from process to process.
     """
-    return not isinstance(model, DistributedDataParallel) or has_finished_exchange(model)
+    return not isinstance(model, DistributedDataParallel) or gradients_are_reduced(model)
 
 
 def bytes_of_exchange(model: nn.Module, group: ProcessGroup) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit._torch_private import own_parameters
-from tightfit.distributed.dtensor import is_distributed, local
+from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.optimizers import OptimizerName
@@ -103,7 +103,7 @@ def whole(state: Any, *, keep: bool = True) -> Any:
     All processes have to call this, in which the wholes are put together; those that do not `keep` them get None.
     """
     if isinstance(state, Tensor):
-        if not is_distributed(state):
+        if not is_dtensor(state):
             return state
         gathered = state.full_tensor()  # type: ignore[attr-defined]  # a DTensor's
         return gathered.cpu() if keep else None
@@ -120,14 +120,14 @@ def part_of(whole_tensor: Any, like: Tensor) -> Any:
     """The part of a whole that this process holds, as a tensor shared out like another; the whole, where that one is
     not shared out.
     """
-    if not is_distributed(like):
+    if not is_dtensor(like):
         return whole_tensor
     from torch.distributed.tensor import distribute_tensor
 
     like_: Any = like
     # From what is here already: nothing is sent.
     return distribute_tensor(
-        whole_tensor.to(local(like).device), like_.device_mesh, like_.placements, src_data_rank=None
+        whole_tensor.to(local_shard(like).device), like_.device_mesh, like_.placements, src_data_rank=None
     )
 
 
@@ -137,7 +137,7 @@ def joined_like(part: Tensor, like: Tensor) -> Tensor:
 
     like_: Any = like
     joined: Tensor = DTensor.from_local(
-        part.to(local(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
+        part.to(local_shard(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
     )
     return joined
 
@@ -145,7 +145,7 @@ def joined_like(part: Tensor, like: Tensor) -> Tensor:
 def parts_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """A whole state dict as this process's part of the model loads it."""
     current = model.state_dict()
-    if not any(isinstance(value, Tensor) and is_distributed(value) for value in current.values()):
+    if not any(isinstance(value, Tensor) and is_dtensor(value) for value in current.values()):
         return state
     return {name: part_of(value, current[name]) if name in current else value for name, value in state.items()}
 
@@ -153,7 +153,7 @@ def parts_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, A
 def parts_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole optimizer's state dict as this process's optimizer loads it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(map(is_distributed, parameters)):
+    if not any(map(is_dtensor, parameters)):
         return state
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parts: dict[Any, Any] = {}
