@@ -60,11 +60,11 @@ class DispatchMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
-    def put_on(self) -> None:
+    def activate(self) -> None:
         """Put it on this thread's stack of modes."""
         self.__enter__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
-    def take_off(self) -> None:
+    def deactivate(self) -> None:
         """Take it off; it must be on top."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
@@ -146,7 +146,7 @@ class below_autograd:  # noqa: N801  (used as a statement, like torch.no_grad)
         torch._C._set_grad_enabled(self._grad)
 
 
-def set_grad_enabled_quietly(enabled: bool) -> None:
+def set_grad_mode(enabled: bool) -> None:
     """Set the thread's grad mode without a context manager; the caller's `below_autograd` restores it.
 
     Some kernels consult it (`mkldnn_rnn_layer` returns no workspace under no_grad).

@@ -41,11 +41,11 @@ class ExposureWatch(TorchFunctionMode):
         super().__init__()
         self._on_exposed = on_exposed
 
-    def put_on(self) -> None:
+    def activate(self) -> None:
         """Put it on this thread's stack of function modes."""
         self.__enter__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
-    def take_off(self) -> None:
+    def deactivate(self) -> None:
         """Take it off; it must be on top."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, profiler_memory_events, profiler_ranges, set_grad_enabled_quietly
+from tightfit._torch_private import below_autograd, profiler_memory_events, profiler_ranges, set_grad_mode
 from tightfit.device.memory import refuse_second_profiler
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, layouts_of
@@ -182,7 +182,7 @@ def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: 
 
 def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
     with below_autograd():
-        set_grad_enabled_quietly(call.grad_enabled)
+        set_grad_mode(call.grad_enabled)
         return call.func(*args, **kwargs)
 
 
@@ -286,7 +286,7 @@ def _fill_rnn_workspace(args: list[Any]) -> None:
     tensors = args[:7]  # input, four weights, hx, cx
     reverse, mode, hidden_size, num_layers, has_biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
     with below_autograd():
-        set_grad_enabled_quietly(True)  # without it, forward returns no workspace
+        set_grad_mode(True)  # without it, forward returns no workspace
         args[7], args[8], args[9], args[22] = torch.ops.aten.mkldnn_rnn_layer.default(
             *tensors, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
         )

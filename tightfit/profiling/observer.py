@@ -79,14 +79,14 @@ class Observer(DispatchMode):
     def start(self) -> None:
         """Begin to watch."""
         self._hooks.__enter__()
-        self.put_on()
+        self.activate()
         self._ledger.is_open = True
 
     def stop(self) -> None:
         """End watching."""
         self._sums.settle()
         self._ledger.is_open = False
-        self.take_off()
+        self.deactivate()
         self._hooks.__exit__(None, None, None)
 
     @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, set_grad_enabled_quietly
+from tightfit._torch_private import below_autograd, set_grad_mode
 from tightfit.operators.facts import OpInfo, result_tensors, tensors_in
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Calibrator:
             copies = {id(t): self._copies.get(index, t) for index, t in enumerate(tensors)}
             again_args = _replace(args, copies)
             again_kwargs = {name: _replace((a,), copies)[0] for name, a in kwargs.items()}
-            set_grad_enabled_quietly(op.grad)
+            set_grad_mode(op.grad)
             now = op.generator.get_state() if op.generator is not None else None
             if op.generator is not None:
                 assert op.random_state is not None

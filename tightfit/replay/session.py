@@ -267,15 +267,15 @@ class Session(DispatchMode):
 
     def _push(self) -> None:
         self._hooks.__enter__()
-        self.put_on()
+        self.activate()
         if self._watch is not None:
-            self._watch.put_on()
+            self._watch.activate()
         self._active = True
 
     def _pop(self) -> None:
         if self._watch is not None:
-            self._watch.take_off()
-        self.take_off()
+            self._watch.deactivate()
+        self.deactivate()
         self._hooks.__exit__(None, None, None)
         self._active = False
 

@@ -44,7 +44,7 @@ from tightfit._torch_private import (
     alias,
     below_autograd,
     is_conj_or_neg,
-    set_grad_enabled_quietly,
+    set_grad_mode,
     storage_key,
     version_counter,
     version_of,
@@ -498,7 +498,7 @@ class Tape:
 
         args = [rebuild(a, storages) for a in op.args]
         kwargs = {name: rebuild(a, storages) for name, a in op.kwargs.items()}
-        set_grad_enabled_quietly(op.grad)
+        set_grad_mode(op.grad)
         if op.random_state is not None:
             assert op.generator is not None
             now = op.generator.get_state()
