@@ -12,7 +12,7 @@ import tightfit
 from tests.support.planning_meter import PlanningMeter
 from tightfit import UnsupportedInput
 from tightfit.device import memory as meter
-from tightfit.profiling import partial_call as share
+from tightfit.profiling import partial_call
 from tightfit.profiling.signatures import SignatureTable
 
 Tensor = torch.Tensor
@@ -133,21 +133,21 @@ def test_shares_of_a_call() -> None:
     number = table.note(torch.ops.aten._foreach_add.List, (tensors, tensors), {})
     table.note_result(number, tensors, [torch.zeros(256) for _ in range(10)])
     call, results = table.calls[number], table.result_bytes[number]
-    assert (share.argument_bytes(call), results) == (20 * 1024, 10 * 1024)
-    assert share.share_within(call, results, None).call is call
-    assert share.share_within(call, results, 32 * 1024).call is call
-    part = share.share_within(call, results, 30 * 1024)
+    assert (partial_call.argument_bytes(call), results) == (20 * 1024, 10 * 1024)
+    assert partial_call.fit_call(call, results, None).call is call
+    assert partial_call.fit_call(call, results, 32 * 1024).call is call
+    part = partial_call.fit_call(call, results, 30 * 1024)
     assert part.call is not None
     assert [len(argument) for argument in part.call.args] == [9, 9]
     assert "9 of 10" in part.note
     assert part.scale == pytest.approx(10 / 9)
-    assert share.share_within(call, results, 3 * 1024).call is None
+    assert partial_call.fit_call(call, results, 3 * 1024).call is None
     number = table.note(torch.ops.aten._foreach_addcdiv_.ScalarList, (tensors, tensors, tensors, [1.0] * 10), {})
-    part = share.share_within(table.calls[number], 0, 20 * 1024)
+    part = partial_call.fit_call(table.calls[number], 0, 20 * 1024)
     assert part.call is not None
     assert [len(argument) for argument in part.call.args] == [6, 6, 6, 6]
     single = table.calls[table.note(torch.ops.aten.add.Tensor, (tensors[0], tensors[1]), {})]
-    assert share.share_within(single, 1024, 3 * 1024 - 1).note.startswith("estimated")
+    assert partial_call.fit_call(single, 1024, 3 * 1024 - 1).note.startswith("estimated")
 
 
 def test_a_running_profiler_is_not_ended() -> None:

@@ -124,7 +124,7 @@ class LooksAtItsInput(nn.Module):
 def test_a_model_that_takes_another_way_without_data_is_measured_by_a_real_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forward_check, "_ASKING", (__name__.partition(".")[0],))
+    monkeypatch.setattr(forward_check, "_CHECKED_PACKAGES", (__name__.partition(".")[0],))
     model = LooksAtItsInput()
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -299,7 +299,7 @@ def _observe_and_forget(model: nn.Module, batch: Tensor) -> None:
 
     observer, _ = observed_run.observe_fake(model, batch, Step(), SignatureTable(), {})
     assert observer is not None
-    assert observer.seen.ops
+    assert observer.observation.ops
     del observer
     gc.collect()
 

@@ -34,7 +34,7 @@ from tightfit._torch_private import below_autograd, profiler_memory_events, prof
 from tightfit.device.memory import refuse_second_profiler
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, layouts_of
-from tightfit.profiling.partial_call import argument_bytes, share_within
+from tightfit.profiling.partial_call import argument_bytes, fit_call
 from tightfit.profiling.processor_caches import fill_caches, forget
 from tightfit.profiling.signatures import Call, TensorSpec
 from tightfit.records import Signature
@@ -104,7 +104,7 @@ def measure_costs(
     result_bytes = result_bytes or {}
     found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
     shares = {
-        index: share_within(call, result_bytes.get(index, 0), room_bytes)
+        index: fit_call(call, result_bytes.get(index, 0), room_bytes)
         for index, call in enumerate(calls)
         if index not in found
     }

@@ -1,9 +1,9 @@
 """Fake tensors that a fake run left behind outside the structural copy: in a function's cache, a global, a closure.
 
-A later real step would compute with them without an error, so none may stay.  `Surroundings` remembers, before the run,
-what the user's modules, classes, closures and global objects hold; afterwards every fake tensor is followed to its
-holders: what was there before is put back, and entries of caches and lists are taken out, as if the run had not been.
-A place that cannot be put back is an error that names it.
+A later real step would compute with them without an error, so none may stay.  `NamespaceSnapshot` remembers, before
+the run, what the user's modules, classes, closures and global objects hold.  Afterwards every fake tensor is followed
+to its holders: what was there before is put back, and entries of caches and lists are taken out, as if the run had not
+been.  A place that cannot be put back is an error that names it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _ABSENT: Any = object()
 _FOREIGN = frozenset({"torch", "numpy", "tightfit", "_pytest", "pytest", "pluggy", "sympy"})
 
 
-class Surroundings:
+class NamespaceSnapshot:
     """What the namespaces around a model held before a fake run.
 
-    From here to `forget_fakes` everything that exists already is set aside from garbage collection, so that looking for
+    From here to `remove_fakes` everything that exists already is set aside from garbage collection, so that looking for
     what the run left behind takes milliseconds however large the process is.
     """
 
@@ -62,7 +62,7 @@ class Surroundings:
             gc.unfreeze()
             self._froze = False
 
-    def forget_fakes(self, mode: FakeTensorMode) -> None:
+    def remove_fakes(self, mode: FakeTensorMode) -> None:
         """Take every fake tensor of `mode` out of where it was left.
 
         Raises:

@@ -18,7 +18,7 @@ from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
 #: Packages whose modules ask whether a tensor is fake: transformers then leaves no mask out.
-_ASKING = ("transformers",)
+_CHECKED_PACKAGES = ("transformers",)
 
 
 class _NeedsSaved(Exception):
@@ -45,9 +45,9 @@ def _refuse(_: object) -> torch.Tensor:
     raise _NeedsSaved
 
 
-def ran_otherwise(seen: Observation, model: torch.nn.Module, batch: Any, step: Step) -> bool:
+def forward_differs(seen: Observation, model: torch.nn.Module, batch: Any, step: Step) -> bool:
     """Whether a real forward runs other operations than the observed one; False where that is not asked."""
-    if not any(type(module).__module__.partition(".")[0] in _ASKING for module in model.modules()):
+    if not any(type(module).__module__.partition(".")[0] in _CHECKED_PACKAGES for module in model.modules()):
         return False
     state = TrainingState(model, step.optimizers, also=(batch,))
     names = _Names()

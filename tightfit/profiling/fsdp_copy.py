@@ -20,7 +20,7 @@ from tightfit.distributed._fsdp_private import (
 )
 from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
-from tightfit.profiling.fsdp_exchange import SilentExchange, exchange_scratch
+from tightfit.profiling.fsdp_collectives import CollectiveStandIn, collective_workspace
 from tightfit.profiling.observer import Observer
 from tightfit.step.model import device_of
 
@@ -36,8 +36,8 @@ class ShardedCopy:
         """Shards `copies[id(model)]`; call it where fake tensors are made."""
         self.model: torch.nn.Module = copies[id(model)]
         self._pairs = shard_copy(model, copies)
-        gather_ratio, scatter_ratio = exchange_scratch(process_group_of(model), device_of(model))
-        self._exchanges = SilentExchange(gather_ratio), SilentExchange(scatter_ratio)
+        gather_ratio, scatter_ratio = collective_workspace(process_group_of(model), device_of(model))
+        self._exchanges = CollectiveStandIn(gather_ratio), CollectiveStandIn(scatter_ratio)
         use_collectives(self.model, *self._exchanges)
         self._gathered = unshard_once(self.model)
         self._part_of = {
@@ -67,6 +67,6 @@ class ShardedCopy:
         for tensor in self._gathered:
             observer.add_resizable(tensor)
         on_storage_resize(self.model, observer.resized)
-        wrap_fsdp_hooks(self.model, observer.beside_the_step)
+        wrap_fsdp_hooks(self.model, observer.memory_only)
         for exchange in self._exchanges:
             after_backward(self.model, exchange.let_go)

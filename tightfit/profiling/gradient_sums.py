@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import current_graph_node, is_view, storage_key
-from tightfit.profiling.storage_ledger import Ledger
+from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import Event, EventKind
 
 
@@ -36,7 +36,7 @@ class _Sum:
 class GradientSums:
     """See the module."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StorageLedger) -> None:
         ledger.before_event = self._before
         self._ledger = ledger
         self._graph_task = -1
@@ -60,9 +60,9 @@ class GradientSums:
             and func is torch.ops.aten.add.Tensor
             and ledger.counts(args[0])
             and ledger.counts(result)
-            and _may_be_added_to(*args)
+            and _accumulates_in_place(*args)
         ):
-            old, new = (ledger.seen.values[ledger.value_of(t)].storage for t in (args[0], result))
+            old, new = (ledger.observation.values[ledger.value_of(t)].storage for t in (args[0], result))
             self._sum = _Sum(since, old, new, storage_key(result))
 
     def settle(self) -> None:
@@ -71,13 +71,13 @@ class GradientSums:
         if found is None:
             return
         self._sum = None
-        seen = self._ledger.seen
-        events = seen.events[found.since :]
+        observation = self._ledger.observation
+        events = observation.events[found.since :]
         if Event(EventKind.FREE, found.old) not in events or Event(EventKind.ALLOC, found.new) not in events:
             return
         events.remove(Event(EventKind.ALLOC, found.new))
         events.remove(Event(EventKind.FREE, found.old))
-        seen.events[found.since :] = [
+        observation.events[found.since :] = [
             Event(EventKind.FREE, found.old) if event == Event(EventKind.FREE, found.new) else event for event in events
         ]
         self._ledger.merge(found.new, found.key, found.old)
@@ -112,7 +112,7 @@ class GradientSums:
                     stack.append(following)
 
 
-def _may_be_added_to(old: torch.Tensor, new: torch.Tensor) -> bool:
+def _accumulates_in_place(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether autograd's engine would add `new` to `old` in place, if nobody else refers to `old`: each of its elements
     has its own place in one block of memory, and it is nobody's view (a view refers to its base).
     """

@@ -12,7 +12,7 @@ from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
-from tightfit.profiling.fsdp_exchange import exchange_scratch
+from tightfit.profiling.fsdp_collectives import collective_workspace
 from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
 from tightfit.profiling.observation import Observation
 from tightfit.profiling.observed_step import Clock, Pricer, observe_step
@@ -91,7 +91,7 @@ def measure_together(
 
     if group.is_single_process:
         return mine()
-    exchange_scratch(group, device_of(model))
+    collective_workspace(group, device_of(model))
     described = describe_batch(batch)
     firsts = group.broadcast(described)
     measured = group.broadcast(group.run_on_all(lambda: mine() if group.is_main_process else None))
@@ -122,7 +122,7 @@ def measure_step(
     pricer = Pricer(model, batch, step, clock, cost_cache=cost_cache, timed=not untimed, budget_bytes=budget_bytes)
     observed = observe_step(model, batch, step, pricer, concrete=concrete)
     observer, signatures = observed.observer, observed.costs.signatures
-    seen = observer.seen
+    seen = observer.observation
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     region_paths = choose_regions(seen, class_of)
     tables = build_tables(seen, region_paths, signatures, _pure_paths(model, step, region_paths))

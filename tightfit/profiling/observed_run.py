@@ -22,7 +22,7 @@ from tightfit.errors import TightfitError, UnsupportedInput
 from tightfit.operators.escaped_memory import watching_exposure, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
-from tightfit.profiling.fake_tensor_leaks import Surroundings
+from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
 from tightfit.profiling.fsdp_copy import ShardedCopy
 from tightfit.profiling.observer import Observer
 from tightfit.profiling.output_strides import Layouts
@@ -49,7 +49,7 @@ def observe_fake(
 ) -> tuple[Observer | None, bool]:
     """What was observed, None if the fake run failed; and whether it did because shapes depend on the data."""
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    surroundings = Surroundings(step.loss)
+    surroundings = NamespaceSnapshot(step.loss)
     observer = Observer(signatures, device_of(model).type, layouts=layouts)
     try:
         _observe_copy(model, batch, step, observer, mode)
@@ -61,7 +61,7 @@ def observe_fake(
         _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
         return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
     finally:
-        surroundings.forget_fakes(mode)
+        surroundings.remove_fakes(mode)
     return observer, False
 
 
@@ -158,22 +158,22 @@ def _observe(
                 optimizer.step()
         observer.in_optimizer = False
         for parameter in parameters:
-            observer.add_baseline(parameter, "parameters")
+            observer.add_resident(parameter, "parameters")
             if parameter.grad is not None:
-                observer.add_baseline(parameter.grad, "gradients")
+                observer.add_resident(parameter.grad, "gradients")
         for buffer in model.buffers():
-            observer.add_baseline(buffer, "buffers")
+            observer.add_resident(buffer, "buffers")
         for optimizer in optimizers:
             for entries in optimizer.state.values():
                 for entry in entries.values() if isinstance(entries, dict) else ():
                     if isinstance(entry, torch.Tensor):
-                        observer.add_baseline(entry, "optimizer_state")
+                        observer.add_resident(entry, "optimizer_state")
         for tensor in batch_tensors(batch):
-            observer.add_baseline(tensor, "batch")
+            observer.add_resident(tensor, "batch")
         with _watching_modules(model, observer):
             observer.start()
             try:
-                with watching_exposure(with_fast_paths(model), observer.expose):
+                with watching_exposure(with_fast_paths(model), observer.mark_escaped):
                     loss = step.run_loss(model, batch)
                 observer.begin_backward()
                 loss.backward()

@@ -16,7 +16,7 @@ from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import UnsupportedInput
 from tightfit.profiling.cost_cache import CostCache, NoCache
 from tightfit.profiling.costs import Costs, measure_costs
-from tightfit.profiling.forward_check import ran_otherwise
+from tightfit.profiling.forward_check import forward_differs
 from tightfit.profiling.observed_run import observe_concrete, observe_fake
 from tightfit.profiling.observer import Observer
 from tightfit.profiling.output_strides import Layouts, corrections
@@ -117,7 +117,7 @@ def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer,
     if observer is not None and costs is not None:
         with pricer.clock.part("observing"):
             # A real forward of a sharded model needs all its processes; whether this one is right, the trial run tells.
-            differs = not is_sharded(model) and ran_otherwise(observer.seen, model, batch, step)
+            differs = not is_sharded(model) and forward_differs(observer.observation, model, batch, step)
         if not differs:
             return ObservedStep(observer=observer, costs=costs, method="fake", data_dependent=data_dependent)
         _log.info("a real forward runs other operations than the fake one; measuring with a real step")

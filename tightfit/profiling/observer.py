@@ -19,10 +19,10 @@ from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
-from tightfit.profiling.output_strides import Layouts, laid_out, layouts_of
-from tightfit.profiling.saved_tensors import Savings
+from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
+from tightfit.profiling.saved_tensors import SavedTensors
 from tightfit.profiling.signatures import SignatureTable
-from tightfit.profiling.storage_ledger import Ledger
+from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
 
 
@@ -39,16 +39,16 @@ class Observer(DispatchMode):
     ) -> None:
         """`layouts`: how the results of some operations really lie in memory, by the signature's key."""
         super().__init__()
-        self._ledger = ledger = Ledger(device_type)
+        self._ledger = ledger = StorageLedger(device_type)
         self._sums = GradientSums(ledger)
-        self._savings = Savings(ledger, self._quietly, spill, unspill)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._savings.unpack)
+        self._saved_tensors = SavedTensors(ledger, self._unrecorded, spill, unspill)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._saved_tensors.unpack)
         self.in_optimizer = False
         self._in_backward = False
-        self._quiet = 0
-        self._beside = 0
-        self._busy = False  # inside our own code, which asks for storages, too
-        self._exposed: set[int] = set()  # storages whose memory was handed out
+        self._unrecorded_depth = 0
+        self._memory_only_depth = 0
+        self._in_observer = False  # inside our own code, which asks for storages, too
+        self._escaped: set[int] = set()  # storages whose memory was handed out
         self._signatures = signatures
         self.random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
         """Of the default generator, where that counts; a CUDA generator's state is a few bytes of host memory."""
@@ -60,9 +60,9 @@ class Observer(DispatchMode):
         """How the results of each signature lay, by its key."""
 
     @property
-    def seen(self) -> Observation:
+    def observation(self) -> Observation:
         """What was seen so far."""
-        return self._ledger.seen
+        return self._ledger.observation
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -71,7 +71,7 @@ class Observer(DispatchMode):
 
     # ------------------------------------------------------------------------------------------------ the caller's side
 
-    def add_baseline(self, tensor: torch.Tensor, component: str) -> None:
+    def add_resident(self, tensor: torch.Tensor, component: str) -> None:
         """Count the tensor's storage as alive during the whole step."""
         if self._ledger.counts(tensor) and not self._ledger.knows(tensor):
             self._ledger.add(tensor, component)
@@ -90,20 +90,20 @@ class Observer(DispatchMode):
         self._hooks.__exit__(None, None, None)
 
     @contextmanager
-    def beside_the_step(self) -> Iterator[None]:
+    def memory_only(self) -> Iterator[None]:
         """Operations inside are not the model's, and a plan has nothing to do with them, but their memory counts."""
-        self._beside += 1
+        self._memory_only_depth += 1
         try:
             yield
         finally:
-            self._beside -= 1
+            self._memory_only_depth -= 1
 
     def add_resizable(self, tensor: torch.Tensor) -> None:
         """A tensor without memory, which will get some and give it back (see `resized`).  What it holds is, for the
         model, a parameter that is always there.
         """
         assert tensor.untyped_storage().nbytes() == 0
-        self.add_baseline(tensor, "parameters")
+        self.add_resident(tensor, "parameters")
 
     def resized(self, tensor: torch.Tensor) -> None:
         """The tensor has got memory, or given it back."""
@@ -116,11 +116,15 @@ class Observer(DispatchMode):
         with self:
             yield
 
-    def expose(self, tensor: torch.Tensor) -> None:
+    def mark_escaped(self, tensor: torch.Tensor) -> None:
         """The tensor's memory is handed out: from now on it may be written at any moment, unseen."""
         forward = self._ledger.is_open and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
-        if forward and not (self._quiet or self._beside or self._busy) and self._ledger.counts(tensor):
-            self._exposed.add(self.seen.values[self._ledger.overwrite(tensor)].storage)
+        if (
+            forward
+            and not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
+            and self._ledger.counts(tensor)
+        ):
+            self._escaped.add(self.observation.values[self._ledger.overwrite(tensor)].storage)
 
     def begin_backward(self) -> None:
         """Backward begins now."""
@@ -134,11 +138,11 @@ class Observer(DispatchMode):
 
     def enter_module(self, path: str, has_plain_arguments: bool) -> None:
         """A module call begins."""
-        self.seen.events.append(ModuleEvent(path, has_plain_arguments))
+        self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """The innermost module call ends."""
-        self.seen.events.append(ModuleEvent(None))
+        self.observation.events.append(ModuleEvent(None))
 
     # ------------------------------------------------------------------------------------------------ PyTorch's side
 
@@ -148,15 +152,15 @@ class Observer(DispatchMode):
         kwargs = kwargs or {}
         if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:
             return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
-        if self._quiet or not self._ledger.is_open:
+        if self._unrecorded_depth or not self._ledger.is_open:
             return func(*args, **kwargs)
-        was_busy, self._busy = self._busy, True
+        was_in_observer, self._in_observer = self._in_observer, True
         try:
-            if self._beside:
+            if self._memory_only_depth:
                 return self._note_memory(func, args, kwargs)
             return self._dispatch(func, types, args, kwargs)
         finally:
-            self._busy = was_busy
+            self._in_observer = was_in_observer
 
     def _note_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._sums.settle()
@@ -178,7 +182,7 @@ class Observer(DispatchMode):
         forward = not self._in_backward and not self.in_optimizer and graph_task < 0
         signature = self._signatures.note(func, args, kwargs)
         if not forward:
-            since = len(self.seen.events)
+            since = len(self.observation.events)
             result = self._call(func, args, kwargs, signature)
             results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
             self._signatures.note_result(signature, tensors, results)
@@ -197,7 +201,7 @@ class Observer(DispatchMode):
         result = func(*args, **kwargs)
         key = self._signatures.keys[signature]
         if (layouts := self._corrections.get(key)) is not None:
-            result = laid_out(result, layouts)
+            result = with_layouts(result, layouts)
         if key not in self.layouts:
             self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
         return result
@@ -212,14 +216,14 @@ class Observer(DispatchMode):
         tensors: list[torch.Tensor],
         signature: int,
     ) -> Any:
-        seen = self.seen
+        observation = self.observation
         device = safety.call_device(tensors, kwargs)
         reason = safety.blocker(info, types, tensors, device.type)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
             reason = "its random state cannot be recorded"
         moved = undeclared_writes(info, args)  # running statistics, which replay leaves out
         inputs = [value for t in tensors if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)]
-        if not reason and any(self.seen.values[value].storage in self._exposed for value in inputs):
+        if not reason and any(self.observation.values[value].storage in self._escaped for value in inputs):
             reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
         if not reason:
             for tensor in tensors:
@@ -230,7 +234,7 @@ class Observer(DispatchMode):
                         reason = "it reads uninitialised memory"
         mutated = [t for t in mutated_tensors(info, args, kwargs) if self._ledger.counts(t)]
         written = {storage_key(t): t for t in mutated}
-        op_index = len(seen.ops)
+        op_index = len(observation.ops)
         op = RawOp(
             name=info.name,
             signature=signature,
@@ -253,30 +257,30 @@ class Observer(DispatchMode):
                 continue  # an alias of an argument
             storage = self._ledger.add(tensor, "activation")
             self._ledger.emit(EventKind.ALLOC, storage)
-            value = seen.storages[storage].current
-            seen.values[value].op = op_index
-            seen.values[value].output = position
+            value = observation.storages[storage].current
+            observation.values[value].op = op_index
+            observation.values[value].output = position
             # Uninitialised contents are never a source and never dropped: whatever fills them later may be invisible.
-            seen.values[value].overwritten = info.is_uninitialised
+            observation.values[value].overwritten = info.is_uninitialised
             op.outputs.append(value)
-        seen.ops.append(op)
+        observation.ops.append(op)
         self._ledger.emit(EventKind.OP, op_index)
         return result
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if not self._ledger.is_open or self._beside:
+        if not self._ledger.is_open or self._memory_only_depth:
             return tensor
-        was_busy, self._busy = self._busy, True
+        was_in_observer, self._in_observer = self._in_observer, True
         try:
-            return self._savings.pack(tensor)
+            return self._saved_tensors.pack(tensor)
         finally:
-            self._busy = was_busy
+            self._in_observer = was_in_observer
 
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
+    def _unrecorded(self) -> Iterator[None]:
         """Operations inside are not the step's."""
-        self._quiet += 1
+        self._unrecorded_depth += 1
         try:
             yield
         finally:
-            self._quiet -= 1
+            self._unrecorded_depth -= 1

@@ -47,7 +47,7 @@ def _may_replace(fake: Layouts, real: Layouts) -> bool:
     return all(len(a) == len(b) and (not a or min(a[1], b[1]) >= 0) for a, b in zip(fake, real, strict=True))
 
 
-def laid_out(result: Any, layouts: Layouts) -> Any:
+def with_layouts(result: Any, layouts: Layouts) -> Any:
     """The results anew (without contents), laid out as told."""
     storages: dict[int, torch.Tensor] = {}
     anew: list[Any] = []

@@ -14,7 +14,7 @@ _USABLE = 31 / 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class PartialCall:
     """A call that fits: the whole, one on part of the tensors in its lists, or none."""
 
     call: Call | None
@@ -35,13 +35,13 @@ def argument_bytes(call: Call) -> int:
     return _nbytes(call.args) + _nbytes(tuple(value for _, value in call.kwargs))
 
 
-def share_within(call: Call, result_bytes: int, room_bytes: int | None) -> Share:
+def fit_call(call: Call, result_bytes: int, room_bytes: int | None) -> PartialCall:
     """As much of `call` as fits into `room_bytes` with its arguments and results."""
     if room_bytes is not None:
         room_bytes = int(room_bytes * _USABLE)
     whole = argument_bytes(call)
     if room_bytes is None or whole + result_bytes <= room_bytes:
-        return Share(call=call)
+        return PartialCall(call=call)
     lists = [argument for argument in call.args if _is_tensor_list(argument)]
     lengths = {len(tensors) for tensors in lists}
     if len(lengths) == 1:
@@ -55,12 +55,12 @@ def share_within(call: Call, result_bytes: int, room_bytes: int | None) -> Share
             part = replace(
                 call, args=tuple(a[:count] if isinstance(a, tuple) and len(a) == length else a for a in call.args)
             )
-            return Share(
+            return PartialCall(
                 call=part,
                 scale=whole / max(1, argument_bytes(part)),
                 note=f"measured on {count} of {length} tensors and scaled: all of them do not fit beside the model",
             )
-    return Share(call=None, note="estimated from other operations: alone it does not fit beside the model")
+    return PartialCall(call=None, note="estimated from other operations: alone it does not fit beside the model")
 
 
 def _is_tensor_list(argument: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import is_conj_or_neg
-from tightfit.profiling.storage_ledger import Ledger
+from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
 
 
@@ -37,24 +37,24 @@ class _Note:
         self.on_release(self.slot)
 
 
-class Savings:
+class SavedTensors:
     """See the module.
 
     Args:
         ledger: where savings, readings and releases are noted.
-        quietly: a context in which operations are not the step's.
+        unrecorded: a context in which operations are not the step's.
         spill, unspill: where a note's bytes go, and how they come back; None: there are none.
     """
 
     def __init__(
         self,
-        ledger: Ledger,
-        quietly: Callable[[], AbstractContextManager[None]],
+        ledger: StorageLedger,
+        unrecorded: Callable[[], AbstractContextManager[None]],
         spill: Callable[[torch.Tensor], Any] | None,
         unspill: Callable[[Any], torch.UntypedStorage] | None,
     ) -> None:
         self._ledger = ledger
-        self._quietly = quietly
+        self._unrecorded = unrecorded
         self._spill = spill
         self._unspill = unspill
         self._borrowed: dict[int, int] = {}  # slot -> notes and rebuilt tensors that still stand for it
@@ -65,15 +65,15 @@ class Savings:
         if not ledger.counts(tensor) or is_conj_or_neg(tensor) or isinstance(tensor, torch.nn.Parameter):
             return tensor
         value = ledger.value_of(tensor)
-        if ledger.seen.storages[ledger.seen.values[value].storage].component != "activation":
+        if ledger.observation.storages[ledger.observation.values[value].storage].component != "activation":
             return tensor
-        slot = len(ledger.seen.slots)
-        ledger.seen.slots.append(value)
+        slot = len(ledger.observation.slots)
+        ledger.observation.slots.append(value)
         self._borrowed[slot] = 1
         ledger.emit(EventKind.SAVE, slot)
         contents = None
         if self._spill is not None:
-            with self._quietly():
+            with self._unrecorded():
                 contents = self._spill(tensor)
         return _Note(slot, tensor, contents, self._give_back)
 
@@ -83,7 +83,7 @@ class Savings:
             return packed
         slot = packed.slot
         self._ledger.emit(EventKind.UNPACK, slot)
-        with self._quietly(), torch.no_grad():
+        with self._unrecorded(), torch.no_grad():
             tensor = self._rebuilt(packed)
         self._borrowed[slot] += 1
         savings = weakref.ref(self)
@@ -93,8 +93,8 @@ class Savings:
             if this is not None:
                 this._give_back(slot)
 
-        seen = self._ledger.seen
-        self._ledger.stand_in(tensor, seen.values[seen.slots[slot]].storage, died)
+        observation = self._ledger.observation
+        self._ledger.stand_in(tensor, observation.values[observation.slots[slot]].storage, died)
         return tensor
 
     def _rebuilt(self, note: _Note) -> torch.Tensor:

@@ -13,11 +13,11 @@ from tightfit.profiling.observation import Observation, RawStorage, RawValue
 from tightfit.records import Event, EventKind
 
 
-class Ledger:
+class StorageLedger:
     """See the module.  `device_type` is the device whose memory counts."""
 
     def __init__(self, device_type: str) -> None:
-        self.seen = Observation()
+        self.observation = Observation()
         self.is_open = False
         """Deaths are noted."""
         self.before_event: Callable[[EventKind], None] = lambda _: None
@@ -31,7 +31,7 @@ class Ledger:
     def emit(self, kind: EventKind, index: int = 0) -> None:
         """Note an event."""
         self.before_event(kind)
-        self.seen.events.append(Event(kind, index))
+        self.observation.events.append(Event(kind, index))
 
     def counts(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is on the device that counts."""
@@ -43,12 +43,12 @@ class Ledger:
 
     def nbytes(self, value: int) -> int:
         """Of the storage that a value is in."""
-        return self.seen.storages[self.seen.values[value].storage].nbytes
+        return self.observation.storages[self.observation.values[value].storage].nbytes
 
     def is_uninitialised(self, value: int) -> bool:
         """Nobody was seen to write the value."""
-        record = self.seen.values[value]
-        return record.overwritten and self.seen.storages[record.storage].current == value
+        record = self.observation.values[value]
+        return record.overwritten and self.observation.storages[record.storage].current == value
 
     def value_of(self, tensor: torch.Tensor) -> int:
         """The value that the tensor's storage holds now; -1 if its memory does not count."""
@@ -58,7 +58,7 @@ class Ledger:
         if index is None:  # made where nobody looked, for example torch.tensor([...])
             index = self.add(tensor, "activation")
             self.emit(EventKind.ALLOC, index)
-        return self.seen.storages[index].current
+        return self.observation.storages[index].current
 
     def add(self, tensor: torch.Tensor, component: str) -> int:
         """Take in a new storage, with a value; its death will be noted."""
@@ -85,11 +85,11 @@ class Ledger:
         value = self.value_of(tensor)
         if value < 0:
             return value
-        self.seen.values[value].overwritten = True
-        storage = self.seen.values[value].storage
-        self.seen.values.append(RawValue(storage=storage, op=op, output=output))
-        self.seen.storages[storage].current = len(self.seen.values) - 1
-        return len(self.seen.values) - 1
+        self.observation.values[value].overwritten = True
+        storage = self.observation.values[value].storage
+        self.observation.values.append(RawValue(storage=storage, op=op, output=output))
+        self.observation.storages[storage].current = len(self.observation.values) - 1
+        return len(self.observation.values) - 1
 
     def resize(self, tensor: torch.Tensor) -> None:
         """A tensor whose memory comes and goes has got some, or given it back."""
@@ -104,16 +104,16 @@ class Ledger:
     def merge(self, new: int, key: int, old: int) -> None:
         """What was seen as the storage `new`, with that key, is `old` in a real step, from now on and at its death."""
         self._instead_of[new] = old
-        self.seen.values[self.seen.storages[new].current].storage = old
+        self.observation.values[self.observation.storages[new].current].storage = old
         if self._storage_of.get(key) == new:
             self._storage_of[key] = old
 
     def _add_storage(self, tensor: torch.Tensor, component: str) -> int:
-        seen = self.seen
-        index = len(seen.storages)
-        seen.values.append(RawValue(storage=index))
+        observation = self.observation
+        index = len(observation.storages)
+        observation.values.append(RawValue(storage=index))
         nbytes = _round_up(tensor.untyped_storage().nbytes(), self._device_type)
-        seen.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(seen.values) - 1))
+        observation.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(observation.values) - 1))
         return index
 
     def _watch(self, tensor: torch.Tensor, died: Callable[[], None]) -> None:

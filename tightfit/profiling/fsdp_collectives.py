@@ -17,7 +17,7 @@ _PROBE_BYTES = 1 << 18
 _scratch: dict[tuple[str, int], tuple[float, float]] = {}
 
 
-def exchange_scratch(group: ProcessGroup, device: torch.device) -> tuple[float, float]:
+def collective_workspace(group: ProcessGroup, device: torch.device) -> tuple[float, float]:
     """Memory that an exchange takes inside, for each byte of the larger of its two tensors: (all-gather,
     reduce-scatter).
 
@@ -50,7 +50,7 @@ def _peak_of(exchange: Callable[[], None]) -> int:
     return meter.measure_peak(exchange, 0)[1]
 
 
-class SilentExchange:
+class CollectiveStandIn:
     """Stands in for FSDP2's collectives where nobody else takes part: takes the memory that a real one takes."""
 
     def __init__(self, scratch_per_byte: float) -> None:
