@@ -20,7 +20,6 @@ from tightfit.peak_breakdown import PARTS, format_parts, parts_of_peak
 from tightfit.records import Plan, Profile
 from tightfit.solver.next_budget import next_useful_bytes
 from tightfit.solver.solver import Solver, full_plan
-from tightfit.units import format_bytes
 
 Tensor = torch.Tensor
 
@@ -83,7 +82,7 @@ def test_the_smallest_budget_is_solvable_and_one_byte_less_is_not(name: str) -> 
     parts = parts_of_peak(error.breakdown, where)
     assert sum(parts.values()) == smallest
     for part, size in parts.items():
-        assert not size or f"{part} {format_bytes(size)}" in str(error)
+        assert not size or format_parts({part: size}) in str(error)
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.breakdown) == (str(error), error.breakdown)
 
