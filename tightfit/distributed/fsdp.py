@@ -1,9 +1,8 @@
-"""Models whose parameters are shared out among processes by FSDP2 (`fully_shard`).
+"""Models whose parameters FSDP2 (`fully_shard`) has sharded.
 
-Each process holds a part of every parameter, as a `DTensor`.  Before a unit (a module that `fully_shard` was called on)
-runs, its weights are gathered; afterwards they are let go, and in backward gathered again.  So every step needs all
-processes, and they have to decide the same things: whoever measures, fits or verifies such a model does so on all of
-them together.
+Each rank holds a shard of every parameter, as a `DTensor`.  Before a unit (a module that `fully_shard` was called on)
+runs, its weights are all-gathered; afterwards they are freed, and all-gathered again in backward.  So every step needs
+all ranks, and they have to make the same decisions: measure, fit and verify such a model on all of them together.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `fully_shard` was called on the model or a part of it."""
+    """Tell whether `fully_shard` was called on the model or one of its modules."""
     return bool(sharded_modules(model))
 
 
 def process_group_of(model: torch.nn.Module) -> ProcessGroup:
-    """The processes that share the model's parameters; `SINGLE_PROCESS` for a model that is not sharded."""
+    """Return the ranks that the model's parameters are sharded over; `SINGLE_PROCESS` if they are not sharded."""
     control = mesh_process_group(model)
     if control is None:
         return SINGLE_PROCESS
