@@ -137,10 +137,10 @@ def test_calls_that_differ_in_anything_have_different_keys() -> None:
         ((x, 1.0), {}),
         ((x, 1), {}),
     ):
-        table.note(add, args, kwargs)
+        table.add(add, args, kwargs)
     with torch.no_grad():
-        table.note(add, (x, x), {})
-    table.note(torch.ops.aten.sub.Tensor, (x, x), {})
+        table.add(add, (x, x), {})
+    table.add(torch.ops.aten.sub.Tensor, (x, x), {})
     assert len({cost_cache._key(call) for call in table.calls}) == 10
 
 
