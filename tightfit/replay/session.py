@@ -99,7 +99,7 @@ class Installed:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, what this thread runs is no business of the plan (FSDP2 gathers weights, exchanges gradients)."""
+        """Leave the ops that this thread runs inside untaped: FSDP2's all-gathers and gradient reductions."""
         session = self.sessions.get(threading.get_ident())
         if session is None:
             yield
