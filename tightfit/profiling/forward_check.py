@@ -2,7 +2,7 @@
 
 A model may look at its input before it chooses one (a mask left out where nothing is padded), and go another way where
 the input has no data.  A real forward from which autograd keeps nothing needs little memory, and shows.  As it runs the
-user's own objects, it is left to models whose code is known to ask; of others, a plan's guarded run finds out.
+user's own objects, it is left to models whose code is known to ask; of others, a plan's trial run finds out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How one optimizer step runs: forward and backward for each microbatch, clipping, the optimizers."""
+"""`Step`: how one optimizer step runs: forward and backward for each microbatch, clipping, the optimizers."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def check_loss(result: Any, *, given: bool) -> torch.Tensor:
-    """The scalar in what a model or loss function returned.
+    """Return the scalar in what a model or loss function returned.
 
     Raises:
         UnsupportedInput: there is none, or it needs no gradient.
