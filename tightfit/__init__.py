@@ -25,6 +25,7 @@ if _has_torch:
     from tightfit.operators.pure_modules import allow_recompute
     from tightfit.planning.fit import fit
     from tightfit.profiling.measure import measure
+    from tightfit.step.step import Step
     from tightfit.verification.verify import verify
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "PlanMismatch",
     "Profile",
+    "Step",
     "TightfitError",
     "UnsupportedInput",
     "Verdict",

@@ -1,4 +1,4 @@
-"""What each folder of the tests is about: its marker, and with the folders of the package the table in CONTRIBUTING.md."""
+"""What each folder of the tests is about: its marker; with the package's folders the table in CONTRIBUTING.md."""
 
 from __future__ import annotations
 

@@ -43,13 +43,19 @@ _pure = {f"{place}.{name}" for place, names in _PURE.items() for name in names.s
 
 
 def allow_recompute(*kinds: type[torch.nn.Module]) -> None:
-    """Allow plans to run the whole forward of modules of these classes again in backward, where that is faster.
+    """Allow plans to recompute whole calls of modules of these classes in backward, where that is faster.
+
+        tightfit.allow_recompute(MyBlock, MyNorm)
+        applied = tightfit.fit(model, batch, budget="8GiB")
 
     You promise that their forward is a function of its arguments, the module's parameters and buffers, and random
     numbers of PyTorch's own generators, and that running it twice leaves nothing behind: no cache, no counter, no
-    statistics.  A block is run again only if its own class and those of all modules inside it are allowed.  Classes of
-    `torch.nn` such as `Linear`, `LayerNorm`, `Dropout`, and the blocks of common transformers are allowed from the
-    start.  Call this before `measure` or `fit`.
+    statistics.  A block is recomputed as a whole only if its own class and those of all modules inside it are allowed.
+    Classes of `torch.nn` such as `Linear`, `LayerNorm`, `Dropout`, and the blocks of common transformers are allowed
+    from the start.  Call this before `measure` or `fit`.
+
+    Args:
+        kinds: classes of modules.
 
     Raises:
         UnsupportedInput: something that is no class of modules.

@@ -47,7 +47,11 @@ def observe_fake(
     signatures: SignatureTable,
     layouts: Mapping[str, Layouts],
 ) -> tuple[Observer | None, bool]:
-    """What was observed, None if the fake run failed; and whether it did because shapes depend on the data."""
+    """Observe a run of a copy without data.
+
+    Returns:
+        The observer, None if the run failed; and whether it failed because shapes depend on the data.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     surroundings = NamespaceSnapshot(step.loss)
     observer = Observer(signatures, device_of(model).type, layouts=layouts)
@@ -88,7 +92,7 @@ def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Obse
 
 @contextmanager
 def _hushed(logger_name: str) -> Iterator[None]:
-    """A failing fake kernel is no news to the user: measuring goes on with a real step."""
+    """Silence a logger: a failing fake kernel is no news to the user, as measuring goes on with a real step."""
     logger = logging.getLogger(logger_name)
     before = logger.disabled
     logger.disabled = True
@@ -125,7 +129,7 @@ def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures:
 
 
 def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.UntypedStorage]]:
-    """Whole storages to a file and back, without a further copy in memory on the way."""
+    """Return what moves whole storages to a file and back, without a further copy in memory on the way."""
 
     def spill(tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
@@ -150,7 +154,7 @@ def _observe(
     optimizers: Sequence[torch.optim.Optimizer],
     observer: Observer,
 ) -> None:
-    """`parameters`: the model's, as the optimizers see them."""
+    """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
     with torch.enable_grad():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one

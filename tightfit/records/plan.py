@@ -86,25 +86,43 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A decision for every region, with what it is predicted to cost."""
+    """A decision for every region of a step, with what the step is predicted to cost under it.
+
+        plan = tightfit.solve(profile, budget_bytes=8 * 2**30)
+        plan.save("plan.json")
+        plan = tightfit.Plan.load("plan.json")
+
+    Peaks are totals in the budget's terms: all device memory that the process holds at a moment.
+
+    Attributes:
+        budget_bytes: the budget that it was solved for.
+        predicted_peak_bytes: peak of the planned step.
+        peak_where: when the peak is reached: a region's key, ``backward of KEY`` or ``optimizer step``.
+        baseline_bytes: resident memory: parameters, buffers, gradients, optimizer state, batch.
+        breakdown: bytes at the moment of the peak, by component; they add up to `predicted_peak_bytes`.
+        predicted_step_ms: time of the planned step.
+        plain_step_ms: time of the plain step, as predicted.
+        plain_peak_bytes: peak of the plain step, as predicted.
+        overhead_ratio: `predicted_step_ms` / `plain_step_ms` - 1.
+        lower_bound_ms: no plan of the plan space is faster than this at this budget.
+        regions: which recipe each region follows.
+        recipes: what to keep and recompute in a region; regions of one class with the same decision share one.
+        model: the model's class name.
+        fingerprint: digest of the names, shapes and dtypes of parameters and buffers: says of which model the plan is.
+        batch: the batch's shapes and dtypes, for people.
+        device: the device that it was measured on.
+    """
 
     budget_bytes: int
-    """The budget it was solved for."""
     predicted_peak_bytes: int
-    """Predicted peak of the whole step, in the budget's terms."""
     peak_where: str
-    """When the peak is reached: a region's key, ``backward of KEY`` or ``optimizer step``."""
     baseline_bytes: int
-    """Parameters, buffers, gradients, optimizer state, batch."""
     breakdown: Mapping[str, int]
-    """Bytes at the moment of the peak, by component; they add up to `predicted_peak_bytes`."""
     predicted_step_ms: float
     plain_step_ms: float
     plain_peak_bytes: int
     overhead_ratio: float
-    """`predicted_step_ms` / `plain_step_ms` - 1."""
     lower_bound_ms: float
-    """No plan of the plan space is faster than this at this budget."""
     regions: tuple[PlannedRegion, ...]
     recipes: tuple[Recipe, ...]
     region_paths: tuple[str, ...]
@@ -113,7 +131,6 @@ class Plan:
     """Regions that share tapes, in order; empty unless the budget is below what one level of replay needs."""
     model: str
     fingerprint: str
-    """See `Profile.fingerprint`."""
     batch: str
     device: str
     optimizer: str
@@ -157,12 +174,12 @@ class Plan:
         return all(region.recipe < 0 for region in self.regions)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan to a file, as JSON."""
         json_codec.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan. Raises `PlanMismatch` if the file is not one."""
+        """Read a plan from a file. Raises `PlanMismatch` if the file is not one."""
         return json_codec.load(cls, path)
 
 

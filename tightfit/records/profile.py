@@ -148,10 +148,29 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What `measure` found about one training step of one model on one batch."""
+    """What `measure` found about one training step of one model on one batch.
+
+        profile = tightfit.measure(model, batch, loss=loss_fn, optimizer=optimizer)
+        profile.save("profile.json")
+        plan = tightfit.solve(tightfit.Profile.load("profile.json"), budget_bytes=8 * 2**30)
+
+    How a step is described, the module's docstring tells (``help(tightfit.records.profile)``).
+
+    Attributes:
+        model: the model's class name.
+        device: the device that it was measured on.
+        torch_version: the PyTorch that it was measured with.
+        threads: how many threads PyTorch computed with.
+        storages: every piece of memory that appears in the step.
+        values: what the storages hold, between two writes.
+        signatures: each distinct operation, with its time and workspace.
+        ops: the operations of forward, region by region.
+        regions: the pieces of forward, in the order in which they run.
+        slots: each saving of a value by autograd.
+        events: the timeline of the step.
+    """
 
     model: str
-    """The model's class name."""
     fingerprint: str
     """Digest of the names, shapes and dtypes of parameters and buffers: says whether a plan is of this model."""
     batch: str
@@ -181,7 +200,7 @@ class Profile:
     margin_bytes: int = 0
     """Added to every moment: the stated margin of a data-dependent profile, or of exchanges between processes."""
     correction_bytes: int = 0
-    """Added to every moment: what a guarded run measured beyond (or below) the prediction."""
+    """Added to every moment: what a trial run measured beyond (or below) the prediction."""
     mode_ms_per_op: float = 0.0
     """Time that a planned region costs for each operation that runs in it."""
     tape_ms_per_op: float = 0.0
@@ -225,12 +244,12 @@ class Profile:
         return total_ms
 
     def save(self, path: str | Path) -> None:
-        """Write the profile as JSON."""
+        """Write the profile to a file, as JSON."""
         json_codec.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read a profile. Raises `PlanMismatch` if the file is not one."""
+        """Read a profile from a file. Raises `PlanMismatch` if the file is not one."""
         return json_codec.load(cls, path)
 
 

@@ -11,7 +11,12 @@ from tightfit.solver.solver import Solver
 
 
 def frontier(profile: Profile, points: int = 20) -> list[Plan]:
-    """The curve of best step time against budget.
+    """Return the curve of best step time against budget.
+
+        for plan in tightfit.frontier(profile, points=20):
+            print(plan.budget_bytes, plan.predicted_peak_bytes, plan.predicted_step_ms)
+
+    Needs no PyTorch.
 
     Args:
         profile: a measured step.

@@ -171,7 +171,19 @@ class Solver:
 
 
 def solve(profile: Profile, budget_bytes: int) -> Plan:
-    """The fastest plan whose predicted peak is within `budget_bytes`, for one profile and one budget.
+    """Solve for what to keep and what to recompute: the fastest plan whose predicted peak is within the budget.
+
+        profile = tightfit.measure(model, batch, loss=loss_fn, optimizer=optimizer)
+        plan = tightfit.solve(profile, budget_bytes=8 * 2**30)
+
+    Needs no PyTorch.  Predicted time never rises with the budget.
+
+    Args:
+        profile: a measured step, from `measure` or `Profile.load`.
+        budget_bytes: the most device memory that the step may hold at any moment.
+
+    Returns:
+        `Plan`: for `apply`, `verify`, or a file.
 
     Raises:
         BudgetInfeasible: no plan is; the error carries the smallest budget that has one, and what sets it.

@@ -1,4 +1,4 @@
-"""What is looked at in a batch: its tensors, whatever containers hold them."""
+"""Find the tensors in a batch, whatever containers hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tightfit._torch_private import tree_leaves
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
-    """Tensors in a batch of nested containers; an unknown container is searched through its attributes."""
+    """Return the tensors in a batch of nested containers; an unknown container is searched through its attributes."""
     found: list[torch.Tensor] = []
     for leaf in tree_leaves(batch):
         if isinstance(leaf, torch.Tensor):
@@ -21,7 +21,7 @@ def batch_tensors(batch: Any) -> list[torch.Tensor]:
 
 
 def describe_batch(batch: Any) -> str:
-    """Shapes and dtypes, for people and for recognising a batch of the same kind."""
+    """Return shapes and dtypes as text, for people and for recognising a batch of the same kind."""
     return ", ".join(
         f"{str(t.dtype).removeprefix('torch.')}[{'x'.join(map(str, t.shape))}]" for t in batch_tensors(batch)
     )

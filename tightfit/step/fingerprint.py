@@ -1,4 +1,4 @@
-"""What tells one model from another, so that a plan is never installed on the wrong one."""
+"""Tell one model from another, so that a plan is never installed on the wrong one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan depends on, in a form that can be compared: the batch's shapes, the model's state, the settings in force.
+"""Identify a step by what a plan depends on: the batch's shapes, the model's state, PyTorch's settings.
 
 Two steps with equal `StepKey`s run the same operations on tensors of the same sizes, as far as that can be told
 without running them.  What a model decides by its data, or by its own Python attributes, is not in it; the live tape
@@ -21,7 +21,7 @@ _DEPTH = 4
 
 @dataclass(frozen=True, slots=True)
 class StepKey:
-    """See the module."""
+    """What a plan depends on, in a form that can be compared and looked up."""
 
     sizes: tuple[tuple[int, ...], ...]
     """Of each tensor of the batch, in order."""
@@ -33,27 +33,27 @@ class StepKey:
 
     @property
     def elements(self) -> int:
-        """Elements of all tensors of the batch."""
+        """How many elements all tensors of the batch have."""
         return sum(math.prod(size) for size in self.sizes)
 
     def growth_from(self, other: StepKey) -> float:
-        """How many times larger than `other`'s a tensor of this batch is, at most; 1 where none is."""
+        """Return how many times larger than `other`'s a tensor of this batch is, at most; 1 where none is."""
         pairs = zip(self.sizes, other.sizes, strict=True)
         return max([1.0, *(math.prod(a) / max(1, math.prod(b)) for a, b in pairs)])
 
 
 def step_key(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepKey:
-    """The shape of a training step on `batch`, as things are now."""
-    shape = arguments_key(batch)
+    """Return the key of a training step on `batch`, as things are now."""
+    arguments = arguments_key(batch)
     state = watch.state(), optimizer_state(optimizers), active_settings(watch.device_type)
-    return StepKey(shape.sizes, shape.numbers, (shape.kind, state))
+    return StepKey(arguments.sizes, arguments.numbers, (arguments.kind, state))
 
 
 def arguments_key(thing: Any) -> StepKey:
-    """The shape of nested containers and objects alone.
+    """Return the key of nested containers and objects alone.
 
-    Whole numbers and text count by value where they stand alone (a length, a flag, a mode), by type inside lists (what
-    belongs to single samples); floats count by type, as they rarely decide what is computed and often change.
+    Compare top-level ints and strings by value (a length, a flag, a mode); inside lists only by type (they belong to
+    samples).  Compare floats by type, as they rarely decide what is computed and often change.
     """
     sizes: list[tuple[int, ...]] = []
     numbers: list[Hashable] = []
@@ -93,7 +93,7 @@ class ModelState:
 
 
 class ModelWatch:
-    """Tells the state of one model.  It is asked before every step, so it describes anew only what has changed."""
+    """Describe the state of one model before every step: anew only where it has changed."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -107,7 +107,7 @@ class ModelWatch:
         return self._first.device.type
 
     def state(self) -> ModelState:
-        """As it is now."""
+        """Return the state as it is now."""
         if self._state is None or not self._is_unchanged():
             self._state = self._described()
         return self._state
@@ -132,7 +132,7 @@ class ModelWatch:
         return True
 
     def _described(self) -> ModelState:
-        """It walks the modules' own tables: `named_modules` and `parameters` take two to four times as long."""
+        """Walk the modules' own tables: `named_modules` and `parameters` take two to four times as long."""
         modules: list[Hashable] = []
         parameters: list[Hashable] = []
         places: dict[torch.nn.Module, int] = {}
@@ -158,12 +158,12 @@ class ModelWatch:
 
 
 def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
-    """How many parameters each group of each optimizer has."""
+    """Return how many parameters each group of each optimizer has."""
     return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
 
 
 def active_settings(device_type: str) -> Hashable:
-    """PyTorch's settings that decide which kernels run."""
+    """Return PyTorch's settings that decide which kernels run."""
     return (
         ambient_autocast(device_type),
         torch.are_deterministic_algorithms_enabled(),
@@ -173,7 +173,7 @@ def active_settings(device_type: str) -> Hashable:
 
 
 def ambient_autocast(device_type: str) -> torch.dtype | None:
-    """The dtype of an autocast context that is open now for a kind of device."""
+    """Return the dtype of an autocast context that is open now for a kind of device."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 

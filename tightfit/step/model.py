@@ -1,4 +1,4 @@
-"""What a step needs of its model: parameters to train, on one device, with gradients that are resident."""
+"""Check what a step needs of its model: parameters to train, on one device, with gradients that are resident."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tightfit.errors import UnsupportedInput
 
 
 def check_model(model: Any) -> None:
-    """Raises `UnsupportedInput` for a model that tightfit cannot plan."""
+    """Raise `UnsupportedInput` for a model that tightfit cannot plan."""
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedInput(
             f"the model is a {type(model).__name__}, not a torch.nn.Module. Regions are calls of modules. "
@@ -41,7 +41,7 @@ def check_model(model: Any) -> None:
 
 
 def give_gradients(model: torch.nn.Module) -> None:
-    """Zero gradients where there are none: they are resident from the start of forward, as in every step but the first.
+    """Make zero gradients where there are none: they are resident from the start, as in every step but the first.
 
     Those of embeddings that ask for sparse ones are sparse, and empty.
     """
@@ -61,5 +61,5 @@ def give_gradients(model: torch.nn.Module) -> None:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """The device of the model's parameters."""
+    """Return the device of the model's parameters."""
     return next(model.parameters()).device

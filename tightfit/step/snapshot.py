@@ -1,4 +1,4 @@
-"""Taking a snapshot of everything a step may change, and putting it back bit for bit.
+"""Take a snapshot of everything that a step may change, and put it back bit for bit.
 
 Everything reachable from the model, the optimizers and the batch through attributes and containers: tensors with their
 gradients, versions, hooks, attributes and flags; lists, dictionaries and sets; NumPy arrays; random generators.  What
@@ -55,7 +55,7 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
 
     def equals(self, other: RandomState) -> bool:
-        """Both snapshots would give the same numbers."""
+        """Tell whether both snapshots would give the same numbers."""
         if self._python != other._python or self._torch != other._torch:
             return False
         if (self._numpy is None) != (other._numpy is None) or len(self._cuda) != len(other._cuda):
@@ -70,9 +70,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class TrainingState:
-    """Parameters, buffers, gradients, optimizer state, flags, plain attributes and random states; see the module.
+    """A snapshot of parameters, buffers, gradients, optimizer state, flags, plain attributes and random states.
 
-    Contents lie outside the device's memory (`host_copy`).
+    What is followed, and what is not, stands in the module's docstring.  Contents lie outside the device's memory
+    (`host_copy`).
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class TrainingState:
             pending.extend(self._note(thing))
 
     def _note(self, thing: Any) -> Iterator[Any]:
-        """Save one thing; returns what it leads to."""
+        """Save one thing; yield what it leads to."""
         if isinstance(thing, torch.Tensor):
             saved = _SavedTensor(thing, self._file)
             self._tensors.append(saved)
@@ -197,7 +198,7 @@ class _SavedTensor:
 
 
 def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Both show the same memory in the same way."""
+    """Tell whether both show the same memory in the same way."""
     return (
         storage_key(tensor) == storage_key(other)
         and tensor.shape == other.shape
@@ -252,7 +253,7 @@ def _with_forward_of(module: dict[str, Any], contents: list[tuple[Any, Any]]) ->
 
 
 def _generator_state(thing: Any) -> Any:
-    """The state of a random generator; None for anything else."""
+    """Return the state of a random generator; None for anything else."""
     if isinstance(thing, torch.Generator):
         return thing.get_state()
     if isinstance(thing, random.Random):
@@ -280,7 +281,7 @@ def _is_array(thing: Any) -> bool:
 
 
 def _has_attributes(thing: Any) -> bool:
-    """An object whose attributes are part of the model's or the optimizer's state."""
+    """Tell whether an object's attributes are part of the model's or the optimizer's state."""
     if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | types.SimpleNamespace):
         return True
     home = type(thing).__module__.partition(".")[0]

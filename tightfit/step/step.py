@@ -1,4 +1,4 @@
-"""How one optimizer step runs: forward and backward for each microbatch, clipping, the optimizers."""
+"""`Step`: how one optimizer step runs: forward and backward for each microbatch, clipping, the optimizers."""
 
 from __future__ import annotations
 
@@ -18,29 +18,38 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Describe one optimizer step, without the model and the batch that it runs on.
+    """How one optimizer step runs, without the model and the batch that it runs on.
 
-    `measure`, `fit` and `verify` take it as ``step=``, or its parts as keywords of their own.
+    `measure`, `fit` and `verify` take it as ``step=`` instead of single keywords, and `apply` for `Applied.loss`:
+
+        step = tightfit.Step(loss=loss_fn, optimizer=optimizer, autocast=torch.bfloat16, clip_norm=1.0)
+        profile = tightfit.measure(model, batch, step=step)
+        applied = tightfit.fit(model, batch, budget="8GiB", step=step, profile=profile)
+
+    Args:
+        loss: called with (model, batch), returns a scalar tensor. None: the batch is unpacked into the model's call (a
+            mapping as keyword arguments, a tuple as positional ones, anything else as one), and the result, or its
+            ``loss``, is a scalar.
+        optimizer: one, several, or None: then optimizer state and the optimizer's step are in no figure.
+        accumulation_steps: forward and backward passes for each optimizer step.
+        autocast: run forward under `torch.autocast` with this dtype.
+        clip_norm: clip the total norm of the gradients to this before the optimizer step.
+        around_loss: returns a context in which model and loss run; an installed plan's `Applied.step`, for example.
+
+    Attributes:
+        optimizers: `optimizer` as a tuple.
 
     Raises:
         UnsupportedInput: an optimizer that needs a closure, or fewer than one accumulation step.
     """
 
     loss: LossFunction | None = None
-    """Called with (model, batch), returns a scalar tensor. None: the batch is unpacked into the model's call, and the
-    result must be a loss."""
     optimizer: Optimizers = None
-    """One, several, or None: then optimizer state and the optimizer's step are in no figure."""
     accumulation_steps: int = 1
-    """Forward and backward passes for each optimizer step."""
     autocast: torch.dtype | None = None
-    """Run forward under `torch.autocast` with this dtype."""
     clip_norm: float | None = None
-    """Clip the total norm of the gradients to this before the optimizer step."""
     around_loss: Callable[[], Any] = field(default=nullcontext, repr=False)
-    """A context for the forward of model and loss: the ``<loss>`` region of an installed plan."""
     optimizers: tuple[torch.optim.Optimizer, ...] = field(init=False, repr=False)
-    """`optimizer` as a tuple."""
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
@@ -137,7 +146,7 @@ def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def check_loss(result: Any, *, given: bool) -> torch.Tensor:
-    """The scalar in what a model or loss function returned.
+    """Return the scalar in what a model or loss function returned.
 
     Raises:
         UnsupportedInput: there is none, or it needs no gradient.
