@@ -2,7 +2,8 @@
 #
 #   make train                          the demo: a real model trained in about half of its plain memory
 #   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
-#   make test    TESTS=tests/cli        all tests, or those under TESTS
+#   make test    TESTS=tests/cli        all tests, or those under TESTS, in an order of chance whose seed is printed
+#   make test-fast                      in seconds: what needs no PyTorch, with PyTorch out of reach
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
 #   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
 #   make lint                           ruff, strict mypy, and the floors that imports go down
@@ -18,10 +19,11 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; d
 WHEELS ?=
 ARGS ?=
 TESTS ?= tests
-# The tests' models are so small that a second thread costs more than it brings, above all on a busy machine.
-TEST_THREADS ?= 1
 # Test processes, and how the tests are shared among them.
 TEST_PROCESSES ?= auto
+# The tests that need no PyTorch.
+FAST := tests/records tests/simulation tests/solver tests/report/test_frontier_plot.py tests/report/test_svg_chart.py \
+	tests/test_layout.py
 
 # Another PyTorch than the one that constraints-dev.txt pins; each version has a virtual environment of its own.
 TORCH ?=
@@ -44,7 +46,7 @@ PROCESSES ?= $(shell nproc)
 BENCH_OUTPUT ?= $(RUNS)/bench
 QUICK ?=
 
-.PHONY: help train test fuzz bench lint gpu-check clean
+.PHONY: help train test test-fast fuzz bench lint gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -53,7 +55,10 @@ train: $(VENV)/.installed-train
 	$(BIN)/tightfit train $(DEMO) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow" $(FAST) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)

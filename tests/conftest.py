@@ -43,6 +43,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-randomly draws the order only: what a test computes does not depend on its seed (see `_begin_anew`)."""
+    config.option.randomly_reset_seed = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with the subject of its folder."""
     for item in items:

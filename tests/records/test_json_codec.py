@@ -17,7 +17,7 @@ from tightfit.errors import PlanMismatch
 from tightfit.records import KeptValue, Plan, PlannedRegion, Profile, Recipe, Verdict
 from tightfit.records import json_codec as codec
 
-SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 RECORDS = (Profile, Plan, Verdict)
 
 counts = st.integers(0, 2**50)
