@@ -15,6 +15,7 @@ from tightfit.records import Plan, Profile
 from tightfit.solver.frontier import frontier, frontier_of
 from tightfit.solver.solver import Solver, minimum_budget, solve
 
+
 def check_curve(profile: Profile, plans: list[Plan]) -> None:
     """What every curve promises."""
     least_bytes, _ = minimum_budget(profile)
