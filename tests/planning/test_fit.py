@@ -15,7 +15,7 @@ import tightfit
 from tests.suite import build
 from tightfit import BudgetInfeasible, UnsupportedInput
 from tightfit._torch_private import tree_leaves
-from tightfit.device import memory as meter
+from tightfit.device import device_for
 from tightfit.planning import search as planner
 from tightfit.records import Plan, Profile
 from tightfit.replay.tape import Tape
@@ -98,7 +98,7 @@ def test_full_and_off(grad_checkpoint: Any, peaks: tuple[int, int]) -> None:
 
 def test_budgets_that_can_be_read() -> None:
     device = torch.device("cpu")
-    whole = meter.device_memory_bytes(device)
+    whole = device_for(device).capacity_bytes()
     assert planner.resolve_budget("75%", device) == int(whole * 0.75)
     assert planner.resolve_budget("1GiB", device) == 2**30
     assert planner.resolve_budget("100MB", device) == 10**8

@@ -20,6 +20,7 @@ from tightfit.cli.console import speak_as
 from tightfit.cli.doctor import examine, format_examination
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.budget import resolve_budget
+from tightfit.device.registry import accelerator_kind
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.peak_breakdown import format_parts, parts_of_peak
@@ -53,7 +54,7 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     config = TrainConfig(**{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
     if options.verbose:
         logging.getLogger("tightfit").setLevel(logging.INFO)
-    role = find_role(config, os.environ, torch.cuda.device_count())
+    role = find_role(config, os.environ, accelerator_kind().count())
     if options.dry_run:
         if not isinstance(role, Alone):
             raise UnsupportedInput(

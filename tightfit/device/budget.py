@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from tightfit.device.memory import device_memory_bytes, free_memory_bytes
+from tightfit.device.registry import device_for
 from tightfit.errors import UnsupportedInput
 from tightfit.units import format_bytes, parse_bytes
 
@@ -16,23 +16,24 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 def resolve_budget(
     budget: int | str, device: torch.device, *, name: str = "the budget", held_bytes: int | None = None
 ) -> int:
-    """Bytes that `budget` stands for.
+    """Return the bytes that `budget` stands for.
 
     Args:
         budget: a size, a share of all the device's memory, or ``auto``: what is free there now, and what this process
             holds there already.
-        device: a CPU or CUDA device.
+        device: whose memory.
         name: what messages call it, for example a flag.
-        held_bytes: for ``auto``, what this process holds already; by default what PyTorch's CUDA allocator has.
+        held_bytes: for ``auto``, what this process holds already; by default what PyTorch's allocator holds on to.
 
     Raises:
         UnsupportedInput: not a size, or more than the device has.
     """
-    total_bytes = device_memory_bytes(device)
+    where = device_for(device)
+    total_bytes = where.capacity_bytes()
     if isinstance(budget, str) and budget.strip().lower() == "auto":
         if held_bytes is None:
-            held_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        return min(free_memory_bytes(device) + held_bytes, total_bytes)
+            held_bytes = where.reserved_bytes()
+        return min(where.free_bytes() + held_bytes, total_bytes)
     percent = _PERCENT.fullmatch(budget) if isinstance(budget, str) else None
     try:
         size_bytes = int(total_bytes * float(percent[1]) / 100) if percent else parse_bytes(budget)

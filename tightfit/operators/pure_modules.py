@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import has_global_module_hooks, has_module_hooks
+from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
 
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -108,4 +109,4 @@ def may_rerun(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
 def _is_autocast(module: torch.nn.Module) -> bool:
     """Weights that autocast has cast in forward may be found cast, or not, by the second forward."""
     first = next(module.parameters(), None)
-    return first is not None and torch.is_autocast_enabled(first.device.type)
+    return first is not None and device_for(first).ambient_autocast() is not None

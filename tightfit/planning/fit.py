@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.device.budget import resolve_budget
-from tightfit.device.memory import device_memory_bytes
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied
 from tightfit.planning.plan_cache import PlanCache
@@ -86,7 +86,7 @@ def fit(
     check_model(model)
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
     device = device_of(model)
-    budget_bytes = device_memory_bytes(device) if budget is None else resolve_budget(budget, device)
+    budget_bytes = device_for(device).capacity_bytes() if budget is None else resolve_budget(budget, device)
     begin = time.perf_counter()
     watch = ModelWatch(model)
     key = step_key(watch, batch, step.optimizers)  # before anything runs, which may change what is compared

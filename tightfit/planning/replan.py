@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from tightfit._torch_private import profiler_is_running
+from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import BudgetInfeasible
 from tightfit.installation.applied import Applied
@@ -32,8 +33,7 @@ from tightfit.profiling.measure import measure_step
 from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
 from tightfit.solver.solver import Solver
-from tightfit.step.key import StepKey, ambient_autocast
-from tightfit.step.model import device_of
+from tightfit.step.key import StepKey
 from tightfit.step.step import Step
 from tightfit.units import format_bytes
 
@@ -276,7 +276,7 @@ class Replanner:
 
     def _step_now(self) -> Step:
         """Return the step as it runs now: an open autocast context counts as the step's own."""
-        ambient = ambient_autocast(device_of(self._model).type)
+        ambient = device_for(self._model).ambient_autocast()
         if ambient is None:
             return self._step
         settings = {one.name: getattr(self._step, one.name) for one in fields(self._step) if one.init}
@@ -309,4 +309,4 @@ def _estimated(profile: Profile) -> set[str]:
 
 
 def _no_ambient_autocast(model: torch.nn.Module) -> torch.autocast:
-    return torch.autocast(device_of(model).type, enabled=False)
+    return device_for(model).autocast(None)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.device.budget import resolve_budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
@@ -124,7 +125,7 @@ def _is_of(profile: Profile, trial: Trial) -> bool:
         and profile.batch == describe_batch(trial.batch)
         and profile.optimizer == ", ".join(type(optimizer).__name__ for optimizer in trial.step.optimizers)
         and profile.accumulation_steps == trial.step.accumulation_steps
-        and torch.device(profile.device).type == trial.device.type
+        and device_for(profile.device).kind == device_for(trial.device).kind
         and profile.torch_version == torch.__version__
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tightfit.device import device_for
 from tightfit.device import memory as meter
 from tightfit.distributed.process_group import ProcessGroup
 
@@ -20,10 +21,10 @@ _workspace_ratios: dict[tuple[str, int], tuple[float, float]] = {}
 def collective_workspace(group: ProcessGroup, device: torch.device) -> tuple[float, float]:
     """Measure the workspace of an all-gather and of a reduce-scatter, in bytes per byte of the unsharded tensor.
 
-    The first call for a group runs both collectives, so all its ranks have to make it.  On CUDA both are 0: NCCL's
+    The first call for a group runs both collectives, so all its ranks have to make it.  On a GPU both are 0: NCCL's
     buffers are allocated outside PyTorch and stay for the whole run.
     """
-    if device.type != "cpu" or group.world_size == 1:
+    if not device_for(device).is_host or group.world_size == 1:
         return 0.0, 0.0
     key = group.control.group_name, group.world_size
     if key not in _workspace_ratios:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.operators.pure_modules import is_pure
@@ -161,7 +162,7 @@ def measure_step(
 
 def _pure_paths(model: torch.nn.Module, step: Step, region_paths: Sequence[str]) -> AbstractSet[str]:
     """Return the regions whose whole forward may be recomputed."""
-    if step.autocast is not None or torch.is_autocast_enabled(device_of(model).type):
+    if step.autocast is not None or device_for(model).ambient_autocast() is not None:
         return set()  # whether a weight is found cast already differs between the first and a second forward
     return {path for path in region_paths if path != ROOT and is_pure(model.get_submodule(path))}
 

@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget
 from tightfit.records import Op, Recipe, Storage, Value
@@ -58,7 +59,7 @@ def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> 
         evicted: the model's `eviction_ratio`.
     """
     hot = _remembered("hot", cache, cold=False)
-    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device.type == "cpu" else hot
+    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device_for(device).is_host else hot
 
 
 def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:

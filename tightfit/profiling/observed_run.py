@@ -17,6 +17,7 @@ from tightfit._torch_private import (
     FakeTensor,
     FakeTensorMode,
 )
+from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
 from tightfit.operators.escaped_memory import watching_exposure, with_fast_paths
@@ -30,7 +31,7 @@ from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
 from tightfit.step.batch import batch_tensors
 from tightfit.step.host_copy import CopyFile, memory_of
-from tightfit.step.model import device_of, give_gradients
+from tightfit.step.model import give_gradients
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -54,7 +55,7 @@ def observe_fake(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     surroundings = NamespaceSnapshot(step.loss)
-    observer = Observer(signatures, device_of(model).type, layouts=layouts)
+    observer = Observer(signatures, device_for(model), layouts=layouts)
     try:
         _observe_copy(model, batch, step, observer, mode)
     except BaseException as error:
@@ -111,7 +112,7 @@ def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures:
     state = TrainingState(model, step.optimizers, also=(batch,))
     try:
         spill, unspill = _spill_to(CopyFile())
-        observer = Observer(signatures, device_of(model).type, spill=spill, unspill=unspill)
+        observer = Observer(signatures, device_for(model), spill=spill, unspill=unspill)
         give_gradients(model)
         try:
             _observe(model, list(model.parameters()), batch, step, list(step.optimizers), observer)

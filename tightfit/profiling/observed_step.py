@@ -90,7 +90,7 @@ class Pricer:
             room_bytes=self._room_bytes,
             result_bytes=table.result_bytes,
         )
-        self.clock.add("scratch", costs.scratch_ms)
+        self.clock.add("scratch", costs.workspace_ms)
         self.clock.add("times", costs.times_ms)
         return costs
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, storage_key
+from tightfit.device import Device
+from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
@@ -32,7 +34,7 @@ class Observer(DispatchMode):
     def __init__(
         self,
         signatures: SignatureTable,
-        device_type: str,
+        device: Device,
         spill: Callable[[torch.Tensor], Any] | None = None,
         unspill: Callable[[Any], torch.UntypedStorage] | None = None,
         layouts: Mapping[str, Layouts] | None = None,
@@ -41,12 +43,12 @@ class Observer(DispatchMode):
 
         Args:
             signatures: the table to which distinct ops are added.
-            device_type: the type of the device whose memory counts.
+            device: the device whose memory counts.
             spill, unspill: move a saved tensor's storage out of memory and back; None on fake tensors.
             layouts: the real kernels' result layouts, by the key of the signature, where the fake kernels are wrong.
         """
         super().__init__()
-        self._ledger = ledger = StorageLedger(device_type)
+        self._ledger = ledger = StorageLedger(device)
         self._sums = GradientSums(ledger)
         self._saved_tensors = SavedTensors(ledger, self._unrecorded, spill, unspill)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._saved_tensors.unpack)
@@ -57,8 +59,8 @@ class Observer(DispatchMode):
         self._in_observer = False  # our own code asks for storages, too, which is no escape of memory
         self._escaped: set[int] = set()  # storages whose memory was handed out by numpy(), data_ptr(), ...
         self._signatures = signatures
-        self.random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
-        """Size of the default generator's state; 0 on CUDA, where it is a few bytes of host memory."""
+        self.random_state_bytes = device.random_state_bytes()
+        """What a copy of the default generator's state takes of the memory that counts."""
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
@@ -225,8 +227,8 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
-        device = safety.call_device(tensors, kwargs)
-        reason = safety.blocker(info, types, tensors, device.type)
+        device = device_of_call(tensors, kwargs)
+        reason = safety.blocker(info, types, tensors, device)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
             reason = "its random state cannot be recorded"
         moved = undeclared_writes(info, args)  # running statistics, which a replay leaves alone

@@ -27,7 +27,7 @@ class PartialCall:
         """Scale this call's cost to that of the full call."""
         if not self.note:
             return cost
-        return Cost(round(cost.ms * self.scale, 6), int(cost.scratch_bytes * self.scale), ())
+        return Cost(round(cost.ms * self.scale, 6), int(cost.workspace_bytes * self.scale), ())
 
 
 def argument_bytes(call: Call) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import WeakStorage, storage_key
+from tightfit.device import Device
 from tightfit.profiling.observation import Observation, RawStorage, RawValue
 from tightfit.records import Event, EventKind
 
@@ -17,16 +18,16 @@ class StorageLedger:
     """The storages of a step, the value that each holds, and the events in order.
 
     Args:
-        device_type: the type of the device whose memory counts.
+        device: the device whose memory counts.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device: Device) -> None:
         self.observation = Observation()
         self.is_open = False
         """Whether the step is running: only then is a storage's death recorded."""
         self.before_event: Callable[[EventKind], None] = lambda _: None
         """Called with its kind before an event is recorded."""
-        self._device_type = device_type
+        self._device = device
         self._storage_of: dict[int, int] = {}
         self._watches: dict[int, tuple[weakref.ref[Any], WeakStorage]] = {}
         self._resizable: dict[int, int] = {}  # by the key of a resizable tensor: its storage now
@@ -39,7 +40,7 @@ class StorageLedger:
 
     def counts(self, tensor: torch.Tensor) -> bool:
         """Tell whether the tensor is strided and on the device whose memory counts."""
-        return tensor.layout is torch.strided and tensor.device.type == self._device_type
+        return tensor.layout is torch.strided and self._device.holds(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Tell whether the tensor's storage is in the ledger."""
@@ -119,7 +120,7 @@ class StorageLedger:
         observation = self.observation
         index = len(observation.storages)
         observation.values.append(RawValue(storage=index))
-        nbytes = _round_up(tensor.untyped_storage().nbytes(), self._device_type)
+        nbytes = self._device.round_up(tensor.untyped_storage().nbytes())
         observation.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(observation.values) - 1))
         return index
 
@@ -135,8 +136,3 @@ class StorageLedger:
                 died()
 
         self._watches[key] = (weakref.ref(tensor.untyped_storage(), gone), WeakStorage(tensor))
-
-
-def _round_up(nbytes: int, device_type: str) -> int:
-    """Round a size in bytes up to the granule of the device's allocator."""
-    return -(-nbytes // 512) * 512 if device_type == "cuda" else nbytes

@@ -20,6 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tightfit._torch_private import own_buffers, own_parameters, storage_key, version_of
+from tightfit.device.placement import generators_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import changed_error
 
@@ -69,7 +70,7 @@ class ModuleCall:
         watched += _tensors_in((args, self._kwargs))
         tensors = [tensor for tensor in watched if tensor is not None]
         self._tensors = tuple([(tensor, storage_key(tensor), version_of(tensor)) for tensor in tensors])
-        generators = _generators(tensors)
+        generators = generators_of(tensors)
         states = [generator.get_state() for generator in generators]
         result = self._forward(*args, **self._kwargs)
         # Only now is it known whether anything was random.
@@ -94,14 +95,6 @@ class ModuleCall:
                 "backward, and a block that is run again in backward would now compute something else. Call them "
                 "before forward or after backward."
             )
-
-
-def _generators(tensors: list[torch.Tensor]) -> list[torch.Generator]:
-    """The default generators that a module of these tensors draws from."""
-    found = [torch.default_generator]
-    for index in {tensor.device.index for tensor in tensors if tensor.is_cuda}:
-        found.append(torch.cuda.default_generators[index])
-    return found
 
 
 def _tensors_in(arguments: Any) -> list[torch.Tensor]:

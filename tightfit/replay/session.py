@@ -33,6 +33,7 @@ from tightfit._torch_private import (
     top_function_mode,
     top_saved_tensor_hooks,
 )
+from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
 from tightfit.operators.escaped_memory import ExposureWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
@@ -186,7 +187,7 @@ class Session(DispatchMode):
         key = self._cursor.key
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
-        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or _is_capturing()
+        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or is_capturing()
         self.reruns = None
         if recipe is not None and recipe.rerun and not elsewhere:
             if may_rerun():
@@ -344,7 +345,3 @@ class Session(DispatchMode):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)
         return tape.dispatch(func, info, types, args, kwargs)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -49,6 +49,7 @@ from tightfit._torch_private import (
     version_counter,
     version_of,
 )
+from tightfit.device.placement import StreamWatch, device_of_call
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import (
     OpInfo,
@@ -133,7 +134,7 @@ class Tape:
         self._ops: list[TapedOp] = []
         self._split: set[int] = set()  # storages whose parts have version counters of their own
         self._released: list[TapedValue] | None = []  # while recording: a later saving may want the same again
-        self._streams: dict[int, int] = {}
+        self._streams = StreamWatch()
         self._lock = threading.RLock()
 
     @property
@@ -224,8 +225,8 @@ class Tape:
         tensors = tensors_in(args)
         if kwargs:
             tensors += tensors_in(kwargs.values())
-        device = safety.call_device(tensors, kwargs)
-        if safety.blocker(info, types, tensors, device.type):
+        device = device_of_call(tensors, kwargs)
+        if safety.blocker(info, types, tensors, device):
             return None
         exposed = self._pending.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
@@ -360,7 +361,8 @@ class Tape:
             return Kept(tensor)
         if not value.op.region.drops(value):
             return Kept(tensor)
-        if not self._same_stream(tensor) or not can_rebuild(value):
+        # Replay runs on the stream of the node that reads, which is right only if the region used one stream.
+        if not self._streams.is_same(tensor) or not can_rebuild(value):
             self._statistics.kept_unsafe += 1
             return Kept(tensor)
         with self._lock:
@@ -371,13 +373,6 @@ class Tape:
             self._calibrator.dropped(value, tensor)
         self._statistics.dropped_slots += 1
         return Handle(self, Ref(value, tensor), tensor, self._leaf)
-
-    def _same_stream(self, tensor: _Tensor) -> bool:
-        """Replay runs on the stream of the node that reads, which is right only if the region used one stream."""
-        if tensor.device.type != "cuda":
-            return True
-        stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        return self._streams.setdefault(tensor.device.index, stream) == stream
 
     def seal(self) -> None:
         """The tape's last region ended: let go of everything that no handle needs."""

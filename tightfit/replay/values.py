@@ -21,6 +21,7 @@ from tightfit._torch_private import (
     version_of,
     with_lazy_bits,
 )
+from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import LiveRecipe
 
@@ -250,8 +251,7 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
 
 def belongs_to_others(tensor: _Tensor) -> bool:
     """Its memory was given to PyTorch (`torch.from_numpy`, `torch.frombuffer`): the giver may write there, unseen."""
-    storage = tensor.untyped_storage()
-    return storage.device.type == "cpu" and not storage.resizable()
+    return not tensor.untyped_storage().resizable() and device_for(tensor).is_host
 
 
 #: More channels than any normalisation has.

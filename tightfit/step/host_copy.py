@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from tightfit._torch_private import below_autograd, no_function_modes
+from tightfit.device import device_for
 from tightfit.errors import TightfitError
 from tightfit.units import format_bytes
 
@@ -151,7 +152,7 @@ def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
-    if type(tensor) not in _PLAIN_TYPES or tensor.device.type != "cpu":
+    if type(tensor) not in _PLAIN_TYPES or not device_for(tensor).is_host:
         return None
     if tensor.layout is not torch.strided or not is_dense(tensor) or tensor.is_conj() or tensor.is_neg():
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import own_children, own_parameters, storage_bytes, storage_key, tree_leaves
+from tightfit.device import Device, device_for
 
 _DEPTH = 4
 
@@ -45,7 +46,7 @@ class StepKey:
 def step_key(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepKey:
     """Return the key of a training step on `batch`, as things are now."""
     arguments = arguments_key(batch)
-    state = watch.state(), optimizer_state(optimizers), active_settings(watch.device_type)
+    state = watch.state(), optimizer_state(optimizers), active_settings(watch.device)
     return StepKey(arguments.sizes, arguments.numbers, (arguments.kind, state))
 
 
@@ -102,9 +103,9 @@ class ModelWatch:
         self._first = next(model.parameters())
 
     @property
-    def device_type(self) -> str:
+    def device(self) -> Device:
         """Where its first parameter is."""
-        return self._first.device.type
+        return device_for(self._first)
 
     def state(self) -> ModelState:
         """Return the state as it is now."""
@@ -162,19 +163,14 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
     return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
 
 
-def active_settings(device_type: str) -> Hashable:
+def active_settings(device: Device) -> Hashable:
     """Return PyTorch's settings that decide which kernels run."""
     return (
-        ambient_autocast(device_type),
+        device.ambient_autocast(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         torch.get_num_threads(),
     )
-
-
-def ambient_autocast(device_type: str) -> torch.dtype | None:
-    """Return the dtype of an autocast context that is open now for a kind of device."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _leaves(thing: Any, name: str, alone: bool, depth: int) -> Iterator[tuple[str, Any, bool]]:

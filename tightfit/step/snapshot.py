@@ -26,6 +26,7 @@ from tightfit._torch_private import (
     tensor_hooks,
     version_of,
 )
+from tightfit.device.process_state import device_random_states, set_device_random_states
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import CopyFile, HostCopy
@@ -43,7 +44,7 @@ class RandomState:
         self._numpy: Any = numpy.random.get_state() if numpy is not None else None
         with no_function_modes():
             self._torch = torch.get_rng_state().numpy().tobytes()  # not a tensor: the budget counts those on a CPU
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._devices = device_random_states()
 
     def restore(self) -> None:
         """Put the generators back."""
@@ -51,18 +52,21 @@ class RandomState:
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         torch.set_rng_state(torch.frombuffer(bytearray(self._torch), dtype=torch.uint8))
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        set_device_random_states(self._devices)
 
     def equals(self, other: RandomState) -> bool:
         """Tell whether both snapshots would give the same numbers."""
         if self._python != other._python or self._torch != other._torch:
             return False
-        if (self._numpy is None) != (other._numpy is None) or len(self._cuda) != len(other._cuda):
+        if (self._numpy is None) != (other._numpy is None) or self._devices.keys() != other._devices.keys():
             return False
         if self._numpy is not None and not all(_same(a, b) for a, b in zip(self._numpy, other._numpy, strict=True)):
             return False
-        return all(torch.equal(a, b) for a, b in zip(self._cuda, other._cuda, strict=True))
+        return all(
+            torch.equal(a, b)
+            for kind, states in self._devices.items()
+            for a, b in zip(states, other._devices[kind], strict=True)
+        )
 
 
 def _same(a: Any, b: Any) -> bool:

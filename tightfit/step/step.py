@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
-from tightfit.step.model import device_of
 
 LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -97,7 +97,7 @@ class Step:
         if self.autocast is None:
             yield
         else:
-            with torch.autocast(device_of(model).type, dtype=self.autocast):
+            with device_for(model).autocast(self.autocast):
                 yield
 
 

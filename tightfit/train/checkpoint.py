@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tightfit.device.process_state import device_random_states, set_device_random_states
 from tightfit.errors import UnsupportedInput
 from tightfit.train.files import flush_to_disk
 from tightfit.train.parallel.fsdp import parts_of_model, parts_of_optimizer
@@ -223,7 +224,7 @@ def random_state() -> dict[str, Any]:
             "gauss": float(numpy_state["gauss"]),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "devices": device_random_states(),
     }
 
 
@@ -240,5 +241,4 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
         }
     )
     torch.set_rng_state(state["torch"])
-    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, index)
+    set_device_random_states(state["devices"])

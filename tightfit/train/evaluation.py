@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from tightfit.device import device_for
 from tightfit.device.memory import measure_peak, resident_bytes
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -82,7 +83,7 @@ class Evaluator:
     def _measure(self, batch: object) -> Sums:
         if self.autocast is None:
             return self.task.measure(self.model, batch)
-        with torch.autocast(self.device.type, dtype=self.autocast):
+        with device_for(self.device).autocast(self.autocast):
             return self.task.measure(self.model, batch)
 
 

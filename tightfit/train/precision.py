@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from tightfit.device.registry import KINDS, device_for
 from tightfit.errors import UnsupportedInput
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -19,17 +20,18 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     Raises:
         UnsupportedInput: the device cannot train in it.
     """
-    if precision == "fp16" and device.type != "cuda":
+    if precision == "fp16" and not device_for(device).trains_in_fp16:
         raise UnsupportedInput(
             f"--precision fp16 was asked for on {device}, where it is slower than fp32 and loses small gradients. "
-            f"Use it on CUDA, or write --precision bf16 or fp32."
+            f"Use it on {' or '.join(kind.label for kind in KINDS if kind.trains_in_fp16)}, or write --precision bf16 "
+            f"or fp32."
         )
     return _AUTOCAST[precision]
 
 
-def make_scaler(precision: Precision) -> torch.amp.GradScaler | None:
+def make_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler | None:
     """The loss scaler that fp16 needs, so that small gradients do not become zero; None where none is needed."""
-    return torch.amp.GradScaler("cuda") if precision == "fp16" else None
+    return torch.amp.GradScaler(device_for(device).kind) if precision == "fp16" else None
 
 
 def scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:

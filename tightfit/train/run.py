@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import tightfit
+from tightfit.device import device_for
 from tightfit.device.budget import resolve_budget
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankFailed
@@ -72,7 +73,7 @@ def _run(
     checkpoint = group.broadcast(checkpoint)
     total_steps = total_steps_of(config, work)
     identity = _identity(config, work, total_steps)
-    scaler = make_scaler(config.precision)
+    scaler = make_scaler(config.precision, work.device)
     further = {} if checkpoint is None else group.run_on_all(lambda: _restored(config, work, checkpoint, identity))
     average = make_average(config, work, further)
     if scaler is not None and "scaler" in further:
@@ -414,6 +415,6 @@ def _first_loss(work: Workload) -> float:
     with judging(work.model), torch.no_grad():
         for part, share in zip(parts, work.shares(parts), strict=True):
             work.loss.share = share
-            with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
+            with device_for(work.device).autocast(work.autocast):
                 total += work.loss(work.model, to_device(part, work.device)).item()
     return work.group.all_reduce_sum([total])[0] / work.group.world_size

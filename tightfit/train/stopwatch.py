@@ -6,12 +6,14 @@ import time
 
 import torch
 
+from tightfit.device import device_for
+
 
 class Stopwatch:
-    """See the module."""
+    """Adds up the time of steps, and gives their mean."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device = device_for(device)
         self._seconds = 0.0
         self._steps = 0
 
@@ -22,9 +24,9 @@ class Stopwatch:
 
     def settle(self) -> None:
         """Wait for the device, so that work handed to it counts for the steps that handed it over."""
-        if self._device.type == "cuda" and self._steps:
+        if self._steps:
             started = time.perf_counter()
-            torch.cuda.synchronize(self._device)
+            self._device.synchronize()
             self._seconds += time.perf_counter() - started
 
     @property

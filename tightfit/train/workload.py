@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tightfit.device import device_for
 from tightfit.device.budget import resolve_budget
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
@@ -103,7 +104,7 @@ class Workload:
 
     def bytes_beside(self, parts: list[Any], place: int) -> int:
         """Bytes of the device that the other microbatches of a batch take while one of them runs."""
-        if self.device.type != "cpu":
+        if not device_for(self.device).is_host:
             return 0  # the others wait in host memory
         return sum(t.nbytes for other, part in enumerate(parts) if other != place for t in batch_tensors(part))
 
@@ -206,7 +207,7 @@ def build(
         order,
         samples_at_a_time=config.samples_at_a_time(group.world_size),
         workers=config.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device_for(device).pins_memory,
         seed=config.seed,
         rank=group.rank,
         world_size=group.world_size,

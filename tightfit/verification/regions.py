@@ -142,7 +142,7 @@ def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) 
     def back(leaf: Any) -> Any:
         if not isinstance(leaf, _OnHost):
             return leaf
-        moved = leaf.contents.load().to(leaf.device, copy=leaf.device.type != "cpu")
+        moved = leaf.contents.load().to(leaf.device)
         moved.requires_grad_(leaf.requires_grad)
         if not leaf.requires_grad:
             return moved

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.device import memory as meter
 from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
@@ -93,11 +94,11 @@ class Trial:
         step = self._planned(applied)
         for _ in range(_TIMING_ROUNDS):
             self._go_to_start()
-            planned_ms.append(meter.time_ms(lambda: step.run(self.model, self.batch), self.device))
+            planned_ms.append(device_for(self.device).time_ms(lambda: step.run(self.model, self.batch)))
             if plain:
                 self._go_to_start()
                 with applied.paused():
-                    plain_ms.append(meter.time_ms(lambda: self.step.run(self.model, self.batch), self.device))
+                    plain_ms.append(device_for(self.device).time_ms(lambda: self.step.run(self.model, self.batch)))
         return statistics.median(planned_ms), statistics.median(plain_ms) if plain else 0.0
 
     def _planned(self, applied: Applied) -> Step:

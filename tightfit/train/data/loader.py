@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tightfit.device.process_state import may_fork
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.order import BatchOrder
@@ -79,7 +80,7 @@ class BatchLoader:
         order: which samples each step has.
         samples_at_a_time: the most samples of a microbatch.
         workers: processes that build batches ahead; 0: none.
-        pin_memory: put batches into memory from which a GPU copies fast.
+        pin_memory: put batches into page-locked memory; see `Device.pins_memory`.
         seed: of what samples draw at random.
         rank, world_size: which of several processes this is; each has its part of every batch.
     """
@@ -150,7 +151,7 @@ class BatchLoader:
             collate_fn=_as_it_is,
             num_workers=self._workers,
             pin_memory=self._pin_memory,
-            multiprocessing_context="spawn" if torch.cuda.is_initialized() else None,
+            multiprocessing_context=None if may_fork() else "spawn",
             generator=torch.Generator(),  # else it draws from the one that dropout uses
         )
         batches = iter(loader)
