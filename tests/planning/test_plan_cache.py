@@ -27,13 +27,18 @@ from tightfit.step.step import Step
 SHORT, MIDDLE, LONG = 40, 48, 64
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Of few operations, so that measuring a step is quick."""
+    return torch.optim.AdamW(model.parameters(), fused=True)
+
+
 class Case:
     """A model with a budget that only recomputing keeps, at every length from `SHORT` on."""
 
     def __init__(self, model: nn.Module, budget_bytes: int, length: int = MIDDLE) -> None:
         self.model = model
         self.budget_bytes = budget_bytes
-        self.optimizer = torch.optim.AdamW(model.parameters())
+        self.optimizer = adamw(model)
         self.applied = tightfit.fit(
             model, batch_of(length), budget=budget_bytes, loss=next_word_loss, optimizer=self.optimizer,
             reference_budget_bytes=2**40,
@@ -71,7 +76,7 @@ class Case:
 @pytest.fixture(scope="module")
 def reference() -> Profile:
     model = Transformer()
-    step = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
+    step = Step(loss=next_word_loss, optimizer=(adamw(model),))
     return measure_step(model, batch_of(MIDDLE), step)
 
 
@@ -79,7 +84,7 @@ def reference() -> Profile:
 def budget_bytes(reference: Profile) -> int:
     """What the longest batch can just do with: 15 % of the way from its smallest peak to its plain one."""
     model = Transformer()
-    step = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),))
+    step = Step(loss=next_word_loss, optimizer=(adamw(model),))
     solver = Solver(measure_reshaped(model, batch_of(LONG), step, reference, 2**40))
     smallest, plain = solver.minimum_budget()[0], solver.plain(0).plain_peak_bytes
     return smallest + (plain - smallest) * 15 // 100
@@ -99,7 +104,7 @@ def case(budget_bytes: int) -> Iterator[Case]:
 @pytest.mark.parametrize("length", [SHORT, LONG])
 def test_measuring_again_in_short_gives_the_same_peaks_as_in_full(reference: Profile, length: int) -> None:
     model = Transformer()
-    step = Step(loss=next_word_loss, optimizer=(torch.optim.AdamW(model.parameters()),), clip_norm=1.0)
+    step = Step(loss=next_word_loss, optimizer=(adamw(model),), clip_norm=1.0)
     whole, short = (
         measure_step(model, batch_of(length), step),
         measure_reshaped(model, batch_of(length), step, reference, 2**40),

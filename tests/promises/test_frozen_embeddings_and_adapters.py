@@ -72,7 +72,7 @@ def test_every_adapter_is_trained_as_plain_and_nothing_warns() -> None:
 
 
 def test_the_bug_is_real_reentrant_checkpointing_leaves_the_adapters_untrained() -> None:
-    """What the row is about; were tightfit to checkpoint so, the test above would find it."""
+    """What the issues are about; were tightfit to checkpoint so, the test above would find it."""
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         loss = loss_of(Adapted(reentrant=True), BATCHES[0])
     assert not loss.requires_grad

@@ -50,7 +50,8 @@ def seed_everything(seed: int = 0) -> None:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    """Fused: one operation for all parameters, so that a measured step is quick."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
