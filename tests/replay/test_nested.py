@@ -14,7 +14,7 @@ from tests.replay.test_random_modules import INEXACT, RANDOM_STATE_BYTES, SMALL,
 from tests.support.chains import RNN, ResidualMLP
 from tightfit.device import memory as meter
 from tightfit.records import Decision, Group, Plan
-from tightfit.records.recompute_tree import Nest, tree_nest
+from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.tape import Tape
 from tightfit.simulation.profile_index import ProfileIndex
@@ -35,7 +35,7 @@ def nested_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decisio
         ops = [(region, position) for region in range(count) for position in range(regions[first + region].op_count)]
         cuts = sorted(draw(st.sets(st.sampled_from(ops[1:]), max_size=12))) if len(ops) > 1 else []
         at_top = [draw(st.booleans()) for _ in cuts]
-        groups.append(Group(first=first, count=count, nest=tree_nest(cuts, at_top, draw(st.integers(2, 4)))))
+        groups.append(Group(first=first, count=count, nest=balanced_tree(cuts, at_top, draw(st.integers(2, 4)))))
         first += count
     decisions: list[Decision] = []
     for group in groups:
@@ -86,7 +86,7 @@ def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
 
 
 def test_a_nest_holds_what_its_subtrees_pass_on() -> None:
-    nest = tree_nest([(0, n) for n in range(1, 8)], [False, False, False, True, False, False, False], 2)
+    nest = balanced_tree([(0, n) for n in range(1, 8)], [False, False, False, True, False, False, False], 2)
     assert nest.depths == (2, 1, 2, 0, 2, 1, 2)
     assert nest.leaf_count == 8
     assert [nest.leaf_at(0, n) for n in (0, 1, 7, 9)] == [0, 1, 7, 7]
@@ -95,8 +95,8 @@ def test_a_nest_holds_what_its_subtrees_pass_on() -> None:
     held = {(1, 2): {0, 1, 2, 3}, (0, 1): {0, 1}, (3, 4): set(range(8)), (2, 2): {2}, (4, 6): {4, 5, 6, 7}}
     for (first, last), leaves in held.items():
         assert {leaf for leaf in range(8) if nest.holds(first, last, leaf)} == leaves
-    assert tree_nest([(0, n) for n in range(1, 6)], [False] * 5, 9).depths == (1,) * 5
-    assert Nest().holds(0, 0, 0)
+    assert balanced_tree([(0, n) for n in range(1, 6)], [False] * 5, 9).depths == (1,) * 5
+    assert RecomputeTree().holds(0, 0, 0)
 
 
 def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:

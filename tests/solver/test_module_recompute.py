@@ -19,7 +19,7 @@ from tightfit.solver.solver import Solver
 def allowed(profile: Profile, *, per_op: float = 0.0, per_call: float = 0.0) -> Profile:
     """The profile with every region's module allowed to run again, at this cost."""
     regions = tuple(replace(region, may_rerun=True) for region in profile.regions)
-    return replace(profile, regions=regions, rerun_ms_per_op=per_op, rerun_ms_per_call=per_call)
+    return replace(profile, regions=regions, module_ms_per_op=per_op, module_ms_per_call=per_call)
 
 
 def blocks(count: int, seed: int = 0, *, ops: int = 3) -> Profile:

@@ -37,7 +37,8 @@ from tightfit.installation.applied import Applied
 from tightfit.installation.resolved_plan import LivePlan
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.remeasure import measure_reshaped, operations
-from tightfit.records import RERUN, Decision, Group, Plan, Profile
+from tightfit.records import Decision, Plan, Profile, SharedTape
+from tightfit.replay.executors import executor_of
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver
@@ -431,30 +432,30 @@ class PlanCache:
             (e for e in self._entries.values() if e.kind == shape.kind and e.live.plan and not e.live.plan.is_plain),
             key=lambda entry: abs(entry.elements - shape.elements),
         )
-        found: dict[tuple[tuple[Decision, ...], tuple[Group, ...]], None] = {}
+        found: dict[tuple[tuple[Decision | None, ...], tuple[SharedTape, ...]], None] = {}
         for entry in near:
             assert entry.live.plan is not None
             decisions = decisions_of(entry.live.plan, index.profile)
             if decisions is not None:
-                found[tuple(decisions), entry.live.plan.groups] = None
+                found[tuple(decisions), entry.live.plan.shared_tapes] = None
             if len(found) == _NEIGHBOURS:
                 break
-        return [build_plan(index, decisions, self._budget_bytes, groups=groups) for decisions, groups in found]
+        return [build_plan(index, decisions, self._budget_bytes, shared_tapes=shared) for decisions, shared in found]
 
 
-def decisions_of(plan: Plan, profile: Profile) -> list[Decision] | None:
+def decisions_of(plan: Plan, profile: Profile) -> list[Decision | None] | None:
     """The plan's decisions for the regions of another profile; None if it has other regions or operations."""
     recipes = {region.key: plan.recipes[region.recipe] if region.recipe >= 0 else None for region in plan.regions}
-    if plan.groups and [region.key for region in plan.regions] != [region.key for region in profile.regions]:
+    if plan.shared_tapes and [region.key for region in plan.regions] != [region.key for region in profile.regions]:
         return None
-    decisions: list[Decision] = []
+    decisions: list[Decision | None] = []
     for key, names in operations(profile):
         if key not in recipes:
             return None
         recipe = recipes[key]
         if recipe is not None and recipe.op_names != names:
             return None
-        decisions.append(None if recipe is None else RERUN if recipe.rerun else frozenset(recipe.keep))
+        decisions.append(None if recipe is None else recipe.decision)
     return decisions
 
 
@@ -464,7 +465,7 @@ def _activation_bytes(profile: Profile) -> int:
 
 def _replaying(plan: Plan) -> set[str]:
     """Keys of the regions that the plan replays something in, by a tape."""
-    return {r.key for r in plan.regions if r.recipe >= 0 and not plan.recipes[r.recipe].rerun}
+    return {r.key for r in plan.regions if r.recipe >= 0 and executor_of(plan.recipes[r.recipe]).on_tape}
 
 
 def _estimated(profile: Profile) -> set[str]:
