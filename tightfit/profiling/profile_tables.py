@@ -64,13 +64,15 @@ def build_tables(
     for index, key in enumerate(cut.keys):
         first, count = cut.first_op[index], cut.op_count[index]
         shape = _shape_of(range(first, first + count), ops, values, storages, slots_of_region[index], signatures)
-        module_recomputable = (
+        recomputable = (
             key in cut.plain_calls
             and key.partition("#")[0] in whole
             and all(known_good[op.signature] for op in ops[first : first + count])
         )
-        class_id = classes.setdefault((shape, module_recomputable), len(classes))
-        regions.append(Region(key=key, first_op=first, op_count=count, class_id=class_id, module_recomputable=module_recomputable))
+        class_id = classes.setdefault((shape, recomputable), len(classes))
+        regions.append(
+            Region(key=key, first_op=first, op_count=count, class_id=class_id, module_recomputable=recomputable)
+        )
     return {
         "storages": storages,
         "values": values,

@@ -146,6 +146,11 @@ class Plan:
         return sum(self.recipes[region.recipe].host_bytes for region in self.regions if region.recipe >= 0)
 
     @property
+    def decisions(self) -> list[Decision | None]:
+        """The decision for each region; None where it is untouched."""
+        return [self.recipes[region.recipe].decision if region.recipe >= 0 else None for region in self.regions]
+
+    @property
     def is_plain(self) -> bool:
         """True when nothing is dropped: applying the plan installs nothing."""
         return all(region.recipe < 0 for region in self.regions)

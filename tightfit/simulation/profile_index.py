@@ -67,7 +67,7 @@ class ProfileIndex:
             if owner >= 0:
                 self.events_of_region[owner].append(time)
         self.facts = tuple(self._facts(index, 1) for index in range(len(profile.regions)))
-        self._group_facts: dict[tuple[int, int], RegionFacts] = {}
+        self._tape_facts: dict[tuple[int, int], RegionFacts] = {}
         self.fixed_slots = frozenset(range(len(profile.slots))) - {s for f in self.facts for s in f.slots}
         """Slots that no decision for a single region concerns."""
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
@@ -119,13 +119,13 @@ class ProfileIndex:
         record = self.profile.values[value]
         return record.op - self.profile.regions[self.region_of_op[record.op]].first_op, record.output
 
-    def group_facts(self, first: int, count: int) -> RegionFacts:
+    def tape_facts(self, first: int, count: int) -> RegionFacts:
         """What one tape over `count` regions from `first` allows."""
         if count == 1:
             return self.facts[first]
-        found = self._group_facts.get((first, count))
+        found = self._tape_facts.get((first, count))
         if found is None:
-            found = self._group_facts[first, count] = self._facts(first, count)
+            found = self._tape_facts[first, count] = self._facts(first, count)
         return found
 
     def keep_values(self, region: int, names: Collection[ValueName]) -> frozenset[int]:

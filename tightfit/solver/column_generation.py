@@ -68,8 +68,8 @@ class ColumnPool:
 
     source: ColumnSource
     structure: ColumnPool | None = None
-    """The pool of the same profile without measured times (`Profile.with_unit_times`): its columns are on offer here, too. None: this
-    is that pool, and columns are only generated for the smallest peak."""
+    """The pool of the same profile without measured times (`Profile.with_unit_times`): its columns are on offer here,
+    too. None: this is that pool, and columns are only generated for the smallest peak."""
     enumerate_at_most: int = field(default_factory=lambda: ENUMERATE_AT_MOST)  # looked up late: tests set it
     master: Master = field(init=False)
     members: dict[int, list[int]] = field(init=False)

@@ -45,7 +45,7 @@ class RecursivePlans:
     def __init__(self, index: ProfileIndex) -> None:
         self._index = index
         profile = index.profile
-        self._facts = index.group_facts(0, len(profile.regions))
+        self._facts = index.tape_facts(0, len(profile.regions))
         self._last_use = self._last_uses()
         #: Before each operation: bytes that pass from what ran before it to what runs from it on.
         self._passing_bytes = self._crossings()

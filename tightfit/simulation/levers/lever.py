@@ -79,7 +79,9 @@ class ValueLever(Lever, Protocol):
     def costs(self, profile: Profile) -> ValueCosts:
         """Return what its decisions cost beside the operations that are recomputed."""
 
-    def shared_model(self, index: ProfileIndex, shared: SharedTape, decisions: Sequence[Decision | None]) -> RegionModel:
+    def shared_model(
+        self, index: ProfileIndex, shared: SharedTape, decisions: Sequence[Decision | None]
+    ) -> RegionModel:
         """Return what regions hold that share a tape; a decision for each of them."""
 
     def shared_recipes(

@@ -1,4 +1,4 @@
-"""What a module call holds that is made again in backward.  Mirrors `tightfit.replay.executors.module`; see there for why.
+"""The memory of a module call that is made again in backward.  Mirrors `tightfit.replay.executors.module`.
 
 PyTorch's checkpoint holds the call's arguments and nothing that autograd saves.  At the first read, forward is made
 again up to the last tensor that it saved; what autograd still wants is held until released.  In reality what a node has

@@ -46,7 +46,9 @@ class TapeLever:
         """Return what the region holds under a decision."""
         return TapeModel(index, region, [decision])
 
-    def shared_model(self, index: ProfileIndex, shared: SharedTape, decisions: Sequence[Decision | None]) -> RegionModel:
+    def shared_model(
+        self, index: ProfileIndex, shared: SharedTape, decisions: Sequence[Decision | None]
+    ) -> RegionModel:
         """Return what regions hold that share a tape; a decision for each of them."""
         return TapeModel(index, shared.first, decisions, shared.tree)
 
@@ -113,7 +115,7 @@ class _Tape:
 
 def _tape(index: ProfileIndex, first: int, decisions: Sequence[Decision | None]) -> _Tape:
     profile = index.profile
-    facts = index.group_facts(first, len(decisions))
+    facts = index.tape_facts(first, len(decisions))
     kept = index.kept_values(facts, first, decisions)
     needed = index.rebuilding_ops(facts, kept)
     return _Tape(

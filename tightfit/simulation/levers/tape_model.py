@@ -22,7 +22,7 @@ class TapeModel:
         self._first = first
         self._op_count = sum(region.op_count for region in profile.regions[first : first + len(decisions)])
         self._nest = nest if nest is not None and nest.cuts else None
-        facts = self._facts = index.group_facts(first, len(decisions))
+        facts = self._facts = index.tape_facts(first, len(decisions))
         self.replayed_ops: list[int] = []
         """Operations in the order of their replay, as often as they are replayed."""
         self.needed: frozenset[int] = frozenset()
