@@ -101,7 +101,8 @@ def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
         )
         needed = index.needed_ops(number, frozenset())
         drop = tuple(sorted({index.local(profile.slots[slot].value) for slot in index.facts[number].slots}))
-        common = {"class_id": 0, "op_names": names, "keep": (), "held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
+        common = {"class_id": 0, "op_names": names, "lever": "tape", "executor": "tape", "keep": ()}
+        common |= {"held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
         nothing[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=()))
         recorded[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
         replay = tuple(sorted(op - region.first_op for op in needed))

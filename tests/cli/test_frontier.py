@@ -123,7 +123,7 @@ def test_a_budget_below_the_smallest_is_marked_and_the_curve_still_shown(capsys:
 
 def test_below_one_level_the_table_claims_no_bound() -> None:
     curve = curve_of(profile_of([chain_template(4)], [0] * 24))
-    assert curve.plans[0].groups
+    assert curve.plans[0].shared_tapes
     rows = format_curve(curve).splitlines()[2:]
     assert rows[0].split()[-2:] == ["-", "smallest"]
     (one_level,) = [row for row in rows if "smallest at one level" in row]

@@ -120,8 +120,8 @@ def test_no_plan_below_one_level(mesh: DeviceMesh) -> None:
         tightfit.solve(profile, budget_bytes=1)
     with pytest.raises(tightfit.BudgetInfeasible) as of_whole:
         tightfit.solve(whole, budget_bytes=1)
-    assert tightfit.solve(whole, budget_bytes=of_whole.value.required_bytes).groups
-    assert not tightfit.solve(profile, budget_bytes=of_parts.value.required_bytes).groups
+    assert tightfit.solve(whole, budget_bytes=of_whole.value.required_bytes).shared_tapes
+    assert not tightfit.solve(profile, budget_bytes=of_parts.value.required_bytes).shared_tapes
 
 
 def test_other_shapes_are_planned_without_a_trial(mesh: DeviceMesh) -> None:

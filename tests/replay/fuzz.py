@@ -38,6 +38,7 @@ from tightfit.device import memory as meter
 from tightfit.planning.fit import _without
 from tightfit.records import Decision
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver, full_plan
 
@@ -67,11 +68,11 @@ class Outcome:
         return bool(self.unequal or self.over_budget or self.error)
 
 
-def decisions(index: ProfileIndex, draw: random.Random) -> list[Decision]:
-    found: list[Decision] = []
+def decisions(index: ProfileIndex, draw: random.Random) -> list[Decision | None]:
+    found: list[Decision | None] = []
     for facts in index.facts:
-        keep = frozenset(index.local(v) for v in sorted(facts.optional) if draw.random() < 0.5)
-        found.append(None if draw.random() < 0.3 else keep)
+        kept = keeping(index, [v for v in sorted(facts.optional) if draw.random() < 0.5])
+        found.append(None if draw.random() < 0.3 else kept)
     return found
 
 

@@ -30,7 +30,7 @@ def check_curve(profile: Profile, plans: list[Plan]) -> None:
         assert plan.predicted_peak_bytes <= plan.budget_bytes
         assert plan.plain_step_ms <= plan.lower_bound_ms <= plan.predicted_step_ms + 1e-9
         plan.check()
-    bounds = [plan.lower_bound_ms for plan in plans if not plan.groups]
+    bounds = [plan.lower_bound_ms for plan in plans if not plan.shared_tapes]
     assert bounds == sorted(bounds, reverse=True)
 
 
@@ -65,7 +65,7 @@ def test_budgets_are_evenly_spaced_and_one_level_is_among_them() -> None:
     budgets = [plan.budget_bytes for plan in plans]
     assert one_level_bytes in budgets
     assert budgets[0] < one_level_bytes, "this step goes below one level, or the test shows nothing"
-    assert plans[0].groups
+    assert plans[0].shared_tapes
     even = [budget for budget in budgets if budget != one_level_bytes]
     assert len(even) == 5
     gaps = [right - left for left, right in pairwise(even)]

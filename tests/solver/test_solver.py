@@ -27,6 +27,7 @@ from tests.solver.profiles import (
 )
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import Decision, Plan, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.solver import Solver, full_plan, minimum_budget, plain_plan, solve
@@ -34,11 +35,11 @@ from tightfit.solver.solver import Solver, full_plan, minimum_budget, plain_plan
 MIB = 1 << 20
 
 
-def all_decisions(index: ProfileIndex, region: int) -> list[Decision]:
-    """Untouched, and every keep set."""
+def all_decisions(index: ProfileIndex, region: int) -> list[Decision | None]:
+    """Untouched, and every choice of kept values."""
     names = sorted(index.local(value) for value in index.facts[region].optional)
     sets = chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
-    return [None, *(frozenset(keep) for keep in sets)]
+    return [None, *(BY_VALUE.decide(kept) for kept in sets)]
 
 
 def brute_force(index: ProfileIndex, most: int) -> list[tuple[int, float]]:
@@ -55,10 +56,7 @@ def brute_force(index: ProfileIndex, most: int) -> list[tuple[int, float]]:
 
 def check_plan(profile: Profile, plan: Plan) -> None:
     index = ProfileIndex(profile)
-    decisions: list[Decision] = [
-        None if region.recipe < 0 else frozenset(plan.recipes[region.recipe].keep) for region in plan.regions
-    ]
-    again = simulate(index, decisions, plan.groups)
+    again = simulate(index, plan.decisions, plan.shared_tapes)
     assert again.peak_bytes == plan.predicted_peak_bytes <= plan.budget_bytes
     assert again.step_ms == pytest.approx(plan.predicted_step_ms, abs=1e-8)
     assert sum(plan.breakdown.values()) == plan.predicted_peak_bytes
@@ -82,7 +80,7 @@ def test_optimal_against_brute_force(seed: int) -> None:
             continue
         plan = solver.solve(budget)
         best = min(ms for peak, ms in outcomes if peak <= budget)
-        if plan.groups:  # below one level there may be something faster than the best at one level
+        if plan.shared_tapes:  # below one level there may be something faster than the best at one level
             assert plan.predicted_step_ms < best
         else:
             assert plan.predicted_step_ms == pytest.approx(best, abs=1e-6)

@@ -18,10 +18,9 @@ from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.plans import Plans
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
-from tightfit.operators.pure_modules import may_rerun
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.replay.module_recompute import ModuleCall
+from tightfit.replay.executors import RegionCall
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.step.batch import describe_batch
@@ -44,11 +43,9 @@ class RegionForward:
         """Run the module's forward; without gradients, or when paused, as if nothing were installed."""
         if not (torch.is_grad_enabled() and self._installed.enabled):
             return self.original(*args, **kwargs)
-        with self._installed.region(self._path, lambda: may_rerun(self._module, args, kwargs)) as rerun:
-            if rerun is not None:
-                statistics = self._installed.statistics
-                return ModuleCall(self._module, self.original, kwargs, statistics, rerun.replay_count).run(args)
-            return self.original(*args, **kwargs)
+        call = RegionCall(self._module, self.original, args, kwargs, self._installed.statistics)
+        with self._installed.region(self._path, call) as run:
+            return run(call)
 
     # A copied or unpickled model is unplanned and uses its own weights: what is copied is the forward that was there
     # before, bound to the copy.

@@ -29,9 +29,9 @@ class ResolvedPlan:
         """The plan, resolved; `like` is a plan for the same operations, whose calibration counts for this one."""
         resolved = [LiveRecipe(recipe) for recipe in plan.recipes]
         recipes = {r.key: resolved[r.recipe] if r.recipe >= 0 else None for r in plan.regions}
-        for group in plan.groups:
-            for place, region in enumerate(plan.regions[group.first : group.first + group.count]):
-                recipes[region.key] = LiveRecipe(plan.recipes[region.recipe], group, place)
+        for shared in plan.shared_tapes:
+            for place, region in enumerate(plan.regions[shared.first : shared.first + shared.count]):
+                recipes[region.key] = LiveRecipe(plan.recipes[region.recipe], shared, place)
         return cls(
             plan=plan,
             recipes=recipes,

@@ -101,8 +101,8 @@ def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.
     return False
 
 
-def may_rerun(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
-    """This call of the module may be made again in backward."""
+def can_call_again(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
+    """Return whether this call of the module may be made again in backward."""
     return are_plain(args) and are_plain(kwargs) and is_pure(module) and not _is_autocast(module)
 
 

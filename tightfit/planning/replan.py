@@ -32,6 +32,7 @@ from tightfit.planning.search import FoundPlan, GradCheckpoint, find_plan
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
+from tightfit.replay.executors import executor_of
 from tightfit.solver.solver import Solver
 from tightfit.step.key import StepKey
 from tightfit.step.step import Step
@@ -301,7 +302,7 @@ def _activation_bytes(profile: Profile) -> int:
 
 def _replaying(plan: Plan) -> set[str]:
     """Return the keys of the regions that the plan replays something in, by a tape."""
-    return {r.key for r in plan.regions if r.recipe >= 0 and not plan.recipes[r.recipe].rerun}
+    return {r.key for r in plan.regions if r.recipe >= 0 and executor_of(plan.recipes[r.recipe]).on_tape}
 
 
 def _estimated(profile: Profile) -> set[str]:

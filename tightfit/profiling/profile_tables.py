@@ -71,13 +71,15 @@ def build_tables(
         structure = _structure_of(
             range(first, first + count), ops, values, storages, slots_of_region[index], signatures
         )
-        may_rerun = (
+        recomputable = (
             key in cut.plain_calls
             and key.partition("#")[0] in unsplit
             and all(known_good[op.signature] for op in ops[first : first + count])
         )
-        class_id = classes.setdefault((structure, may_rerun), len(classes))
-        regions.append(Region(key=key, first_op=first, op_count=count, class_id=class_id, may_rerun=may_rerun))
+        class_id = classes.setdefault((structure, recomputable), len(classes))
+        regions.append(
+            Region(key=key, first_op=first, op_count=count, class_id=class_id, module_recomputable=recomputable)
+        )
     return {
         "storages": storages,
         "values": values,

@@ -123,6 +123,6 @@ def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> 
         optimizer=reference.optimizer,
         mode_ms_per_op=reference.mode_ms_per_op,
         tape_ms_per_op=reference.tape_ms_per_op,
-        rerun_ms_per_op=reference.rerun_ms_per_op,
-        rerun_ms_per_call=reference.rerun_ms_per_call,
+        module_ms_per_op=reference.module_ms_per_op,
+        module_ms_per_call=reference.module_ms_per_call,
     )

@@ -1,17 +1,14 @@
 """The plain records that the four verbs exchange, as versioned JSON: `Profile`, `Plan`, `Verdict`. Needs no PyTorch."""
 
+from tightfit.records.decision import Action, Decision, ValueName
 from tightfit.records.plan import (
     DROPPED_VALUE_HOST_BYTES,
-    RERUN,
     TAPED_OP_HOST_BYTES,
-    Decision,
-    Group,
-    KeepSet,
     KeptValue,
     Plan,
     PlannedRegion,
     Recipe,
-    Rerun,
+    SharedTape,
 )
 from tightfit.records.profile import (
     COMPONENTS,
@@ -28,15 +25,13 @@ from tightfit.records.profile import (
 from tightfit.records.verdict import Verdict
 
 __all__ = [
+    "Action",
     "COMPONENTS",
     "DROPPED_VALUE_HOST_BYTES",
-    "RERUN",
     "TAPED_OP_HOST_BYTES",
     "Decision",
     "Event",
     "EventKind",
-    "Group",
-    "KeepSet",
     "KeptValue",
     "Op",
     "Plan",
@@ -44,10 +39,11 @@ __all__ = [
     "Profile",
     "Recipe",
     "Region",
-    "Rerun",
+    "SharedTape",
     "Signature",
     "Slot",
     "Storage",
     "Value",
+    "ValueName",
     "Verdict",
 ]

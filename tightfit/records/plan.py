@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from tightfit.records import json_codec
 from tightfit.records.checks import require
-from tightfit.records.recompute_tree import Nest
+from tightfit.records.decision import Decision
+from tightfit.records.recompute_tree import RecomputeTree
 
 #: Python objects in host memory that a planned step holds: for each operation that may be replayed, and for each value
 #: that is dropped. Upper estimates, measured with tracemalloc; not part of the budget.
 TAPED_OP_HOST_BYTES = 1600
 DROPPED_VALUE_HOST_BYTES = 1400
-
-#: A region's keep set: (operation's position in the region, output's index) of each value that is held instead of
-#: replayed. ``None`` instead of a keep set leaves the region untouched: it runs as plain PyTorch.
-KeepSet = frozenset[tuple[int, int]]
-
-
-class Rerun(Enum):
-    """Instead of a keep set: no tape; PyTorch's checkpoint runs the whole module's forward again in backward."""
-
-    RERUN = "rerun"
-
-
-RERUN = Rerun.RERUN
-Decision = KeepSet | Rerun | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,21 +33,32 @@ class Recipe:
     class_id: int
     op_names: tuple[str, ...]
     """The operations that the decision was made for: the live tape follows it only as long as they agree."""
+    lever: str
+    """Name of the lever whose model of memory and time decided for it."""
+    executor: str
+    """Name of the executor that carries it out."""
     keep: tuple[tuple[int, int], ...]
-    """The keep set, sorted."""
+    """(position, output) of each value that is held although it could be dropped, sorted."""
     drop: tuple[tuple[int, int], ...]
-    """(position, output) of each saved value that is dropped and replayed, sorted. Any other saved value is held."""
+    """(position, output) of each saved value that is dropped and recomputed, sorted. Any other saved value is held."""
     replay: tuple[int, ...]
-    """Positions of the operations that replay needs, sorted: only these are taped."""
+    """Positions of the operations that recomputation runs, sorted."""
     held_bytes: int
     """Bytes this region holds from the end of its forward to its backward, parameters and batch apart."""
     dropped_bytes: int
     """Bytes that autograd saves in the plain step and that this recipe does not hold."""
     replay_ms: float
-    """Time of the replayed operations."""
-    rerun: bool = False
-    """There is no tape: PyTorch's checkpoint runs the module's forward again, up to the last operation in `replay`."""
+    """Time of the recomputed operations."""
+    offload: tuple[tuple[int, int], ...] = ()
+    """(position, output) of each value that is moved to host memory, sorted."""
+    host_bytes: int = 0
+    """Host memory that the executor's own Python objects take until backward: beside the budget, not within it."""
     kept_for_safety: tuple[KeptValue, ...] = ()
+
+    @property
+    def decision(self) -> Decision:
+        """The decision that it was made from."""
+        return Decision(self.lever, frozenset(self.keep), frozenset(self.offload))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +71,13 @@ class PlannedRegion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """Consecutive regions that share one tape: what passes between them is dropped and rebuilt, too."""
+class SharedTape:
+    """Consecutive regions that share one tape: what passes between them is dropped and recomputed, too."""
 
     first: int
     """Index of the first region, in `Profile.regions` and `Plan.regions`."""
     count: int
-    nest: Nest
+    tree: RecomputeTree
     """What replay holds at a time."""
 
 
@@ -127,8 +124,8 @@ class Plan:
     recipes: tuple[Recipe, ...]
     region_paths: tuple[str, ...]
     """Module paths that are regions."""
-    groups: tuple[Group, ...] = ()
-    """Regions that share tapes, in order; empty unless the budget is below what one level of replay needs."""
+    shared_tapes: tuple[SharedTape, ...] = ()
+    """Regions that share tapes, in order; empty unless the budget needs recursive recomputation."""
     model: str
     fingerprint: str
     batch: str
@@ -140,8 +137,7 @@ class Plan:
 
     def check(self) -> None:
         """Raise ValueError where an index or a size cannot be right."""
-        sizes = {"budget_bytes": self.budget_bytes, "baseline_bytes": self.baseline_bytes}
-        for name, size in sizes.items():
+        for name, size in (("budget_bytes", self.budget_bytes), ("baseline_bytes", self.baseline_bytes)):
             require(size >= 0, f"{name} is negative")
         require(self.exactness in ("bitwise", "rounding"), f"exactness is {self.exactness!r}")
         require(
@@ -152,21 +148,24 @@ class Plan:
         require(len(set(keys)) == len(keys), "regions name one region twice")
         for region in self.regions:
             require(-1 <= region.recipe < len(self.recipes), f"{region.key} names recipe {region.recipe}")
-        _check_groups(self)
+        _check_shared_tapes(self)
         for place, recipe in enumerate(self.recipes):
             count = len(recipe.op_names)
             require(all(0 <= op < count for op in recipe.replay), f"recipes[{place}].replay names no operation")
-            pairs = (*recipe.keep, *recipe.drop)
+            pairs = (*recipe.keep, *recipe.drop, *recipe.offload)
             require(all(0 <= op < count for op, _ in pairs), f"recipes[{place}] keeps or drops what no operation makes")
-            require(recipe.held_bytes >= 0 and recipe.dropped_bytes >= 0, f"recipes[{place}] has negative bytes")
+            sizes = (recipe.held_bytes, recipe.dropped_bytes, recipe.host_bytes)
+            require(min(sizes) >= 0, f"recipes[{place}] has negative bytes")
 
     @property
     def tape_host_bytes(self) -> int:
-        """Host memory that the tapes' own Python objects take, at most: beside the budget, not within it."""
-        planned = [self.recipes[region.recipe] for region in self.regions if region.recipe >= 0]
-        planned = [recipe for recipe in planned if not recipe.rerun]
-        taped, dropped = sum(len(r.replay) for r in planned), sum(len(r.drop) for r in planned)
-        return taped * TAPED_OP_HOST_BYTES + dropped * DROPPED_VALUE_HOST_BYTES
+        """Host memory that the executors' own Python objects take, at most: beside the budget, not within it."""
+        return sum(self.recipes[region.recipe].host_bytes for region in self.regions if region.recipe >= 0)
+
+    @property
+    def decisions(self) -> list[Decision | None]:
+        """The decision for each region; None where it is untouched."""
+        return [self.recipes[region.recipe].decision if region.recipe >= 0 else None for region in self.regions]
 
     @property
     def is_plain(self) -> bool:
@@ -183,19 +182,19 @@ class Plan:
         return json_codec.load(cls, path)
 
 
-def _check_groups(plan: Plan) -> None:
+def _check_shared_tapes(plan: Plan) -> None:
     end = 0
-    for place, group in enumerate(plan.groups):
-        require(group.first >= end and group.count >= 1, f"groups[{place}] does not follow the one before")
-        end = group.first + group.count
-        require(end <= len(plan.regions), f"groups[{place}] names no region")
-        recipes = [region.recipe for region in plan.regions[group.first : end]]
-        require(all(recipe >= 0 for recipe in recipes), f"groups[{place}] has an untouched region")
-        nest = group.nest
-        require(len(nest.depths) == len(nest.cuts), f"groups[{place}].nest has cuts without depth")
-        require(list(nest.cuts) == sorted(set(nest.cuts)), f"groups[{place}].nest has cuts out of order")
+    for place, shared in enumerate(plan.shared_tapes):
+        require(shared.first >= end and shared.count >= 1, f"shared_tapes[{place}] does not follow the one before")
+        end = shared.first + shared.count
+        require(end <= len(plan.regions), f"shared_tapes[{place}] names no region")
+        recipes = [region.recipe for region in plan.regions[shared.first : end]]
+        require(all(recipe >= 0 for recipe in recipes), f"shared_tapes[{place}] has an untouched region")
+        tree = shared.tree
+        require(len(tree.depths) == len(tree.cuts), f"shared_tapes[{place}].tree has cuts without depth")
+        require(list(tree.cuts) == sorted(set(tree.cuts)), f"shared_tapes[{place}].tree has cuts out of order")
         require(
-            all(0 <= region < group.count and position >= 0 for region, position in nest.cuts)
-            and all(depth >= 0 for depth in nest.depths),
-            f"groups[{place}].nest names no place in its regions",
+            all(0 <= region < shared.count and position >= 0 for region, position in tree.cuts)
+            and all(depth >= 0 for depth in tree.depths),
+            f"shared_tapes[{place}].tree names no place in its regions",
         )

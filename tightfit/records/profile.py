@@ -19,7 +19,7 @@ about what to drop.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -98,9 +98,9 @@ class Region:
     op_count: int
     class_id: int
     """Regions with the same id have the same operations, wiring, sizes and savings: one solve serves all of them."""
-    may_rerun: bool = False
-    """Its module's forward may be run a second time as a whole: the module is of kinds known to be pure, and was called
-    with tensors and constants only."""
+    module_recomputable: bool = False
+    """Its module may be called a second time as a whole: the module is of kinds known to be pure, and was called with
+    tensors and constants only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,12 +205,12 @@ class Profile:
     """Time that a planned region costs for each operation that runs in it."""
     tape_ms_per_op: float = 0.0
     """Further time for each operation written to the tape and replayed."""
-    rerun_ms_per_op: float = 0.0
-    """Time that running a module's forward again costs for each operation, beside the operation's own time."""
-    rerun_ms_per_call: float = 0.0
-    """Further time for each module call that is run again."""
+    module_ms_per_op: float = 0.0
+    """Time that calling a module a second time costs for each operation, beside the operation's own time."""
+    module_ms_per_call: float = 0.0
+    """Further time for each module call that is recomputed."""
     random_state_bytes: int = 0
-    """Size of the default generator's state, where that counts (on a CPU): noted for each call that is run again."""
+    """Size of the default generator's state, where that counts (on a CPU): noted for each call that is recomputed."""
     is_sharded: bool = False
     """Each process holds a part of every parameter (FSDP2), so that nothing is replayed outside its own region's
     backward: the weights would not be there."""
@@ -242,6 +242,20 @@ class Profile:
             elif event.kind == EventKind.OPTIMIZER:
                 passes = 1
         return total_ms
+
+    def with_unit_times(self) -> Profile:
+        """Return the profile with every operation taking one millisecond and no lever costing anything beside.
+
+        What is left is structure and bytes.
+        """
+        return replace(
+            self,
+            signatures=tuple(replace(signature, ms=1.0) for signature in self.signatures),
+            mode_ms_per_op=0.0,
+            tape_ms_per_op=0.0,
+            module_ms_per_op=0.0,
+            module_ms_per_call=0.0,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the profile to a file, as JSON."""

@@ -59,8 +59,9 @@ from tightfit.operators.facts import (
     tensors_in,
     undeclared_writes,
 )
-from tightfit.records.recompute_tree import Nest
+from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.refusals import changed_error, modified_error
 from tightfit.replay.self_check import Calibrator, mark_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import (
@@ -73,12 +74,10 @@ from tightfit.replay.values import (
     before_write,
     belongs_to_others,
     can_rebuild,
-    changed_error,
     contents,
     copy_of_storage,
     demand,
     may_be_statistics,
-    modified_error,
     rebuild,
     unref,
     written_refs,
@@ -117,7 +116,7 @@ class Tape:
         self,
         statistics: Statistics,
         pending: Pending,
-        nest: Nest | None = None,
+        nest: RecomputeTree | None = None,
         calibrator: Calibrator | None = None,
     ) -> None:
         self._statistics = statistics

@@ -24,6 +24,7 @@ from tightfit._torch_private import (
 from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.refusals import changed_error, modified_error
 
 _Tensor = torch.Tensor
 
@@ -288,21 +289,3 @@ def before_write(value: TapedValue, tensor: _Tensor) -> None:
         value.version = version_of(value.source)
     else:
         value.source = None
-
-
-def modified_error(dtype: torch.dtype, shape: torch.Size, version: int, expected: int) -> RuntimeError:
-    """What plain autograd raises when a saved tensor was written afterwards."""
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"{dtype} {list(shape)} is at version {version}; expected version {expected} instead. Plain PyTorch refuses "
-        "this too: do not modify a tensor in place after a differentiable operation used it."
-    )
-
-
-def changed_error(source: _Tensor, how: str) -> RuntimeError:
-    """What to raise when a source is no longer what replay needs; `how` it was modified."""
-    return RuntimeError(
-        "tightfit cannot rebuild a saved tensor: a tensor that its recomputation reads "
-        f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
-        "Do not modify it before backward, or keep this region out of the plan."
-    )

@@ -127,7 +127,7 @@ def _draw_curve(axes: Axes, plans: Sequence[Plan], scale: _Scale) -> None:
 
 def bound_ratio(plan: Plan) -> float | None:
     """What any plan must add to the plain step, as a share of it; None below one level, where no bound is known."""
-    if plan.groups and plan.lower_bound_ms <= plan.plain_step_ms:
+    if plan.shared_tapes and plan.lower_bound_ms <= plan.plain_step_ms:
         return None
     return plan.lower_bound_ms / plan.plain_step_ms - 1 if plan.plain_step_ms else 0.0
 

@@ -94,7 +94,7 @@ def format_plan(plan: Plan) -> str:
     )
     return (
         f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
-        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{nested if plan.groups else ''}"
+        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{nested if plan.shared_tapes else ''}"
     )
 
 

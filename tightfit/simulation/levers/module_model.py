@@ -1,36 +1,36 @@
-"""What running a module's forward again does to memory.  Mirrors `tightfit.replay.module_recompute`; see there for why.
+"""The memory of a module call that is made again in backward.  Mirrors `tightfit.replay.executors.module`.
 
-F1, below `simulate`, beside `tape_model`.  PyTorch's checkpoint holds the call's arguments and nothing that autograd
-saves.  At the first read, forward runs again up to its last saving; what autograd still wants is held until released.
-In reality what a node has read goes a little earlier, when the node's own operations are done, so the model is above
-what is measured by as much as autograd's engine makes in between: the sum of a bias' gradient.
+PyTorch's checkpoint holds the call's arguments and nothing that autograd saves.  At the first read, forward is made
+again up to the last tensor that it saved; what autograd still wants is held until released.  In reality what a node has
+read goes a little earlier, when the node's own operations are done, so the model is above what is measured by as much
+as autograd's engine makes in between: the sum of a bias' gradient.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from tightfit.records import EventKind
+from tightfit.records import Event, EventKind
+from tightfit.simulation.levers.lever import Moment
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.tape_model import Moment
 
 
-class RerunModel:
-    """One module call that is run again."""
+class ModuleModel:
+    """One module call that is recomputed as a whole."""
 
-    def __init__(self, index: ProfileIndex, region: int) -> None:
+    def __init__(self, index: ProfileIndex, region: int, events: Sequence[Event]) -> None:
+        """`events`: what happens when the call is made again."""
         self._index = index
-        self._region = region
+        self._events = events
         profile = self._profile = index.profile
         record = profile.regions[region]
         ops = range(record.first_op, record.first_op + record.op_count)
         facts = index.facts[region]
         self.slots = frozenset(facts.slots)
-        """Savings that the decision is about."""
-        self.needed = index.rerun_ops(region)
-        """Operations that run again."""
+        """Saved tensors that the decision is about."""
         self.replayed_ops: list[int] = []
-        """The same, in order, once they have run again."""
+        """Operations that run again, in order, once they have."""
         self._own = facts.own
         # The generator's state before the call is noted; and after it, to see whether anything was random.
         self._state_bytes = profile.random_state_bytes
@@ -39,6 +39,13 @@ class RerunModel:
         self._arguments: dict[int, None] = {}  # storages held for the second run
         self._unreleased: set[int] = set()  # slots
         self._copies: Counter[int] = Counter()  # storages made by the second run -> slots that hold them
+
+    def overhead_ms(self, replay_ms: float) -> float:
+        """Return what the second call adds to the step: its operations, and Python's work for them and the call."""
+        profile = self._profile
+        count = sum(kind == EventKind.OP for kind, _ in self._events)
+        mechanism_ms = profile.module_ms_per_call + profile.module_ms_per_op * count
+        return profile.accumulation_steps * (replay_ms + mechanism_ms)
 
     def handle(self, kind: EventKind, a: int) -> Moment:
         """What the event does: OP, SAVE, UNPACK, RELEASE or EXIT of this region."""
@@ -49,7 +56,7 @@ class RerunModel:
             self._unreleased.add(a)
         elif kind == EventKind.UNPACK:
             if not self.replayed_ops:
-                self._run_again(moment)
+                self._recompute(moment)
         elif kind == EventKind.RELEASE:
             self._unreleased.discard(a)
             if self.replayed_ops:
@@ -92,12 +99,12 @@ class RerunModel:
         self._copies[storage] -= 1
         return 0 if self._copies[storage] else self._profile.storages[storage].nbytes
 
-    def _run_again(self, moment: Moment) -> None:
+    def _recompute(self, moment: Moment) -> None:
         profile = self._profile
         own = {profile.values[value].storage for value in self._own}
-        references: Counter[int] = Counter()  # of each storage: one of Python's, and one for each saving
+        references: Counter[int] = Counter()  # of each storage: one of Python's, and one for each saved tensor
         level = highest = self._state_bytes if self._is_random else 0
-        for kind, a in self._index.rerun_events(self._region):
+        for kind, a in self._events:
             storage, change = -1, 0
             if kind == EventKind.OP:
                 self.replayed_ops.append(a)

@@ -1,4 +1,4 @@
-"""Running a module's whole forward again, by PyTorch's checkpoint, instead of a tape.
+"""Module recomputation: a module's whole forward runs again in backward, by PyTorch's checkpoint, instead of a tape.
 
 Where a block consists of many small operations and all that it saves is dropped, this costs less than a tape: nothing
 is written down in forward, and no mode watches it.  But the module's Python code runs twice, which is only right where
@@ -21,29 +21,47 @@ from torch.utils.checkpoint import checkpoint
 
 from tightfit._torch_private import own_buffers, own_parameters, storage_key, version_of
 from tightfit.device.placement import generators_of
-from tightfit.replay.statistics import Statistics
-from tightfit.replay.values import changed_error
+from tightfit.operators.pure_modules import can_call_again
+from tightfit.records import Action, Recipe
+from tightfit.replay.executors.executor import RegionCall
+from tightfit.replay.refusals import changed_error
+
+
+class ModuleExecutor:
+    """Makes a module's call again when backward first asks for one of its saved tensors."""
+
+    name = "module"
+    actions = frozenset({Action.RECOMPUTE})
+    on_tape = False
+
+    def accepts(self, call: RegionCall | None) -> bool:
+        """Return whether a second call would be the same computation and leave nothing behind."""
+        return call is not None and can_call_again(call.module, call.args, call.kwargs)
+
+    def run(self, call: RegionCall, recipe: Recipe) -> Any:
+        """Make the call."""
+        return ModuleCall(call, len(recipe.replay)).run()
 
 
 class ModuleCall:
     """One call of a module, made now and perhaps again in backward."""
 
-    def __init__(
-        self, module: torch.nn.Module, forward: Any, kwargs: dict[str, Any], statistics: Statistics, op_count: int
-    ) -> None:
-        """`op_count`: operations that a second run makes, by the plan."""
-        self._forward = forward
-        self._kwargs = kwargs
-        self._statistics = statistics
+    def __init__(self, call: RegionCall, op_count: int) -> None:
+        """`op_count`: operations that a second call runs, by the plan."""
+        self._forward = call.forward
+        self._args = call.args
+        self._kwargs = call.kwargs
+        self._statistics = call.statistics
         self._op_count = op_count
-        self._modules = tuple(module.modules())
+        self._modules = tuple(call.module.modules())
         self._modes = tuple([below.training for below in self._modules])
         self._tensors: tuple[tuple[torch.Tensor, int, int], ...] = ()
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
         self._is_first = True
 
-    def run(self, args: tuple[Any, ...]) -> Any:
+    def run(self) -> Any:
         """Make the call."""
+        args, self._args = self._args, ()  # from here on, checkpoint has them
         return checkpoint(self, *args, use_reentrant=False, preserve_rng_state=False)
 
     def __call__(self, *args: Any) -> Any:
@@ -52,7 +70,7 @@ class ModuleCall:
             self._is_first = False
             return self._run_first(args)
         self._check()
-        self._statistics.reruns += 1
+        self._statistics.recomputed_calls += 1
         self._statistics.replayed_ops += self._op_count
         now = [(generator, generator.get_state()) for generator, _ in self._random]
         for generator, state in self._random:
@@ -92,7 +110,7 @@ class ModuleCall:
         if tuple([below.training for below in self._modules]) != self._modes:
             raise RuntimeError(
                 "tightfit cannot rebuild saved tensors: model.train() or model.eval() was called between forward and "
-                "backward, and a block that is run again in backward would now compute something else. Call them "
+                "backward, and a block that is recomputed in backward would now compute something else. Call them "
                 "before forward or after backward."
             )
 

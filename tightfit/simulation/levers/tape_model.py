@@ -1,44 +1,28 @@
-"""The replay engine's bookkeeping for one tape, in bytes.  Mirrors `tightfit.replay`; see there for why.
-
-F1, below `simulate`, which walks a step with one of these for every tape.
-"""
+"""What one tape holds, in bytes.  Mirrors `tightfit.replay.tape`; see there for why."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from tightfit.records import Decision, EventKind
-from tightfit.records.recompute_tree import Nest
+from tightfit.records.recompute_tree import RecomputeTree
+from tightfit.simulation.levers.lever import NOTHING, Moment
 from tightfit.simulation.profile_index import ProfileIndex
-
-
-@dataclass(slots=True)
-class Moment:
-    """What one event does to one tape: storages acquired and let go, a spike, a lasting change of memoised bytes."""
-
-    acquired: list[int] = field(default_factory=list)
-    released: list[int] = field(default_factory=list)
-    memo_delta: int = 0
-    spike: int = 0
-    """Highest memoised level within the event, above the level before it."""
-
-
-_NOTHING = Moment()
 
 
 class TapeModel:
     """One tape: that of one region, or of several that follow each other (`decisions` has one for each)."""
 
     def __init__(
-        self, index: ProfileIndex, first: int, decisions: Sequence[Decision], nest: Nest | None = None
+        self, index: ProfileIndex, first: int, decisions: Sequence[Decision | None], nest: RecomputeTree | None = None
     ) -> None:
         self._index = index
         profile = self._profile = index.profile
         self._first = first
+        self._op_count = sum(region.op_count for region in profile.regions[first : first + len(decisions)])
         self._nest = nest if nest is not None and nest.cuts else None
-        facts = self._facts = index.group_facts(first, len(decisions))
+        facts = self._facts = index.tape_facts(first, len(decisions))
         self.replayed_ops: list[int] = []
         """Operations in the order of their replay, as often as they are replayed."""
         self.needed: frozenset[int] = frozenset()
@@ -70,6 +54,16 @@ class TapeModel:
                 for value in set(profile.ops[op].inputs):
                     self._refs[value] += 1
 
+    def overhead_ms(self, replay_ms: float) -> float:
+        """Return what the tape adds to the step: recomputation, and the engine's own work for each operation."""
+        if not self.needed:
+            return 0.0
+        profile = self._profile
+        mode_ms = profile.mode_ms_per_op * self._op_count
+        # The tape's cost per operation is of one recording and one replay: further replays pay it again.
+        taped = max(len(self.needed), len(self.replayed_ops))
+        return profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * taped)
+
     def is_source(self, value: int) -> bool:
         """The tape reads this value instead of rebuilding it."""
         return value not in self._facts.own or value in self._held or value not in self._facts.droppable
@@ -78,13 +72,13 @@ class TapeModel:
         """What the event does: OP, SAVE, UNPACK, RELEASE or EXIT of this tape's regions."""
         profile = self._profile
         if kind == EventKind.EXIT:
-            return self._seal() if a == self._last_region else _NOTHING
+            return self._seal() if a == self._last_region else NOTHING
         if kind == EventKind.OP:
             if self._nest is not None:
                 self._ran(a)
-            return self._record(a) if a in self.needed else _NOTHING
+            return self._record(a) if a in self.needed else NOTHING
         if a not in self.slots:
-            return _NOTHING
+            return NOTHING
         value = profile.slots[a].value
         moment = Moment()
         if a not in self._dropped:
