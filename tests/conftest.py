@@ -1,12 +1,12 @@
 """Shared by all tests: nothing that decides a test's outcome comes from the machine or from the test before it.
 
 Costs of operations are fixed (`fixed_costs`), there is no cost cache and one thread, random numbers begin from one
-seed, and PyTorch's and the process's settings are put back.  Markers follow from a test's folder (`subjects`).
+seed, and PyTorch's and the process's settings are put back.  Markers follow from a test's folder (`subjects`);
+what needs an extra that is not installed is skipped (`extras`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import sys
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from tests.support import fixed_costs
+from tests.support import extras, fixed_costs
 from tests.support.subjects import subject_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 fixed_costs.install()
+extras.skip_what_needs_missing_ones()
 # Of this process, before it imports torch, and of those that tests start.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(fixed_costs.STARTUP), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -54,21 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         subject = subject_of(item.path.relative_to(ROOT / "tests").as_posix())
         if subject is not None:
             item.add_marker(subject)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a package that is not installed."""
-    for marker in item.iter_markers("needs"):
-        missing = [package for package in marker.args if not _is_installed(package)]
-        if missing:
-            pytest.skip(f"needs {', '.join(missing)}")
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules[package] is None: its import is blocked
-        return False
 
 
 # ------------------------------------------------------------------------------------- nothing of what ran before

@@ -143,7 +143,6 @@ def test_two_names_of_one_budget_are_both_noted() -> None:
     assert [only.notes(plan) for plan in only.plans] == [["smallest", "smallest at one level", "plain"]]
 
 
-@pytest.mark.needs("matplotlib")
 def test_the_plot_is_written(capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
     """That each kind of picture is what its suffix says is in tests/report/test_frontier_plot.py."""
     name = "a.svg"
