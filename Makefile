@@ -2,10 +2,12 @@
 #
 #   make train                          the demo: a real model trained in about half of its plain memory
 #   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
-#   make test    TESTS=tests/cli        all tests, or those under TESTS
+#   make test    TESTS=tests/cli        all tests, or those under TESTS, in an order of chance whose seed is printed
+#   make test-fast                      in seconds: what needs no PyTorch, with PyTorch out of reach
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
 #   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
-#   make lint                           ruff and strict mypy
+#   make lint                           ruff, strict mypy, and the floors that imports go down
+#   make test    TORCH=2.11.0           any target with another PyTorch, in a virtual environment of its own
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
 SHELL := /bin/bash
@@ -17,16 +19,21 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; d
 WHEELS ?=
 ARGS ?=
 TESTS ?= tests
-# The tests' models are so small that a second thread costs more than it brings, above all on a busy machine.
-TEST_THREADS ?= 1
 # Test processes, and how the tests are shared among them.
 TEST_PROCESSES ?= auto
+# The tests that need no PyTorch.
+FAST := tests/records tests/simulation tests/solver tests/report/test_frontier_plot.py tests/report/test_svg_chart.py \
+	tests/test_layout.py
 
-VENV := .venv
+# Another PyTorch than the one that constraints-dev.txt pins; each version has a virtual environment of its own.
+TORCH ?=
+
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints-dev.txt)
 RUNS := runs
 
-# About half of what the plain step needs (541.6 MiB): see README.md, "The demo".
+# About half of what the plain step needs (541.6 MiB): see README.md, "Try it".
 DEMO := --model gpt --dataset python-source --memory 270MiB --batch-size 16 --steps 80 --log-every 10 --save-every 40 \
 	--eval-samples 160 --reference-memory 75% --root-path $(RUNS) --mark demo
 
@@ -39,7 +46,7 @@ PROCESSES ?= $(shell nproc)
 BENCH_OUTPUT ?= $(RUNS)/bench
 QUICK ?=
 
-.PHONY: help train test fuzz bench lint gpu-check clean
+.PHONY: help train test test-fast fuzz bench lint gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -48,7 +55,10 @@ train: $(VENV)/.installed-train
 	$(BIN)/tightfit train $(DEMO) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow" $(FAST) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)
@@ -60,24 +70,28 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 gpu-check:
 	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" .ci/gpu-check
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "No Python 3.11-3.13 was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; fi
 	"$(PYTHON)" -m venv $(VENV)
 
+$(VENV)/constraints.txt: constraints-dev.txt | $(BIN)/python
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints-dev.txt > $@
+
 # The stamps say what is installed; they are renewed when the requirements change.
-$(VENV)/.installed-train: pyproject.toml constraints-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable .
+$(VENV)/.installed-train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable ".[dev]"
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@ $(VENV)/.installed-train
 
 # Without build isolation: deepspeed's build imports torch.

@@ -32,7 +32,8 @@ from benchmarks.baselines.rotor import chain_of, in_slots, one_level_decisions, 
 from benchmarks.suite_profiles import heading, suite_profile
 from tests.solver.profiles import gpt_profile
 from tightfit.errors import BudgetInfeasible
-from tightfit.records import RERUN, Decision, Profile
+from tightfit.records import Decision, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.solver import Solver
 
@@ -65,7 +66,7 @@ class Row:
     added_ms: dict[str, float | None]
 
 
-def rotor_candidates(index: ProfileIndex) -> Iterator[list[Decision]]:
+def rotor_candidates(index: ProfileIndex) -> Iterator[list[Decision | None]]:
     """rotor's schedules for memories from all that the chain saves down; those that replay twice are left out."""
     stages, regions = chain_of(index)
     if not stages:
@@ -108,9 +109,9 @@ def rows_of(profile: Profile) -> list[Row]:
         every = restricted(pool, lambda _, __: True, budget_bytes) if budget_bytes >= one_level_bytes else None
         outcomes = {
             "one level": every,
-            "tapes only": restricted(pool, lambda _, d: d is not RERUN, budget_bytes),
-            "saved only": restricted(pool, lambda c, d: not isinstance(d, frozenset) or d <= saved[c], budget_bytes),
-            "all or nothing": restricted(pool, lambda _, d: not isinstance(d, frozenset) or not d, budget_bytes),
+            "tapes only": restricted(pool, lambda _, d: d.lever == BY_VALUE.name, budget_bytes),
+            "saved only": restricted(pool, lambda c, d: d.kept <= saved[c], budget_bytes),
+            "all or nothing": restricted(pool, lambda _, d: not d.kept, budget_bytes),
             "greedy": best_that_fits(index, greedy(pool, budget_bytes), budget_bytes),
             "knapsack": best_that_fits(index, by_knapsack, budget_bytes),
             "every k-th": best_that_fits(index, by_every_kth, budget_bytes),

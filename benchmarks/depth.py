@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 import tightfit
 from tightfit.device import memory as meter
-from tightfit.planning.plan_cache import decisions_of
+from tightfit.planning.reuse import decisions_of
 from tightfit.records import Plan, Profile
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.plan_builder import build_plan
-from tightfit.solver.recursive import NestedPlans
+from tightfit.solver.recursive import RecursivePlans
 from tightfit.solver.solver import Solver
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -46,14 +46,14 @@ def plans(profile: Profile) -> dict[str, Plan]:
     """The smallest plan of each kind."""
     index = ProfileIndex(profile)
     solver = Solver(profile)
-    nested = list(NestedPlans(index).all())
+    nested = list(RecursivePlans(index).all())
     one_level = solver.solve(solver.smallest_at_one_level().peak_bytes)
     at_most = 2 * len(profile.ops)
     root = min((c for c in nested if len(c.simulation.replayed_ops) <= at_most), key=lambda c: c.simulation.peak_bytes)
     return {
         "plain": solver.plain(2**50),
         "one level": one_level,
-        "square root": build_plan(index, root.decisions, root.simulation.peak_bytes, groups=root.groups),
+        "square root": build_plan(index, root.decisions, root.simulation.peak_bytes, shared_tapes=root.shared_tapes),
         "smallest": solver.solve(solver.minimum_budget()[0]),
     }
 
@@ -62,7 +62,7 @@ def replays(profile: Profile, plan: Plan) -> int:
     """Operations replayed in one step, as predicted."""
     decisions = decisions_of(plan, profile)
     assert decisions is not None
-    return len(simulate(ProfileIndex(profile), decisions, plan.groups).replayed_ops)
+    return len(simulate(ProfileIndex(profile), decisions, plan.shared_tapes).replayed_ops)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -7,7 +7,7 @@ which gradients and optimizer state are resident; "measured" is the independent 
 worst of three steps.  Budgets lie evenly between the smallest one that `solve` has a plan for and the plain peak.
 
 * *predicted*: what the profile alone says, before any real step of the plan.
-* *repaired*: the prediction of the plan that `fit` installs, after its guarded runs.
+* *repaired*: the prediction of the plan that `fit` installs, after its trial runs.
 * *bits*: loss and gradients of three optimizer steps, then parameters, buffers and random state, against a plain run;
   "not reproducible" names what differs between two plain runs.
 * *MemTracker*: `torch.distributed._tools.mem_tracker`, in FakeTensorMode on a copy: PyTorch's own prediction of the
@@ -96,7 +96,8 @@ def mem_tracker_peak(name: str, size: Any) -> int:
 
     from tests.suite import build
     from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
-    from tightfit.step.step import StepSpec, give_gradients
+    from tightfit.step.model import give_gradients
+    from tightfit.step.step import Step
 
     case = build(name, size)
     optimizers = case.optimizers()
@@ -104,7 +105,7 @@ def mem_tracker_peak(name: str, size: Any) -> int:
     model, fakes = copy_model(case.model, mode)
     batch = copy_batch(case.batch, mode)
     copies = tuple(copy_optimizer(optimizer, fakes) for optimizer in optimizers)
-    spec = StepSpec(loss=case.loss, optimizers=copies)
+    spec = Step(loss=case.loss, optimizer=copies)
     with mode:
         give_gradients(model)
         for optimizer in copies:
@@ -125,8 +126,9 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     from tests.suite import build
     from tests.suite.running import train
     from tightfit.errors import BudgetInfeasible
-    from tightfit.planning import fit as planner
-    from tightfit.step.step import StepSpec
+    from tightfit.planning.search import search
+    from tightfit.step.step import Step
+    from tightfit.verification.trial import Trial
 
     def run(applied: Any, case: Any) -> Any:
         found = train(case, STEPS, loss=lambda: applied.loss(case.model, case.batch))
@@ -138,8 +140,8 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     cell.solve_s = time.perf_counter() - begin
     cell.predicted = plan.predicted_peak_bytes
     case = build(name, size)
-    spec = StepSpec(loss=case.loss)
-    with tightfit.apply(case.model, plan, spec=spec) as applied:
+    spec = Step(loss=case.loss)
+    with tightfit.apply(case.model, plan, step=spec) as applied:
         train(case, 1, loss=lambda: applied.loss(case.model, case.batch), metered=False)  # calibrates
         refused = bool(applied.refused)
         case.model.load_state_dict(build(name, size).model.state_dict())
@@ -151,26 +153,25 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     cell.repaired, cell.measured_repaired, cell.differences = cell.predicted, cell.measured, differences
     if cell.measured <= budget and not mismatches and not refused:
         return cell
+
     # What `fit` does from here on, with the profile that is at hand.
-    original = planner.measure_step
-    planner.measure_step = lambda *a, **k: original(*a, **k) if k.get("concrete") else profile
+    def searched(case: Any, budget_bytes: int) -> Any:
+        step = Step(loss=case.loss, optimizer=case.optimizers())
+        with Trial(case.model, case.batch, step) as trial:
+            return search(trial, budget_bytes, profile=profile)[0]
+
+    begin = time.perf_counter()
+    case = build(name, size)
     try:
-        begin = time.perf_counter()
+        applied = searched(case, budget)
+    except BudgetInfeasible as error:
+        cell.budget = budget = error.required_bytes
         case = build(name, size)
-        spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
-        try:
-            applied = planner.find_plan(case.model, case.batch, spec, budget)
-        except BudgetInfeasible as error:
-            cell.budget = budget = error.required_bytes
-            case = build(name, size)
-            spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
-            applied = planner.find_plan(case.model, case.batch, spec, budget)
-        cell.guard_s = time.perf_counter() - begin
-        with applied:
-            found, cell.differences = run(applied, case)
-            cell.repaired, cell.measured_repaired = applied.plan.predicted_peak_bytes, found.peak_bytes
-    finally:
-        planner.measure_step = original
+        applied = searched(case, budget)
+    cell.guard_s = time.perf_counter() - begin
+    with applied:
+        found, cell.differences = run(applied, case)
+        cell.repaired, cell.measured_repaired = applied.plan.predicted_peak_bytes, found.peak_bytes
     return cell
 
 
@@ -179,11 +180,11 @@ def one_model(name: str, size: Any) -> Row:
     from tests.suite.running import settle, train
     from tightfit.profiling.measure import measure_step
     from tightfit.solver.solver import Solver
-    from tightfit.step.step import StepSpec
+    from tightfit.step.step import Step
 
     def measured(kind: Any = "adamw-foreach") -> Any:
         case = build(name, size)
-        return measure_step(case.model, case.batch, StepSpec(loss=case.loss, optimizers=case.optimizers(kind)))
+        return measure_step(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers(kind)))
 
     def wall(profile: Any, seconds: float) -> dict[str, float]:
         return {part: ms / 1e3 for part, ms in profile.measuring_ms.items()} | {"total": seconds}

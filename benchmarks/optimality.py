@@ -32,8 +32,8 @@ from tests.solver.profiles import gpt_profile
 from tightfit.records import Decision, Profile
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
-from tightfit.solver.column_generation import Pool
-from tightfit.solver.columns import keep_set
+from tightfit.solver.column_generation import ColumnPool
+from tightfit.solver.columns import keeping
 from tightfit.solver.solver import Solver
 
 MODELS = ("gpt", "llama", "bert", "vit", "resnet", "unet", "lstm")
@@ -97,7 +97,7 @@ def compare(
         started = time.perf_counter()
         optimum = checkmate(index, first, count, budget_bytes, time_limit_s=time_limit_s)
         seconds = time.perf_counter() - started
-        verdict = _verdict(index, first, count, budget_bytes, plan_ms, optimum, below_one_level=bool(plan.groups))
+        verdict = _verdict(index, first, count, budget_bytes, plan_ms, optimum, recursive=bool(plan.shared_tapes))
         found.append(Comparison(share, budget_bytes, plan_ms, bound_ms, optimum, seconds, verdict))
     return found
 
@@ -110,20 +110,20 @@ def _verdict(
     plan_ms: float,
     optimum: Optimum,
     *,
-    below_one_level: bool,
+    recursive: bool,
 ) -> str:
     if optimum.recompute_ms is None:
         return "Checkmate found no schedule"
     if abs(optimum.recompute_ms - plan_ms) <= _SAME_MS:
         return "equal" if optimum.status == "optimal" else "equal so far"
     if optimum.recompute_ms > plan_ms:
-        if below_one_level:  # its one tape over the step also drops what a later region saves of the row's results
+        if recursive:  # its one tape over the step also drops what a later region saves of the row's results
             return "tightfit faster: below one level, where it also drops what other regions save of the row"
         return "tightfit faster" if optimum.status == "optimal" else "tightfit faster, so far"
-    decisions: list[Decision] = [None] * len(index.profile.regions)
+    decisions: list[Decision | None] = [None] * len(index.profile.regions)
     for region in range(first, first + count):
         if index.facts[region].slots:
-            decisions[region] = keep_set(index, optimum.held & index.facts[region].optional)
+            decisions[region] = keeping(index, optimum.held & index.facts[region].optional)
     walked = simulate(index, decisions)
     if walked.peak_bytes > budget_bytes:
         return "Checkmate faster; its keep set does not fit tightfit's replay"
@@ -151,10 +151,10 @@ _HEAD = [
 ]
 
 
-def checkmate_keep_sets(pool: Pool, time_limit_s: float) -> dict[int, set[Decision]]:
+def checkmate_keep_sets(pool: ColumnPool, time_limit_s: float) -> dict[int, set[Decision | None]]:
     """By class, the keep sets of Checkmate's optima of its first region, for the classes that are not enumerated."""
     profile = pool.source.index.profile
-    found: dict[int, set[Decision]] = {}
+    found: dict[int, set[Decision | None]] = {}
     for class_id, members in pool.members.items():
         region = members[0]
         optional = pool.source.index.facts[region].optional
@@ -167,7 +167,7 @@ def checkmate_keep_sets(pool: Pool, time_limit_s: float) -> dict[int, set[Decisi
             budget_bytes = least_bytes + (plain_bytes - least_bytes) * step // COLUMN_BUDGETS
             optimum = checkmate(solver.index, region, 1, budget_bytes, time_limit_s=time_limit_s)
             if optimum.recompute_ms is not None:
-                found.setdefault(class_id, set()).add(keep_set(solver.index, optimum.held & optional))
+                found.setdefault(class_id, set()).add(keeping(solver.index, optimum.held & optional))
     return found
 
 
@@ -195,7 +195,7 @@ def gaps(name: str, profile: Profile, time_limit_s: float) -> list[str]:
     return lines
 
 
-def _added(pool: Pool, budget_bytes: int, plain_ms: float) -> str:
+def _added(pool: ColumnPool, budget_bytes: int, plain_ms: float) -> str:
     """The time that the best choice among all columns of a pool adds."""
     outcome = restricted(pool, lambda _, __: True, budget_bytes)
     return "-" if outcome is None else f"{outcome.simulation.step_ms - plain_ms:.3f}"

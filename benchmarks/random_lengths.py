@@ -23,7 +23,7 @@ from torch import Tensor
 import tightfit
 from tightfit.device.memory import measure_peak, resident_bytes
 from tightfit.solver.solver import Solver
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 from tightfit.train.models.gpt import Gpt, GptConfig
 from tightfit.units import format_bytes
 
@@ -59,7 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Gpt(GptConfig(vocabulary_size=WORDS, sequence_length=LONGEST, width=64, layers=3))
     optimizer = torch.optim.AdamW(model.parameters())
-    spec = StepSpec(loss=loss_of, optimizers=(optimizer,))
+    spec = Step(loss=loss_of, optimizer=(optimizer,))
     longest = Solver(tightfit.measure(model, batch_of(LONGEST, BATCH), loss=loss_of, optimizer=optimizer))
     smallest, plain_bytes = longest.minimum_budget()[0], longest.plain(0).plain_peak_bytes
     budget = smallest + (plain_bytes - smallest) // 10
@@ -121,7 +121,7 @@ def main() -> None:
             grown_from = resident_process_bytes()
     gc.collect()
     grown = resident_process_bytes() - grown_from
-    counts = applied.shapes.statistics
+    counts = applied.plans.statistics
     over = sum(peak > budget for peak in peaks)
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; {spec.optimizers[0].__class__.__name__}\n")
     print("| | |\n|---|---|")
@@ -141,10 +141,10 @@ def main() -> None:
     print(f"| per shape | {counts.planning_ms / max(1, len(shapes)):.0f} ms |")
     print(f"| metered steps | {step_s:.1f} s |")
     print(f"| plans: reused, solved, plain, run under the meter | {counts.reused}, {counts.solved}, {counts.plain}, "
-          f"{counts.guarded} |")  # fmt: skip
+          f"{counts.tried} |")  # fmt: skip
     print(f"| steps that did not follow their plan, calls without a plan | {counts.mismatched_steps}, "
           f"{counts.unplanned_calls} |")  # fmt: skip
-    print(f"| plans kept, forgotten | {len(applied.shapes)}, {counts.forgotten} |")
+    print(f"| plans kept, forgotten | {len(applied.plans)}, {counts.forgotten} |")
     print(f"| growth of the process in the second half | {format_bytes(max(0, grown))} |")
     sys.exit(1 if over or unequal else 0)
 

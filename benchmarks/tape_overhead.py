@@ -27,7 +27,7 @@ from tightfit.records import Recipe
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.session import Installed
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 # name: hidden, heads, key-value heads, intermediate, batch, tokens
 CUDA_SIZES = {
@@ -84,7 +84,7 @@ class Block(torch.nn.Module):
 
 def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
     """Installed sessions that record nothing, record all and drop all, and the number of operations."""
-    profile = measure_step(block, x, StepSpec(loss=lambda m, b: m(b).float().sum()))
+    profile = measure_step(block, x, Step(loss=lambda m, b: m(b).float().sum()))
     index = ProfileIndex(profile)
     nothing: dict[str, LiveRecipe | None] = {}
     recorded: dict[str, LiveRecipe | None] = {}
@@ -101,7 +101,8 @@ def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
         )
         needed = index.needed_ops(number, frozenset())
         drop = tuple(sorted({index.local(profile.slots[slot].value) for slot in index.facts[number].slots}))
-        common = {"class_id": 0, "op_names": names, "keep": (), "held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
+        common = {"class_id": 0, "op_names": names, "lever": "tape", "executor": "tape", "keep": ()}
+        common |= {"held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
         nothing[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=()))
         recorded[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
         replay = tuple(sorted(op - region.first_op for op in needed))

@@ -1,32 +1,129 @@
-"""Shared by all tests: one thread, a quiet profiler, a fixed seed, and a cost cache of their own; and a folder."""
+"""Shared by all tests: nothing that decides a test's outcome comes from the machine or from the test before it.
+
+Costs of operations are fixed (`fixed_costs`), there is no cost cache and one thread, random numbers begin from one
+seed, and PyTorch's and the process's settings are put back.  Markers follow from a test's folder (`subjects`);
+what needs an extra that is not installed is skipped (`extras`).
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
+
+from tests.support import extras, fixed_costs
+from tests.support.subjects import subject_of
 
 if TYPE_CHECKING:
     import torch  # at run time not here: some tests run where torch is blocked
 
+ROOT = Path(__file__).parents[1]
+
+fixed_costs.install()
+extras.skip_what_needs_missing_ones()
+# Of this process, before it imports torch, and of those that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(fixed_costs.STARTUP), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+# With a cache, what fits would depend on which tests ran before: an operation that is known is not run alone again.
+os.environ["TIGHTFIT_COST_CACHE"] = "off"
+# Models here are so small that a second thread costs more than it brings; and workspaces grow with threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
 
+# The same examples at every run, however long one takes on a busy machine.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
 
-@pytest.fixture(autouse=True, scope="session")
-def cost_cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The user's own cache of operation costs is neither read nor written; within a session, costs are shared."""
-    before = {name: os.environ.get(name) for name in ("TIGHTFIT_CACHE_DIR", "TIGHTFIT_COST_CACHE")}
-    os.environ["TIGHTFIT_CACHE_DIR"] = str(tmp_path_factory.mktemp("tightfit-cache"))
-    os.environ.pop("TIGHTFIT_COST_CACHE", None)
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-randomly draws the order only: what a test computes does not depend on its seed (see `_begin_anew`)."""
+    config.option.randomly_reset_seed = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the subject of its folder."""
+    for item in items:
+        subject = subject_of(item.path.relative_to(ROOT / "tests").as_posix())
+        if subject is not None:
+            item.add_marker(subject)
+
+
+# ------------------------------------------------------------------------------------- nothing of what ran before
+
+
+def _begin_anew() -> None:
+    """Random numbers from the start, in whichever libraries are there."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Before a module is imported, which may draw its data."""
+    if isinstance(collector, pytest.Module):
+        _begin_anew()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Before a fixture that several tests share, whichever of them comes first."""
+    if fixturedef.scope != "function":
+        _begin_anew()
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    """Each test begins from the same random numbers, and leaves the process's settings as they were."""
+    environment = dict(os.environ)
+    torch = sys.modules.get("torch")
+    settings = () if torch is None else _torch_settings()
+    _begin_anew()
     yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    if torch is not None and _torch_settings() != settings:
+        threads, deterministic, warn_only, dtype, precision, grad, autocast = settings
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_enabled("cpu", autocast)
+
+
+def _torch_settings() -> tuple[object, ...]:
+    torch = sys.modules["torch"]
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture
+def measured_costs() -> Iterator[None]:
+    """Operations and the mechanism are timed, as for users."""
+    with fixed_costs.measured():
+        yield
 
 
 @pytest.fixture
@@ -53,6 +150,5 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working folder, from which the project's tests can still be imported."""
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

@@ -6,14 +6,11 @@ import pytest
 
 from tests.suite import SUITE, build
 from tests.suite.running import train
-from tightfit.planning import fit as planner
-from tightfit.planning.fit import find_plan
-from tightfit.profiling import costs
-from tightfit.profiling import measure as profiler
+from tightfit.planning.search import search
 from tightfit.profiling.measure import measure_step
-from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.solver.solver import Solver
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
+from tightfit.verification.trial import Trial
 
 pytest.importorskip("transformers")
 
@@ -22,17 +19,10 @@ STEPS = 2
 WORST_ERROR = 0.0005
 
 
-@pytest.fixture(autouse=True)
-def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times do not matter here, only bytes and bits."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
-    monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
-
-
 @pytest.mark.parametrize("name", SUITE)
-def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str) -> None:
     case = build(name)
-    profile = measure_step(case.model, case.batch, StepSpec(loss=case.loss, optimizers=case.optimizers()))
+    profile = measure_step(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers()))
     solver = Solver(profile)
     plain = train(build(name), STEPS)
     plain_bytes = solver.plain(2**62).predicted_peak_bytes - profile.margin_bytes
@@ -40,10 +30,10 @@ def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str, monkeypatch: p
 
     smallest_bytes, _ = solver.minimum_budget()
     budget_bytes = (smallest_bytes + plain.peak_bytes) // 2
-    monkeypatch.setattr(planner, "measure_together", lambda *_, **__: profile)  # it is measured already
     case = build(name)
-    spec = StepSpec(loss=case.loss, optimizers=case.optimizers())
-    with find_plan(case.model, case.batch, spec, budget_bytes) as applied:
+    with Trial(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers())) as trial:
+        applied, _ = search(trial, budget_bytes, profile=profile)
+    with applied:
         applied.statistics.reset()
         planned = train(case, STEPS, loss=lambda: applied.loss(case.model, case.batch))
     assert planned.peak_bytes <= budget_bytes

@@ -23,9 +23,10 @@ except ValueError:  # sys.modules["torch"] is None: its import is blocked
 if _has_torch:
     from tightfit.device.budget import Budget
     from tightfit.installation.applied import Applied, apply
+    from tightfit.operators.pure_modules import allow_recompute
     from tightfit.planning.fit import fit
     from tightfit.profiling.measure import measure
-    from tightfit.replay.module_recompute import allow_rerun
+    from tightfit.step.step import Step
     from tightfit.verification.verify import verify
 
 __version__ = "0.1.0"
@@ -37,11 +38,12 @@ __all__ = [
     "Plan",
     "PlanMismatch",
     "Profile",
+    "Step",
     "TightfitError",
     "UnsupportedInput",
     "Verdict",
     "VerificationFailed",
-    "allow_rerun",
+    "allow_recompute",
     "apply",
     "fit",
     "frontier",

@@ -1,4 +1,4 @@
-"""`python -m tightfit` is the `tightfit` program."""
+"""Run the `tightfit` command line as ``python -m tightfit``."""
 
 from tightfit.cli.main import console
 

@@ -1,6 +1,6 @@
-"""Exceptions of tightfit.
+"""Exceptions that tightfit raises.
 
-Every floor can raise them: of the package, only the leaves that format bytes are imported.
+Every layer raises them, so this module imports only `peak_breakdown` and `units`.
 
     TightfitError
     |-- BudgetInfeasible      no plan fits the budget; carries the smallest one that would
@@ -8,7 +8,7 @@ Every floor can raise them: of the package, only the leaves that format bytes ar
     |-- VerificationFailed    a planned step did not equal the plain step
     `-- UnsupportedInput      a model, batch, loss or budget that tightfit cannot work with (also a ValueError)
 
-Every message has three beats: what was found, why it cannot go on, what to do.
+Every message says what was found, why the work cannot go on, and what to do.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class BudgetInfeasible(TightfitError):
     """No plan keeps the peak within the budget.
 
     Attributes:
-        required_bytes: the smallest budget, in bytes, that tightfit can run.
+        required_bytes: the smallest budget that tightfit can run.
         budget_bytes: the budget that was asked for.
-        where: what sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
-        breakdown: what the smallest budget consists of, as in `Plan.breakdown`; empty if unknown.
+        where: the moment that sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
+        breakdown: bytes by component at that moment, as in `Plan.breakdown`; empty if unknown.
     """
 
     def __init__(
@@ -61,4 +61,4 @@ class VerificationFailed(TightfitError):
 
 
 class UnsupportedInput(TightfitError, ValueError):
-    """Something handed to tightfit cannot be worked with; the message says what to change."""
+    """A model, batch, loss, budget or setting that tightfit cannot work with; the message says what to change."""

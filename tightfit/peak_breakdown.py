@@ -1,7 +1,4 @@
-"""What a peak consists of, in the words of people who train models.
-
-A leaf besides `units`: errors use it, too.
-"""
+"""Break a peak down into the parts that users know."""
 
 from __future__ import annotations
 
@@ -9,23 +6,25 @@ from collections.abc import Mapping
 
 from tightfit.units import format_bytes
 
-#: In the order in which they are shown.
-PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer state and temporaries",
-    "values kept",
-    "replay transient",
-    "other",
-)
+#: Each part's key in JSON documents, with the words that users read, in the order in which they are shown.
+_LABELS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer state and temporaries": "optimizer state and temporaries",
+    "values kept": "activations kept",
+    "replay transient": "recomputed activations",
+    "other": "other",
+}
+PARTS = tuple(_LABELS)
 
 
 def parts_of_peak(breakdown: Mapping[str, int], where: str) -> dict[str, int]:
-    """The parts of a peak, which add up to it.
+    """Sort a peak's components into the parts of `PARTS`, in bytes; the parts add up to the peak.
 
     Args:
-        breakdown: a plan's or simulation's bytes at the moment of the peak.
-        where: when that is; during the optimizer's step, what is neither parameter, gradient nor state is its own.
+        breakdown: bytes by component at the moment of the peak, of a plan or a simulation.
+        where: the moment of the peak. During ``optimizer step``, activations and workspace are the optimizer's
+            temporaries.
 
     >>> parts = parts_of_peak({"parameters": 8, "batch": 1, "activations": 5, "replay": 2}, "backward of layers.0#0")
     >>> {name: size for name, size in parts.items() if size}
@@ -48,6 +47,6 @@ def parts_of_peak(breakdown: Mapping[str, int], where: str) -> dict[str, int]:
 
 
 def format_parts(parts: Mapping[str, int]) -> str:
-    """The parts that are not empty, in a line: ``parameters 8.0 MiB + values kept 5.0 MiB``."""
-    shown = [f"{name} {format_bytes(size)}" for name, size in parts.items() if size]
+    """Format the parts that are not empty: ``parameters 8.0 MiB + activations kept 5.0 MiB``."""
+    shown = [f"{_LABELS[name]} {format_bytes(size)}" for name, size in parts.items() if size]
     return " + ".join(shown) if shown else "nothing"

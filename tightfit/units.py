@@ -1,7 +1,4 @@
-"""Bytes as people write them.
-
-A leaf: it imports nothing of the package.  Bytes are always ``int``.
-"""
+"""Parse and format memory sizes.  Bytes are always ``int``."""
 
 from __future__ import annotations
 
@@ -20,10 +17,12 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes in ``text``, rounded down: ``8GiB``, ``8GB`` (decimal), ``512M`` (binary), ``1.5 GiB``, ``1048576``.
+    """Parse a memory size into bytes, rounded down.
+
+    Accepts ``8GiB`` and ``512M`` (binary), ``8GB`` (decimal), ``1.5 GiB`` and ``1048576``.
 
     Raises:
-        ValueError: not a positive size.
+        ValueError: `text` is not a positive size.
 
     >>> parse_bytes("8GiB") == 8 * 2**30
     True
@@ -46,7 +45,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """A short binary size: ``512 B``, ``1.5 KiB``, ``182.4 MiB``.
+    """Format bytes in binary units with one decimal: ``512 B``, ``1.5 KiB``, ``182.4 MiB``.
 
     >>> format_bytes(191260262)
     '182.4 MiB'

@@ -90,7 +90,7 @@ class _Row:
     def __init__(self, index: ProfileIndex, first: int, count: int) -> None:
         self.index = index
         profile = self.profile = index.profile
-        self.facts = index.group_facts(first, count)
+        self.facts = index.tape_facts(first, count)
         self._walk_rest()
         ran = {event.a: time for time, event in enumerate(profile.events) if event.kind == EventKind.OP}
         middle = index.backward_event()

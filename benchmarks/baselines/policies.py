@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tightfit.records import Decision, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import Simulation, simulate
-from tightfit.solver.column_generation import ENUMERATE_AT_MOST, Pool, untimed
+from tightfit.solver.column_generation import ENUMERATE_AT_MOST, ColumnPool
 from tightfit.solver.columns import Column, ColumnSource
 from tightfit.solver.highs import INFINITY, Program
 from tightfit.solver.master import Master
@@ -34,17 +35,19 @@ Allowed = Callable[[int, Decision], bool]
 class Outcome:
     """A policy's plan for a budget."""
 
-    decisions: list[Decision]
+    decisions: list[Decision | None]
     simulation: Simulation
 
 
-def make_pool(profile: Profile, enumerate_at_most: int = ENUMERATE_AT_MOST) -> Pool:
+def make_pool(profile: Profile, enumerate_at_most: int = ENUMERATE_AT_MOST) -> ColumnPool:
     """The columns that tightfit's solver chooses among; or more, where it would not enumerate a class."""
-    structure = Pool(ColumnSource(ProfileIndex(untimed(profile))))
-    return Pool(ColumnSource(ProfileIndex(profile)), structure, enumerate_at_most)
+    structure = ColumnPool(ColumnSource(ProfileIndex(profile.with_unit_times())))
+    return ColumnPool(ColumnSource(ProfileIndex(profile)), structure, enumerate_at_most)
 
 
-def best_that_fits(index: ProfileIndex, candidates: Iterable[list[Decision]], budget_bytes: int) -> Outcome | None:
+def best_that_fits(
+    index: ProfileIndex, candidates: Iterable[list[Decision | None]], budget_bytes: int
+) -> Outcome | None:
     """The fastest candidate whose simulated peak is within the budget."""
     best: Outcome | None = None
     for decisions in candidates:
@@ -54,16 +57,16 @@ def best_that_fits(index: ProfileIndex, candidates: Iterable[list[Decision]], bu
     return best
 
 
-def every_kth(index: ProfileIndex) -> Iterator[list[Decision]]:
+def every_kth(index: ProfileIndex) -> Iterator[list[Decision | None]]:
     """Nothing dropped; then, for each k, everything in regions 0, k, 2k, ... of those that may drop."""
     droppable = [region for region, facts in enumerate(index.facts) if facts.slots]
     yield [None] * len(index.facts)
     for k in range(len(droppable), 0, -1):
         chosen = set(droppable[::k])
-        yield [frozenset() if region in chosen else None for region in range(len(index.facts))]
+        yield [BY_VALUE.decide(()) if region in chosen else None for region in range(len(index.facts))]
 
 
-def greedy(pool: Pool, budget_bytes: int) -> Iterator[list[Decision]]:
+def greedy(pool: ColumnPool, budget_bytes: int) -> Iterator[list[Decision | None]]:
     """From nothing dropped, by the exchange of least added ms for each byte of less held, until the peak fits.
 
     It sees held bytes only, as does the knapsack: where the peak is something else, it goes on in vain.
@@ -91,7 +94,7 @@ def greedy(pool: Pool, budget_bytes: int) -> Iterator[list[Decision]]:
         chosen[exchange.region] = exchange
 
 
-def knapsack(pool: Pool, steps: int = KNAPSACK_STEPS) -> Iterator[list[Decision]]:
+def knapsack(pool: ColumnPool, steps: int = KNAPSACK_STEPS) -> Iterator[list[Decision | None]]:
     """Least added time with at most B held bytes in sum, for B from what nothing dropped holds down to the least."""
     source, master = pool.source, pool.master
     classes = [region.class_id for region in source.index.profile.regions]
@@ -120,7 +123,7 @@ def knapsack(pool: Pool, steps: int = KNAPSACK_STEPS) -> Iterator[list[Decision]
         ]
 
 
-def restricted(pool: Pool, allowed: Allowed, budget_bytes: int) -> Outcome | None:
+def restricted(pool: ColumnPool, allowed: Allowed, budget_bytes: int) -> Outcome | None:
     """tightfit's own exact choice among those of its columns that are allowed; None if none of them fits."""
     master = Master(pool.source)
     for class_id, decisions in pool.master.decisions.items():

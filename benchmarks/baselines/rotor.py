@@ -19,6 +19,7 @@ from functools import cache
 from itertools import accumulate
 
 from tightfit.records import Decision, EventKind
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 
 #: Memory is counted in so many slots, sizes rounded up: the plans hold, at the price of at most a slot for each stage.
@@ -201,12 +202,14 @@ def chain_of(index: ProfileIndex) -> tuple[list[Stage], list[int]]:
     return stages, regions
 
 
-def one_level_decisions(index: ProfileIndex, regions: Sequence[int], schedule: Schedule) -> list[Decision] | None:
-    """The schedule as tightfit's decisions: a stage that runs twice drops everything. None if one runs more often."""
+def one_level_decisions(
+    index: ProfileIndex, regions: Sequence[int], schedule: Schedule
+) -> list[Decision | None] | None:
+    """The schedule as decisions: a stage that runs twice drops everything. None if one runs more often."""
     if max(schedule.runs) > 2:
         return None
-    decisions: list[Decision] = [None] * len(index.profile.regions)
+    decisions: list[Decision | None] = [None] * len(index.profile.regions)
     for region, runs in zip(regions, schedule.runs, strict=True):
         if runs == 2 and index.facts[region].slots:
-            decisions[region] = frozenset()
+            decisions[region] = BY_VALUE.decide(())
     return decisions

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.side_by_side.families import build
 from tightfit.profiling.structural_copy import copy_batch, copy_model
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 _FLOPS_PER_MS = 1e11 / 1e3
 _BYTES_PER_MS = 1e10 / 1e3
@@ -45,7 +45,7 @@ def decide(name: str, budgets_bytes: list[int]) -> list[dict[str, list[int] | No
     mode = FakeTensorMode()
     model, _ = copy_model(family.model, mode)
     batch = copy_batch(family.batch, mode)
-    spec = StepSpec(loss=family.loss)
+    spec = Step(loss=family.loss)
 
     def step() -> None:
         spec.run(model, batch)

@@ -87,13 +87,14 @@ def _prepare(job: Job) -> tuple[Any, Setup]:
     from benchmarks.side_by_side.methods import INSTALL
     from benchmarks.side_by_side.operations import count, recompute_ms
     from tightfit.device import memory as meter
-    from tightfit.step.step import StepSpec, give_gradients
+    from tightfit.step.model import give_gradients
+    from tightfit.step.step import Step
 
     family = build(job.family)
     method = job.method
     model = family.model
     setup = Setup(method)
-    spec = StepSpec(loss=family.loss)
+    spec = Step(loss=family.loss)
 
     def run() -> Any:
         return spec.run_loss(model, family.batch)

@@ -84,7 +84,7 @@ def refused(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) 
         ([*TINY, "--memory", "100KiB"], r"budget of 100.0 KiB is too small: .* needs .* \(\d+ bytes\)"),
         ([*TINY, "--memory", "100KiB", "--grad-checkpoint", "off"], r"needs .* \(\d+ bytes\)"),
         ([*TINY, "--device", "gpu"], "names no device"),
-        ([*TINY, "--device", "meta"], "neither a CPU nor a CUDA device"),
+        ([*TINY, "--device", "meta"], "of a kind that tightfit cannot measure"),
         ([*TINY, "--device", "cuda:99"], "CUDA devices"),
         ([*TINY, "--root-path", "empty.txt"], "because .*empty.txt is a file. Choose another --root-path"),
         ([*TINY, "--eval-dataset", "absent.txt"], "no file or folder 'absent.txt'"),

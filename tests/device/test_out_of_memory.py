@@ -67,12 +67,11 @@ def test_a_real_failure_of_the_allocator() -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size as Linux tells it")
 def test_a_capped_process_trains_inside_the_budget_where_the_plain_step_dies() -> None:
     budget_bytes, gib = 560 * 2**20, 2**30
-    script = Path(__file__).with_name("capped_process.py")
     # Huge pages make zeroing fresh memory, which takes most of this test's time, cheaper.
     environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, str(script), "3200", str(budget_bytes)],
-        capture_output=True, text=True, timeout=280, env=environment, cwd=script.parent.parent,
+        [sys.executable, "-m", "tests.support.capped_process", "3200", str(budget_bytes)],
+        capture_output=True, text=True, timeout=600, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])

@@ -126,7 +126,7 @@ def deterministic_algorithms() -> Any:
 def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, record_property: Any) -> None:
     model, batch, loss = make(name)
     optimizer = torch.optim.AdamW(model.parameters())
-    whole = tightfit.device.memory.device_memory_bytes("cuda")
+    whole = tightfit.device.device_for("cuda").capacity_bytes()
     free = tightfit.fit(model, batch, loss=loss, optimizer=optimizer, autocast=autocast, reference_budget_bytes=whole)
     assert free.plan.is_plain
     assert not free.installed

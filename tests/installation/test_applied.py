@@ -18,7 +18,7 @@ from tests.replay.helpers import differences, snapshot
 from tightfit import Plan, PlanMismatch, UnsupportedInput
 from tightfit._torch_private import dispatch_depth
 from tightfit.solver.solver import full_plan, plain_plan
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 Tensor = torch.Tensor
 
@@ -111,8 +111,7 @@ def test_planned_step_equals_plain_and_replays(model: Net, plan: Plan) -> None:
 def test_the_loss_is_planned_when_it_runs_through_applied(model: Net, plan: Plan) -> None:
     torch.manual_seed(1)
     plain = loss_of(model, BATCH)
-    spec = StepSpec(loss=loss_of)
-    with tightfit.apply(model, plan, spec=spec) as applied:
+    with tightfit.apply(model, plan, step=Step(loss=loss_of)) as applied:
         torch.manual_seed(1)
         assert torch.equal(applied.loss(model, BATCH), plain)
         assert (applied.statistics.unplanned_calls, applied.statistics.mismatches) == (0, 0)

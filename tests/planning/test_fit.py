@@ -15,13 +15,13 @@ import tightfit
 from tests.suite import build
 from tightfit import BudgetInfeasible, UnsupportedInput
 from tightfit._torch_private import tree_leaves
-from tightfit.device import memory as meter
-from tightfit.planning import fit as planner
+from tightfit.device import device_for
+from tightfit.planning import search as planner
 from tightfit.records import Plan, Profile
 from tightfit.replay.tape import Tape
 from tightfit.replay.write_watch import Pending
 from tightfit.solver.solver import Solver, plain_plan
-from tightfit.verification.verify import Outcome, Trial
+from tightfit.verification.trial import Outcome, Trial
 
 Tensor = torch.Tensor
 MIB = 2**20
@@ -97,7 +97,7 @@ def test_full_and_off(grad_checkpoint: Any, peaks: tuple[int, int]) -> None:
 
 
 def test_a_share_of_the_device_s_memory() -> None:
-    whole = meter.device_memory_bytes(torch.device("cpu"))
+    whole = device_for(torch.device("cpu")).capacity_bytes()
     with tightfit.fit(Net(), BATCH, budget="75%") as applied:
         assert applied.plan.budget_bytes == int(whole * 0.75)
         assert applied.plan.is_plain
@@ -133,7 +133,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Profile, Plan]]:
 def test_a_run_above_the_budget_is_repaired(
     peaks: tuple[int, int], solved: list[tuple[Profile, Plan]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oracle is made to forget so much that the plain step seems to fit: the first guarded run exceeds the budget
+    """The oracle is made to forget so much that the plain step seems to fit: the first trial run exceeds the budget
     whatever this machine's op times are, a later one keeps it.
     """
     budget = sum(peaks) // 2
@@ -154,32 +154,32 @@ def test_a_run_above_the_budget_is_repaired(
 def test_a_budget_that_repair_cannot_reach_is_infeasible(
     peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Trial.guarded
+    right = Trial.run_self_checked
 
-    def above(self: Trial, steps: int = 1) -> Outcome:
-        return replace(right(self, steps), peak_bytes=self.plan.budget_bytes + MIB)
+    def above(self: Trial, applied: tightfit.Applied, steps: int = 1) -> Outcome:
+        return replace(right(self, applied, steps), peak_bytes=applied.plan.budget_bytes + MIB)
 
-    monkeypatch.setattr(Trial, "guarded", above)
+    monkeypatch.setattr(Trial, "run_self_checked", above)
     model = Net()
     with pytest.raises(BudgetInfeasible):
         tightfit.fit(model, BATCH, budget=sum(peaks) // 2)
     assert not any("forward" in vars(m) for m in model.modules())
 
 
-def test_running_out_of_memory_in_the_guarded_run_is_repaired(
+def test_running_out_of_memory_in_the_trial_run_is_repaired(
     peaks: tuple[int, int], solved: list[tuple[Profile, Plan]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Trial.guarded
+    right = Trial.run_self_checked
     failed = False
 
-    def once(self: Trial, steps: int = 1) -> Outcome:
+    def once(self: Trial, applied: tightfit.Applied, steps: int = 1) -> Outcome:
         nonlocal failed
         if not failed:
             failed = True
             raise torch.OutOfMemoryError("out of memory")
-        return right(self, steps)
+        return right(self, applied, steps)
 
-    monkeypatch.setattr(Trial, "guarded", once)
+    monkeypatch.setattr(Trial, "run_self_checked", once)
     with tightfit.fit(Net(), BATCH, budget=peaks[1] + 2 * MIB, reference_budget_bytes=2**40):
         assert len(solved) == 2
         assert solved[1][0].correction_bytes > 0
@@ -209,15 +209,15 @@ class RawNet(Net):
         return x.pow(2).mean()
 
 
-def test_what_calibration_refuses_is_kept_by_the_next_plan(
+def test_what_a_self_check_refuses_is_kept_by_the_next_plan(
     solved: list[tuple[Profile, Plan]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As for a kernel that got the address in a way that nobody watches.
     monkeypatch.setattr("tightfit.operators.escaped_memory._HANDS_OUT_MEMORY", frozenset())
     with tightfit.fit(RawNet(), BATCH, grad_checkpoint="full", reference_budget_bytes=2**40) as applied:
         assert len(solved) == 2
-        assert not any("calibration" in op.keep_reason for op in solved[0][0].ops)
-        assert any("calibration" in op.keep_reason for op in solved[1][0].ops)
+        assert not any("self-check" in op.keep_reason for op in solved[0][0].ops)
+        assert any("self-check" in op.keep_reason for op in solved[1][0].ops)
         assert applied.verdict is not None
         assert applied.verdict.ok is True
         assert applied.verdict.mismatches == 0
@@ -237,7 +237,7 @@ class StagingNet(Net):
         return x.pow(2).mean()
 
 
-def test_a_replay_that_calibration_found_wrong_in_backward_is_kept_by_the_next_plan() -> None:
+def test_a_replay_that_a_self_check_found_wrong_in_backward_is_kept_by_the_next_plan() -> None:
     with tightfit.fit(StagingNet(), BATCH, grad_checkpoint="full", reference_budget_bytes=2**40) as applied:
         assert applied.verdict is not None
         assert (applied.verdict.ok, applied.verdict.mismatches) == (True, 0)
@@ -258,7 +258,7 @@ def test_a_model_that_computes_something_else_than_was_measured_is_measured_for_
         assert applied.verdict.ok is True
 
 
-def test_a_failing_guarded_run_leaves_the_model_unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_trial_run_leaves_the_model_unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Tape, handle: Any) -> Tensor:
         raise RuntimeError("broken")
 
@@ -302,27 +302,27 @@ def test_repairs_are_logged(
 def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The live run had more operations than the fake one: positions that it refused are not the profile's."""
     model = Net()
-    spec = planner.StepSpec()
-    profile = planner.measure_together(model, BATCH, spec)
+    step = planner.Step()
+    profile = planner.measure_together(model, BATCH, step)
     plan = planner.full_plan(profile, 2**40)
     key = profile.regions[2].key
     beyond = profile.regions[2].op_count
-    guarded = Trial.guarded
+    right = Trial.run_self_checked
 
-    def differs(trial: Trial, steps: int = 1) -> Outcome:
-        outcome = guarded(trial, steps)
-        trial.applied._installed.refused[key] = {0, beyond}
+    def differs(trial: Trial, applied: tightfit.Applied, steps: int = 1) -> Outcome:
+        outcome = right(trial, applied, steps)
+        applied._installed.refused[key] = {0, beyond}
         return replace(outcome, mismatches=1)
 
-    monkeypatch.setattr(Trial, "guarded", differs)
-    with tightfit.apply(model, plan) as applied:
-        repaired = planner._guard(model, BATCH, applied, spec, profile)
-    assert repaired is not None
+    monkeypatch.setattr(Trial, "run_self_checked", differs)
+    with tightfit.apply(model, plan) as applied, Trial(model, BATCH, step) as trial:
+        held, repaired = planner._try(trial, applied, profile)
+    assert held is None
     assert repaired.method == "real"
-    assert not any(op.keep_reason.startswith("calibration") for op in repaired.ops)
+    assert not any(op.keep_reason.startswith("self-check") for op in repaired.ops)
 
     marked = planner._without(repaired, {key: {0, beyond}})
-    changed = [place for place, op in enumerate(marked.ops) if op.keep_reason.startswith("calibration")]
+    changed = [place for place, op in enumerate(marked.ops) if op.keep_reason.startswith("self-check")]
     assert changed == [repaired.regions[2].first_op]
 
 

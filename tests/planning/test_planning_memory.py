@@ -89,8 +89,7 @@ def trained(model: nn.Module, batch: Tensor, resident: bool) -> torch.optim.Opti
 
 @pytest.mark.parametrize("resident", [False, True], ids=["before the first step", "in training"])
 @pytest.mark.parametrize("case", CASES)
-def test_fit_takes_no_more_than_the_budget(case: str, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIGHTFIT_COST_CACHE", "off")
+def test_fit_takes_no_more_than_the_budget(case: str, resident: bool) -> None:
     build, batch = CASES[case]
     model = build()
     optimizer = trained(model, batch, resident)
@@ -111,9 +110,8 @@ def test_fit_takes_no_more_than_the_budget(case: str, resident: bool, monkeypatc
     applied.remove()
 
 
-def test_what_does_not_fit_beside_the_model_is_estimated_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_beside_the_model_is_estimated_and_says_so() -> None:
     """In training, a foreach operation's made-up arguments would be a second optimizer state."""
-    monkeypatch.setenv("TIGHTFIT_COST_CACHE", "off")
     model = Wide()
     batch = torch.randn(8, 512)
     optimizer = trained(model, batch, resident=True)
@@ -129,11 +127,11 @@ def test_what_does_not_fit_beside_the_model_is_estimated_and_says_so(monkeypatch
         assert signature.ms < 100 * plain[name] + 1  # of the right order: scaled, not summed up anew
 
 
-def test_shares_of_a_call() -> None:
+def test_a_call_is_shrunk_to_the_memory_there_is() -> None:
     table = SignatureTable()
     tensors = [torch.zeros(256) for _ in range(10)]  # 1 KiB each
-    number = table.note(torch.ops.aten._foreach_add.List, (tensors, tensors), {})
-    table.note_result(number, tensors, [torch.zeros(256) for _ in range(10)])
+    number = table.add(torch.ops.aten._foreach_add.List, (tensors, tensors), {})
+    table.record_result(number, tensors, [torch.zeros(256) for _ in range(10)])
     call, results = table.calls[number], table.result_bytes[number]
     assert (partial_call.argument_bytes(call), results) == (20 * 1024, 10 * 1024)
     assert partial_call.fit_call(call, results, None).call is call
@@ -144,11 +142,11 @@ def test_shares_of_a_call() -> None:
     assert "9 of 10" in part.note
     assert part.scale == pytest.approx(10 / 9)
     assert partial_call.fit_call(call, results, 3 * 1024).call is None
-    number = table.note(torch.ops.aten._foreach_addcdiv_.ScalarList, (tensors, tensors, tensors, [1.0] * 10), {})
+    number = table.add(torch.ops.aten._foreach_addcdiv_.ScalarList, (tensors, tensors, tensors, [1.0] * 10), {})
     part = partial_call.fit_call(table.calls[number], 0, 20 * 1024)
     assert part.call is not None
     assert [len(argument) for argument in part.call.args] == [6, 6, 6, 6]
-    single = table.calls[table.note(torch.ops.aten.add.Tensor, (tensors[0], tensors[1]), {})]
+    single = table.calls[table.add(torch.ops.aten.add.Tensor, (tensors[0], tensors[1]), {})]
     assert partial_call.fit_call(single, 1024, 3 * 1024 - 1).note.startswith("estimated")
 
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 import tightfit
 from tightfit._torch_private import FakeTensor, profiler_memory_events
 from tightfit.device import memory as meter
-from tightfit.profiling import costs, forward_check
-from tightfit.profiling import measure as profiler
-from tightfit.profiling.mechanism_cost import Overhead
+from tightfit.profiling import forward_check
 from tightfit.records import EventKind
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
@@ -46,13 +44,6 @@ class Fan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x * self.weight).sum()
-
-
-@pytest.fixture(autouse=True)
-def _cheap_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times do not matter here, only bytes."""
-    monkeypatch.setattr(profiler, "measure_overhead", lambda *_: Overhead(0.001, 0.001, 0.0005, 0.001))
-    monkeypatch.setattr(costs, "_time_ms", lambda *_, **__: 0.01)
 
 
 def allocated_in_backward(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]:

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TIGHTFIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TIGHTFIT_COST_CACHE")
     return tmp_path / "cache"
 
 
@@ -61,6 +62,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.usefixtures("measured_costs")
 def test_an_operation_is_run_alone_once_per_machine(folder: Path, ran: list[str]) -> None:
     first = measure_small()
     assert len(set(ran)) > 5
@@ -86,7 +88,8 @@ def test_it_can_be_turned_off(folder: Path, ran: list[str], monkeypatch: pytest.
 
 
 def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TIGHTFIT_CACHE_DIR")
+    monkeypatch.delenv("TIGHTFIT_COST_CACHE")
+    monkeypatch.delenv("TIGHTFIT_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cost_cache.cache_folder() == tmp_path / "tightfit"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -134,10 +137,10 @@ def test_calls_that_differ_in_anything_have_different_keys() -> None:
         ((x, 1.0), {}),
         ((x, 1), {}),
     ):
-        table.note(add, args, kwargs)
+        table.add(add, args, kwargs)
     with torch.no_grad():
-        table.note(add, (x, x), {})
-    table.note(torch.ops.aten.sub.Tensor, (x, x), {})
+        table.add(add, (x, x), {})
+    table.add(torch.ops.aten.sub.Tensor, (x, x), {})
     assert len({cost_cache._key(call) for call in table.calls}) == 10
 
 

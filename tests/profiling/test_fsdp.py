@@ -21,7 +21,7 @@ import tightfit
 from tightfit.distributed.fsdp import is_sharded, process_group_of
 from tightfit.distributed.process_group import SINGLE_PROCESS
 from tightfit.errors import UnsupportedInput
-from tightfit.profiling.measure import fingerprint
+from tightfit.step.fingerprint import fingerprint
 
 BATCH = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 
@@ -120,8 +120,8 @@ def test_no_plan_below_one_level(mesh: DeviceMesh) -> None:
         tightfit.solve(profile, budget_bytes=1)
     with pytest.raises(tightfit.BudgetInfeasible) as of_whole:
         tightfit.solve(whole, budget_bytes=1)
-    assert tightfit.solve(whole, budget_bytes=of_whole.value.required_bytes).groups
-    assert not tightfit.solve(profile, budget_bytes=of_parts.value.required_bytes).groups
+    assert tightfit.solve(whole, budget_bytes=of_whole.value.required_bytes).shared_tapes
+    assert not tightfit.solve(profile, budget_bytes=of_parts.value.required_bytes).shared_tapes
 
 
 def test_other_shapes_are_planned_without_a_trial(mesh: DeviceMesh) -> None:
@@ -131,11 +131,11 @@ def test_other_shapes_are_planned_without_a_trial(mesh: DeviceMesh) -> None:
     with tightfit.fit(model, BATCH, budget=budget) as applied:
         other = torch.randn(96, 32)
         applied.prepare(other)
-        statistics = applied.shapes.statistics
-        assert statistics.guarded == 0
+        statistics = applied.plans.statistics
+        assert statistics.tried == 0
         applied.loss(model, other).backward()
-        assert applied.plan_in_force is not None
-        assert not applied.plan_in_force.is_plain
+        assert applied.active_plan is not None
+        assert not applied.active_plan.is_plain
 
 
 def test_what_is_not_known_is_refused(mesh: DeviceMesh) -> None:

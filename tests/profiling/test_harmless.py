@@ -24,8 +24,8 @@ from tightfit.profiling import measure as profiler
 from tightfit.replay.session import Installed
 from tightfit.step.host_copy import CopyFile, HostCopy, difference, same_contents
 from tightfit.step.snapshot import RandomState, TrainingState
-from tightfit.step.step import StepSpec
-from tightfit.verification.verify import Trial
+from tightfit.step.step import Step
+from tightfit.verification.trial import Trial
 
 Tensor = torch.Tensor
 WIDTH = 8
@@ -193,7 +193,7 @@ def used(model: Busy, steps: int = 1) -> torch.optim.Optimizer:
 VERBS: dict[str, Callable[..., Any]] = {
     "measure": lambda model, *rest, **options: tightfit.measure(model, *rest, **options),
     "measure for real": lambda model, batch, loss, optimizer: profiler.measure_step(
-        model, batch, StepSpec(loss=loss, optimizers=(optimizer,)), concrete=True
+        model, batch, Step(loss=loss, optimizer=(optimizer,)), concrete=True
     ),
     "fit": lambda *rest, **options: tightfit.fit(*rest, **options, budget="1GiB", grad_checkpoint="full").remove(),
 }
@@ -556,11 +556,11 @@ def test_an_installed_plan_is_not_the_steps_doing() -> None:
 
 def test_an_interrupted_snapshot_leaves_the_model_as_it_was(harmless: Callable[..., None]) -> None:
     model = nn.Linear(4, 4)
-    spec = StepSpec(optimizers=(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),))
+    step = Step(optimizer=(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),))
     plan = tightfit.solve(tightfit.measure(model, torch.randn(2, 4), loss=lambda m, b: m(b).sum()), 2**30)
     batch = torch.randn(2, 4)
     applied = tightfit.apply(model, plan)
-    harmless(model, spec.optimizers, batch)
+    harmless(model, step.optimizers, batch)
 
     class Interrupted(Trial):
         def _reach_steady_state(self) -> None:
@@ -568,7 +568,7 @@ def test_an_interrupted_snapshot_leaves_the_model_as_it_was(harmless: Callable[.
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Interrupted(model, batch, applied, spec)
+        Interrupted(model, batch, step).run_planned(applied)
 
 
 def test_a_sparse_gradient_is_put_back() -> None:

@@ -22,7 +22,7 @@ from tightfit.device import memory as meter
 from tightfit.profiling.measure import measure_step
 from tightfit.simulation.simulator import ProfileIndex, simulate
 from tightfit.step.snapshot import RandomState
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 Tensor = torch.Tensor
 
@@ -207,7 +207,7 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("optimizer", [None, torch.optim.SGD, torch.optim.AdamW])
 def test_a_fake_and_a_real_step_give_the_same_tables(optimizer: type[torch.optim.Optimizer] | None) -> None:
     model = Plain()
-    spec = StepSpec(optimizers=() if optimizer is None else (optimizer(model.parameters(), lr=0.1),))
+    spec = Step(optimizer=() if optimizer is None else (optimizer(model.parameters(), lr=0.1),))
     fake = measure_step(model, torch.randn(4, 32), spec)
     real = measure_step(model, torch.randn(4, 32), spec, concrete=True)
     assert (fake.method, real.method) == ("fake", "real")
@@ -273,16 +273,16 @@ def test_memory_of_a_real_step_stays_below_plain() -> None:
     resident = meter.resident_bytes(model, batch)
     _, plain = meter.measure_peak(lambda: loss(model, batch).backward(), resident)
     model.zero_grad()
-    spec = StepSpec(loss=loss)
+    spec = Step(loss=loss)
     _, measuring = meter.measure_peak(lambda: _observe_only(model, batch, spec), resident)
     assert measuring < plain / 2
 
 
-def _observe_only(model: nn.Module, batch: Tensor, spec: StepSpec) -> None:
-    from tightfit.profiling import measure as profiler
+def _observe_only(model: nn.Module, batch: Tensor, spec: Step) -> None:
+    from tightfit.profiling import observed_run
     from tightfit.profiling.signatures import SignatureTable
 
-    profiler._observe_concrete(model, batch, spec, SignatureTable())
+    observed_run.observe_concrete(model, batch, spec, SignatureTable())
 
 
 def test_measuring_leaves_no_memory_behind() -> None:
@@ -294,10 +294,10 @@ def test_measuring_leaves_no_memory_behind() -> None:
 
 
 def _observe_and_forget(model: nn.Module, batch: Tensor) -> None:
-    from tightfit.profiling import measure as profiler
+    from tightfit.profiling import observed_run
     from tightfit.profiling.signatures import SignatureTable
 
-    observer, _ = profiler._observe_fake(model, batch, StepSpec(), SignatureTable(), {})
+    observer, _ = observed_run.observe_fake(model, batch, Step(), SignatureTable(), {})
     assert observer is not None
     assert observer.observation.ops
     del observer

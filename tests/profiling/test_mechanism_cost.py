@@ -40,6 +40,7 @@ def test_a_result_in_its_inputs_memory_is_touched_once() -> None:
     assert eviction_ratio(ops, values, storages) == 0.5
 
 
+@pytest.mark.usefixtures("measured_costs")
 def test_the_price_lies_between_hot_and_cold(tmp_path: Path) -> None:
     cache = CostCache(CPU, tmp_path)
     hot, middle, cold = (measure_overhead(CPU, cache, ratio) for ratio in (0.0, 0.5, 1.0))
@@ -49,6 +50,7 @@ def test_the_price_lies_between_hot_and_cold(tmp_path: Path) -> None:
     assert measure_overhead(CPU, CostCache(CPU, tmp_path), 0.5) == middle  # remembered
 
 
+@pytest.mark.usefixtures("measured_costs")
 def test_on_a_gpu_the_processors_caches_are_pythons_alone(tmp_path: Path) -> None:
     cache = CostCache(CPU, tmp_path)
     assert measure_overhead(torch.device("meta"), cache, 1.0) == measure_overhead(CPU, cache, 0.0)

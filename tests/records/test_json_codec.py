@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.solver.profiles import random_profile
 from tightfit.errors import PlanMismatch
-from tightfit.records import KeptValue, Plan, PlannedRegion, Profile, Recipe, Verdict
+from tightfit.records import Decision, KeptValue, Plan, PlannedRegion, Profile, Recipe, Verdict
 from tightfit.records import json_codec as codec
 
-SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 RECORDS = (Profile, Plan, Verdict)
 
 counts = st.integers(0, 2**50)
@@ -29,9 +29,13 @@ recipes = st.builds(
     Recipe,
     class_id=st.integers(0, 9),
     op_names=st.tuples(texts, texts, texts, texts),
+    lever=texts,
+    executor=texts,
     keep=st.lists(positions, max_size=3).map(tuple),
     drop=st.lists(positions, max_size=3).map(tuple),
     replay=st.lists(st.integers(0, 3), max_size=4).map(tuple),
+    offload=st.lists(positions, max_size=3).map(tuple),
+    host_bytes=counts,
     held_bytes=counts,
     dropped_bytes=counts,
     replay_ms=times,
@@ -226,7 +230,9 @@ def test_tampered_profiles_are_refused(change: Callable[[dict[str, Any]], None])
         set_to("recipes", 0, "replay", value=[2]),
         set_to("recipes", 0, "keep", value=[[2, 0]]),
         set_to("recipes", 0, "drop", value=[[-1, 0]]),
+        set_to("recipes", 0, "offload", value=[[2, 0]]),
         set_to("recipes", 0, "held_bytes", value=-1),
+        set_to("recipes", 0, "host_bytes", value=-1),
         set_to("predicted_peak_bytes", value=1),
         set_to("budget_bytes", value=-1),
         set_to("exactness", value="roughly"),
@@ -234,8 +240,8 @@ def test_tampered_profiles_are_refused(change: Callable[[dict[str, Any]], None])
 )
 def test_tampered_plans_are_refused(change: Callable[[dict[str, Any]], None]) -> None:
     recipe = Recipe(
-        class_id=0, op_names=("x", "y"), keep=((0, 0),), drop=((1, 0),), replay=(1,), held_bytes=1, dropped_bytes=1,
-        replay_ms=0.5,
+        class_id=0, op_names=("x", "y"), lever="tape", executor="tape", keep=((0, 0),), drop=((1, 0),), replay=(1,),
+        held_bytes=1, dropped_bytes=1, replay_ms=0.5,
     )  # fmt: skip
     plan = Plan(
         budget_bytes=9, predicted_peak_bytes=8, peak_where="a", baseline_bytes=3, breakdown={"all": 8},
@@ -271,7 +277,17 @@ def test_no_tampering_with_one_number_crashes_what_reads_profiles(seed: int, dat
         return
     index = ProfileIndex(profile)
     simulate(index, [None] * len(profile.regions))
-    simulate(index, [frozenset()] * len(profile.regions))
+    simulate(index, [Decision("tape")] * len(profile.regions))
+
+
+@pytest.mark.parametrize("cls", RECORDS)
+def test_files_of_the_package_under_its_former_name_are_told(cls: type, tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"schema": f"recollect.{cls.__name__.lower()}/1", "budget_bytes": 1}))
+    with pytest.raises(PlanMismatch, match=r"old\.json was written by recollect.* Measure and solve again"):
+        cls.load(path)  # type: ignore[attr-defined]  # every record has it
+    with pytest.raises(PlanMismatch, match="written by recollect"):
+        codec.decode(cls, {"schema": f"recollect.{cls.__name__.lower()}/1"})
 
 
 @pytest.mark.parametrize("cls", RECORDS)

@@ -32,14 +32,13 @@ import tightfit
 from tests.replay.helpers import differences
 from tests.replay.programs import Program, loss_of, programs
 from tests.replay.steps import steps
+from tests.support import fixed_costs
 from tightfit import Plan, Profile
 from tightfit.device import memory as meter
 from tightfit.planning.fit import _without
-from tightfit.profiling import costs
-from tightfit.profiling import measure as profiler
-from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.records import Decision
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver, full_plan
 
@@ -69,11 +68,11 @@ class Outcome:
         return bool(self.unequal or self.over_budget or self.error)
 
 
-def decisions(index: ProfileIndex, draw: random.Random) -> list[Decision]:
-    found: list[Decision] = []
+def decisions(index: ProfileIndex, draw: random.Random) -> list[Decision | None]:
+    found: list[Decision | None] = []
     for facts in index.facts:
-        keep = frozenset(index.local(v) for v in sorted(facts.optional) if draw.random() < 0.5)
-        found.append(None if draw.random() < 0.3 else keep)
+        kept = keeping(index, [v for v in sorted(facts.optional) if draw.random() < 0.5])
+        found.append(None if draw.random() < 0.3 else kept)
     return found
 
 
@@ -181,12 +180,6 @@ def specs(draw: st.DrawFn, *, rows: int = 16, columns: int = 64) -> dict[str, An
     }
 
 
-def cheap_measuring() -> None:
-    """Times do not matter here, only bytes."""
-    profiler.measure_overhead = lambda *_, **__: Overhead(0.001, 0.001, 0.0005, 0.001)  # type: ignore[attr-defined]  # set by hand
-    costs._time_ms = lambda *_, **__: 0.01  # type: ignore[assignment]  # set by hand
-
-
 def silence() -> None:
     """The profiler's library writes a line at each start; failures come back as text, not through stderr."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -196,7 +189,7 @@ def work(job: tuple[int, int]) -> list[Outcome]:
     """`count` modules drawn from `number`."""
     number, count = job
     torch.set_num_threads(1)
-    cheap_measuring()
+    fixed_costs.install()
     gc.collect()
     gc.freeze()  # measuring collects garbage: let it not walk over all that was imported
     outcomes: list[Outcome] = []
@@ -263,7 +256,7 @@ def main() -> int:
     start = time.monotonic()
     if options.replay:
         torch.set_num_threads(1)
-        cheap_measuring()
+        fixed_costs.install()
         outcomes: list[Outcome] = [check(json.loads(options.replay))]
         show_failures(outcomes)
         return report(outcomes, time.monotonic() - start)

@@ -13,6 +13,7 @@ import tightfit
 from tests.replay.helpers import PATH, retained_bytes
 from tightfit.records import Plan
 from tightfit.replay.session import Installed
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.plan_builder import build_plan
@@ -108,7 +109,7 @@ def plan_keeping(model: nn.Module, batch: Any, keep: frozenset[tuple[int, int]])
     profile = tightfit.measure(model, batch)
     index = ProfileIndex(profile)
     regions = [i for i, region in enumerate(profile.regions) if region.op_count >= 4]
-    decisions = [keep if i in regions else None for i in range(len(profile.regions))]
+    decisions = [BY_VALUE.decide(keep) if i in regions else None for i in range(len(profile.regions))]
     return build_plan(index, decisions, 2**40)
 
 
@@ -121,10 +122,10 @@ def plan_keeping(model: nn.Module, batch: Any, keep: frozenset[tuple[int, int]])
         (frozenset({(2, 0)}), 1, 2),  # mm for sin, tanh from exp
         (frozenset({(3, 0)}), 1, 3),
         (frozenset({(0, 0), (2, 0)}), 2, 1),
-        (frozenset({(1, 0)}), 1, 3),  # sin's result is no saving, but a shortcut to exp
+        (frozenset({(1, 0)}), 1, 3),  # sin's result is not saved, but a shortcut to exp
     ],
 )
-def test_keep_sets(keep: frozenset[tuple[int, int]], held_values: int, replayed: int) -> None:
+def test_any_choice_of_kept_values(keep: frozenset[tuple[int, int]], held_values: int, replayed: int) -> None:
     torch.manual_seed(0)
     model = Chain()
     batch = torch.randn(ROWS, WIDTH)
@@ -149,7 +150,7 @@ def test_the_simulator_counts_as_the_engine_does() -> None:
     batch = torch.randn(4, 8)
     profile = tightfit.measure(model, batch, loss=lambda m, b: m(b).sum())
     index = ProfileIndex(profile)
-    predicted = simulate(index, [frozenset()] * len(profile.regions))
+    predicted = simulate(index, [BY_VALUE.decide(())] * len(profile.regions))
     with tightfit.apply(model, full_plan(profile, 2**40)) as applied:
         for _ in range(2):
             applied.statistics.reset()

@@ -14,10 +14,11 @@ import tightfit
 from tests.replay.helpers import differences, snapshot
 from tightfit import Plan, Profile, UnsupportedInput
 from tightfit.device import memory as meter
-from tightfit.records import RERUN
-from tightfit.replay import module_recompute as rerun
-from tightfit.replay.module_recompute import allow_rerun, may_rerun
+from tightfit.operators import pure_modules
+from tightfit.operators.pure_modules import allow_recompute, can_call_again
+from tightfit.records import Decision
 from tightfit.replay.statistics import Statistics
+from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.plan_builder import build_plan
 from tightfit.train.models.gpt import Gpt, GptConfig
@@ -57,10 +58,12 @@ def batch() -> Tensor:
     return torch.randn(16, 24, 32, generator=torch.Generator().manual_seed(1))
 
 
-def rerun_all(profile: Profile) -> Plan:
-    """A plan that runs every module again that may be."""
+def recompute_all(profile: Profile) -> Plan:
+    """A plan that recomputes every module that may be."""
     index = ProfileIndex(profile)
-    decisions = [RERUN if index.may_rerun(region) else None for region in range(len(profile.regions))]
+    decisions = [
+        Decision("module") if can_recompute_module(index, region) else None for region in range(len(profile.regions))
+    ]
     return build_plan(index, decisions, 2**40)
 
 
@@ -70,7 +73,7 @@ def planned_regions(plan: Plan) -> list[str]:
 
 @contextmanager
 def applied_to(model: nn.Module, data: Any, plan: Plan | None = None) -> Iterator[tightfit.Applied]:
-    plan = plan or rerun_all(tightfit.measure(model, data, loss=loss_of))
+    plan = plan or recompute_all(tightfit.measure(model, data, loss=loss_of))
     assert planned_regions(plan), "nothing may be run again"
     with tightfit.apply(model, plan) as applied:
         yield applied
@@ -94,7 +97,7 @@ def assert_same(model: nn.Module, data: Any, plan: Plan | None = None) -> Statis
 
 def test_blocks_run_again_once_each_and_every_bit_is_equal() -> None:
     statistics = assert_same(Net(feed_forward), batch())
-    assert statistics.reruns == 3
+    assert statistics.recomputed_calls == 3
     assert statistics.taped_ops == 0
     assert statistics.mismatches == statistics.unplanned_calls == 0
 
@@ -102,13 +105,13 @@ def test_blocks_run_again_once_each_and_every_bit_is_equal() -> None:
 def test_the_peak_is_the_predicted_one() -> None:
     model, data = Net(feed_forward, count=4), batch()
     plain = tightfit.measure(model, data, loss=loss_of)
-    plan = rerun_all(plain)
+    plan = recompute_all(plain)
     assert plan.predicted_peak_bytes < plan.plain_peak_bytes
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with tightfit.apply(model, plan):
         _, peak_bytes = meter.measure_peak(lambda: loss_of(model, data).backward(), meter.resident_bytes(model, data))
-    # What a node has read goes when the node is done, just before its bias' gradient is summed up (see `RerunModel`).
+    # What a node has read goes when the node is done, just before its bias' gradient is summed up (see `ModuleModel`).
     bias_bytes = 32 * 4
     assert peak_bytes == plan.predicted_peak_bytes - bias_bytes
 
@@ -126,7 +129,7 @@ def test_nothing_is_held_of_a_forward_without_backward() -> None:
 def test_blocks_of_common_transformers(name: str) -> None:
     model, data, blocks = transformer(name)
     statistics = assert_same(model, data)
-    assert statistics.reruns >= blocks
+    assert statistics.recomputed_calls >= blocks
 
 
 def transformer(name: str) -> tuple[nn.Module, Any, int]:
@@ -189,9 +192,9 @@ def test_a_cache_that_forward_fills_is_not_filled_twice() -> None:
     model.config.use_cache = True
     plain = tightfit.measure(model, data, loss=loss_of)
     index = ProfileIndex(plain)
-    keys = [r.key for place, r in enumerate(plain.regions) if index.may_rerun(place)]
+    keys = [r.key for place, r in enumerate(plain.regions) if can_recompute_module(index, place)]
     assert not any("layers" in key for key in keys), "a cache is among the arguments"
-    assert not may_rerun(model.model.layers[0], (torch.ones(1, 2, 16),), {"past_key_values": hf.DynamicCache()})
+    assert not can_call_again(model.model.layers[0], (torch.ones(1, 2, 16),), {"past_key_values": hf.DynamicCache()})
 
 
 # ------------------------------------------------------------------------------------------- what takes the tape
@@ -228,18 +231,18 @@ def with_batch_norm() -> nn.Module:
 @pytest.mark.parametrize("block", [Counting, Pure, with_batch_norm])
 def test_unknown_kinds_and_statistics_are_never_run_again(block: Callable[[], nn.Module]) -> None:
     profile = tightfit.measure(Net(block), batch(), loss=loss_of)
-    assert not any(region.may_rerun for region in profile.regions)
+    assert not any(region.module_recomputable for region in profile.regions)
 
 
 def test_the_user_may_allow_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rerun, "_pure", set(rerun._pure))
-    allow_rerun(Pure)
-    assert assert_same(Net(Pure), batch()).reruns == 3
+    monkeypatch.setattr(pure_modules, "_pure", set(pure_modules._pure))
+    allow_recompute(Pure)
+    assert assert_same(Net(Pure), batch()).recomputed_calls == 3
 
 
 def test_only_classes_of_modules_can_be_allowed() -> None:
-    with pytest.raises(UnsupportedInput, match=r"allow_rerun\(MyBlock\)"):
-        allow_rerun(Net(feed_forward))  # type: ignore[arg-type]  # the mistake that is told
+    with pytest.raises(UnsupportedInput, match=r"allow_recompute\(MyBlock\)"):
+        allow_recompute(Net(feed_forward))  # type: ignore[arg-type]  # the mistake that is told
 
 
 class WritesItsArgument(Pure):
@@ -262,13 +265,13 @@ class Later(nn.Module):
 
 
 def test_a_block_that_writes_its_argument_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rerun, "_pure", set(rerun._pure))
-    allow_rerun(WritesItsArgument, Pure)
+    monkeypatch.setattr(pure_modules, "_pure", set(pure_modules._pure))
+    allow_recompute(WritesItsArgument, Pure)
     for model in (Net(WritesItsArgument), Later()):
         profile = tightfit.measure(model, batch(), loss=loss_of)
         index = ProfileIndex(profile)
-        assert any(region.may_rerun for region in profile.regions)  # as far as kinds and arguments go
-        assert not any(index.may_rerun(region) for region in range(len(profile.regions)))
+        assert any(region.module_recomputable for region in profile.regions)  # as far as kinds and arguments go
+        assert not any(can_recompute_module(index, region) for region in range(len(profile.regions)))
 
 
 def hook_on_a_part(model: Net) -> None:
@@ -287,11 +290,11 @@ def other_kind_of_part(model: Net) -> None:
 @pytest.mark.parametrize("change", [hook_on_a_part, forward_of_a_part, other_kind_of_part])
 def test_what_changed_after_planning_takes_the_tape(change: Callable[[Net], None]) -> None:
     model, data = Net(feed_forward), batch()
-    plan = rerun_all(tightfit.measure(model, data, loss=loss_of))
+    plan = recompute_all(tightfit.measure(model, data, loss=loss_of))
     with tightfit.apply(model, plan) as applied:
         change(model)
         planned = step(model, data)
-    assert applied.statistics.reruns == 2
+    assert applied.statistics.recomputed_calls == 2
     assert applied.statistics.unplanned_calls == 1
     assert applied.statistics.taped_ops > 0
     assert not differences(step(model, data), planned)
@@ -299,10 +302,10 @@ def test_what_changed_after_planning_takes_the_tape(change: Callable[[Net], None
 
 def test_autocast_takes_the_tape() -> None:
     model, data = Net(feed_forward), batch()
-    plan = rerun_all(tightfit.measure(model, data, loss=loss_of))
+    plan = recompute_all(tightfit.measure(model, data, loss=loss_of))
     with tightfit.apply(model, plan) as applied, torch.autocast("cpu", torch.bfloat16):
         planned = step(model, data)
-    assert applied.statistics.reruns == 0
+    assert applied.statistics.recomputed_calls == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert not differences(step(model, data), planned)
 
@@ -365,7 +368,7 @@ def test_backward_twice_through_one_graph() -> None:
     plain = twice()
     with applied_to(model, data) as applied:
         assert not differences(plain, twice())
-    assert applied.statistics.reruns == 6
+    assert applied.statistics.recomputed_calls == 6
 
 
 def test_gradients_of_gradients() -> None:
@@ -395,46 +398,46 @@ def test_the_loss_inside_a_step_with_its_backward() -> None:
             loss.backward()
         planned = {**snapshot(model, loss), "random state": torch.get_rng_state()}
     assert not differences(plain, planned)
-    assert applied.statistics.reruns == 3
+    assert applied.statistics.recomputed_calls == 3
 
 
 def test_a_plan_survives_its_file(tmp_path: Any) -> None:
     model, data = Net(feed_forward), batch()
     profile = tightfit.measure(model, data, loss=loss_of)
-    rerun_all(profile).save(tmp_path / "plan.json")
+    recompute_all(profile).save(tmp_path / "plan.json")
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile
-    assert assert_same(model, data, Plan.load(tmp_path / "plan.json")).reruns == 3
+    assert assert_same(model, data, Plan.load(tmp_path / "plan.json")).recomputed_calls == 3
 
 
 def test_an_embedding_that_scales_its_weight_is_not_pure() -> None:
-    assert rerun.is_pure(nn.Embedding(4, 4))
-    assert not rerun.is_pure(nn.Embedding(4, 4, max_norm=1.0))
-    assert not rerun.is_pure(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)))
+    assert pure_modules.is_pure(nn.Embedding(4, 4))
+    assert not pure_modules.is_pure(nn.Embedding(4, 4, max_norm=1.0))
+    assert not pure_modules.is_pure(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)))
 
 
 def test_hooks_on_all_modules_are_noticed() -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not rerun.is_pure(nn.Linear(4, 4))
+    assert not pure_modules.is_pure(nn.Linear(4, 4))
     handle.remove()
-    assert rerun.is_pure(nn.Linear(4, 4))
+    assert pure_modules.is_pure(nn.Linear(4, 4))
 
 
 def test_batches_of_other_sizes_are_planned_without_a_metered_run() -> None:
     model, data = Net(feed_forward, count=4), batch()
     profile = tightfit.measure(model, data, loss=loss_of)
-    budget_bytes = int(1.1 * rerun_all(profile).predicted_peak_bytes)
+    budget_bytes = int(1.1 * recompute_all(profile).predicted_peak_bytes)
     other = torch.randn(17, 23, 32, generator=torch.Generator().manual_seed(2))
     plain = step(model, other)
     with tightfit.fit(model, data, budget=budget_bytes, loss=loss_of) as applied:
-        assert any(recipe.rerun for recipe in applied.plan.recipes)
-        assert applied.shapes is not None
+        assert any(recipe.executor == "module" for recipe in applied.plan.recipes)
+        assert applied.plans is not None
         applied.statistics.reset()
         torch.manual_seed(3)
         model.zero_grad(set_to_none=True)
         loss = applied.loss(model, other)
         loss.backward()
         planned = {**snapshot(model, loss), "random state": torch.get_rng_state()}
-        assert applied.shapes.statistics.guarded == 0
-        assert applied.statistics.reruns > 0
+        assert applied.plans.statistics.tried == 0
+        assert applied.statistics.recomputed_calls > 0
     assert not differences(plain, planned)

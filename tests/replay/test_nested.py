@@ -13,55 +13,53 @@ from tests.replay.programs import Program, loss_of, programs
 from tests.replay.test_random_modules import INEXACT, RANDOM_STATE_BYTES, SMALL, check_same, is_random, steps
 from tests.support.chains import RNN, ResidualMLP
 from tightfit.device import memory as meter
-from tightfit.records import Decision, Group, Plan
-from tightfit.records.recompute_tree import Nest, tree_nest
+from tightfit.records import Decision, Plan, SharedTape
+from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.tape import Tape
 from tightfit.report.plan_table import format_plan
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
+from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver
 
 
 @st.composite
-def nested_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decision], tuple[Group, ...]]:
-    """Any decisions, with any consecutive regions in groups, any leaves and any tree."""
+def shared_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decision | None], tuple[SharedTape, ...]]:
+    """Any decisions, with any consecutive regions on shared tapes, any leaves and any tree."""
     regions = index.profile.regions
-    groups: list[Group] = []
+    shared_tapes: list[SharedTape] = []
     first = 0
     while first < len(regions):
         count = draw(st.integers(1, len(regions) - first))
         ops = [(region, position) for region in range(count) for position in range(regions[first + region].op_count)]
         cuts = sorted(draw(st.sets(st.sampled_from(ops[1:]), max_size=12))) if len(ops) > 1 else []
         at_top = [draw(st.booleans()) for _ in cuts]
-        groups.append(Group(first=first, count=count, nest=tree_nest(cuts, at_top, draw(st.integers(2, 4)))))
+        tree = balanced_tree(cuts, at_top, draw(st.integers(2, 4)))
+        shared_tapes.append(SharedTape(first=first, count=count, tree=tree))
         first += count
-    decisions: list[Decision] = []
-    for group in groups:
-        facts = index.group_facts(group.first, group.count)
+    decisions: list[Decision | None] = []
+    for shared in shared_tapes:
+        facts = index.tape_facts(shared.first, shared.count)
         optional = sorted(facts.optional)
         kept = draw(st.lists(st.sampled_from(optional), unique=True)) if optional and draw(st.booleans()) else []
-        for region in range(group.first, group.first + group.count):
-            decisions.append(frozenset(index.local(v) for v in kept if index.producer_region(v) == region))
-    alone = {
-        g.first for g in groups if g.count == 1 and not index.needed_ops(g.first, decisions[g.first] or frozenset())
-    }
-    return decisions, tuple(g for g in groups if g.first not in alone)
+        for region in range(shared.first, shared.first + shared.count):
+            decisions.append(keeping(index, [v for v in kept if index.producer_region(v) == region]))
+    return decisions, tuple(shared_tapes)
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 @settings(SMALL, max_examples=15)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
-def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
+def test_any_tree_over_any_program(model: Program, data: st.DataObject) -> None:
     batch = model.batch
     plain = steps(model, batch)
     model.reset()
     profile = tightfit.measure(model, batch, loss=loss_of)
     index = ProfileIndex(profile)
-    decisions, groups = data.draw(nested_decisions(index))
-    simulated = simulate(index, decisions, groups)
-    plan = build_plan(index, decisions, 2**40, groups=groups)
+    decisions, shared_tapes = data.draw(shared_decisions(index))
+    simulated = simulate(index, decisions, shared_tapes)
+    plan = build_plan(index, decisions, 2**40, shared_tapes=shared_tapes)
     plan.check()
     with tightfit.apply(model, plan) as applied:
         check_same(plain, steps(model, batch, applied))
@@ -86,7 +84,7 @@ def test_any_nest_of_any_program(model: Program, data: st.DataObject) -> None:
 
 
 def test_a_nest_holds_what_its_subtrees_pass_on() -> None:
-    nest = tree_nest([(0, n) for n in range(1, 8)], [False, False, False, True, False, False, False], 2)
+    nest = balanced_tree([(0, n) for n in range(1, 8)], [False, False, False, True, False, False, False], 2)
     assert nest.depths == (2, 1, 2, 0, 2, 1, 2)
     assert nest.leaf_count == 8
     assert [nest.leaf_at(0, n) for n in (0, 1, 7, 9)] == [0, 1, 7, 7]
@@ -95,8 +93,8 @@ def test_a_nest_holds_what_its_subtrees_pass_on() -> None:
     held = {(1, 2): {0, 1, 2, 3}, (0, 1): {0, 1}, (3, 4): set(range(8)), (2, 2): {2}, (4, 6): {4, 5, 6, 7}}
     for (first, last), leaves in held.items():
         assert {leaf for leaf in range(8) if nest.holds(first, last, leaf)} == leaves
-    assert tree_nest([(0, n) for n in range(1, 6)], [False] * 5, 9).depths == (1,) * 5
-    assert Nest().holds(0, 0, 0)
+    assert balanced_tree([(0, n) for n in range(1, 6)], [False] * 5, 9).depths == (1,) * 5
+    assert RecomputeTree().holds(0, 0, 0)
 
 
 def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
@@ -126,7 +124,6 @@ def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
     assert abs(peak_bytes - plan.predicted_peak_bytes) <= 256
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     torch.manual_seed(0)
     batch = torch.randn(512, 8)
@@ -143,7 +140,7 @@ def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     forward_ops = {op for region in profile.regions for op in range(region.first_op, region.first_op + region.op_count)}
     budget = profile.baseline_bytes + smallest[50] + 4 * 14 * passing_bytes
     middle = solver.solve(budget)
-    replayed = simulate(solver.index, *decided(middle)).replayed_ops
+    replayed = simulate(solver.index, middle.decisions, middle.shared_tapes).replayed_ops
     assert len(replayed) <= 2 * len(forward_ops)
     check_step(model, batch, middle)
     lowest = solver.solve(profile.baseline_bytes + smallest[200])
@@ -151,7 +148,6 @@ def test_200_residual_layers_in_the_logarithm_of_their_depth() -> None:
     check_step(model, batch, lowest)
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 def test_100_steps_of_a_loop_in_one_region() -> None:
     torch.manual_seed(0)
     smallest = {}
@@ -165,31 +161,25 @@ def test_100_steps_of_a_loop_in_one_region() -> None:
     check_step(model, batch, solver.solve(solver.minimum_budget()[0]))
 
 
-def decided(plan: Plan) -> tuple[list[Decision], tuple[Group, ...]]:
-    """A plan's decisions, as `simulate` wants them."""
-    keep = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
-    return list(keep), plan.groups
-
-
 @pytest.mark.usefixtures("_cheap_measuring")
-def test_regions_of_a_group_that_another_plan_never_ran_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans for other shapes share what is calibrated: the group's first region may be, and the others not."""
+def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for other shapes share what is calibrated: its first region may be, and the others not."""
     model, batch = ResidualMLP(6), torch.randn(64, 8)
     profile = tightfit.measure(model, batch)
     plan = Solver(profile).solve(Solver(profile).minimum_budget()[0])
-    assert plan.groups
+    assert plan.shared_tapes
     watched: set[str] = set()
     begin = Tape.begin_region
 
     def noting(tape: Tape, recipe: LiveRecipe | None, refused: set[int]) -> None:
         begin(tape, recipe, refused)
-        if tape.is_calibrating and recipe is not None and recipe.group is not None:
-            watched.add(plan.regions[recipe.group.first + recipe.place].key)
+        if tape.is_calibrating and recipe is not None and recipe.shared is not None:
+            watched.add(plan.regions[recipe.shared.first + recipe.place].key)
 
     monkeypatch.setattr(Tape, "begin_region", noting)
     first, *others = [region.key for region in plan.regions]
     with tightfit.apply(model, plan) as applied:
-        applied.live.calibrated.add(first)
+        applied.resolved.calibrated.add(first)
         applied.loss(model, batch).backward()
         assert watched == set(others)
         watched.clear()

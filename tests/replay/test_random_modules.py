@@ -17,6 +17,7 @@ from tests.replay.steps import steps
 from tightfit.device import memory as meter
 from tightfit.records import Decision
 from tightfit.simulation.simulator import ProfileIndex, simulate
+from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import full_plan, minimum_budget, solve
 
@@ -69,12 +70,12 @@ INEXACT = ("in place", "checkpoint", "failed attempt", "raw kernel", "numpy writ
 
 
 @st.composite
-def decisions(draw: st.DrawFn, index: ProfileIndex) -> list[Decision]:
-    found: list[Decision] = []
+def decisions(draw: st.DrawFn, index: ProfileIndex) -> list[Decision | None]:
+    found: list[Decision | None] = []
     for region, facts in enumerate(index.facts):
         optional = sorted(facts.optional)
         kept = draw(st.lists(st.sampled_from(optional), unique=True)) if optional else []
-        found.append(draw(st.sampled_from([None, frozenset(index.local(v) for v in kept)])))
+        found.append(draw(st.sampled_from([None, keeping(index, kept)])))
         assert region < len(index.profile.regions)
     return found
 
@@ -83,7 +84,6 @@ def is_random(name: str) -> bool:
     return any(word in name for word in ("dropout", "rand", "bernoulli"))
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 @settings(SMALL, max_examples=25)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_planned(model: Program, data: st.DataObject) -> None:
@@ -117,8 +117,7 @@ def test_planned(model: Program, data: st.DataObject) -> None:
         _, peak_bytes = meter.measure_peak(step, meter.resident_bytes(model, batch))
     counts = applied.statistics
     assert (counts.mismatches, counts.unplanned_calls) == (0, 0)
-    decided = [None if r.recipe < 0 else frozenset(plan.recipes[r.recipe].keep) for r in plan.regions]
-    assert counts.replayed_ops == len(simulate(index, decided, plan.groups).replayed_ops)
+    assert counts.replayed_ops == len(simulate(index, plan.decisions, plan.shared_tapes).replayed_ops)
     drawn = sum(is_random(profile.signatures[op.signature].name) for op in profile.ops)
     # Never above the prediction; a few programs (sorting, in-place) stay one or two values below it.
     assert peak_bytes <= plan.predicted_peak_bytes + 256 + drawn * RANDOM_STATE_BYTES

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.solver.profiles import STREAM, OpSpec, Own, chain_template, profile_of, random_profile
 from tightfit.records import Decision, EventKind, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import fixed_peaks, region_curve, simulate
 
@@ -37,18 +38,18 @@ def naive_plain_peak(profile: Profile) -> int:
     return highest + sum(profile.baseline.values()) + profile.correction_bytes + profile.margin_bytes
 
 
-def random_plan(index: ProfileIndex, rng: random.Random) -> list[Decision]:
-    plan: list[Decision] = []
+def random_plan(index: ProfileIndex, rng: random.Random) -> list[Decision | None]:
+    plan: list[Decision | None] = []
     for region, facts in enumerate(index.facts):
         if rng.random() < 0.3:
             plan.append(None)
         else:
-            plan.append(frozenset(index.local(v) for v in sorted(facts.optional) if rng.random() < 0.4))
+            plan.append(BY_VALUE.decide({index.local(v) for v in sorted(facts.optional) if rng.random() < 0.4}))
         assert region == facts.index
     return plan
 
 
-def additive_peaks(index: ProfileIndex, plan: list[Decision]) -> list[int]:
+def additive_peaks(index: ProfileIndex, plan: list[Decision | None]) -> list[int]:
     """Highest bytes within each event by adding up the regions' curves."""
     peaks = fixed_peaks(index)
     levels = [0] * len(peaks)
@@ -105,7 +106,7 @@ def test_each_needed_operation_is_replayed_once_and_nothing_is_left(seed: int) -
         assert len(set(curve.replayed_ops)) == len(curve.replayed_ops)
         assert sum(delta for _, delta in curve.deltas) == 0
         if decision is not None:
-            assert set(curve.replayed_ops) == set(index.needed_ops(region, decision))
+            assert set(curve.replayed_ops) == set(index.needed_ops(region, decision.kept))
 
 
 def test_spike_while_a_source_is_let_go() -> None:
@@ -114,11 +115,11 @@ def test_spike_while_a_source_is_let_go() -> None:
     second = (OpSpec(reads=(STREAM,), makes=(400,), saves=(Own(0),)),)
     profile = profile_of([first, second], [0, 1])
     index = ProfileIndex(profile)
-    result = simulate(index, [None, frozenset()])
+    result = simulate(index, [None, BY_VALUE.decide(())])
     # Forward: 1000 + 400. Backward: one gradient of 8 besides the source of 1000 and the replayed 400.
     assert result.peak_bytes == profile.baseline_bytes + 8 + 1000 + 400
     assert result.peak_where == "backward of layers.1#0"
-    assert max(additive_peaks(index, [None, frozenset()])) == result.peak_bytes
+    assert max(additive_peaks(index, [None, BY_VALUE.decide(())])) == result.peak_bytes
 
 
 def test_writing_in_place_replays_on_a_copy_only_if_others_need_it() -> None:
@@ -129,11 +130,11 @@ def test_writing_in_place_replays_on_a_copy_only_if_others_need_it() -> None:
     )
     profile = profile_of([template], [0])
     index = ProfileIndex(profile)
-    result = simulate(index, [frozenset()])
+    result = simulate(index, [BY_VALUE.decide(())])
     assert result.replayed_ops == (0, 1)
     assert result.peak_bytes == profile.baseline_bytes + 64 + 2 * 8
     # (op 1, output -1): the value that the in-place operation made is held instead, and nothing is replayed.
-    assert simulate(index, [frozenset({(1, -1)})]).replayed_ops == ()
+    assert simulate(index, [BY_VALUE.decide({(1, -1)})]).replayed_ops == ()
 
 
 def test_several_outputs_one_replay() -> None:
@@ -142,18 +143,18 @@ def test_several_outputs_one_replay() -> None:
         OpSpec(reads=(Own(0),), makes=(32,), saves=(Own(2),)),
     )
     index = ProfileIndex(profile_of([template], [0]))
-    assert simulate(index, [frozenset()]).replayed_ops == (0, 1)
-    assert simulate(index, [frozenset({(0, 0)})]).replayed_ops == (1, 0)
-    assert simulate(index, [frozenset({(0, 0), (0, 1)})]).replayed_ops == (1,)
+    assert simulate(index, [BY_VALUE.decide(())]).replayed_ops == (0, 1)
+    assert simulate(index, [BY_VALUE.decide({(0, 0)})]).replayed_ops == (1, 0)
+    assert simulate(index, [BY_VALUE.decide({(0, 0), (0, 1)})]).replayed_ops == (1,)
 
 
 def test_overhead_counts_mode_and_tape() -> None:
     profile = profile_of([chain_template(4)], [0], mode_ms=0.5, tape_ms=0.25)
     index = ProfileIndex(profile)
-    kept = frozenset({(1, 0), (2, 0), (3, 0)})
-    assert simulate(index, [kept]).step_ms == profile.plain_step_ms + 1.0 + 4 * 0.5 + 1 * 0.25
+    kept = {(1, 0), (2, 0), (3, 0)}
+    assert simulate(index, [BY_VALUE.decide(kept)]).step_ms == profile.plain_step_ms + 1.0 + 4 * 0.5 + 1 * 0.25
     everything = kept | {(0, 0)}
-    assert simulate(index, [everything]).step_ms == profile.plain_step_ms
+    assert simulate(index, [BY_VALUE.decide(everything)]).step_ms == profile.plain_step_ms
 
 
 def test_a_saved_value_in_a_baseline_storage_costs_nothing() -> None:

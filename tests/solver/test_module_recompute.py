@@ -1,4 +1,4 @@
-"""Running modules again as one more decision: chosen where it is faster, never where it is not, within the bound."""
+"""Recomputing modules as one more decision: chosen where it is faster, never where it is not, within the bound."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from itertools import chain, combinations, product
 import pytest
 
 from tests.solver.profiles import STREAM, OpSpec, Own, gpt_profile, profile_of
-from tightfit.records import RERUN, Decision, Profile
+from tightfit.records import Decision, Profile
+from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
-from tightfit.solver.columns import keep_set, useful_values
+from tightfit.solver.columns import keeping, useful_values
 from tightfit.solver.solver import Solver
+
+MODULE = Decision("module")
 
 
 def allowed(profile: Profile, *, per_op: float = 0.0, per_call: float = 0.0) -> Profile:
-    """The profile with every region's module allowed to run again, at this cost."""
-    regions = tuple(replace(region, may_rerun=True) for region in profile.regions)
-    return replace(profile, regions=regions, rerun_ms_per_op=per_op, rerun_ms_per_call=per_call)
+    """The profile with every region's module allowed to be recomputed, at this cost."""
+    regions = tuple(replace(region, module_recomputable=True) for region in profile.regions)
+    return replace(profile, regions=regions, module_ms_per_op=per_op, module_ms_per_call=per_call)
 
 
 def blocks(count: int, seed: int = 0, *, ops: int = 3) -> Profile:
@@ -37,11 +40,11 @@ def blocks(count: int, seed: int = 0, *, ops: int = 3) -> Profile:
     return profile_of([template], [0] * count, mode_ms=2.0, tape_ms=3.0)
 
 
-def all_decisions(index: ProfileIndex, region: int) -> list[Decision]:
+def all_decisions(index: ProfileIndex, region: int) -> list[Decision | None]:
     useful = useful_values(index, region)
     sets = chain.from_iterable(combinations(useful, size) for size in range(len(useful) + 1))
-    found: list[Decision] = [None, *(keep_set(index, values) for values in sets)]
-    return [*found, RERUN] if index.may_rerun(region) else found
+    found: list[Decision | None] = [None, *(keeping(index, values) for values in sets)]
+    return [*found, MODULE] if can_recompute_module(index, region) else found
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -67,14 +70,14 @@ def test_it_is_chosen_where_it_costs_less_and_only_there() -> None:
     for per_call, expected in ((0.0, True), (1e6, False)):
         profile = replace(allowed(gpt_profile(4), per_call=per_call), tape_ms_per_op=0.5, mode_ms_per_op=0.5)
         index = ProfileIndex(profile)
-        decisions = [RERUN if index.may_rerun(region) else None for region in range(len(profile.regions))]
+        decisions = [MODULE if can_recompute_module(index, region) else None for region in range(len(profile.regions))]
         plan = Solver(profile).solve(simulate(index, decisions).peak_bytes)
-        assert any(recipe.rerun for recipe in plan.recipes) == expected
+        assert any(recipe.executor == "module" for recipe in plan.recipes) == expected
 
 
 def test_the_bound_holds_for_large_classes() -> None:
     profile = replace(allowed(gpt_profile(6), per_op=0.1), tape_ms_per_op=0.5, mode_ms_per_op=0.5)
-    without = replace(profile, regions=tuple(replace(region, may_rerun=False) for region in profile.regions))
+    without = replace(profile, regions=tuple(replace(region, module_recomputable=False) for region in profile.regions))
     solver, other = Solver(profile), Solver(without)
     lowest = solver.smallest_at_one_level().peak_bytes
     highest = solver.plain(1 << 40).predicted_peak_bytes
@@ -97,9 +100,9 @@ def test_a_lone_block_that_runs_again_keeps_the_bound_below_it() -> None:
 
 def test_what_must_be_kept_or_is_written_forbids_it() -> None:
     plain = allowed(blocks(2))
-    assert all(ProfileIndex(plain).may_rerun(region) for region in range(2))
+    assert all(can_recompute_module(ProfileIndex(plain), region) for region in range(2))
     kept = replace(plain, ops=(replace(plain.ops[0], keep_reason="unsafe"), *plain.ops[1:]))
-    assert not ProfileIndex(kept).may_rerun(0)
+    assert not can_recompute_module(ProfileIndex(kept), 0)
     written = plain.ops[0].inputs[0]
     values = tuple(replace(v, overwritten=True) if i == written else v for i, v in enumerate(plain.values))
-    assert not ProfileIndex(replace(plain, values=values)).may_rerun(0)
+    assert not can_recompute_module(ProfileIndex(replace(plain, values=values)), 0)

@@ -16,6 +16,7 @@ from benchmarks.baselines.policies import best_that_fits, every_kth, greedy, kna
 from benchmarks.baselines.rotor import Stage, chain_of, in_slots, one_level_decisions, rotor
 from tests.solver.profiles import STREAM, OpSpec, Own, chain_template, gpt_profile, profile_of, random_profile
 from tightfit.records import EventKind, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.lower_bound import added_ms_bound
@@ -161,7 +162,7 @@ def test_a_profile_as_a_chain() -> None:
     assert tight is not None
     decisions = one_level_decisions(index, regions, tight)
     assert decisions is not None
-    assert frozenset() in decisions
+    assert BY_VALUE.decide(()) in decisions
 
 
 # ------------------------------------------------------------------------------------------------------ Checkmate
@@ -327,7 +328,7 @@ def test_tightfit_is_never_faster_than_checkmate_and_equal_where_its_space_is_ex
         least, plain = solver.smallest_at_one_level().peak_bytes, solver.plain(0).predicted_peak_bytes
         for budget in {least, (least + plain) // 2}:
             plan = solver.solve(budget)
-            if plan.groups:
+            if plan.shared_tapes:
                 continue
             found = checkmate(solver.index, region, 1, budget)
             added_ms = plan.predicted_step_ms - plan.plain_step_ms
@@ -388,7 +389,7 @@ def test_where_every_decision_is_on_offer_the_bound_is_the_plan() -> None:
         for share in (0.2, 0.6):
             budget = pool.smallest[0] + int((plain - pool.smallest[0]) * share)
             plan = Solver(profile).solve(budget)
-            if pool.is_complete and not plan.is_plain and not plan.groups:
+            if pool.is_complete and not plan.is_plain and not plan.shared_tapes:
                 assert plan.lower_bound_ms == pytest.approx(plan.predicted_step_ms, rel=1e-7)
                 found += 1
     assert found > 5

@@ -12,17 +12,17 @@ from tightfit.records import Decision, Profile
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver import column_generation as generate
-from tightfit.solver.column_generation import Pool
-from tightfit.solver.columns import ColumnSource, keep_set
+from tightfit.solver.column_generation import ColumnPool
+from tightfit.solver.columns import ColumnSource, keeping
 from tightfit.solver.pricing import Prices, PricingModel
-from tightfit.solver.region_mip import ExactModel
+from tightfit.solver.region_mip import RegionProgram
 from tightfit.solver.solver import Solver
 
 
-def all_decisions(index: ProfileIndex, region: int) -> list[Decision]:
+def all_decisions(index: ProfileIndex, region: int) -> list[Decision | None]:
     values = sorted(index.facts[region].optional)
     sets = chain.from_iterable(combinations(values, size) for size in range(len(values) + 1))
-    return [None, *(keep_set(index, kept) for kept in sets)]
+    return [None, *(keeping(index, kept) for kept in sets)]
 
 
 def test_at_prices_it_is_a_bound_and_mostly_the_least_cost() -> None:
@@ -31,10 +31,10 @@ def test_at_prices_it_is_a_bound_and_mostly_the_least_cost() -> None:
         index = ProfileIndex(random_profile(seed, regions=3))
         source = ColumnSource(index)
         shared = frozenset(storage for storage, regions in source.holders.items() if len(regions) > 1)
-        pool = Pool(source, Pool(ColumnSource(ProfileIndex(generate.untimed(index.profile)))))
+        pool = ColumnPool(source, ColumnPool(ColumnSource(ProfileIndex(index.profile.with_unit_times()))))
         rng = random.Random(seed)
         for region, facts in enumerate(index.facts):
-            exact = ExactModel(index, region, shared)
+            exact = RegionProgram(index, region, shared)
             if not exact.usable or len(facts.optional) > 7:
                 continue
             times = rng.sample(range(len(index.profile.events)), 3)

@@ -7,7 +7,7 @@ import pytest
 from tests.solver.profiles import chain_template, gpt_profile, profile_of, random_profile
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import region_curve
-from tightfit.solver.columns import ColumnSource, keep_set, useful_values
+from tightfit.solver.columns import ColumnSource, keeping, useful_values
 
 
 # In 10661, two regions of one class read storages of different sizes.
@@ -18,7 +18,7 @@ def test_a_shared_column_is_the_region_s_own(seed: int) -> None:
     source = ColumnSource(index)
     for region in range(len(profile.regions)):
         useful = useful_values(index, region)
-        for decision in (frozenset(), keep_set(index, useful[:1]), keep_set(index, useful[1:])):
+        for decision in (keeping(index, ()), keeping(index, useful[:1]), keeping(index, useful[1:])):
             column = source.column(region, decision)
             curve = region_curve(index, region, decision)
             # All that the curve says, without any sharing: the level after each of its moments.

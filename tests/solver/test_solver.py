@@ -27,6 +27,7 @@ from tests.solver.profiles import (
 )
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import Decision, Plan, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.solver import Solver, full_plan, minimum_budget, plain_plan, solve
@@ -34,11 +35,11 @@ from tightfit.solver.solver import Solver, full_plan, minimum_budget, plain_plan
 MIB = 1 << 20
 
 
-def all_decisions(index: ProfileIndex, region: int) -> list[Decision]:
-    """Untouched, and every keep set."""
+def all_decisions(index: ProfileIndex, region: int) -> list[Decision | None]:
+    """Untouched, and every choice of kept values."""
     names = sorted(index.local(value) for value in index.facts[region].optional)
     sets = chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
-    return [None, *(frozenset(keep) for keep in sets)]
+    return [None, *(BY_VALUE.decide(kept) for kept in sets)]
 
 
 def brute_force(index: ProfileIndex, most: int) -> list[tuple[int, float]]:
@@ -55,10 +56,7 @@ def brute_force(index: ProfileIndex, most: int) -> list[tuple[int, float]]:
 
 def check_plan(profile: Profile, plan: Plan) -> None:
     index = ProfileIndex(profile)
-    decisions: list[Decision] = [
-        None if region.recipe < 0 else frozenset(plan.recipes[region.recipe].keep) for region in plan.regions
-    ]
-    again = simulate(index, decisions, plan.groups)
+    again = simulate(index, plan.decisions, plan.shared_tapes)
     assert again.peak_bytes == plan.predicted_peak_bytes <= plan.budget_bytes
     assert again.step_ms == pytest.approx(plan.predicted_step_ms, abs=1e-8)
     assert sum(plan.breakdown.values()) == plan.predicted_peak_bytes
@@ -82,7 +80,7 @@ def test_optimal_against_brute_force(seed: int) -> None:
             continue
         plan = solver.solve(budget)
         best = min(ms for peak, ms in outcomes if peak <= budget)
-        if plan.groups:  # below one level there may be something faster than the best at one level
+        if plan.shared_tapes:  # below one level there may be something faster than the best at one level
             assert plan.predicted_step_ms < best
         else:
             assert plan.predicted_step_ms == pytest.approx(best, abs=1e-6)
@@ -254,20 +252,13 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_passes_with_torch_blocked() -> None:
-    """These floors read, simulate and solve without torch installed (the façade above them needs it)."""
-    here = Path(__file__).parent
-    package = here.parent.parent / "tightfit"
-    code = (
-        "import sys, types; sys.modules['torch'] = None\n"
-        "tightfit = sys.modules['tightfit'] = types.ModuleType('tightfit')\n"
-        f"tightfit.__path__ = [{str(package)!r}]\n"
-        "import pytest\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'hand or shared or frozen or ample', "
-        f"{str(here)!r}, {str(here.parent / 'test_codec.py')!r}, {str(here.parent / 'test_simulate.py')!r}]))"
-    )
+    """Some of what `make test-fast` runs: reading, simulating and solving need no PyTorch."""
+    tests = Path(__file__).parents[1]
+    words = ["-q", "-p", "no:cacheprovider", "-p", "tests.support.without_torch", "-k", "hand or ample or ends"]
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=here.parent.parent
-    )
+        [sys.executable, "-m", "pytest", *words, *(str(tests / room) for room in ("records", "simulation", "solver"))],
+        capture_output=True, text=True, timeout=600, cwd=tests.parent,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
 
 

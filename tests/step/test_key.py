@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tightfit.operators.escaped_memory import ExposureWatch
-from tightfit.step.key import ModelWatch, StepShape, step_shape
+from tightfit.step.key import ModelWatch, StepKey, step_key
 
 x, y = torch.zeros(4, 8), torch.zeros(4, 8)
 
@@ -21,8 +21,8 @@ class Holder:
     scale: float = 1.0
 
 
-def shape_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.Optimizer) -> StepShape:
-    return step_shape(ModelWatch(model or nn.Linear(8, 8)), batch, optimizers)
+def key_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.Optimizer) -> StepKey:
+    return step_key(ModelWatch(model or nn.Linear(8, 8)), batch, optimizers)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def shape_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.opti
 )
 def test_equal(one: Any, other: Any) -> None:
     model = nn.Linear(8, 8)
-    assert shape_of(one, model) == shape_of(other, model)
-    assert hash(shape_of(one, model)) == hash(shape_of(other, model))
+    assert key_of(one, model) == key_of(other, model)
+    assert hash(key_of(one, model)) == hash(key_of(other, model))
 
 
 @pytest.mark.parametrize(
@@ -65,22 +65,22 @@ def test_equal(one: Any, other: Any) -> None:
 )  # fmt: skip
 def test_different(one: Any, other: Any) -> None:
     model = nn.Linear(8, 8)
-    assert shape_of(one, model) != shape_of(other, model)
+    assert key_of(one, model) != key_of(other, model)
 
 
 def test_the_model_and_the_settings_count() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
     optimizer = torch.optim.SGD(model.parameters())
     watch = ModelWatch(model)
-    shapes = [step_shape(watch, x, (optimizer,))]
+    keys = [step_key(watch, x, (optimizer,))]
 
     def changed() -> None:
-        now = step_shape(watch, x, (optimizer,))
-        assert now == step_shape(watch, x, (optimizer,)) == shape_of(x, model, optimizer)
-        assert hash(now) == hash(shape_of(x, model, optimizer))
-        assert now not in shapes
-        assert (now.sizes, now.numbers) == (shapes[0].sizes, shapes[0].numbers)
-        shapes.append(now)
+        now = step_key(watch, x, (optimizer,))
+        assert now == step_key(watch, x, (optimizer,)) == key_of(x, model, optimizer)
+        assert hash(now) == hash(key_of(x, model, optimizer))
+        assert now not in keys
+        assert (now.sizes, now.numbers) == (keys[0].sizes, keys[0].numbers)
+        keys.append(now)
 
     model.eval()
     changed()
@@ -115,14 +115,14 @@ def test_looking_does_not_count_as_handing_out_memory() -> None:
     exposed: list[torch.Tensor] = []
     watch = ExposureWatch(exposed.append)
     with watch:
-        shape_of((x, y.t()))
+        key_of((x, y.t()))
         assert exposed == []
         x.untyped_storage()
     assert len(exposed) == 1
 
 
 def test_growth_is_that_of_the_tensor_that_grew_most() -> None:
-    small, large = shape_of((torch.zeros(4, 8), torch.zeros(4, 1))), shape_of((torch.zeros(4, 24), torch.zeros(2, 1)))
+    small, large = key_of((torch.zeros(4, 8), torch.zeros(4, 1))), key_of((torch.zeros(4, 24), torch.zeros(2, 1)))
     assert large.growth_from(small) == 3
     assert small.growth_from(large) == 2
     assert small.growth_from(small) == 1

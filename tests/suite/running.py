@@ -11,8 +11,9 @@ import torch
 from tests.suite.case import Case, OptimizerKind
 from tightfit.device import memory as meter
 from tightfit.replay.self_check import same_bits
+from tightfit.step.model import give_gradients
 from tightfit.step.snapshot import RandomState
-from tightfit.step.step import StepSpec, give_gradients
+from tightfit.step.step import Step
 
 
 @dataclass
@@ -58,7 +59,7 @@ def train(
     torch.manual_seed(0)
     random.seed(0)
     optimizers = case.optimizers(kind)
-    spec = StepSpec(loss=case.loss, optimizers=optimizers)
+    spec = Step(loss=case.loss, optimizer=optimizers)
     model = case.model
     settle(case, optimizers)
     found = Outcome()

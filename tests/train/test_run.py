@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -98,7 +97,7 @@ def test_epochs_end_with_an_incomplete_batch() -> None:
     logged = metrics(Path("runs/tests.train.user_code-numbers/m"))
     assert [(line["step"], line["epoch"]) for line in logged] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
     sizes = [line["samples_per_second"] * line["step_ms"] / 1000 for line in logged]
-    assert [round(size) for size in sizes] == [25, 25, 14, 25, 25, 14]
+    assert sizes == pytest.approx([25, 25, 14, 25, 25, 14])
 
 
 def test_a_run_that_goes_on_with_an_incomplete_batch_ends_with_the_same_weights() -> None:
@@ -183,15 +182,11 @@ def test_a_run_folder_of_recollect_is_recognised(words: list[str], capsys: pytes
 
 def start(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tightfit", "train", *words]
-    root = str(Path(__file__).parent.parent.parent)
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -226,7 +221,7 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
     while not metrics(run):
         time.sleep(0.01)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == code
     assert "Go on with --resume auto" in err
     assert "Traceback" not in err

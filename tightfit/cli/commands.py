@@ -20,9 +20,10 @@ from tightfit.cli.console import prefix_messages
 from tightfit.cli.doctor import examine, format_examination
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
 from tightfit.device.budget import Budget
+from tightfit.device.registry import accelerator_kind
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
-from tightfit.planning.fit import find_plan
+from tightfit.planning.search import find_plan
 from tightfit.records import Plan
 from tightfit.report.dry_run import format_dry_run
 from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
@@ -36,8 +37,8 @@ from tightfit.report.text import batch_note, format_measuring, format_peak, form
 from tightfit.solver.frontier import frontier_of
 from tightfit.solver.next_budget import next_useful_bytes
 from tightfit.solver.solver import Solver
-from tightfit.step.step import describe_batch
-from tightfit.train import Interrupted, TrainConfig, Workload, build, resolve, run
+from tightfit.step.batch import describe_batch
+from tightfit.train import Interrupted, TrainConfig, Workload, build, resolve
 from tightfit.train.data import DATASETS
 from tightfit.train.dry_run import rehearse
 from tightfit.train.files import replacing, write_text
@@ -46,6 +47,7 @@ from tightfit.train.launch.launcher import launch, noting_failure
 from tightfit.train.launch.rendezvous import process_group
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
+from tightfit.train.run import run
 
 
 def train(options: TrainOptions, command: Sequence[str]) -> int:
@@ -53,7 +55,7 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     config = TrainConfig(**{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
     if options.verbose:
         logging.getLogger("tightfit").setLevel(logging.INFO)
-    role = find_role(config, os.environ, torch.cuda.device_count())
+    role = find_role(config, os.environ, accelerator_kind().count())
     if options.dry_run:
         if not isinstance(role, Alone):
             raise UnsupportedInput(
@@ -112,9 +114,8 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
     options, source = resolve(options)
     _require_folder(options.output)
     work = build(options, source)
-    with find_plan(work.model, work.microbatch(0), work.spec(), work.budget) as applied:
-        solved, profile = applied.plan, applied.profile
-    assert profile is not None  # find_plan has measured
+    found = find_plan(work.model, work.microbatch(0), work.spec(), work.budget.step_bytes)
+    solved, profile = found.plan, found.profile
     more_bytes = next_useful_bytes(Solver(profile), solved)
     if options.output is not None:
         with replacing(Path(options.output)) as temporary:
@@ -171,8 +172,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     batch = work.microbatch(0)
     if solved is None:
         # With repair, as in training: what is verified is the plan that `tightfit train` would use.
-        with find_plan(work.model, batch, work.spec(), work.budget) as applied:
-            solved = applied.plan
+        solved = find_plan(work.model, batch, work.spec(), work.budget.step_bytes).plan
     verdict = tightfit.verify(
         work.model,
         batch,

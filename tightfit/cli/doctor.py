@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import tightfit
-from tightfit.device.memory import device_memory_bytes, free_memory_bytes
+from tightfit.device.registry import devices
 from tightfit.errors import TightfitError
 from tightfit.profiling.cost_cache import cache_folder
 from tightfit.units import format_bytes
@@ -30,7 +30,6 @@ _REQUIRED = ("torch", "numpy", "highspy", "safetensors", "rich", "PyYAML")
 
 def examine() -> dict[str, Any]:
     """Find everything that `tightfit doctor` prints, as plain data."""
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
         "tightfit": tightfit.__version__,
         "python": platform.python_version(),
@@ -39,14 +38,12 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": [
             {
-                "device": name,
-                "name": platform.processor() or platform.machine()
-                if name == "cpu"
-                else torch.cuda.get_device_name(name),
-                "memory_bytes": device_memory_bytes(name),
-                "free_bytes": free_memory_bytes(name),
+                "device": str(device.torch_device),
+                "name": device.name(),
+                "memory_bytes": device.capacity_bytes(),
+                "free_bytes": device.free_bytes(),
             }
-            for name in devices
+            for device in devices()
         ],
         "required": {name: _version(name) for name in _REQUIRED},
         "optional": {name: _version(name) for name in _EXTRAS},

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tightfit.device.memory import device_memory_bytes, free_memory_bytes
+from tightfit.device.registry import device_for
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.units import format_bytes, parse_bytes
 
@@ -45,7 +45,7 @@ class Budget:
         Args:
             budget: a size, a share of all the device's memory, ``auto`` (what is free there now, and what this process
                 holds there already), or a `Budget`.
-            device: a CPU or CUDA device.
+            device: whose memory.
             name: what messages call it, for example a flag.
 
         Raises:
@@ -95,23 +95,23 @@ class Budget:
 
 
 def _available_bytes(device: torch.device) -> int:
-    """What is free on the device, and what PyTorch's allocator holds there for this process."""
-    held_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-    return min(free_memory_bytes(device) + held_bytes, device_memory_bytes(device))
+    """Return what is free on the device, and what PyTorch's allocator holds there for this process."""
+    where = device_for(device)
+    return min(where.free_bytes() + where.reserved_bytes(), where.capacity_bytes())
 
 
 def _parsed(budget: int | str, device: torch.device) -> int:
     """Bytes; 0 for what is no size."""
     percent = _PERCENT.fullmatch(budget) if isinstance(budget, str) else None
     try:
-        return int(device_memory_bytes(device) * float(percent[1]) / 100) if percent else parse_bytes(budget)
+        return int(device_for(device).capacity_bytes() * float(percent[1]) / 100) if percent else parse_bytes(budget)
     except ValueError:
         return 0
 
 
 def _require_there(size_bytes: int, shown: int | str, device: torch.device, name: str) -> None:
     """Raise `UnsupportedInput` if the device has less memory."""
-    total_bytes = device_memory_bytes(device)
+    total_bytes = device_for(device).capacity_bytes()
     if size_bytes > total_bytes:
         raise UnsupportedInput(
             f"{name} {shown} is {format_bytes(size_bytes)}, but the device {device} has only "

@@ -1,24 +1,16 @@
-"""Was an error a lack of memory?  On a CPU that is a plain RuntimeError whose message tells, or a MemoryError."""
+"""Was an error a lack of memory?  Often that is a plain RuntimeError whose message tells, or a MemoryError."""
 
 from __future__ import annotations
 
 import errno
-import re
 
 import torch
 
-_MESSAGES = re.compile(
-    r"DefaultCPUAllocator: (?:can't allocate|not enough) memory"
-    r"|std::bad_alloc|\bbad_alloc\b|bad allocation"
-    r"|could not create a (?:memory|primitive)(?! desc)"  # oneDNN; a missing descriptor is an unsupported operation
-    r"|out of memory|Cannot allocate memory|failed to allocate"
-    r"|CU[A-Z]+_STATUS_ALLOC_FAILED",
-    re.IGNORECASE,
-)
+from tightfit.device.registry import KINDS
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error`, or what caused it, is that the process got no more memory, on any device.
+    """Tell whether `error`, or what caused it, is that the process got no more memory, on any device.
 
     >>> is_out_of_memory(MemoryError())
     True
@@ -32,7 +24,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        if isinstance(error, RuntimeError) and _MESSAGES.search(str(error)):
+        if isinstance(error, RuntimeError) and _says_so(str(error)):
             return True
         error = error.__cause__
     return False
+
+
+def _says_so(message: str) -> bool:
+    messages = [kind.out_of_memory_messages for kind in KINDS]
+    return any(pattern is not None and pattern.search(message) for pattern in messages)

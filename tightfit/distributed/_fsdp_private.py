@@ -1,7 +1,7 @@
-"""What tightfit uses of FSDP2's inside (`torch.distributed.fsdp.fully_shard`), each with the reason.
+"""Every private API of FSDP2 (`torch.distributed.fsdp.fully_shard`) that tightfit uses, each with the reason.
 
-Seen working in PyTorch 2.11 and 2.13.  FSDP2 has no public way to ask which modules it has wrapped and how, to copy
-such a model, or to hear when it gathers weights and lets them go; all of that decides how much memory a step takes.
+Tested with PyTorch 2.11 and 2.13.  FSDP2 has no public way to ask which modules it has sharded and how, to copy such a
+model, or to be called when it all-gathers weights and frees them.  All of that decides how much memory a step takes.
 
 Nothing here imports FSDP2 before the user did: a model without it costs one look at `sys.modules`.
 """
@@ -19,7 +19,7 @@ import torch
 
 from tightfit.errors import UnsupportedInput
 
-#: Settings of a group of parameters that `fully_shard` is not given, but methods of the module are.
+#: Settings of a parameter group that are no arguments of `fully_shard`: methods of the module set them.
 _SETTINGS = (
     "reduce_grads", "all_reduce_grads", "reshard_after_backward", "unshard_async_op", "unshard_in_backward",
     "reduce_scatter_max_input_buffers", "reduce_scatter_unused_params", "gradient_divide_factor",
@@ -29,28 +29,28 @@ _PACKAGE = "torch.distributed.fsdp"
 
 
 def sharded_modules(model: torch.nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was called on, outer ones first."""
-    return [module for module in model.modules() if _is_sharded_kind(type(module))] if _PACKAGE in sys.modules else []
+    """Return the modules that `fully_shard` was called on, outer ones first."""
+    return [module for module in model.modules() if _is_fsdp_class(type(module))] if _PACKAGE in sys.modules else []
 
 
 def unsharded_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The module's class as it was before `fully_shard`, which puts a subclass in its place."""
-    kind = type(module)
-    if not _is_sharded_kind(kind):
-        return kind
-    place: int = getattr(kind, "_orig_cls_mro_index", 2)
-    original: type[torch.nn.Module] = kind.__mro__[place]
+    """Return the module's class from before `fully_shard`, which replaces it by a subclass."""
+    cls = type(module)
+    if not _is_fsdp_class(cls):
+        return cls
+    position: int = getattr(cls, "_orig_cls_mro_index", 2)
+    original: type[torch.nn.Module] = cls.__mro__[position]
     return original
 
 
-def _is_sharded_kind(kind: type) -> bool:
-    """Whether `fully_shard` made this class."""
+def _is_fsdp_class(cls: type) -> bool:
+    """Tell whether `fully_shard` made this class."""
     base = getattr(sys.modules.get(_PACKAGE), "FSDPModule", None)
-    return base is not None and issubclass(kind, base)
+    return base is not None and issubclass(cls, base)
 
 
 def mesh_process_group(model: torch.nn.Module) -> Any:
-    """The processes that share the model's parameters; None for a model that is not sharded."""
+    """Return the `torch.distributed` group that the parameters are sharded over; None if they are not sharded."""
     for group in _groups(model):
         mesh = group.mesh_info.mesh
         return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
@@ -58,7 +58,10 @@ def mesh_process_group(model: torch.nn.Module) -> Any:
 
 
 def ensure_sharded(model: torch.nn.Module) -> None:
-    """Have FSDP2 decide which module is the root; let go of weights that a forward without backward left gathered."""
+    """Finish FSDP2's lazy initialisation, which finds the root, and reshard every module.
+
+    A forward without backward leaves weights unsharded.
+    """
     modules = sharded_modules(model)
     for module in modules:
         module._get_fsdp_state()._lazy_init()
@@ -67,9 +70,9 @@ def ensure_sharded(model: torch.nn.Module) -> None:
 
 
 def _states(model: torch.nn.Module) -> list[Any]:
-    """FSDP2's state of each call of `fully_shard`, outer ones first."""
-    found = {id(state): state for state in (module._get_fsdp_state() for module in sharded_modules(model))}
-    return list(found.values())
+    """Return FSDP2's state of each call of `fully_shard`, outer ones first."""
+    states = {id(state): state for state in (module._get_fsdp_state() for module in sharded_modules(model))}
+    return list(states.values())
 
 
 def _groups_of(state: Any) -> list[Any]:
@@ -88,70 +91,71 @@ def _groups(model: torch.nn.Module) -> list[Any]:
 
 @dataclass(frozen=True)
 class UnshardedParameter:
-    """A parameter that this process holds a part of, described as the whole."""
+    """A sharded parameter, described as it was before sharding."""
 
     tensors: tuple[torch.Tensor, ...]
-    """Everything that stands for it in the model."""
+    """The tensors that stand for it in the model: its shard and, if made already, the unsharded parameter."""
     shape: torch.Size
+    """Of the unsharded parameter."""
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
 
 
 def unsharded_parameters(model: torch.nn.Module) -> list[UnshardedParameter]:
-    """The sharded parameters of the model."""
-    found = []
+    """Describe each sharded parameter of the model."""
+    parameters = []
     for group in _groups(model):
-        for one in group.fsdp_params:
-            tensors = [one.sharded_param]
-            if hasattr(one, "_unsharded_param"):
-                tensors.append(one._unsharded_param)
-            found.append(
+        for param in group.fsdp_params:
+            tensors = [param.sharded_param]
+            if hasattr(param, "_unsharded_param"):
+                tensors.append(param._unsharded_param)
+            parameters.append(
                 UnshardedParameter(
                     tensors=tuple(tensors),
-                    shape=one._orig_size,
-                    dtype=one.sharded_param.dtype,
+                    shape=param._orig_size,
+                    dtype=param.sharded_param.dtype,
                     device=group.device,
-                    requires_grad=one.sharded_param.requires_grad,
+                    requires_grad=param.sharded_param.requires_grad,
                 )
             )
-    return found
+    return parameters
 
 
 def unsharded_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """The attributes of a sharded module, without FSDP2's state and hooks: what a copy shall have.
+    """Return a sharded module's attributes without FSDP2's state and hooks, for a copy of the module.
 
-    (`fully_shard` forbids `copy.deepcopy`, because its state cannot be copied.)
+    `fully_shard` forbids `copy.deepcopy`, because its state cannot be copied.
     """
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
     attributes = {name: value for name, value in vars(module).items() if name not in (REGISTRY_KEY, STATE_KEY)}
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = attributes[name]
-        attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_own(hook))
+        attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_fsdp_hook(hook))
     for name in ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
         attributes[name] = type(attributes[name])()
     return attributes
 
 
 def shard_copy(model: torch.nn.Module, copies: Mapping[int, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Shard a copy as the model is sharded.
+    """Shard an unsharded copy of the model in the way that the model is sharded.
 
     Args:
         model: a sharded model.
-        copies: of its modules and parameters, by the id of what was copied.
+        copies: the copies of its modules and parameters, by the id of the original.
 
     Returns:
-        Each sharded parameter of the model, and the copy's.
+        Pairs of each sharded parameter of the model and the same parameter of the copy.
 
     Raises:
-        UnsupportedInput: the model is sharded in a way that is not known here.
+        UnsupportedInput: the model is sharded along another dimension, or combined with another kind of parallelism.
     """
     from torch.distributed.fsdp import fully_shard
 
     _refuse_unknown(model)
     states = _states(model)
-    managed = {id(tensor) for whole in unsharded_parameters(model) for tensor in whole.tensors}
+    managed = {id(tensor) for parameter in unsharded_parameters(model) for tensor in parameter.tensors}
     ignored = {copies[id(p)] for p in model.parameters() if id(p) not in managed}
     mesh = next(iter(_groups(model))).mesh_info.mesh
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -159,14 +163,14 @@ def shard_copy(model: torch.nn.Module, copies: Mapping[int, Any]) -> list[tuple[
     for state in reversed(states):  # inner ones first
         modules = [copies[id(module)] for module in state._modules]
         fully_shard(modules if len(modules) > 1 else modules[0], ignored_params=ignored, **_options(state, mesh))
-        copied_state[id(state)] = mine = modules[0]._get_fsdp_state()
-        for group, copied in zip(_groups_of(state), _groups_of(mine), strict=True):
+        copied_state[id(state)] = new_state = modules[0]._get_fsdp_state()
+        for group, copied in zip(_groups_of(state), _groups_of(new_state), strict=True):
             for name in _SETTINGS:
                 if hasattr(group, name):
                     setattr(copied, name, getattr(group, name))
             pairs += [
-                (one.sharded_param, other.sharded_param)
-                for one, other in zip(group.fsdp_params, copied.fsdp_params, strict=True)
+                (original.sharded_param, copy.sharded_param)
+                for original, copy in zip(group.fsdp_params, copied.fsdp_params, strict=True)
             ]
     for state in states:
         for name in ("_states_to_forward_prefetch", "_states_to_backward_prefetch"):
@@ -175,6 +179,7 @@ def shard_copy(model: torch.nn.Module, copies: Mapping[int, Any]) -> list[tuple[
 
 
 def _options(state: Any, mesh: Any) -> dict[str, Any]:
+    """Recover the arguments of the `fully_shard` call that made this state."""
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": state._mp_policy}
     for group in _groups_of(state):
         after = group.post_forward_mesh_info
@@ -192,81 +197,83 @@ def _options(state: Any, mesh: Any) -> dict[str, Any]:
 def _refuse_unknown(model: torch.nn.Module) -> None:
     for state in _states(model):
         groups = _groups_of(state)
-        parameters = [one for group in groups for one in group.fsdp_params]
-        if len(groups) > 1 or any(one.is_dtensor or one.fsdp_placement.dim != 0 for one in parameters):
+        params = [param for group in groups for param in group.fsdp_params]
+        if len(groups) > 1 or any(param.is_dtensor or param.fsdp_placement.dim != 0 for param in params):
             raise UnsupportedInput(
                 "the model is sharded by fully_shard along another dimension than the first, or together with another "
-                "kind of parallelism (tensor or expert parallelism), so what a step holds cannot be foreseen yet. "
+                "kind of parallelism (tensor or expert parallelism), so the memory of a step cannot be predicted yet. "
                 "Shard it by fully_shard(module, mesh=...) alone, or train it without a budget."
             )
 
 
-# ---------------------------------------------------------------------------------------------------- watching
+# ---------------------------------------------------------------------------------------------------- hooks
 
 
-def wrap_fsdp_hooks(model: torch.nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
-    """Have everything that FSDP2 does around forwards and in backward happen inside a context.
+def wrap_fsdp_hooks(model: torch.nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+    """Run FSDP2's own ops (all-gathers, reduction of gradients), around forwards and in backward, inside a context.
 
     Returns:
-        What takes the contexts away again.
+        A function that removes the contexts again.
     """
     undo: list[Callable[[], None]] = []
     for module in sharded_modules(model):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if _is_own(hook):
-                    hooks[key] = _inside(around, hook)
-                    undo.append(_putting_back(hooks, key, hook))
+                if _is_fsdp_hook(hook):
+                    hooks[key] = _inside(context, hook)
+                    undo.append(_restore_hook(hooks, key, hook))
     for state in _states(model):
         for name in ("_pre_backward", "_root_post_backward_final_callback"):
-            undo.append(_override(state, name, _inside(around, getattr(state, name))))
+            undo.append(_override(state, name, _inside(context, getattr(state, name))))
         for group in _groups_of(state):
-            undo.append(_override(group, "post_backward", _inside(around, group.post_backward)))
+            undo.append(_override(group, "post_backward", _inside(context, group.post_backward)))
 
-    def take_away() -> None:
-        for one in undo:
-            one()
+    def remove() -> None:
+        for restore in undo:
+            restore()
 
-    return take_away
+    return remove
 
 
 def on_storage_resize(model: torch.nn.Module, resized: Callable[[torch.Tensor], None]) -> None:
-    """Have `resized` called with each tensor whose memory FSDP2 has just given back, or taken anew, in place."""
+    """Call `resized` with each all-gather output whose storage FSDP2 has just allocated or freed in place."""
 
-    def tell_of(parameters: list[Any]) -> None:
-        for one in parameters:
-            for tensor in one.all_gather_outputs:
+    def report(parameters: list[Any]) -> None:
+        for parameter in parameters:
+            for tensor in parameter.all_gather_outputs:
                 resized(tensor)
 
     for group in _groups(model):
-        # In a group of one process, weights are not gathered but copied, by other means.
+        # With one process, FSDP2 copies weights instead of gathering them, on another code path.
         name = "wait_for_unshard"
-        _override(group, name, _then(getattr(group, name), partial(tell_of, group.fsdp_params)))
-        for one in group.fsdp_params:
+        _override(group, name, _then(getattr(group, name), partial(report, group.fsdp_params)))
+        for parameter in group.fsdp_params:
             for name in ("alloc_all_gather_outputs", "free_unsharded_param"):
-                _override(one, name, _then(getattr(one, name), partial(tell_of, [one])))
+                _override(parameter, name, _then(getattr(parameter, name), partial(report, [parameter])))
 
 
 def after_backward(model: torch.nn.Module, call: Callable[[], None]) -> None:
-    """Have `call` called at the end of each backward."""
+    """Call `call` at the end of each backward."""
     name = "_root_post_backward_final_callback"
     for state in _states(model):
         _override(state, name, _then(getattr(state, name), call))
 
 
 def unshard_once(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Gather all weights one after the other and let them go, as every step but the first finds them; the tensors in
-    which they will be gathered, now without memory.
+    """Unshard and reshard each unit once, so that the state is that of every step but the first.
+
+    Returns:
+        The tensors that all-gathers write to. Their storages are empty now.
     """
     ensure_sharded(model)
     for module in sharded_modules(model):
         module.unshard()
         module.reshard()
-    return [tensor for one in _parameters(model) for tensor in one.all_gather_outputs]
+    return [tensor for parameter in _parameters(model) for tensor in parameter.all_gather_outputs]
 
 
 def use_collectives(model: torch.nn.Module, all_gather: Any, reduce_scatter: Any) -> None:
-    """Use these instead of the process group's collectives; see `torch.distributed.fsdp`'s own protocols for them."""
+    """Replace the process group's collectives; `torch.distributed.fsdp` defines the protocols of both."""
     for group in _groups(model):
         group._all_gather_comm = all_gather
         group._reduce_scatter_comm = reduce_scatter
@@ -277,36 +284,36 @@ def _parameters(model: torch.nn.Module) -> Iterator[Any]:
         yield from group.fsdp_params
 
 
-def _is_own(hook: Any) -> bool:
+def _is_fsdp_hook(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith(_PACKAGE)
 
 
-def _inside(around: Callable[[], AbstractContextManager[Any]], call: Callable[..., Any]) -> Callable[..., Any]:
+def _inside(context: Callable[[], AbstractContextManager[Any]], call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with around():
+        with context():
             return call(*args, **kwargs)
 
     return inside
 
 
-def _then(call: Callable[[], None], further: Callable[[], None]) -> Callable[[], None]:
+def _then(call: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
     def then() -> None:
         call()
-        further()
+        after()
 
     return then
 
 
 def _override(thing: Any, name: str, value: Any) -> Callable[[], None]:
-    """Shadow a method of one object."""
+    """Override a method of one object; return a function that undoes it."""
     setattr(thing, name, value)
     return lambda: vars(thing).pop(name, None) and None
 
 
-def _putting_back(hooks: Any, key: int, hook: Any) -> Callable[[], None]:
-    def put_back() -> None:
+def _restore_hook(hooks: Any, key: int, hook: Any) -> Callable[[], None]:
+    def restore() -> None:
         if key in hooks:
             hooks[key] = hook
 
-    return put_back
+    return restore

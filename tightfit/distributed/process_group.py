@@ -1,4 +1,4 @@
-"""The processes of one run, and what they say to each other beside gradients: small things, on the processor."""
+"""Collectives on small Python objects between the processes of a run, on the CPU and apart from gradients."""
 
 from __future__ import annotations
 
@@ -19,58 +19,77 @@ class CommunicationFailed(TightfitError):
     """Another process of the run has ended or does not answer."""
 
 
+class RankFailed(TightfitError):
+    """Work on another rank raised an error.
+
+    Attributes:
+        rank: the rank that failed.
+        is_bad_input: whether its error was about the user's input, and not a failure while running.
+    """
+
+    def __init__(self, rank: int, text: str, *, is_bad_input: bool) -> None:
+        super().__init__(f"rank {rank}: {text}")
+        self.rank = rank
+        self.is_bad_input = is_bad_input
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
-    """The processes of a run, as one of them sees it.  With one process, everything here does nothing."""
+    """The processes of a run, as one rank sees them.
+
+    Every rank has to make the same calls in the same order.  With one process, each collective returns its input.
+    A collective raises `CommunicationFailed` when another process has ended or does not answer in time.
+    """
 
     rank: int = 0
     world_size: int = 1
     control: Any = None
-    """The process group for messages: gloo, whatever carries gradients."""
+    """The `torch.distributed` group for these messages: gloo, whichever backend carries the gradients."""
 
     @property
     def is_main_process(self) -> bool:
-        """Rank 0: the one that writes and speaks."""
+        """Whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
     @property
     def is_single_process(self) -> bool:
-        """There is one process."""
+        """Whether the run has no other process to talk to."""
         return self.world_size == 1 and self.control is None
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes, exact to float64."""
+        """Sum each value over all ranks, in float64."""
         if self.is_single_process:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        with _naming_loss():
+        with _as_communication_failed():
             dist.all_reduce(tensor, group=self.control)
         return [float(value) for value in tensor]
 
     def all_gather(self, thing: Result) -> list[Result]:
-        """What each process gave, by rank."""
+        """Collect each rank's object, in order of rank."""
         if self.is_single_process:
             return [thing]
-        found: list[Any] = [None] * self.world_size
-        with _naming_loss():
-            dist.all_gather_object(found, thing, group=self.control)
-        return found
+        gathered: list[Any] = [None] * self.world_size
+        with _as_communication_failed():
+            dist.all_gather_object(gathered, thing, group=self.control)
+        return gathered
 
     def broadcast(self, thing: Result) -> Result:
-        """What rank 0 gave."""
+        """Return rank 0's object on every rank."""
         if self.is_single_process:
             return thing
-        found: list[Any] = [thing]
-        with _naming_loss():
-            dist.broadcast_object_list(found, group_src=0, group=self.control)
-        result: Result = found[0]
+        objects: list[Any] = [thing]
+        with _as_communication_failed():
+            dist.broadcast_object_list(objects, group_src=0, group=self.control)
+        result: Result = objects[0]
         return result
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on every process; where it fails on one of them it fails on all, instead of some waiting forever.
+        """Run `work` on every rank; if it raises on one, raise on all, so that no rank waits for it forever.
 
         Raises:
-            Exception: what `work` raised here; else what it raised elsewhere, as `RankFailed`.
+            Exception: what `work` raised on this rank.
+            RankFailed: what it raised on another.
         """
         if self.is_single_process:
             return work()
@@ -88,29 +107,20 @@ class ProcessGroup:
             if problem is not None and (self.is_main_process or failures[0] is None or failures[0][0] != str(problem)):
                 raise problem
             for rank, failure in enumerate(failures):
-                if failure is not None:  # the same everywhere is said once
+                if failure is not None:  # an error that all ranks share is reported by rank 0 only
                     raise RankFailed(rank, failure[0], is_bad_input=failure[1]) from problem
         finally:
-            # An error whose frame holds it would keep the group's threads alive until Python ends, and they may then
-            # ask for Python's lock, which aborts the process.
+            # This frame is in the error's traceback. If it still held the error, that cycle would keep the group's
+            # threads alive until Python shuts down; they may then ask for the GIL, which aborts the process.
             del problem
         return result  # type: ignore[return-value]  # `work` has returned
-
-
-class RankFailed(TightfitError):
-    """What another process says."""
-
-    def __init__(self, rank: int, text: str, *, is_bad_input: bool) -> None:
-        super().__init__(f"rank {rank}: {text}")
-        self.rank = rank
-        self.is_bad_input = is_bad_input
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def _naming_loss() -> Iterator[None]:
+def _as_communication_failed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -118,16 +128,19 @@ def _naming_loss() -> Iterator[None]:
 
 
 def communication_failed(error: BaseException) -> CommunicationFailed:
-    """What a failed message between processes means."""
+    """Build the `CommunicationFailed` that explains what a failed collective raised."""
     return CommunicationFailed(
         f"the other processes of the run do not answer ({str(error).splitlines()[0]}): one of them has ended or hangs, "
-        f"and this one cannot go on without it. See what it said; a training run goes on from its last checkpoint with "
-        f"--resume auto."
+        f"and this one cannot go on without it. See that process's output for the cause; resume a training run from "
+        f"its last checkpoint with --resume auto."
     )
 
 
 def is_communication_failure(error: BaseException) -> bool:
-    """Whether an error that PyTorch raised in a step comes from the connection between processes."""
+    """Tell whether PyTorch raised `error` because the connection between processes failed.
+
+    Backends raise a plain RuntimeError, so its message decides.
+    """
     text = str(error).lower()
     signs = (
         "connection closed",

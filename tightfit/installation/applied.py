@@ -1,4 +1,4 @@
-"""`apply`: install a plan on a model, and take it away again.
+"""`apply`: install a plan on a model, and uninstall it again.
 
 Nothing but an instance-level `forward` is installed, on the modules that are regions: classes, `state_dict` keys,
 `isinstance`, repr and user hooks (which run around forward) are untouched.  A plan that drops nothing installs nothing.
@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch, UnsupportedInput
-from tightfit.installation.resolved_plan import LivePlan
+from tightfit.installation.plans import Plans
+from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
 from tightfit.operators.region_names import LOSS, ROOT
-from tightfit.profiling.measure import fingerprint
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.replay.module_recompute import ModuleCall, may_rerun
+from tightfit.replay.executors import RegionCall
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
-from tightfit.step.step import StepSpec, check_model, describe_batch
+from tightfit.step.batch import describe_batch
+from tightfit.step.fingerprint import fingerprint
+from tightfit.step.model import check_model
+from tightfit.step.step import Step
 
 
 class RegionForward:
@@ -40,11 +43,9 @@ class RegionForward:
         """Run the module's forward; without gradients, or when paused, as if nothing were installed."""
         if not (torch.is_grad_enabled() and self._installed.enabled):
             return self.original(*args, **kwargs)
-        with self._installed.region(self._path, lambda: may_rerun(self._module, args, kwargs)) as rerun:
-            if rerun is not None:
-                statistics = self._installed.statistics
-                return ModuleCall(self._module, self.original, kwargs, statistics, rerun.replay_count).run(args)
-            return self.original(*args, **kwargs)
+        call = RegionCall(self._module, self.original, args, kwargs, self._installed.statistics)
+        with self._installed.region(self._path, call) as run:
+            return run(call)
 
     # A copied or unpickled model is unplanned and uses its own weights: what is copied is the forward that was there
     # before, bound to the copy.
@@ -65,7 +66,7 @@ def _identity(thing: Any) -> Any:
 
 
 class RootForward(RegionForward):
-    """The forward of the model itself: has the plan of the arguments' shapes put in force first."""
+    """The forward of the model itself: activates the plan for the step, or for the arguments' shapes, first."""
 
     def __init__(self, model: torch.nn.Module, applied: Applied) -> None:
         super().__init__(model, ROOT, applied._installed)
@@ -87,87 +88,90 @@ class RootForward(RegionForward):
             self._running = False
 
 
-class PlansByShape(Protocol):
-    """Knows the plan for a batch; see `tightfit.planning.plan_cache`."""
-
-    def plan_for(self, batch: Any) -> LivePlan:
-        """The plan for a batch, made now if there is none yet."""
-
-    def note_call(self, args: Any, kwargs: Any) -> None:
-        """The model is called with these arguments, for the batch that `plan_for` was last asked about."""
-
-    def plan_for_call(self, args: Any, kwargs: Any) -> LivePlan:
-        """The plan for a call of the model whose batch nobody told."""
-
-    def note_mismatch(self) -> None:
-        """The forward that just ended did not follow the plan that was last asked for."""
-
-
 class Applied:
-    """A plan in force on a model.  Leaving it as a context, or `remove`, restores the model."""
+    """A plan installed on a model, as `apply` and `fit` return it.
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, spec: StepSpec, profile: Profile | None = None) -> None:
+    Leaving it as a context uninstalls the plan, as `remove` does.
+
+        with tightfit.apply(model, plan, step=tightfit.Step(loss=loss_fn)) as applied:
+            for batch in batches:
+                applied.loss(model, batch).backward()
+
+    Whoever computes the loss in a loop of their own opens `step(batch)` around forward and loss, or calls the model as
+    ever.  Copying and pickling the model give an unplanned one.
+
+    Attributes:
+        plan: the `Plan` for the batch that was given; see `active_plan` for that of the last step.
+        profile: the `Profile` that the plan was solved from; None for a plan from a file.
+        verdict: the `Verdict` of the proof that `fit` made; None from `apply`.
+        plans: the cache of plans for batches of other shapes, which `fit` makes; its `statistics` count what became of
+            them (plans ``tried``, ``solved``, ``reused``, ``mismatched_steps``, ...). None from `apply`.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, step: Step, profile: Profile | None = None) -> None:
         self.plan = plan
-        """The plan for the batch that was given; see `plan_in_force`."""
         self.profile = profile
-        """What the plan was solved from; None for a plan from a file."""
         self.verdict: Verdict | None = None
-        """What the guarded run found; None until something ran it."""
-        self.guarded_peak_bytes: int | None = None
-        """Measured peak of the last run that `fit` made to see whether the plan holds."""
+        self.plans: Plans | None = None
         self._model = model
-        self._spec = spec
-        self._own = self._live = LivePlan.of(plan)
+        self._step = step
+        self._own = self._resolved = ResolvedPlan.of(plan)
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
         self._modules: list[torch.nn.Module] = []
-        self._leave_machinery: Callable[[], None] | None = None  # ends that FSDP2's work goes by unseen
-        self.shapes: PlansByShape | None = None
-        """Plans for batches of other shapes; None unless `fit` made this."""
+        self._leave_machinery: Callable[[], None] | None = None
+        """Removes the hooks that hide FSDP2's own operations from the tape."""
         self._batch_is_known = False
-        self._put_in_force(self._own)
+        self._activate(self._own)
 
     @property
     def statistics(self) -> Statistics:
-        """What the engine did since the last `statistics.reset()`."""
+        """Counts of what the engine did since the last `statistics.reset()`."""
         return self._installed.statistics
 
     @property
-    def live(self) -> LivePlan:
-        """What is in force."""
-        return self._live
+    def resolved(self) -> ResolvedPlan:
+        """The active plan, ready to be run, with what its regions' self-checks found."""
+        return self._resolved
 
     @property
     def is_running(self) -> bool:
-        """A planned forward is open in some thread."""
+        """Whether a planned forward is open in some thread."""
         return bool(self._installed.sessions)
 
     @property
     def installed(self) -> bool:
-        """Whether regions of the model run under a plan: False while the plan in force drops nothing."""
-        return bool(self._modules) and bool(self._live.region_paths)
+        """Whether regions of the model run under a plan: False while the active plan drops nothing."""
+        return bool(self._modules) and bool(self._resolved.region_paths)
 
     @property
-    def plan_in_force(self) -> Plan | None:
+    def active_plan(self) -> Plan | None:
         """The plan of the last batch; None if that had none: because its shape was never planned, so that all that is
         provably replayable was dropped, or because it is so small that nothing needs to be dropped.
         """
-        return self._live.plan
+        return self._resolved.plan
 
     @property
     def refused(self) -> dict[str, set[int]]:
-        """Positions of operations, by region key, that calibration found unfit for replay."""
+        """Positions of operations, by region key, that a self-check found unfit for replay: they are kept."""
         return {key: set(positions) for key, positions in self._installed.refused.items() if positions}
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """The loss on a batch, under the plan for its shape, what runs outside the model included.
+        """Compute the loss on a batch under the plan for its shape, with what runs outside the model.
 
         After `fit`, a batch whose shape has no plan yet is measured and solved first.
+
+        Args:
+            model: the model, or what wraps it (DistributedDataParallel).
+            batch: any batch.
+
+        Returns:
+            The loss, to call ``backward()`` on.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
         with self.step(batch):
-            return self._spec.run_loss(model, batch)
+            return self._step.run_loss(model, batch)
 
     def prepare(self, batch: Any) -> None:
         """Make the plan for batches of this shape now, if there is none yet (after `fit`; else this does nothing).
@@ -177,22 +181,29 @@ class Applied:
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
-        if self.shapes is not None and self._is_active():
-            self.shapes.plan_for(batch)
+        if self.plans is not None and self._is_active():
+            self.plans.plan_for(batch)
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
-        """A context for the forward of model and loss (backward may be inside or outside).
+        """Open a context for the forward of model and loss (backward may be inside or outside).
 
-        With `batch`, the plan for its shape is in force inside, made first if there is none yet.  Without, the model
+        With `batch`, the plan for its shape is active inside, made first if there is none yet.  Without, the model
         recognises its arguments' shapes; where they were never planned, all that is provably replayable is dropped.
+
+            with applied.step(batch):
+                loss = loss_fn(model(batch["x"]), batch["y"])
+            loss.backward()
+
+        Raises:
+            BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
         if not self._is_active():
             yield
             return
         before = self._batch_is_known
         if batch is not None:
-            self._put_in_force(self._plan_for(batch))
+            self._activate(self._plan_for(batch))
             self._batch_is_known = True
         try:
             if self.installed:
@@ -203,20 +214,20 @@ class Applied:
         finally:
             self._batch_is_known = before
 
-    def adapt(self, shapes: PlansByShape) -> None:
-        """From now on, `shapes` has the plan for each batch."""
-        self.shapes = shapes
-        self._put_in_force(self._live)
+    def follow(self, plans: Plans) -> None:
+        """Take the plan for each batch from `plans` from now on."""
+        self.plans = plans
+        self._activate(self._resolved)
 
     def _is_active(self) -> bool:
         return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
 
-    def _plan_for(self, batch: Any) -> LivePlan:
-        if self.shapes is not None:
-            return self.shapes.plan_for(batch)
+    def _plan_for(self, batch: Any) -> ResolvedPlan:
+        if self.plans is not None:
+            return self.plans.plan_for(batch)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
-        return LivePlan.dropping_everything(self.plan.region_paths)
+        return ResolvedPlan.dropping_everything(self.plan.region_paths)
 
     @contextmanager
     def _noticing_mismatches(self) -> Iterator[None]:
@@ -224,20 +235,20 @@ class Applied:
         outermost = not self.is_running
         before = counts.mismatches + counts.unplanned_calls
         yield
-        if outermost and self.shapes is not None and counts.mismatches + counts.unplanned_calls > before:
-            self.shapes.note_mismatch()
+        if outermost and self.plans is not None and counts.mismatches + counts.unplanned_calls > before:
+            self.plans.note_mismatch()
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
-        if self.shapes is None:
+        if self.plans is None:
             return
         if self._batch_is_known:
-            self.shapes.note_call(args, kwargs)
+            self.plans.note_call(args, kwargs)
         else:
-            self._put_in_force(self.shapes.plan_for_call(args, kwargs))
+            self._activate(self.plans.plan_for_call(args, kwargs))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the model runs as plain PyTorch."""
+        """Open a context in which the model runs as plain PyTorch, with the plan left installed."""
         before = self._installed.enabled
         self._installed.enabled = False
         try:
@@ -247,19 +258,19 @@ class Applied:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Inside, nothing is installed, so that another plan can be."""
-        self._take_off()
+        """Open a context in which nothing is installed, so that another plan can be."""
+        self._uninstall()
         try:
             yield
         finally:
-            self._put_in_force(self._live)
+            self._activate(self._resolved)
 
     def remove(self) -> None:
-        """Restore the model. Graphs that were built under the plan stay valid."""
-        self._take_off()
-        self.shapes = None
+        """Uninstall the plan: the model is as it was before. Graphs that were built under the plan stay valid."""
+        self._uninstall()
+        self.plans = None
 
-    def _take_off(self) -> None:
+    def _uninstall(self) -> None:
         for module in self._modules:
             forward = vars(module).get("forward")
             if isinstance(forward, RegionForward):
@@ -280,14 +291,15 @@ class Applied:
     ) -> None:
         self.remove()
 
-    def _put_in_force(self, live: LivePlan) -> None:
-        """Let regions follow `live`.  Graphs built under another plan stay valid: they hold tapes, which hold all that
-        they need.
+    def _activate(self, resolved: ResolvedPlan) -> None:
+        """Let regions follow `resolved`.
+
+        Graphs built under another plan stay valid: they hold tapes, which hold all that they need.
         """
-        paths = live.region_paths or ((ROOT,) if self.shapes is not None else ())
+        paths = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
         wanted = [self._module(path) for path in paths]
         if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
-            self._take_off()
+            self._uninstall()
             for path, module in zip(paths, wanted, strict=True):
                 root = path == ROOT
                 forward = RootForward(module, self) if root else RegionForward(module, path, self._installed)
@@ -296,10 +308,10 @@ class Applied:
             self._installed.fast_paths = with_fast_paths(self._model)
             if wanted:
                 self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
-        self._live = live
-        self._installed.recipes = live.recipes
-        self._installed.refused = live.refused
-        self._installed.calibrated = live.calibrated
+        self._resolved = resolved
+        self._installed.recipes = resolved.recipes
+        self._installed.refused = resolved.refused
+        self._installed.calibrated = resolved.calibrated
 
     def _module(self, path: str) -> torch.nn.Module:
         try:
@@ -311,16 +323,24 @@ class Applied:
             ) from None
 
 
-def apply(
-    model: torch.nn.Module, plan: Plan, *, spec: StepSpec | None = None, profile: Profile | None = None
-) -> Applied:
-    """Install `plan` on `model`.
+def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
+    """Install `plan` on `model`: from now on, its training steps drop and recompute as the plan says.
+
+    Only an instance-level ``forward`` is installed on the modules that the plan names.  Batches of another shape than
+    the plan's run with all dropped that is provably replayable; `fit` plans them, too.
+
+        plan = tightfit.Plan.load("plan.json")
+        with tightfit.apply(model, plan) as applied:
+            model(**batch).loss.backward()
 
     Args:
         model: the model that the plan was solved for.
         plan: from `solve`, `fit` or `Plan.load`.
-        spec: how `Applied.loss` computes the loss; by default from the model's own result.
-        profile: noted in the result.
+        step: how `Applied.loss` computes the loss; by default from the model's own result.
+        profile: what the plan was solved from, to be found in the result.
+
+    Returns:
+        `Applied`: a context that uninstalls the plan when it is left, as its `remove` does.
 
     Raises:
         PlanMismatch: the plan is of another model.
@@ -339,4 +359,4 @@ def apply(
             f"{type(model).__name__} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
             "Measure and solve for this model."
         )
-    return Applied(model, plan, spec or StepSpec(), profile)
+    return Applied(model, plan, step or Step(), profile)

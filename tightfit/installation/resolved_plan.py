@@ -10,7 +10,7 @@ from tightfit.replay.recipe import LiveRecipe
 
 
 @dataclass(eq=False, kw_only=True)
-class LivePlan:
+class ResolvedPlan:
     """See the module."""
 
     plan: Plan | None
@@ -25,13 +25,13 @@ class LivePlan:
     """Keys of regions that are calibrated. Shared likewise."""
 
     @classmethod
-    def of(cls, plan: Plan, like: LivePlan | None = None) -> LivePlan:
+    def of(cls, plan: Plan, like: ResolvedPlan | None = None) -> ResolvedPlan:
         """The plan, resolved; `like` is a plan for the same operations, whose calibration counts for this one."""
         resolved = [LiveRecipe(recipe) for recipe in plan.recipes]
         recipes = {r.key: resolved[r.recipe] if r.recipe >= 0 else None for r in plan.regions}
-        for group in plan.groups:
-            for place, region in enumerate(plan.regions[group.first : group.first + group.count]):
-                recipes[region.key] = LiveRecipe(plan.recipes[region.recipe], group, place)
+        for shared in plan.shared_tapes:
+            for place, region in enumerate(plan.regions[shared.first : shared.first + shared.count]):
+                recipes[region.key] = LiveRecipe(plan.recipes[region.recipe], shared, place)
         return cls(
             plan=plan,
             recipes=recipes,
@@ -41,11 +41,11 @@ class LivePlan:
         )
 
     @classmethod
-    def dropping_everything(cls, region_paths: tuple[str, ...]) -> LivePlan:
+    def dropping_everything(cls, region_paths: tuple[str, ...]) -> ResolvedPlan:
         """No plan: the live tape drops what it proves replayable."""
         return cls(plan=None, recipes={}, region_paths=region_paths)
 
     @classmethod
-    def dropping_nothing(cls) -> LivePlan:
+    def dropping_nothing(cls) -> ResolvedPlan:
         """No plan, because none is needed: the model runs as plain PyTorch."""
         return cls(plan=None, recipes={}, region_paths=())

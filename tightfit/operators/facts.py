@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import OpOverload, plain_call
+from tightfit._torch_private import OpOverload, plain_call, schema_of
 
 #: Operations that write arguments which their schema does not mark: the positions of those arguments, and of the flag
 #: that says whether they write. When they do, replay passes None: outputs are bit for bit the same and the running
@@ -47,9 +47,9 @@ _STATEFUL = frozenset(
     }
 )  # fmt: skip
 
-#: Kernels that use atomics on CUDA, so that a second run may differ in the last bits
+#: Kernels that use atomics where devices have them, as CUDA, so that a second run may differ in the last bits
 #: (the list of torch.use_deterministic_algorithms, forward only).
-_NONDETERMINISTIC_ON_CUDA = frozenset(
+_NONDETERMINISTIC_WITH_ATOMICS = frozenset(
     {
         "bincount", "cumsum", "cumsum_", "histc", "index_add", "index_add_", "index_copy", "index_copy_", "index_put",
         "index_put_", "index_reduce", "index_reduce_", "kthvalue", "median", "put", "put_", "scatter_add",
@@ -109,7 +109,8 @@ class OpInfo:
     """Position of the flag that switches `undeclared_writes` on; -1 if they always happen."""
     blocker: str
     """Why it may never be replayed; empty if it may."""
-    blocker_on_cuda: str
+    blocker_with_atomics: str
+    """Why it may not be replayed on a device that adds atomically; empty if it may."""
     needs_calibration: bool
     """Not on the known-good list: replay it once and compare, before trusting it."""
     is_quiet: bool = field(init=False)
@@ -139,9 +140,9 @@ def _describe(func: Any) -> OpInfo:
         return OpInfo(
             func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
-            blocker="a higher-order operator", blocker_on_cuda="", needs_calibration=True,
+            blocker="a higher-order operator", blocker_with_atomics="", needs_calibration=True,
         )  # fmt: skip
-    schema = func._schema
+    schema = schema_of(func)
     name = str(func)
     base = schema.name.split("::")[-1]
     mutates = tuple(
@@ -172,7 +173,7 @@ def _describe(func: Any) -> OpInfo:
         undeclared_writes=writes,
         training_flag=flag,
         blocker=blocker,
-        blocker_on_cuda="not deterministic on CUDA" if base in _NONDETERMINISTIC_ON_CUDA else "",
+        blocker_with_atomics="not deterministic on this device" if base in _NONDETERMINISTIC_WITH_ATOMICS else "",
         needs_calibration=base not in _KNOWN_GOOD and not uninitialised,
     )
 

@@ -1,1 +1,1 @@
-"""`measure`: what one training step does to memory and time, without needing the memory that is missing."""
+"""Measure one training step: `measure` returns its memory and time, within the memory that a planned step needs."""

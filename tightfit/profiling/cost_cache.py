@@ -26,12 +26,12 @@ import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.profiling.output_strides import Layouts
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Cost:
 
     ms: float
     """Shortest time of several runs."""
-    scratch_bytes: int
+    workspace_bytes: int
     """Most memory held inside, beyond inputs and outputs."""
     layouts: Layouts
     """How each result lies in memory."""
@@ -59,7 +59,7 @@ class CostCache:
     """The costs known for one device under the present settings, and the file that they come from."""
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        """Read what is known; `folder` is by default the user's (see the module)."""
+        """Read what is known; `folder` is by default `cache_folder()`."""
         self._environment = _environment(device)
         digest = hashlib.sha256(json.dumps(self._environment).encode()).hexdigest()
         self._folder = folder or cache_folder()
@@ -68,7 +68,7 @@ class CostCache:
         self._new: dict[str, Cost] = {}
 
     def get(self, call: object) -> Cost | None:
-        """What is known of a call; None if nothing is.  `call`'s `repr` must hold all that its cost depends on."""
+        """Return what is known of a call, if anything.  Its `repr` must hold all that its cost depends on."""
         return self._known.get(_key(call))
 
     def put(self, call: object, cost: Cost) -> None:
@@ -84,9 +84,9 @@ class CostCache:
         merged = self._read()
         for key, cost in self._new.items():
             other = merged.pop(key, cost)
-            # The machine was busy in the slower of two measurements; scratch errs to the safe side.
-            scratch_bytes = max(cost.scratch_bytes, other.scratch_bytes)
-            merged[key] = Cost(min(cost.ms, other.ms), scratch_bytes, cost.layouts)
+            # The machine was busy in the slower of two measurements; a workspace errs to the safe side.
+            workspace_bytes = max(cost.workspace_bytes, other.workspace_bytes)
+            merged[key] = Cost(min(cost.ms, other.ms), workspace_bytes, cost.layouts)
         self._known = dict(list(merged.items())[-_MOST_ENTRIES:])
         self._new = {}
         try:
@@ -96,7 +96,7 @@ class CostCache:
             _log.info("the costs of operations cannot be kept in %s (%s)", self._path, error)
 
     def _document(self, known: Mapping[str, Cost]) -> str:
-        costs = {key: [c.ms, c.scratch_bytes, c.layouts] for key, c in known.items()}
+        costs = {key: [c.ms, c.workspace_bytes, c.layouts] for key, c in known.items()}
         text = json.dumps(costs, separators=(",", ":"))
         head = {"format": _FORMAT, "environment": self._environment, "checksum": _checksum(text)}
         return f"{json.dumps(head)}\n{text}\n"
@@ -132,14 +132,14 @@ class NoCache(CostCache):
 
 
 def _cost(entry: Any) -> Cost:
-    ms, scratch_bytes, layouts = entry
+    ms, workspace_bytes, layouts = entry
     # A layout's second number may be -1.
-    sizes = (scratch_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))
+    sizes = (workspace_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))
     if not isinstance(ms, float | int) or not math.isfinite(ms) or ms < 0:
         raise ValueError("a time in it is no time")
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("a size in it is no size")
-    return Cost(float(ms), scratch_bytes, tuple(tuple(layout) for layout in layouts))
+    return Cost(float(ms), workspace_bytes, tuple(tuple(layout) for layout in layouts))
 
 
 def _key(call: object) -> str:
@@ -151,7 +151,7 @@ def _checksum(text: str) -> str:
 
 
 def cache_folder() -> Path | None:
-    """Where costs are kept; None: they are not."""
+    """Return where costs are kept; None: they are not."""
     if os.environ.get("TIGHTFIT_COST_CACHE", "").strip().lower() in _OFF:
         return None
     if named := os.environ.get("TIGHTFIT_CACHE_DIR"):
@@ -165,43 +165,27 @@ def cache_folder() -> Path | None:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    """All that a cost depends on besides the call itself."""
-    cuda = device.type == "cuda"
+    """Return all that a cost depends on besides the call itself."""
     return {
+        **device_for(device).cost_key(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": str(torch.get_num_threads()),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
         "matmul": torch.get_float32_matmul_precision(),
-        "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {_cudnn() if cuda else ''}",
         "default dtype": str(torch.get_default_dtype()),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _cudnn() -> str:
-    settings = torch.backends.cudnn
-    return f"{settings.version()} {settings.enabled} {settings.benchmark} {settings.deterministic}"
-
-
-@cache
-def _processor() -> str:
-    """The processor's name, and the instructions that PyTorch uses of it."""
-    name = platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
-
-
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
 
 def _forget_old_files(folder: Path) -> None:

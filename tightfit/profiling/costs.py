@@ -3,13 +3,13 @@
 Time: the minimum of a few runs, the runs of all operations interleaved so that a burst of other work on the machine
 does not fall on one of them.  On a CPU, an operation that moves much data is timed with its arguments out of the caches
 (see `processor_caches`), less what that costs an operation without data: its code is then cold, too, which in a step of
-some hundred operations of the same kinds it is not.  Scratch: the most memory the operation held inside, beyond inputs
-and outputs, which no dispatcher shows (convolutions, attention); on CPU from the profiler's memory events, on CUDA from
-the allocator.
+some hundred operations of the same kinds it is not.  Workspace: the most memory the operation held inside, beyond
+inputs and outputs, which no dispatcher shows (convolutions, attention); see `Device.workspace_meter`.
 
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
-be run on such data is given the time and scratch zero; so is one that a made-up argument could crash: anything outside
-ATen, and backward kernels that read a workspace which only their own forward can fill (oneDNN's RNN gets it from one).
+be run on such data is given the time and workspace zero; so is one that a made-up argument could crash: anything
+outside ATen, and backward kernels that read a buffer which only their own forward can fill (oneDNN's RNN gets it from
+one).
 
 What a machine has measured once is remembered by `cost_cache`.
 
@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, profiler_memory_events, profiler_ranges, set_grad_mode
-from tightfit.device.memory import refuse_second_profiler
+from tightfit._torch_private import below_autograd, set_grad_mode
+from tightfit.device import Device, device_for
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, layouts_of
 from tightfit.profiling.partial_call import argument_bytes, fit_call
@@ -45,7 +45,6 @@ _LONG_RUN_MS = 60.0
 #: Arguments of an operation that are likely to be out of the caches when it runs.
 _MUCH_DATA_BYTES = 256 << 10
 _COLD_ROUNDS = 9
-_PREFIX = "tightfit-op-"
 #: Read opaque state (a reserve buffer, packed weights) whose contents they trust.
 _OPAQUE = frozenset(
     {
@@ -63,7 +62,7 @@ _OPAQUE = frozenset(
 class Alone:
     """What running one operation alone showed."""
 
-    scratch_bytes: int
+    workspace_bytes: int
     layouts: Layouts
 
 
@@ -74,8 +73,8 @@ class Costs:
     signatures: tuple[Signature, ...] = ()
     layouts: dict[int, Layouts] = field(default_factory=dict)
     """By the call's number, how its results lie in memory."""
-    scratch_ms: float = 0.0
-    """Time spent on finding scratch and sizes."""
+    workspace_ms: float = 0.0
+    """Time spent on finding workspaces and sizes."""
     times_ms: float = 0.0
     """Time spent on finding times."""
 
@@ -89,7 +88,7 @@ def measure_costs(
     room_bytes: int | None = None,
     result_bytes: Mapping[int, int] | None = None,
 ) -> Costs:
-    """Time, scratch and output sizes of each call, from the cache where it knows them.
+    """Return time, workspace and output sizes of each call, from the cache where it knows them.
 
     Args:
         calls: what to measure.
@@ -114,7 +113,7 @@ def measure_costs(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measured = _measure(list(to_run.values()), device, result, timed) if to_run else {}
+            measured = _measure(list(to_run.values()), device_for(device), result, timed) if to_run else {}
     finally:
         random_state.restore()
     for place, index in enumerate(to_run):
@@ -132,7 +131,7 @@ def measure_costs(
         Signature(
             name=name,
             ms=costs[index].ms,
-            scratch_bytes=costs[index].scratch_bytes,
+            scratch_bytes=costs[index].workspace_bytes,
             note=shares[index].note if index in shares else "",
         )
         for index, name in enumerate(names)
@@ -147,17 +146,17 @@ def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Map
     if not rivals:
         return Cost(0.0, 0, ())
     ms = statistics.median(known[other].ms / sizes[other] for other in rivals) * sizes[index]
-    scratch = max((known[other].scratch_bytes / sizes[other] for other in alike), default=0.0) * sizes[index]
-    return Cost(round(ms, 6), int(scratch), ())
+    workspace = max((known[other].workspace_bytes / sizes[other] for other in alike), default=0.0) * sizes[index]
+    return Cost(round(ms, 6), int(workspace), ())
 
 
-def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: bool) -> dict[int, Cost]:
-    """The cost of each call, by its place; calls that cannot be run alone have none."""
+def _measure(calls: Sequence[Call], device: Device, result: Costs, timed: bool) -> dict[int, Cost]:
+    """Return the cost of each call, by its place; calls that cannot be run alone have none."""
     begin = time.perf_counter()
-    alone = _scratch_cuda(calls, device) if device.type == "cuda" else _scratch_cpu(calls)
+    alone = _run_each(calls, device)
     middle = time.perf_counter()
     best = {} if timed else dict.fromkeys(alone, 0.0)
-    cold = device.type == "cpu" and timed
+    cold = device.is_host and timed
     cold_code_ms = _cold_code_ms() if cold else 0.0
     for round_number in range(_ROUNDS if timed else 0):
         for index, call in enumerate(calls):
@@ -171,10 +170,10 @@ def _measure(calls: Sequence[Call], device: torch.device, result: Costs, timed: 
             if elapsed is not None:
                 best[index] = min(best.get(index, elapsed), elapsed)
     forget()
-    result.scratch_ms = (middle - begin) * 1e3
+    result.workspace_ms = (middle - begin) * 1e3
     result.times_ms = (time.perf_counter() - middle) * 1e3
     return {
-        index: Cost(round(best[index], 6), found.scratch_bytes, found.layouts)
+        index: Cost(round(best[index], 6), found.workspace_bytes, found.layouts)
         for index, found in alone.items()
         if index in best
     }
@@ -199,76 +198,42 @@ def _cold_code_ms() -> float:
     return max(0.0, statistics.median(times_ms[True]) - min(times_ms[False]))
 
 
-def _time_ms(call: Call, device: torch.device, repeats: int, *, cold: bool = False) -> float | None:
+def _time_ms(call: Call, device: Device, repeats: int, *, cold: bool = False) -> float | None:
     try:
         args, kwargs = _make_up(call)
         best = float("inf")
         for _ in range(repeats):
             if cold:
                 fill_caches()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            device.synchronize()
             begin = time.perf_counter()
             _run(call, args, kwargs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            device.synchronize()
             best = min(best, (time.perf_counter() - begin) * 1e3)
         return best
     except Exception:
         return None
 
 
-def _scratch_cpu(calls: Sequence[Call]) -> dict[int, Alone]:
-    outputs: dict[int, Layouts] = {}
+def _run_each(calls: Sequence[Call], device: Device) -> dict[int, Alone]:
+    """Run each call once, for its workspace and the layouts of its results; calls that cannot be run have none."""
+    layouts: dict[int, Layouts] = {}
     args: Any
     kwargs: Any
     result: Any
-    refuse_second_profiler()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with device.workspace_meter() as meter:
         for index, call in enumerate(calls):
             try:
                 args, kwargs = _make_up(call)
-                with torch.profiler.record_function(f"{_PREFIX}{index}"):
+                with meter.watch(index):
                     result = _run(call, args, kwargs)
-                outputs[index] = layouts_of(result, (*args, *kwargs.values()))
+                layouts[index] = layouts_of(result, (*args, *kwargs.values()))
             except Exception:
                 continue
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made
-    ranges = profiler_ranges(profile, _PREFIX)
-    events = profiler_memory_events(profile)
-    position = 0
-    found: dict[int, Alone] = {}
-    for index in sorted(outputs):
-        start, end = ranges[f"{_PREFIX}{index}"]
-        level = peak = 0
-        while position < len(events) and events[position][0] < start:
-            position += 1
-        while position < len(events) and events[position][0] <= end:
-            level += events[position][1]
-            peak = max(peak, level)
-            position += 1
-        found[index] = Alone(scratch_bytes=max(0, peak - max(level, 0)), layouts=outputs[index])
-    return found
-
-
-def _scratch_cuda(calls: Sequence[Call], device: torch.device) -> dict[int, Alone]:
-    found: dict[int, Alone] = {}
-    args: Any
-    kwargs: Any
-    result: Any
-    for index, call in enumerate(calls):
-        try:
-            args, kwargs = _make_up(call)
-            torch.cuda.reset_peak_memory_stats(device)
-            result = _run(call, args, kwargs)
-            scratch = max(0, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
-            found[index] = Alone(scratch_bytes=scratch, layouts=layouts_of(result, (*args, *kwargs.values())))
-        except Exception:
-            continue
-        finally:
-            args = kwargs = result = None
-    return found
+    workspace_bytes = meter.workspace_bytes()
+    return {index: Alone(workspace_bytes[index], found) for index, found in layouts.items()}
 
 
 def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Fake tensors that a fake run left behind outside the structural copy: in a function's cache, a global, a closure.
+"""Find and remove fake tensors that a fake run left outside the structural copy: in a cache, a global, a closure.
 
-A later real step would compute with them without an error, so none may stay.  `NamespaceSnapshot` remembers, before
-the run, what the user's modules, classes, closures and global objects hold.  Afterwards every fake tensor is followed
-to its holders: what was there before is put back, and entries of caches and lists are taken out, as if the run had not
-been.  A place that cannot be put back is an error that names it.
+A later real step would compute with them without an error, so none may stay.  `NamespaceSnapshot` records, before the
+run, what the user's modules, classes, closures and global objects hold.  Afterwards it follows every fake tensor to its
+holders with `gc.get_referrers`.  A holder that was recorded gets its old content back.  The fake tensor is removed from
+lists, sets and dictionaries that are nobody's attributes, and from `functools.lru_cache`.  A place that cannot be
+restored is an error that names it.
 """
 
 from __future__ import annotations
@@ -24,97 +25,97 @@ from tightfit.errors import UnsupportedInput
 
 _log = logging.getLogger(__name__)
 
-_DEPTH = 4
-#: Objects looked at, to find out whether something can be reached.
-_MOST_HOLDERS = 5000
+_MAX_DEPTH = 4
+#: Objects visited before a search for a reachable holder gives up and answers yes.
+_MAX_HOLDERS = 5000
 _CONTAINERS = (dict, list, tuple, set)
 _ABSENT: Any = object()
-#: Python packages whose globals no model's forward changes.
-_FOREIGN = frozenset({"torch", "numpy", "tightfit", "_pytest", "pytest", "pluggy", "sympy"})
+#: Packages whose globals no model's forward changes.
+_LIBRARIES = frozenset({"torch", "numpy", "tightfit", "_pytest", "pytest", "pluggy", "sympy"})
 
 
 class NamespaceSnapshot:
-    """What the namespaces around a model held before a fake run.
+    """A record of what the namespaces around a model held before a fake run.
 
-    From here to `remove_fakes` everything that exists already is set aside from garbage collection, so that looking for
-    what the run left behind takes milliseconds however large the process is.
+    From construction to `remove_fakes`, `gc.freeze` hides all objects that exist already from garbage collection, so
+    that the search for what the run left takes milliseconds however large the process is.
     """
 
     def __init__(self, loss: Callable[..., Any] | None = None) -> None:
-        self._dicts: dict[int, tuple[Any, dict[Any, Any]]] = {}  # of a namespace: its owner, and what it held
+        self._dicts: dict[int, tuple[Any, dict[Any, Any]]] = {}  # by the id of a namespace: its owner and content
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
-        self._note_function(loss)
+        self._remember_function(loss)
         for name, module in list(sys.modules.items()):
             package = name.partition(".")[0]
-            if package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__"):
+            if package in _LIBRARIES or (package in sys.stdlib_module_names and package != "__main__"):
                 continue
             if issubclass(type(module), types.ModuleType):
-                self._note_namespace(module, vars(module))
+                self._remember_namespace(module, vars(module))
                 for thing in list(vars(module).values()):
-                    self._note_thing(thing, name)
-        self._made: set[int] | None = None  # ids of what the run made; None: cannot be told
-        self._froze = gc.get_freeze_count() == 0  # thawing would undo what the user froze
-        if self._froze:
+                    self._remember(thing, name)
+        self._new_ids: set[int] | None = None  # ids of the objects that the run made; None: unknown
+        self._frozen = gc.get_freeze_count() == 0  # gc.unfreeze would also undo the user's own gc.freeze
+        if self._frozen:
             gc.freeze()
 
-    def _thaw(self) -> None:
-        if self._froze:
+    def _unfreeze(self) -> None:
+        if self._frozen:
             gc.unfreeze()
-            self._froze = False
+            self._frozen = False
 
     def remove_fakes(self, mode: FakeTensorMode) -> None:
-        """Take every fake tensor of `mode` out of where it was left.
+        """Remove every fake tensor of `mode` from wherever the run left it.
 
         Raises:
-            UnsupportedInput: one sits in a place that cannot be put back as it was.
+            UnsupportedInput: one is in a place whose old content is lost.
         """
         gc.collect()
-        alive = bool(_alive(mode))
-        if alive and self._froze:
-            self._made = {id(thing) for thing in gc.get_objects()}
-        self._thaw()
+        alive = bool(_living_fakes(mode))
+        if alive and self._frozen:
+            self._new_ids = {id(thing) for thing in gc.get_objects()}
+        self._unfreeze()
         if not alive:
             return
         gc.collect()
         for cache in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
-            if _reaches_fake(cache, mode, _DEPTH):
+            if _holds_fake(cache, mode, _MAX_DEPTH):
                 cache.cache_clear()
         stuck: list[str] = []
-        for _ in range(_DEPTH):  # what was taken out may have held others
-            fakes = _alive(mode)
+        for _ in range(_MAX_DEPTH):  # a removed object may have held others
+            fakes = _living_fakes(mode)
             if not fakes:
                 return
             ignored = {id(fakes), id(ignored_frame := sys._getframe())}
-            stuck = [place for fake in fakes for place in self._take_out(fake, ignored, _DEPTH)]
+            stuck = [place for fake in fakes for place in self._remove(fake, ignored, _MAX_DEPTH)]
             del fakes, ignored_frame
             gc.collect()
         if stuck:
             raise UnsupportedInput(
                 f"the model stored a tensor in {stuck[0]} while it was measured without data, and what was there "
-                "before is lost. A later step would compute with a tensor that has no contents. Run one forward before "
-                "measuring (so that it is stored already), or keep such tensors in the module itself."
+                "before is lost. A later step would compute with a tensor that has no data. Run one forward before "
+                "measuring (so that the tensor is stored already), or keep such tensors in the module itself."
             )
-        _log.debug("%d fake tensors are alive that no Python object holds", len(_alive(mode)))
+        _log.debug("%d fake tensors are still alive, held by no Python object", len(_living_fakes(mode)))
 
-    def _note_thing(self, thing: Any, module_name: str) -> None:
-        kind = type(thing)  # not isinstance, which asks the object: a lazy one would import what it stands for
+    def _remember(self, thing: Any, module_name: str) -> None:
+        kind = type(thing)  # isinstance reads `__class__`: a lazy module would then import what it stands for
         if issubclass(kind, type):
             if vars(thing).get("__module__") == module_name:
-                self._note_namespace(thing, _class_namespace(thing))
+                self._remember_namespace(thing, _class_namespace(thing))
                 for member in list(vars(thing).values()):
-                    self._note_function(member)
+                    self._remember_function(member)
         elif issubclass(kind, types.FunctionType | functools.partial):
-            self._note_function(thing)
+            self._remember_function(thing)
         elif not issubclass(kind, types.ModuleType | torch.nn.Module) and kind.__module__ != "builtins":
             namespace = _namespace(thing)
             if namespace is not None:
-                self._note_namespace(thing, namespace)
+                self._remember_namespace(thing, namespace)
 
-    def _note_namespace(self, owner: Any, namespace: dict[str, Any]) -> None:
+    def _remember_namespace(self, owner: Any, namespace: dict[str, Any]) -> None:
         self._dicts.setdefault(id(namespace), (owner, dict(namespace)))
 
-    def _note_function(self, thing: Any, depth: int = _DEPTH) -> None:
-        """Remember what the function's closure holds, and the functions in it."""
+    def _remember_function(self, thing: Any, depth: int = _MAX_DEPTH) -> None:
+        """Record the content of a function's closure, and of the closures of functions in it."""
         if isinstance(thing, functools.partial):
             thing = thing.func
         if type(thing) in (staticmethod, classmethod, types.MethodType):
@@ -130,19 +131,19 @@ class NamespaceSnapshot:
                 except ValueError:
                     contents = _ABSENT
                 self._cells[id(cell)] = (cell, contents)
-                self._note_function(contents, depth - 1)
+                self._remember_function(contents, depth - 1)
 
-    def _take_out(self, thing: Any, ignored: set[int], depth: int) -> Iterator[str]:
-        """Remove a fake tensor, or a tuple that holds it, from what holds it; yields places where it is stuck."""
+    def _remove(self, thing: Any, ignored: set[int], depth: int) -> Iterator[str]:
+        """Remove a fake tensor, or a tuple that contains it, from its holders; yield places that cannot be restored."""
         holders = gc.get_referrers(thing)
         ignored = ignored | {id(holders)}
         for holder in holders:
             if id(holder) in ignored or isinstance(holder, types.FrameType | FakeTensor | FakeTensorMode):
                 continue
             if isinstance(holder, types.CellType):
-                yield from self._empty_cell(holder)
+                yield from self._restore_cell(holder)
             elif isinstance(holder, dict):
-                yield from self._clean_dict(holder, thing)
+                yield from self._remove_from_dict(holder, thing)
             elif isinstance(holder, list | deque):
                 kept = [part for part in holder if part is not thing]
                 holder.clear()
@@ -151,28 +152,28 @@ class NamespaceSnapshot:
                 holder.discard(thing)
             elif isinstance(holder, tuple | frozenset):
                 if depth:
-                    yield from self._take_out(holder, ignored, depth - 1)
+                    yield from self._remove(holder, ignored, depth - 1)
             elif isinstance(holder, torch.nn.Module):
-                pass  # of the copy
+                pass  # the structural copy's
             elif isinstance(getattr(holder, "__dict__", None), dict) and not isinstance(holder, type):
-                yield from self._clean_dict(vars(holder), thing)
-            elif not isinstance(holder, types.BuiltinFunctionType | types.GeneratorType) and _is_slotted(holder, thing):
+                yield from self._remove_from_dict(vars(holder), thing)
+            elif not isinstance(holder, types.BuiltinFunctionType | types.GeneratorType) and _is_in_slot(holder, thing):
                 yield f"a slot of {type(holder).__name__}"
 
-    def _clean_dict(self, holder: dict[Any, Any], thing: Any) -> Iterator[str]:
+    def _remove_from_dict(self, holder: dict[Any, Any], thing: Any) -> Iterator[str]:
         names = [name for name, value in holder.items() if value is thing]
         owner, before = self._dicts.get(id(holder), (None, None))
         if before is not None:
             for name in names:
-                _put_back(owner, holder, name, before.get(name, _ABSENT))
-        elif names and (place := _owner(holder)):
+                _restore(owner, holder, name, before.get(name, _ABSENT))
+        elif names and (place := _owner_name(holder)):
             if place != "a module":
                 yield f"{place}.{names[0]}"
         else:
             for name in names:
                 del holder[name]
 
-    def _empty_cell(self, cell: types.CellType) -> Iterator[str]:
+    def _restore_cell(self, cell: types.CellType) -> Iterator[str]:
         if id(cell) in self._cells:
             contents = self._cells[id(cell)][1]
             if contents is _ABSENT:
@@ -180,27 +181,28 @@ class NamespaceSnapshot:
             else:
                 cell.cell_contents = contents
         else:
-            functions = _functions_over(cell)
+            functions = _functions_with_cell(cell)
             for function in functions:
-                if self._can_be_reached(function, {id(functions)}):
+                if self._is_reachable(function, {id(functions)}):
                     yield f"a variable in the closure of {function.__qualname__}"
 
-    def _can_be_reached(self, thing: Any, ignored: set[int]) -> bool:
-        """Whether something that the run did not make leads to it.  An autograd graph whose backward never came may
-        keep itself alive for ever, but nobody can compute with what is in it.
+    def _is_reachable(self, thing: Any, ignored: set[int]) -> bool:
+        """Tell whether an object older than the run refers to `thing`, directly or through others.
+
+        An autograd graph without a backward may keep itself alive in a cycle, but no later step can compute with it.
         """
-        if self._made is None:
+        if self._new_ids is None:
             return True
         seen = {id(thing)}
         stack = [thing]
-        while stack and len(seen) < _MOST_HOLDERS:
+        while stack and len(seen) < _MAX_HOLDERS:
             part = stack.pop()
             for holder in gc.get_referrers(part):
                 if id(holder) in ignored | seen | {id(stack)}:
                     continue
                 if isinstance(holder, types.FrameType | types.GeneratorType):  # this search itself
                     continue
-                if id(holder) not in self._made:
+                if id(holder) not in self._new_ids:
                     return True
                 seen.add(id(holder))
                 stack.append(holder)
@@ -209,7 +211,7 @@ class NamespaceSnapshot:
 
 
 def _namespace(thing: Any) -> dict[str, Any] | None:
-    """An object's attributes, without asking the object's own `__getattr__`."""
+    """Return an object's attributes without calling its own `__getattr__`."""
     try:
         found = object.__getattribute__(thing, "__dict__")
     except (AttributeError, TypeError):
@@ -218,14 +220,14 @@ def _namespace(thing: Any) -> dict[str, Any] | None:
 
 
 def _class_namespace(owner: type) -> dict[str, Any]:
-    """The dictionary behind a class's read-only view of it, which is what garbage collection knows."""
+    """Return the dictionary behind a class's read-only `__dict__`, the one that `gc` reports."""
     # A subclass of dict for the classes of ctypes, in some versions of Python.
     (namespace,) = [o for o in gc.get_referents(vars(owner)) if isinstance(o, dict)]
     return namespace
 
 
-def _put_back(owner: Any, namespace: dict[Any, Any], name: Any, before: Any) -> None:
-    if isinstance(owner, type):  # not into the dictionary itself: the interpreter caches look-ups of classes
+def _restore(owner: Any, namespace: dict[Any, Any], name: Any, before: Any) -> None:
+    if isinstance(owner, type):  # a direct write to its dictionary would bypass the interpreter's attribute cache
         delattr(owner, name) if before is _ABSENT else setattr(owner, name, before)
     elif before is _ABSENT:
         del namespace[name]
@@ -233,21 +235,21 @@ def _put_back(owner: Any, namespace: dict[Any, Any], name: Any, before: Any) -> 
         namespace[name] = before
 
 
-def _alive(mode: FakeTensorMode) -> list[Any]:
+def _living_fakes(mode: FakeTensorMode) -> list[Any]:
     return [o for o in gc.get_objects() if type(o) is FakeTensor and o.fake_mode is mode]
 
 
-def _reaches_fake(thing: Any, mode: FakeTensorMode, depth: int) -> bool:
+def _holds_fake(thing: Any, mode: FakeTensorMode, depth: int) -> bool:
     for part in gc.get_referents(thing):
         if type(part) is FakeTensor:
             if part.fake_mode is mode:
                 return True
-        elif depth and type(part) in _CONTAINERS and _reaches_fake(part, mode, depth - 1):
+        elif depth and type(part) in _CONTAINERS and _holds_fake(part, mode, depth - 1):
             return True
     return False
 
 
-def _is_slotted(holder: Any, thing: Any) -> bool:
+def _is_in_slot(holder: Any, thing: Any) -> bool:
     names = [name for kind in type(holder).__mro__ for name in _slots_of(kind)]
     return any(getattr(holder, name, None) is thing for name in names)
 
@@ -257,14 +259,14 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _functions_over(cell: types.CellType) -> list[Any]:
-    """Functions whose closure a cell is part of; none where only a dead call's frame holds it."""
+def _functions_with_cell(cell: types.CellType) -> list[Any]:
+    """List the functions whose closure contains a cell; none where only the frame of an ended call holds it."""
     closures = [holder for holder in gc.get_referrers(cell) if isinstance(holder, tuple)]
     return [o for closure in closures for o in gc.get_referrers(closure) if isinstance(o, types.FunctionType)]
 
 
-def _owner(namespace: dict[Any, Any]) -> str:
-    """Whose attributes a dictionary holds: a name, "a module" for those of a module (a copy's); '' if nobody's."""
+def _owner_name(namespace: dict[Any, Any]) -> str:
+    """Name the object whose attributes a dictionary holds: "a module" for an `nn.Module` (the copy's), '' if none."""
     if namespace.get("__name__") in sys.modules and "__spec__" in namespace:
         return str(namespace["__name__"])
     for owner in gc.get_referrers(namespace):

@@ -1,8 +1,9 @@
-"""Did the fake run take the way that a real run takes?
+"""Check that the fake run executed the same ops as a real forward.
 
-A model may look at its input before it chooses one (a mask left out where nothing is padded), and go another way where
-the input has no data.  A real forward from which autograd keeps nothing needs little memory, and shows.  As it runs the
-user's own objects, it is left to models whose code is known to ask; of others, a plan's guarded run finds out.
+A model may branch on the content of its input (transformers leaves out an attention mask where nothing is padded) and
+take another branch where the input has no data.  A real forward from which autograd saves nothing needs little memory
+and shows the difference.  But it runs the user's own objects, so it is made only for models whose code is known to
+branch like that.  For others, the trial run of a plan finds the difference.
 """
 
 from __future__ import annotations
@@ -15,51 +16,55 @@ from tightfit._torch_private import DispatchMode, current_graph_task
 from tightfit.operators.facts import describe
 from tightfit.profiling.observation import Observation
 from tightfit.step.snapshot import TrainingState
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
-#: Packages whose modules ask whether a tensor is fake: transformers then leaves no mask out.
+#: Packages whose modules ask whether a tensor is fake: transformers then keeps the mask.
 _CHECKED_PACKAGES = ("transformers",)
 
 
-class _NeedsSaved(Exception):
-    """Forward reads what autograd saved."""
+class _BackwardInForward(Exception):
+    """Forward runs a backward of its own, which reads saved tensors."""
 
 
-class _Names(DispatchMode):
-    """Notes which operations run."""
+class _OpNames(DispatchMode):
+    """Collects the names of the ops of forward, views left out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         info = describe(func)
         if not info.is_view and current_graph_task() < 0:
-            self.found.append(info.name)
+            self.names.append(info.name)
         return func(*args, **(kwargs or {}))
 
 
-def _refuse(_: object) -> torch.Tensor:
-    raise _NeedsSaved
+def _refuse_unpack(_: object) -> torch.Tensor:
+    raise _BackwardInForward
 
 
-def forward_differs(seen: Observation, model: torch.nn.Module, batch: Any, spec: StepSpec) -> bool:
-    """Whether a real forward runs other operations than the observed one; False where that is not asked."""
+def forward_differs(observation: Observation, model: torch.nn.Module, batch: Any, step: Step) -> bool:
+    """Tell whether a real forward runs other ops than the observed one.
+
+    The model, batch and optimizers are restored.  False for models that are not checked (see the module's docstring),
+    and for a forward that runs a backward of its own.
+    """
     if not any(type(module).__module__.partition(".")[0] in _CHECKED_PACKAGES for module in model.modules()):
         return False
-    state = TrainingState(model, spec.optimizers, also=(batch,))
-    names = _Names()
+    state = TrainingState(model, step.optimizers, also=(batch,))
+    ops = _OpNames()
     try:
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse),
-            names,
+            torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse_unpack),
+            ops,
         ):
-            spec.run_loss(model, batch)
-    except _NeedsSaved:
+            step.run_loss(model, batch)
+    except _BackwardInForward:
         return False
     finally:
         state.restore()
-    return names.found != [op.name for op in seen.ops]
+    return ops.names != [op.name for op in observation.ops]

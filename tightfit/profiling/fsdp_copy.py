@@ -1,7 +1,7 @@
-"""Watching a step of a sharded model on a copy: what FSDP2 gathers, exchanges and lets go is memory, too.
+"""A structural copy of a sharded model, on which FSDP2 allocates and frees memory as in a real step.
 
-The copy is sharded by FSDP2 itself, as the model is, so that weights come and go on it as they do in a real step; only
-the exchanges are silent, so that nobody else has to take part.
+FSDP2 itself shards the copy, with the model's own settings, so that unsharded weights come and go as they do in a real
+step.  Only the collectives are replaced by stand-ins, so that no other rank has to take part.
 """
 
 from __future__ import annotations
@@ -19,53 +19,60 @@ from tightfit.distributed._fsdp_private import (
     wrap_fsdp_hooks,
 )
 from tightfit.distributed.dtensor import local_shard
-from tightfit.distributed.fsdp import CollectiveStandIn, collective_workspace, process_group_of
+from tightfit.distributed.fsdp import process_group_of
+from tightfit.profiling.fsdp_collectives import CollectiveStandIn, collective_workspace
 from tightfit.profiling.observer import Observer
-from tightfit.step.step import device_of
+from tightfit.step.model import device_of
 
 
 class ShardedCopy:
-    """See the module.
+    """A structural copy of a model, sharded like the model.
 
-    Optimizers see each process's part of a parameter as a tensor of its own: what they compute is the same, and what
-    they take, too.
+    Optimizers of the copy see each local shard as a plain parameter: they compute the same, in the same memory.
     """
 
     def __init__(self, model: torch.nn.Module, copies: dict[int, Any]) -> None:
-        """Shards `copies[id(model)]`; call it where fake tensors are made."""
+        """Shard `copies[id(model)]`.  Call it inside the `FakeTensorMode` that made the copies.
+
+        Args:
+            model: the sharded model.
+            copies: the copies of its modules and tensors, by the id of the original.
+        """
         self.model: torch.nn.Module = copies[id(model)]
         self._pairs = shard_copy(model, copies)
         gather_ratio, scatter_ratio = collective_workspace(process_group_of(model), device_of(model))
-        self._exchanges = CollectiveStandIn(gather_ratio), CollectiveStandIn(scatter_ratio)
-        use_collectives(self.model, *self._exchanges)
-        self._gathered = unshard_once(self.model)
-        self._part_of = {
+        self._collectives = CollectiveStandIn(gather_ratio), CollectiveStandIn(scatter_ratio)
+        use_collectives(self.model, *self._collectives)
+        self._all_gather_outputs = unshard_once(self.model)
+        self._shard_of = {
             id(copied): torch.nn.Parameter(local_shard(copied), requires_grad=copied.requires_grad)
             for _, copied in self._pairs
         }
-        self.copies = copies | {id(real): self._part_of[id(copied)] for real, copied in self._pairs}
-        """With the parts in place of the sharded parameters."""
+        self.copies = copies | {id(real): self._shard_of[id(copied)] for real, copied in self._pairs}
+        """The given copies, with the local shard in place of each sharded parameter."""
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """What optimizers see."""
-        return [self._part_of.get(id(parameter), parameter) for parameter in self.model.parameters()]
+        """The parameters that optimizers see: local shards, and what is not sharded."""
+        return [self._shard_of.get(id(parameter), parameter) for parameter in self.model.parameters()]
 
     @property
     def margin_bytes(self) -> int:
-        """What may linger beyond what was watched: on a machine with more processes than cores, gloo's threads may let
-        go of an exchange's scratch only after the next one.
+        """Bytes that a real step may hold beyond the observed peak.
+
+        On a node with more processes than cores, gloo's threads may free a collective's workspace only after the next
+        collective.
         """
-        return max(exchange.largest_bytes for exchange in self._exchanges)
+        return max(collective.largest_bytes for collective in self._collectives)
 
     def watch(self, observer: Observer) -> None:
-        """Have the observer told of what FSDP2 does; to be called when gradients are there."""
+        """Report FSDP2's allocations to the observer.  Call it once the copy's gradients exist."""
         for _, copied in self._pairs:
             if copied.grad is not None:
-                self._part_of[id(copied)].grad = local_shard(copied.grad)
-        for tensor in self._gathered:
+                self._shard_of[id(copied)].grad = local_shard(copied.grad)
+        for tensor in self._all_gather_outputs:
             observer.add_resizable(tensor)
         on_storage_resize(self.model, observer.resized)
         wrap_fsdp_hooks(self.model, observer.memory_only)
-        for exchange in self._exchanges:
-            after_backward(self.model, exchange.let_go)
+        for collective in self._collectives:
+            after_backward(self.model, collective.release)

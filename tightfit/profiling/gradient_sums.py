@@ -1,8 +1,10 @@
-"""Sums of gradients, as they happen in a real step.
+"""Record gradient accumulation as it happens in a real step.
 
-Where a value was used twice, autograd's engine adds its gradients.  It does so in the first one's memory if nobody else
-refers to that, but never while a dispatch mode looks on: then the sum is a new tensor.  What is written down is what
-happens in a real step.
+Where a value was used twice, autograd's engine sums its gradients.  It does so in the first gradient's memory if nobody
+else refers to that, but never under a dispatch mode: then the sum is a new tensor.  `GradientSums` rewrites the events
+of such a sum to those of a step without the mode.
+
+The rule is that of `can_accumulate_inplace` in PyTorch's torch/csrc/autograd/input_buffer.cpp.
 """
 
 from __future__ import annotations
@@ -21,39 +23,39 @@ from tightfit.records import Event, EventKind
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """Autograd's engine has just added a second gradient of one value to the first."""
+    """An addition by which autograd's engine has just summed two gradients of one value."""
 
     since: int
-    """Index of the first event that belongs to it."""
+    """Index of its first event."""
     old: int
     """Storage of the first gradient."""
     new: int
     """Storage of the sum."""
     key: int
-    """Where the sum's storage is."""
+    """The sum's `storage_key`."""
 
 
 class GradientSums:
-    """See the module."""
+    """Finds the engine's sums among the ops of backward, and records in-place ones as such."""
 
     def __init__(self, ledger: StorageLedger) -> None:
-        ledger.before_event = self._before
+        ledger.before_event = self._before_event
         self._ledger = ledger
         self._graph_task = -1
         self._in_engine = False
-        """The running node's own operations are done: what comes now is autograd's engine adding up gradients."""
+        """Whether the running node's own ops are done, so that the next additions are the engine's."""
         self._sum: _Sum | None = None
 
-    def follow(self, graph_task: int) -> None:
-        """This backward runs now (-1: none)."""
+    def set_graph_task(self, graph_task: int) -> None:
+        """Take the id of the backward that runs now (-1: none); register hooks on the nodes of a new one."""
         if graph_task != self._graph_task:
             self._graph_task = graph_task
             self._in_engine = False
             if graph_task >= 0:
-                self._follow_nodes()
+                self._hook_nodes()
 
-    def note(self, func: Any, args: tuple[Any, ...], result: Any, since: int) -> None:
-        """An operation of backward, and the first of its events."""
+    def record_op(self, func: Any, args: tuple[Any, ...], result: Any, since: int) -> None:
+        """Check whether an op of backward, whose first event has the index `since`, is a sum by the engine."""
         ledger = self._ledger
         if (
             self._in_engine
@@ -65,32 +67,35 @@ class GradientSums:
             old, new = (ledger.observation.values[ledger.value_of(t)].storage for t in (args[0], result))
             self._sum = _Sum(since, old, new, storage_key(result))
 
-    def settle(self) -> None:
-        """All that the engine let go of after a sum is known: was the first gradient its own?"""
-        found = self._sum
-        if found is None:
+    def resolve(self) -> None:
+        """Decide about the last sum, now that all that the engine freed after it is known.
+
+        If the first gradient died with the sum, nobody else held it: a real step sums in its memory.
+        """
+        last = self._sum
+        if last is None:
             return
         self._sum = None
         observation = self._ledger.observation
-        events = observation.events[found.since :]
-        if Event(EventKind.FREE, found.old) not in events or Event(EventKind.ALLOC, found.new) not in events:
+        events = observation.events[last.since :]
+        if Event(EventKind.FREE, last.old) not in events or Event(EventKind.ALLOC, last.new) not in events:
             return
-        events.remove(Event(EventKind.ALLOC, found.new))
-        events.remove(Event(EventKind.FREE, found.old))
-        observation.events[found.since :] = [
-            Event(EventKind.FREE, found.old) if event == Event(EventKind.FREE, found.new) else event for event in events
+        events.remove(Event(EventKind.ALLOC, last.new))
+        events.remove(Event(EventKind.FREE, last.old))
+        observation.events[last.since :] = [
+            Event(EventKind.FREE, last.old) if event == Event(EventKind.FREE, last.new) else event for event in events
         ]
-        self._ledger.merge(found.new, found.key, found.old)
+        self._ledger.merge(last.new, last.key, last.old)
 
-    def _before(self, kind: EventKind) -> None:
+    def _before_event(self, kind: EventKind) -> None:
         if self._sum is not None and kind != EventKind.FREE:
-            self.settle()
+            self.resolve()
 
-    def _follow_nodes(self) -> None:
-        """Have every node that this backward may run say when its own operations are done."""
+    def _hook_nodes(self) -> None:
+        """Register hooks on every node that this backward may run, to learn when its own ops begin and end."""
         sums = weakref.ref(self)
 
-        def say(in_engine: bool) -> Callable[..., None]:
+        def set_in_engine(in_engine: bool) -> Callable[..., None]:
             def hook(*_: object) -> None:
                 this = sums()
                 if this is not None:
@@ -98,23 +103,25 @@ class GradientSums:
 
             return hook
 
-        begins, ends = say(in_engine=False), say(in_engine=True)
+        begins, ends = set_in_engine(False), set_in_engine(True)
         stack = [node for node in (current_graph_node(),) if node is not None]
-        followed = set(stack)
+        visited = set(stack)
         while stack:
             node = stack.pop()
             node.register_prehook(begins)
-            if node.next_functions:  # not one that adds to a parameter's gradient, and cares who else refers to it
+            # Not on AccumulateGrad: it looks at the gradient's reference count, which a hook would change.
+            if node.next_functions:
                 node.register_hook(ends)
             for following, _ in node.next_functions:
-                if following is not None and following not in followed:
-                    followed.add(following)
+                if following is not None and following not in visited:
+                    visited.add(following)
                     stack.append(following)
 
 
 def _accumulates_in_place(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether autograd's engine would add `new` to `old` in place, if nobody else refers to `old`: each of its elements
-    has its own place in one block of memory, and it is nobody's view (a view refers to its base).
+    """Tell whether autograd's engine adds `new` to `old` in place where nobody else refers to `old`.
+
+    `old` has to be dense without overlap, and no view (a view refers to its base).
     """
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(old.size(), old.stride(), strict=True) if n != 1):

@@ -18,17 +18,19 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget
 from tightfit.records import Op, Recipe, Storage, Value
-from tightfit.replay.module_recompute import ModuleCall
+from tightfit.replay.executors import RegionCall
+from tightfit.replay.executors.module import ModuleCall
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.step.snapshot import RandomState
 
 _OPS = 16
-#: Operations in a module: what Python does around modules is done again when a module is run again.
+#: Operations in a module: what Python does around modules is done again when a module is recomputed.
 _OPS_PER_MODULE = 4
 _ROUNDS = 5
 _KEY = "<overhead>"
@@ -40,8 +42,8 @@ class Overhead:
 
     mode_ms_per_op: float = 0.0
     tape_ms_per_op: float = 0.0
-    rerun_ms_per_op: float = 0.0
-    rerun_ms_per_call: float = 0.0
+    module_ms_per_op: float = 0.0
+    module_ms_per_call: float = 0.0
 
     def towards(self, other: Overhead, ratio: float) -> Overhead:
         """So far (0 to 1) from this to `other`."""
@@ -58,7 +60,7 @@ def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> 
         evicted: the model's `eviction_ratio`.
     """
     hot = _remembered("hot", cache, cold=False)
-    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device.type == "cpu" else hot
+    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device_for(device).is_host else hot
 
 
 def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:
@@ -77,7 +79,7 @@ def _remembered(name: str, cache: CostCache, *, cold: bool) -> Overhead:
         return Overhead(*known)
     random_state = RandomState()
     with torch.enable_grad():
-        overhead = Overhead(*_measure_tape(cold), *_measure_rerun(cold))
+        overhead = Overhead(*_measure_tape(cold), *_measure_module(cold))
     random_state.restore()
     forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
@@ -159,8 +161,8 @@ def _measure_tape(cold: bool) -> tuple[float, float]:
     return round(mode_ms, 6), round(record_ms + replay_ms, 6)
 
 
-def _measure_rerun(cold: bool) -> tuple[float, float]:
-    """Of running a module again: for each operation, and further for each call."""
+def _measure_module(cold: bool) -> tuple[float, float]:
+    """Return what calling a module again costs: for each operation, and further for each call."""
     chain, hot, single = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False), _Chain(1, cold=False)
     weight = _weight()
     gradient = torch.ones_like(weight)
@@ -173,14 +175,14 @@ def _measure_rerun(cold: bool) -> tuple[float, float]:
         chain(weight, plain)
         hot(weight, alone)
         both: list[float] = []
-        _call(chain, weight, both, rerun=True).backward(gradient)
+        _call(chain, weight, both, again=True).backward(gradient)
         first += both[:_OPS]
         second += both[_OPS:]
-        for rerun, times_ms in calls.items():
+        for again, times_ms in calls.items():
             if cold:
                 fill_caches()
             begin = time.perf_counter()
-            result = _call(single, weight, [], rerun=rerun)
+            result = _call(single, weight, [], again=again)
             spent = time.perf_counter() - begin
             if cold:
                 fill_caches()
@@ -195,10 +197,11 @@ def _measure_rerun(cold: bool) -> tuple[float, float]:
     return round(op_ms, 6), round(max(0.0, call_ms), 6)
 
 
-def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, rerun: bool) -> torch.Tensor:
-    if not rerun:
+def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, again: bool) -> torch.Tensor:
+    if not again:
         return chain(weight, times_ms)  # type: ignore[no-any-return]  # what it returns is a tensor
-    return ModuleCall(chain, chain.forward, {"times_ms": times_ms}, Statistics(), _OPS).run((weight,))  # type: ignore[no-any-return]  # what it returns is a tensor
+    call = RegionCall(chain, chain.forward, (weight,), {"times_ms": times_ms}, Statistics())
+    return ModuleCall(call, _OPS).run()  # type: ignore[no-any-return]  # what it returns is a tensor
 
 
 def _installed() -> Installed:
@@ -206,6 +209,8 @@ def _installed() -> Installed:
     recipe = Recipe(
         class_id=0,
         op_names=("aten.abs.default",) * _OPS,
+        lever="tape",
+        executor="tape",
         keep=(),
         drop=(),
         replay=(),

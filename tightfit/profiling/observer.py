@@ -1,8 +1,8 @@
-"""Watches one training step and writes down what happens to memory.
+"""The dispatch mode that records one training step: its ops, what they allocate, and when memory is released.
 
-Works on fake tensors (shapes without data) and on real ones.  Autograd's savings are taken away while watching: a saved
-tensor is replaced by a note of its geometry (for real tensors its bytes go to a file), see `savings`.  From the deaths
-of storages and of notes follow the lifetimes in the plain step and in any plan.
+It works on fake tensors (shapes without data) and on real ones.  Autograd holds a placeholder instead of each saved
+tensor (for a real tensor the bytes go to a file), see `saved_tensors`.  The deaths of storages and of placeholders give
+the lifetimes in the plain step and under any plan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode, current_graph_task, storage_key
+from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, storage_key
+from tightfit.device import Device
+from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
@@ -27,19 +29,26 @@ from tightfit.records import EventKind
 
 
 class Observer(DispatchMode):
-    """See the module.  `device_type` is the device whose memory counts."""
+    """Records the ops, storages and events of a step between `start` and `stop`."""
 
     def __init__(
         self,
         signatures: SignatureTable,
-        device_type: str,
+        device: Device,
         spill: Callable[[torch.Tensor], Any] | None = None,
         unspill: Callable[[Any], torch.UntypedStorage] | None = None,
         layouts: Mapping[str, Layouts] | None = None,
     ) -> None:
-        """`layouts`: how the results of some operations really lie in memory, by the signature's key."""
+        """Prepare to record a step.
+
+        Args:
+            signatures: the table to which distinct ops are added.
+            device: the device whose memory counts.
+            spill, unspill: move a saved tensor's storage out of memory and back; None on fake tensors.
+            layouts: the real kernels' result layouts, by the key of the signature, where the fake kernels are wrong.
+        """
         super().__init__()
-        self._ledger = ledger = StorageLedger(device_type)
+        self._ledger = ledger = StorageLedger(device)
         self._sums = GradientSums(ledger)
         self._saved_tensors = SavedTensors(ledger, self._unrecorded, spill, unspill)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._saved_tensors.unpack)
@@ -47,29 +56,29 @@ class Observer(DispatchMode):
         self._in_backward = False
         self._unrecorded_depth = 0
         self._memory_only_depth = 0
-        self._in_observer = False  # inside our own code, which asks for storages, too
-        self._escaped: set[int] = set()  # storages whose memory was handed out
+        self._in_observer = False  # our own code asks for storages, too, which is no escape of memory
+        self._escaped: set[int] = set()  # storages whose memory was handed out by numpy(), data_ptr(), ...
         self._signatures = signatures
-        self.random_state_bytes = torch.default_generator.get_state().numel() if device_type == "cpu" else 0
-        """Of the default generator, where that counts; a CUDA generator's state is a few bytes of host memory."""
+        self.random_state_bytes = device.random_state_bytes()
+        """What a copy of the default generator's state takes of the memory that counts."""
         self.margin_bytes = 0
-        """What a step may take beyond what is seen here."""
+        """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
-        self._corrections = layouts or {}
+        self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
-        """How the results of each signature lay, by its key."""
+        """Result layouts as observed, by the key of the signature."""
 
     @property
     def observation(self) -> Observation:
-        """What was seen so far."""
+        """The tables of what was recorded so far."""
         return self._ledger.observation
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # As for `replay.session.Session`: without it every operation pays for a wrapper that only torch.compile needs.
+        # As in `replay.session.Session`: otherwise every op pays for a wrapper that only torch.compile needs.
         return False
 
-    # ------------------------------------------------------------------------------------------------ the caller's side
+    # ------------------------------------------------------------------------------------------------ for the caller
 
     def add_resident(self, tensor: torch.Tensor, component: str) -> None:
         """Count the tensor's storage as alive during the whole step."""
@@ -77,21 +86,24 @@ class Observer(DispatchMode):
             self._ledger.add(tensor, component)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to record."""
         self._hooks.__enter__()
         self.activate()
         self._ledger.is_open = True
 
     def stop(self) -> None:
-        """End watching."""
-        self._sums.settle()
+        """Stop recording."""
+        self._sums.resolve()
         self._ledger.is_open = False
         self.deactivate()
         self._hooks.__exit__(None, None, None)
 
     @contextmanager
     def memory_only(self) -> Iterator[None]:
-        """Operations inside are not the model's, and a plan has nothing to do with them, but their memory counts."""
+        """Count the memory of the ops inside, but record no op that a plan could replay.
+
+        For FSDP2's all-gathers and gradient reductions, which are not the model's.
+        """
         self._memory_only_depth += 1
         try:
             yield
@@ -99,71 +111,69 @@ class Observer(DispatchMode):
             self._memory_only_depth -= 1
 
     def add_resizable(self, tensor: torch.Tensor) -> None:
-        """A tensor without memory, which will get some and give it back (see `resized`).  What it holds is, for the
-        model, a parameter that is always there.
+        """Add a tensor with an empty storage, which will be allocated and freed in place (see `resized`).
+
+        To the model it is a parameter: always there, never saved.
         """
         assert tensor.untyped_storage().nbytes() == 0
         self.add_resident(tensor, "parameters")
 
     def resized(self, tensor: torch.Tensor) -> None:
-        """The tensor has got memory, or given it back."""
+        """Record that a resizable tensor's storage was allocated or freed."""
         if self._ledger.is_open:
             self._ledger.resize(tensor)
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Operations inside are not noted, but see what an observed run sees (an optimizer's step counter)."""
+        """Run ops unrecorded, but with the results of an observed run (see `LOCAL_SCALAR` in `__torch_dispatch__`)."""
         with self:
             yield
 
     def mark_escaped(self, tensor: torch.Tensor) -> None:
-        """The tensor's memory is handed out: from now on it may be written at any moment, unseen."""
+        """Record that the tensor's memory was handed out: from now on it may be written at any moment, unseen."""
         forward = self._ledger.is_open and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
-        if (
-            forward
-            and not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
-            and self._ledger.counts(tensor)
-        ):
+        recorded = not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
+        if forward and recorded and self._ledger.counts(tensor):
             self._escaped.add(self.observation.values[self._ledger.overwrite(tensor)].storage)
 
     def begin_backward(self) -> None:
-        """Backward begins now."""
+        """Mark the end of forward and the start of backward."""
         self._in_backward = True
         self._ledger.emit(EventKind.BACKWARD)
 
     def begin_optimizer(self) -> None:
-        """The optimizer step begins now."""
+        """Mark the start of the optimizer step."""
         self.in_optimizer = True
         self._ledger.emit(EventKind.OPTIMIZER)
 
     def enter_module(self, path: str, has_plain_arguments: bool) -> None:
-        """A module call begins."""
+        """Mark the start of a module call."""
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
-        """The innermost module call ends."""
+        """Mark the end of the innermost module call."""
         self.observation.events.append(ModuleEvent(None))
 
-    # ------------------------------------------------------------------------------------------------ PyTorch's side
+    # ------------------------------------------------------------------------------------------------ for PyTorch
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.in_optimizer and func is torch.ops.aten._local_scalar_dense.default and not self._has_data:
-            return 1.0  # an optimizer reads its step counter; a fake tensor has no number to give
+        if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:
+            return 1.0  # `item()`: an optimizer reads its step counter, and a fake tensor has no number
         if self._unrecorded_depth or not self._ledger.is_open:
             return func(*args, **kwargs)
         was_in_observer, self._in_observer = self._in_observer, True
         try:
             if self._memory_only_depth:
-                return self._note_memory(func, args, kwargs)
+                return self._record_memory(func, args, kwargs)
             return self._dispatch(func, types, args, kwargs)
         finally:
             self._in_observer = was_in_observer
 
-    def _note_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._sums.settle()
+    def _record_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._sums.resolve()
         result = func(*args, **kwargs)
         if not describe(func).is_view:
             for tensor in result_tensors(result):
@@ -173,34 +183,34 @@ class Observer(DispatchMode):
 
     def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graph_task = current_graph_task()
-        self._sums.follow(graph_task)
+        self._sums.set_graph_task(graph_task)
         info = describe(func)
         if info.is_view:
             return func(*args, **kwargs)
-        self._sums.settle()
+        self._sums.resolve()
         tensors = tensors_in((*args, *kwargs.values()))
         forward = not self._in_backward and not self.in_optimizer and graph_task < 0
-        signature = self._signatures.note(func, args, kwargs)
+        signature = self._signatures.add(func, args, kwargs)
         if not forward:
             since = len(self.observation.events)
             result = self._call(func, args, kwargs, signature)
             results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
-            self._signatures.note_result(signature, tensors, results)
+            self._signatures.record_result(signature, tensors, results)
             for tensor in tensors + results:
                 self._ledger.value_of(tensor)
-            if not self._in_backward:  # a backward inside forward: what it writes, replay in backward would see written
+            if not self._in_backward:  # a backward inside forward: a later replay would see what it writes in place
                 for tensor in mutated_tensors(info, args, kwargs):
                     self._ledger.overwrite(tensor)
             self._ledger.emit(EventKind.OTHER_OP, signature)
-            self._sums.note(func, args, result, since)
+            self._sums.record_op(func, args, result, since)
             return result
         return self._forward_op(func, info, types, args, kwargs, tensors, signature)
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
-        """Run it; where its kernel is known to lay its results out otherwise than a real one, lay them out anew."""
+        """Run the op and give its results the real kernel's layout where the fake kernel's is known to be wrong."""
         result = func(*args, **kwargs)
         key = self._signatures.keys[signature]
-        if (layouts := self._corrections.get(key)) is not None:
+        if (layouts := self._real_layouts.get(key)) is not None:
             result = with_layouts(result, layouts)
         if key not in self.layouts:
             self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
@@ -217,11 +227,11 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
-        device = safety.call_device(tensors, kwargs)
-        reason = safety.blocker(info, types, tensors, device.type)
+        device = device_of_call(tensors, kwargs)
+        reason = safety.blocker(info, types, tensors, device)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
             reason = "its random state cannot be recorded"
-        moved = undeclared_writes(info, args)  # running statistics, which replay leaves out
+        moved = undeclared_writes(info, args)  # running statistics, which a replay leaves alone
         inputs = [value for t in tensors if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)]
         if not reason and any(self.observation.values[value].storage in self._escaped for value in inputs):
             reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
@@ -229,8 +239,8 @@ class Observer(DispatchMode):
             for tensor in tensors:
                 value = self._ledger.value_of(tensor)
                 if value >= 0 and self._ledger.is_uninitialised(value):
-                    whole = tensor is args[0] and tensor.numel() * tensor.itemsize == self._ledger.nbytes(value)
-                    if not (info.is_full_writer and whole):
+                    covers = tensor is args[0] and tensor.numel() * tensor.itemsize == self._ledger.nbytes(value)
+                    if not (info.is_full_writer and covers):
                         reason = "it reads uninitialised memory"
         mutated = [t for t in mutated_tensors(info, args, kwargs) if self._ledger.counts(t)]
         written = {storage_key(t): t for t in mutated}
@@ -245,7 +255,7 @@ class Observer(DispatchMode):
         )
         result = self._call(func, args, kwargs, signature)
         results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
-        self._signatures.note_result(signature, tensors, results)
+        self._signatures.record_result(signature, tensors, results)
         for tensor in moved:
             self._ledger.overwrite(tensor)
         for position, tensor in enumerate(written.values()):
@@ -254,13 +264,13 @@ class Observer(DispatchMode):
             if not isinstance(tensor, torch.Tensor) or not self._ledger.counts(tensor):
                 continue
             if self._ledger.knows(tensor):
-                continue  # an alias of an argument
+                continue  # aliases an argument
             storage = self._ledger.add(tensor, "activation")
             self._ledger.emit(EventKind.ALLOC, storage)
             value = observation.storages[storage].current
             observation.values[value].op = op_index
             observation.values[value].output = position
-            # Uninitialised contents are never a source and never dropped: whatever fills them later may be invisible.
+            # Uninitialised memory is never read by a replay and never dropped: what fills it later may be invisible.
             observation.values[value].overwritten = info.is_uninitialised
             op.outputs.append(value)
         observation.ops.append(op)
@@ -278,7 +288,7 @@ class Observer(DispatchMode):
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
-        """Operations inside are not the step's."""
+        """Run ops that are not the step's."""
         self._unrecorded_depth += 1
         try:
             yield

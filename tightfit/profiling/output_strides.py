@@ -1,8 +1,8 @@
-"""How an operation's results lie in memory, and giving a fake kernel's results the layout that the real one's have.
+"""Memory layouts of op results, and correcting those of a fake kernel to what the real kernel returns.
 
-A fake kernel may get it wrong: another stride order makes a later `reshape` copy, or not; one tensor returned twice
-where the real kernel returns two; a workspace whose size only the real kernel knows.  What the real kernel returned,
-run alone, is put in the place of what the fake one returns.
+A fake kernel may be wrong about the layout: another order of strides makes a later `reshape` copy or not; one tensor is
+returned twice where the real kernel returns two; the size of a workspace is known to the real kernel only.  So each op
+is run alone for real, and the layout of its results replaces that of the fake kernel.
 """
 
 from __future__ import annotations
@@ -15,53 +15,56 @@ import torch
 from tightfit._torch_private import storage_key
 from tightfit.operators.facts import result_tensors, tensors_in
 
-#: Of one result: bytes of its storage, position of the first result with the same storage (-1: an argument's), offset,
-#: then sizes, then strides. Empty for what is not a strided tensor.
+#: One result's layout: bytes of its storage, position of the first result with the same storage (-1: an argument's),
+#: storage offset, then sizes, then strides. Empty for anything but a strided tensor.
 Layout = tuple[int, ...]
 Layouts = tuple[Layout, ...]
 
 
 def layouts_of(result: Any, arguments: Any) -> Layouts:
-    """The layout of each result of an operation."""
-    places = {storage_key(t): -1 for t in tensors_in(arguments) if t.layout is torch.strided}
-    found: list[Layout] = []
+    """Describe the memory layout of each result of an op."""
+    owners = {storage_key(t): -1 for t in tensors_in(arguments) if t.layout is torch.strided}
+    layouts: list[Layout] = []
     for position, tensor in enumerate(result_tensors(result)):
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-            found.append(())
+            layouts.append(())
             continue
-        place = places.setdefault(storage_key(tensor), position)
+        owner = owners.setdefault(storage_key(tensor), position)
         nbytes = int(tensor.untyped_storage().nbytes())
-        found.append((nbytes, place, int(tensor.storage_offset()), *tensor.size(), *tensor.stride()))
-    return tuple(found)
+        layouts.append((nbytes, owner, int(tensor.storage_offset()), *tensor.size(), *tensor.stride()))
+    return tuple(layouts)
 
 
 def corrections(fake: Mapping[str, Layouts], real: Mapping[str, Layouts]) -> dict[str, Layouts]:
-    """The real layouts of those operations whose fake kernel returns something else, where it can be corrected."""
-    return {key: real[key] for key, found in fake.items() if key in real and _may_replace(found, real[key])}
+    """Return the real layouts of the ops whose fake kernel returns another one that can be corrected.
+
+    Both mappings and the result are by the key of the signature.
+    """
+    return {key: real[key] for key, layouts in fake.items() if key in real and _is_correctable(layouts, real[key])}
 
 
-def _may_replace(fake: Layouts, real: Layouts) -> bool:
-    """They differ, and only in how fresh tensors lie: as many, with as many dimensions."""
+def _is_correctable(fake: Layouts, real: Layouts) -> bool:
+    """Tell whether the layouts differ, and only in those of fresh tensors: as many, with as many dimensions."""
     if fake == real or len(fake) != len(real):
         return False
     return all(len(a) == len(b) and (not a or min(a[1], b[1]) >= 0) for a, b in zip(fake, real, strict=True))
 
 
 def with_layouts(result: Any, layouts: Layouts) -> Any:
-    """The results anew (without contents), laid out as told."""
+    """Allocate an op's results again with the given layouts, without their contents."""
     storages: dict[int, torch.Tensor] = {}
-    anew: list[Any] = []
+    tensors: list[Any] = []
     for position, (tensor, layout) in enumerate(zip(result_tensors(result), layouts, strict=True)):
         if not layout:
-            anew.append(tensor)
+            tensors.append(tensor)
             continue
-        nbytes, place, offset, *geometry = layout
-        if place == position:
+        nbytes, owner, offset, *geometry = layout
+        if owner == position:
             count = nbytes // tensor.itemsize
-            storages[place] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
+            storages[owner] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
         sizes, strides = geometry[: len(geometry) // 2], geometry[len(geometry) // 2 :]
-        whole = storages[place]
-        if whole.dtype != tensor.dtype:
-            whole = whole.view(tensor.dtype)
-        anew.append(whole.as_strided(sizes, strides, offset))
-    return anew[0] if isinstance(result, torch.Tensor) else type(result)(anew)
+        flat = storages[owner]
+        if flat.dtype != tensor.dtype:
+            flat = flat.view(tensor.dtype)
+        tensors.append(flat.as_strided(sizes, strides, offset))
+    return tensors[0] if isinstance(result, torch.Tensor) else type(result)(tensors)

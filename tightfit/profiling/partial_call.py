@@ -1,4 +1,4 @@
-"""How much of an operation can be run alone in a given amount of memory."""
+"""Shrink an op's call until it can be run alone in a given amount of memory."""
 
 from __future__ import annotations
 
@@ -9,47 +9,53 @@ from typing import Any
 from tightfit.profiling.cost_cache import Cost
 from tightfit.profiling.signatures import Call, TensorSpec
 
-#: The rest is for what a kernel takes inside, which is only known afterwards.
+#: The rest is for the kernel's workspace, which is known only afterwards.
 _USABLE = 31 / 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartialCall:
-    """A call that fits: the whole, one on part of the tensors in its lists, or none."""
+    """A call that fits: the full call, one on the first tensors of its lists, or none."""
 
     call: Call | None
     scale: float = 1.0
-    """Bytes of the whole call's arguments to those of this one."""
+    """Bytes of the full call's arguments divided by those of this one."""
     note: str = ""
-    """Why the whole call was not run; empty if it is."""
+    """Why the full call was not run; empty if it is."""
 
     def scaled(self, cost: Cost) -> Cost:
-        """The whole call's cost, from this one's."""
+        """Scale this call's cost to that of the full call."""
         if not self.note:
             return cost
-        return Cost(round(cost.ms * self.scale, 6), int(cost.scratch_bytes * self.scale), ())
+        return Cost(round(cost.ms * self.scale, 6), int(cost.workspace_bytes * self.scale), ())
 
 
 def argument_bytes(call: Call) -> int:
-    """Memory that made-up arguments take."""
+    """Return the memory that made-up arguments of the call take."""
     return _nbytes(call.args) + _nbytes(tuple(value for _, value in call.kwargs))
 
 
 def fit_call(call: Call, result_bytes: int, room_bytes: int | None) -> PartialCall:
-    """As much of `call` as fits into `room_bytes` with its arguments and results."""
+    """Find the largest part of a call that fits into `room_bytes` with its arguments and results.
+
+    Args:
+        call: the full call. It is split only where its lists of tensors (foreach ops) have the same length.
+        result_bytes: memory that its results take.
+        room_bytes: memory that running it may take; None: as much as it needs.
+    """
     if room_bytes is not None:
         room_bytes = int(room_bytes * _USABLE)
-    whole = argument_bytes(call)
-    if room_bytes is None or whole + result_bytes <= room_bytes:
+    full_bytes = argument_bytes(call)
+    if room_bytes is None or full_bytes + result_bytes <= room_bytes:
         return PartialCall(call=call)
     lists = [argument for argument in call.args if _is_tensor_list(argument)]
     lengths = {len(tensors) for tensors in lists}
     if len(lengths) == 1:
         (length,) = lengths
-        fixed = whole - sum(_nbytes(tensors) for tensors in lists)
-        per_place = [sum(_nbytes((tensors[place],)) for tensors in lists) for place in range(length)]
-        with_results = 1 + result_bytes / max(1, sum(per_place))
-        count = sum(fixed + taken * with_results <= room_bytes for taken in accumulate(per_place))
+        fixed_bytes = full_bytes - sum(_nbytes(tensors) for tensors in lists)
+        bytes_by_index = [sum(_nbytes((tensors[index],)) for tensors in lists) for index in range(length)]
+        with_results = 1 + result_bytes / max(1, sum(bytes_by_index))
+        count = sum(fixed_bytes + nbytes * with_results <= room_bytes for nbytes in accumulate(bytes_by_index))
         if count:
             # Lists of scalars beside lists of tensors have one for each.
             part = replace(
@@ -57,7 +63,7 @@ def fit_call(call: Call, result_bytes: int, room_bytes: int | None) -> PartialCa
             )
             return PartialCall(
                 call=part,
-                scale=whole / max(1, argument_bytes(part)),
+                scale=full_bytes / max(1, argument_bytes(part)),
                 note=f"measured on {count} of {length} tensors and scaled: all of them do not fit beside the model",
             )
     return PartialCall(call=None, note="estimated from other operations: alone it does not fit beside the model")

@@ -1,4 +1,4 @@
-"""From an observation to a profile: cut forward into regions, find identical ones, drop what no reader needs."""
+"""Build a profile's tables from an observation: cut forward into regions and find the identical ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Stor
 
 @dataclass(slots=True)
 class _Cut:
-    """Forward cut into regions."""
+    """Forward cut into regions; the lists are by region."""
 
     keys: list[str] = field(default_factory=list)
     first_op: list[int] = field(default_factory=list)
@@ -24,7 +24,7 @@ class _Cut:
     events: list[Event] = field(default_factory=list)
     slot_region: dict[int, int] = field(default_factory=dict)
     plain_calls: set[str] = field(default_factory=set)
-    """Keys of whole module calls with tensors and constants for arguments."""
+    """Keys of the module calls whose arguments are all tensors and constants."""
 
 
 def build_tables(
@@ -33,8 +33,13 @@ def build_tables(
     signatures: Sequence[Signature],
     pure_paths: AbstractSet[str] = frozenset(),
 ) -> Mapping[str, Any]:
-    """The tables of a `Profile`: storages, values, ops, regions, slots, events.  `pure_paths`: modules that may be run
-    again as a whole.
+    """Build the tables of a `Profile`, by field name: storages, values, ops, regions, slots, events.
+
+    Args:
+        observation: what was recorded of the step.
+        region_paths: paths of the modules that are regions.
+        signatures: the signatures that the ops refer to.
+        pure_paths: paths of the modules that may be recomputed by calling the module again.
     """
     cut = _cut(observation, frozenset(region_paths))
     storages = tuple(Storage(nbytes=s.nbytes, component=s.component) for s in observation.storages)
@@ -56,21 +61,25 @@ def build_tables(
     slots_of_region: list[list[int]] = [[] for _ in cut.keys]
     for slot in slots:
         slots_of_region[slot.region].append(slot.value)
-    # A call with regions inside is in pieces; those of the model itself always are.
-    whole = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    # A module with regions inside is cut into segments, none of which is one call of it.
+    unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
     known_good = [not describe(find_overload(signature.name)).needs_calibration for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
     for index, key in enumerate(cut.keys):
         first, count = cut.first_op[index], cut.op_count[index]
-        shape = _shape_of(range(first, first + count), ops, values, storages, slots_of_region[index], signatures)
-        may_rerun = (
+        structure = _structure_of(
+            range(first, first + count), ops, values, storages, slots_of_region[index], signatures
+        )
+        recomputable = (
             key in cut.plain_calls
-            and key.partition("#")[0] in whole
+            and key.partition("#")[0] in unsplit
             and all(known_good[op.signature] for op in ops[first : first + count])
         )
-        class_id = classes.setdefault((shape, may_rerun), len(classes))
-        regions.append(Region(key=key, first_op=first, op_count=count, class_id=class_id, may_rerun=may_rerun))
+        class_id = classes.setdefault((structure, recomputable), len(classes))
+        regions.append(
+            Region(key=key, first_op=first, op_count=count, class_id=class_id, module_recomputable=recomputable)
+        )
     return {
         "storages": storages,
         "values": values,
@@ -85,7 +94,7 @@ def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:
     cursor = RegionCursor()
     cursor.push(LOSS)
     cut = _Cut()
-    calls: list[bool] = []  # for each open module call: is it a region
+    calls: list[bool] = []  # for each open module call: whether it is a region
     slots = 0
     ops = 0
 
@@ -130,7 +139,7 @@ def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:
     return cut
 
 
-def _shape_of(
+def _structure_of(
     op_range: range,
     ops: Sequence[Op],
     values: Sequence[Value],
@@ -138,7 +147,10 @@ def _shape_of(
     saved: Sequence[int],
     signatures: Sequence[Signature],
 ) -> Any:
-    """Everything that decides what a region's tape allows, with values numbered by first appearance."""
+    """Return all that decides what a region's tape can drop and replay; equal for identical regions.
+
+    Values are numbered by first appearance.
+    """
     numbers: dict[int, int] = {}
 
     def number(value: int) -> tuple[int, int, str, bool]:

@@ -1,8 +1,8 @@
-"""Measuring a step again for a batch of another size, in a fraction of the time.
+"""Measure a step again for a batch of another size, in a fraction of the time.
 
 What does not depend on the batch is taken from a profile of the same model that was measured in full: the optimizer's
 step, the mechanism's own cost, and times, scaled by the bytes that each operation handles.  Sizes, lifetimes and each
-operation's scratch are measured anew, so that the peak is as exact as in any profile.
+operation's workspace are measured anew, so that the peak is as exact as in any profile.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch
 
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Event, EventKind, Op, Profile, Signature, Storage
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 
-def measure_reshaped(
-    model: torch.nn.Module, batch: Any, spec: StepSpec, reference: Profile, budget_bytes: int
-) -> Profile:
-    """The profile of a step on `batch`; measured in full where the step is not the reference's at another size.
+def measure_reshaped(model: torch.nn.Module, batch: Any, step: Step, reference: Profile, budget_bytes: int) -> Profile:
+    """Measure a step on `batch`: in full where it is not the reference's at another size.
 
     Measuring stays within `budget_bytes`, as `measure_step` does.  A step that had to be run for real to be measured is
     run for real again.
@@ -29,7 +27,7 @@ def measure_reshaped(
         forward = measure_step(
             model,
             batch,
-            replace(spec, optimizers=(), clip_norm=None),
+            replace(step, optimizer=None, clip_norm=None),
             concrete=reference.method == "real",
             untimed=True,
             budget_bytes=budget_bytes - reference.baseline["optimizer_state"],
@@ -37,17 +35,17 @@ def measure_reshaped(
         completed = complete(forward, reference)
         if completed is not None:
             return completed
-    return measure_step(model, batch, spec, budget_bytes=budget_bytes)
+    return measure_step(model, batch, step, budget_bytes=budget_bytes)
 
 
 def operations(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Each region's key and the names of its operations: what two profiles of one model have in common."""
+    """Return each region's key and the names of its operations: what two profiles of one model have in common."""
     names = [profile.signatures[op.signature].name for op in profile.ops]
     return tuple((r.key, tuple(names[r.first_op : r.first_op + r.op_count])) for r in profile.regions)
 
 
 def complete(profile: Profile, reference: Profile) -> Profile | None:
-    """`profile`, measured without optimizer and times, with these from `reference`; None if the two do not match."""
+    """Complete `profile` with the optimizer and the times of `reference`; None if the two do not match."""
     others = [event.a for event in profile.events if event.kind == EventKind.OTHER_OP]
     theirs, tail = _backward_and_optimizer(reference)
     names = [profile.signatures[signature].name for signature in others]
@@ -58,7 +56,7 @@ def complete(profile: Profile, reference: Profile) -> Profile | None:
     ):
         return None
     ops = tuple(
-        replace(op, keep_reason=op.keep_reason or other.keep_reason)  # what calibration refused there, it refuses here
+        replace(op, keep_reason=op.keep_reason or other.keep_reason)  # what a self-check refused there is refused here
         for op, other in zip(profile.ops, reference.ops, strict=True)
     )
     timed = _scaled_times(profile, reference, others, theirs)
@@ -66,14 +64,14 @@ def complete(profile: Profile, reference: Profile) -> Profile | None:
 
 
 def _backward_and_optimizer(reference: Profile) -> tuple[list[int], list[Event]]:
-    """Signatures of the operations that are not forward's, up to the optimizer; the events from there on."""
+    """Return the signatures of the operations after forward, up to the optimizer, and the events from there on."""
     start = next((t for t, e in enumerate(reference.events) if e.kind == EventKind.OPTIMIZER), len(reference.events))
     others = [event.a for event in reference.events[:start] if event.kind == EventKind.OTHER_OP]
     return others, list(reference.events[start + 1 :])
 
 
 def _scaled_times(profile: Profile, reference: Profile, others: list[int], theirs: list[int]) -> tuple[Signature, ...]:
-    """The signatures with the reference's times, scaled by the bytes that the operations read and make."""
+    """Return the signatures with the reference's times, scaled by the bytes that the operations read and make."""
     times_ms: dict[int, float] = {}
     ours_bytes = theirs_bytes = 0
     for op, other in zip(profile.ops, reference.ops, strict=True):
@@ -96,7 +94,7 @@ def _handled_bytes(profile: Profile, op: Op) -> int:
 
 
 def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> Profile | None:
-    """The profile with the reference's optimizer step appended; None if that touches what was there before it."""
+    """Append the reference's optimizer step; None if that touches what was there before it."""
     storages: list[Storage] = list(profile.storages)
     signatures: list[Signature] = list(profile.signatures)
     storage_of: dict[int, int] = {}
@@ -125,6 +123,6 @@ def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> 
         optimizer=reference.optimizer,
         mode_ms_per_op=reference.mode_ms_per_op,
         tape_ms_per_op=reference.tape_ms_per_op,
-        rerun_ms_per_op=reference.rerun_ms_per_op,
-        rerun_ms_per_call=reference.rerun_ms_per_call,
+        module_ms_per_op=reference.module_ms_per_op,
+        module_ms_per_call=reference.module_ms_per_call,
     )

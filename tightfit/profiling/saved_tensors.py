@@ -1,6 +1,7 @@
-"""What autograd holds while a step is watched: notes of the tensors that it saves, instead of the tensors.
+"""Saved-tensor hooks for profiling: autograd keeps placeholders instead of tensors.
 
-So the death of a storage shows when its last other reference died, and a note's death shows when autograd lets go.
+So a storage dies in the observed step when its last other reference dies, and a placeholder dies when autograd releases
+the saved tensor.  Both moments are recorded.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
 
 
-class _Note:
-    """What autograd holds instead of a saved tensor while watching."""
+class _Placeholder:
+    """What autograd holds instead of a saved tensor: its geometry, and where its bytes are."""
 
     __slots__ = ("contents", "device", "dtype", "nbytes", "offset", "on_release", "size", "slot", "stride")
 
@@ -38,12 +39,12 @@ class _Note:
 
 
 class SavedTensors:
-    """See the module.
+    """The pack and unpack hooks, which record a SAVE, UNPACK and RELEASE event for each slot.
 
     Args:
-        ledger: where savings, readings and releases are noted.
-        unrecorded: a context in which operations are not the step's.
-        spill, unspill: where a note's bytes go, and how they come back; None: there are none.
+        ledger: the ledger that the events go to.
+        unrecorded: a context whose ops are not recorded as the step's.
+        spill, unspill: move a saved tensor's storage out of memory and back. None on fake tensors, which have no data.
     """
 
     def __init__(
@@ -57,60 +58,60 @@ class SavedTensors:
         self._unrecorded = unrecorded
         self._spill = spill
         self._unspill = unspill
-        self._borrowed: dict[int, int] = {}  # slot -> notes and rebuilt tensors that still stand for it
+        self._references: dict[int, int] = {}  # by slot: its placeholder and unpacked tensors that are alive
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """A note, or the tensor itself where nobody needs one."""
+        """Return a placeholder for an activation; parameters and tensors on other devices are saved as they are."""
         ledger = self._ledger
         if not ledger.counts(tensor) or is_conj_or_neg(tensor) or isinstance(tensor, torch.nn.Parameter):
             return tensor
+        observation = ledger.observation
         value = ledger.value_of(tensor)
-        if ledger.observation.storages[ledger.observation.values[value].storage].component != "activation":
+        if observation.storages[observation.values[value].storage].component != "activation":
             return tensor
-        slot = len(ledger.observation.slots)
-        ledger.observation.slots.append(value)
-        self._borrowed[slot] = 1
+        slot = len(observation.slots)
+        observation.slots.append(value)
+        self._references[slot] = 1
         ledger.emit(EventKind.SAVE, slot)
         contents = None
         if self._spill is not None:
             with self._unrecorded():
                 contents = self._spill(tensor)
-        return _Note(slot, tensor, contents, self._give_back)
+        return _Placeholder(slot, tensor, contents, self._release)
 
     def unpack(self, packed: Any) -> Any:
-        """The tensor that `pack` was given, or one like it."""
-        if not isinstance(packed, _Note):
+        """Return the saved tensor, or on fake tensors an empty one of the same geometry."""
+        if not isinstance(packed, _Placeholder):
             return packed
         slot = packed.slot
         self._ledger.emit(EventKind.UNPACK, slot)
         with self._unrecorded(), torch.no_grad():
-            tensor = self._rebuilt(packed)
-        self._borrowed[slot] += 1
-        savings = weakref.ref(self)
+            tensor = self._rebuild(packed)
+        self._references[slot] += 1
+        saved_tensors = weakref.ref(self)
 
         def died() -> None:
-            this = savings()
+            this = saved_tensors()
             if this is not None:
-                this._give_back(slot)
+                this._release(slot)
 
         observation = self._ledger.observation
-        self._ledger.stand_in(tensor, observation.values[observation.slots[slot]].storage, died)
+        self._ledger.substitute(tensor, observation.values[observation.slots[slot]].storage, died)
         return tensor
 
-    def _rebuilt(self, note: _Note) -> torch.Tensor:
+    def _rebuild(self, placeholder: _Placeholder) -> torch.Tensor:
+        size, stride, offset = placeholder.size, placeholder.stride, placeholder.offset
         if self._unspill is not None:
-            storage = self._unspill(note.contents)
-            whole = torch.empty(0, dtype=note.dtype, device=note.device)
-            whole.set_(storage, note.offset, note.size, note.stride)
-            return whole
-        whole = torch.empty(note.nbytes, dtype=torch.uint8, device=note.device)
-        tensor = whole.view(torch.uint8)
-        if note.dtype != torch.uint8:
-            usable = note.nbytes // note.dtype.itemsize * note.dtype.itemsize
-            tensor = whole[:usable].view(note.dtype)
-        return tensor.as_strided(note.size, note.stride, note.offset)
+            storage = self._unspill(placeholder.contents)
+            return torch.empty(0, dtype=placeholder.dtype, device=placeholder.device).set_(
+                storage, offset, size, stride
+            )
+        flat = torch.empty(placeholder.nbytes, dtype=torch.uint8, device=placeholder.device)
+        itemsize = placeholder.dtype.itemsize
+        typed = flat[: placeholder.nbytes // itemsize * itemsize].view(placeholder.dtype)
+        return typed.as_strided(size, stride, offset)
 
-    def _give_back(self, slot: int) -> None:
-        self._borrowed[slot] -= 1
-        if self._borrowed[slot] == 0 and self._ledger.is_open:
+    def _release(self, slot: int) -> None:
+        self._references[slot] -= 1
+        if self._references[slot] == 0 and self._ledger.is_open:
             self._ledger.emit(EventKind.RELEASE, slot)

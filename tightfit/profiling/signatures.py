@@ -1,4 +1,4 @@
-"""Distinct operations, each with enough to run it alone: operator, shapes, strides, dtypes, devices, scalars."""
+"""The table of distinct ops, each with all that running it alone takes: overload, shapes, strides, dtypes, scalars."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class TensorSpec:
     dtype: torch.dtype
     device: torch.device
     nbytes: int
-    """Of the whole storage."""
+    """Size of the storage, which may be larger than the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An operator with its arguments, tensors replaced by specs."""
+    """An operator overload with its arguments, tensors replaced by specs."""
 
     func: Any
     args: tuple[Any, ...]
@@ -34,18 +34,18 @@ class Call:
 
 
 class SignatureTable:
-    """Numbers distinct calls."""
+    """Gives each distinct call a number, in order of first appearance."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.keys: list[str] = []
-        """What tells each call from others, the same in every table."""
+        """A string that identifies each call, the same in every table."""
         self.result_bytes: dict[int, int] = {}
-        """By call: bytes of the storages that it made."""
+        """Bytes of the storages that a call allocates for its results, by its number."""
         self._index: dict[str, int] = {}
 
-    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """The call's number, a new one if it was not seen before."""
+    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return the call's number; add the call if it is new."""
         call = Call(
             func=func,
             args=tuple(_spec(a) for a in args),
@@ -60,8 +60,8 @@ class SignatureTable:
             self.keys.append(key)
         return index
 
-    def note_result(self, index: int, arguments: list[torch.Tensor], result: list[torch.Tensor]) -> None:
-        """Note how much memory the call took for what it returned."""
+    def record_result(self, index: int, arguments: list[torch.Tensor], result: list[torch.Tensor]) -> None:
+        """Record the memory that a call allocated for its results, arguments' own storages left out."""
         if index not in self.result_bytes:
             given = {storage_key(t) for t in arguments if t.layout is torch.strided}
             made = {storage_key(t): t for t in result if t.layout is torch.strided}

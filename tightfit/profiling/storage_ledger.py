@@ -1,4 +1,4 @@
-"""Keeps account of storages while a step is watched: which there are, what each of them holds, and when it dies."""
+"""Track every storage during a profiled step: allocation, contents, release."""
 
 from __future__ import annotations
 
@@ -9,59 +9,64 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import WeakStorage, storage_key
+from tightfit.device import Device
 from tightfit.profiling.observation import Observation, RawStorage, RawValue
 from tightfit.records import Event, EventKind
 
 
 class StorageLedger:
-    """See the module.  `device_type` is the device whose memory counts."""
+    """The storages of a step, the value that each holds, and the events in order.
 
-    def __init__(self, device_type: str) -> None:
+    Args:
+        device: the device whose memory counts.
+    """
+
+    def __init__(self, device: Device) -> None:
         self.observation = Observation()
         self.is_open = False
-        """Deaths are noted."""
+        """Whether the step is running: only then is a storage's death recorded."""
         self.before_event: Callable[[EventKind], None] = lambda _: None
-        """Called before an event is noted."""
-        self._device_type = device_type
+        """Called with its kind before an event is recorded."""
+        self._device = device
         self._storage_of: dict[int, int] = {}
         self._watches: dict[int, tuple[weakref.ref[Any], WeakStorage]] = {}
-        self._gathered: dict[int, int] = {}  # of tensors that come and go in place: what they hold now
-        self._instead_of: dict[int, int] = {}  # see `merge`
+        self._resizable: dict[int, int] = {}  # by the key of a resizable tensor: its storage now
+        self._merged_into: dict[int, int] = {}  # by storage, see `merge`
 
     def emit(self, kind: EventKind, index: int = 0) -> None:
-        """Note an event."""
+        """Record an event; `index` names its op, slot, storage or signature."""
         self.before_event(kind)
         self.observation.events.append(Event(kind, index))
 
     def counts(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's memory is on the device that counts."""
-        return tensor.layout is torch.strided and tensor.device.type == self._device_type
+        """Tell whether the tensor is strided and on the device whose memory counts."""
+        return tensor.layout is torch.strided and self._device.holds(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's storage was seen before."""
+        """Tell whether the tensor's storage is in the ledger."""
         return storage_key(tensor) in self._storage_of
 
     def nbytes(self, value: int) -> int:
-        """Of the storage that a value is in."""
+        """Return the size of a value's storage in bytes."""
         return self.observation.storages[self.observation.values[value].storage].nbytes
 
     def is_uninitialised(self, value: int) -> bool:
-        """Nobody was seen to write the value."""
+        """Tell whether the value is memory that no op has written yet (`torch.empty`)."""
         record = self.observation.values[value]
         return record.overwritten and self.observation.storages[record.storage].current == value
 
     def value_of(self, tensor: torch.Tensor) -> int:
-        """The value that the tensor's storage holds now; -1 if its memory does not count."""
+        """Return the index of the value that the tensor's storage holds now; -1 if its memory does not count."""
         if not self.counts(tensor):
             return -1
         index = self._storage_of.get(storage_key(tensor))
-        if index is None:  # made where nobody looked, for example torch.tensor([...])
+        if index is None:  # made outside the dispatcher, for example by torch.tensor([...])
             index = self.add(tensor, "activation")
             self.emit(EventKind.ALLOC, index)
         return self.observation.storages[index].current
 
     def add(self, tensor: torch.Tensor, component: str) -> int:
-        """Take in a new storage, with a value; its death will be noted."""
+        """Add the tensor's storage with a first value and watch for its death; return its index."""
         index = self._add_storage(tensor, component)
         key = storage_key(tensor)
         self._storage_of[key] = index
@@ -70,18 +75,18 @@ class StorageLedger:
         def died() -> None:
             this = ledger()
             if this is not None and this.is_open:
-                this.emit(EventKind.FREE, this._instead_of.get(index, index))
+                this.emit(EventKind.FREE, this._merged_into.get(index, index))
 
         self._watch(tensor, died)
         return index
 
-    def stand_in(self, tensor: torch.Tensor, storage: int, died: Callable[[], None]) -> None:
-        """Until it dies, the tensor stands for another storage: operations that read it read that one's value."""
+    def substitute(self, tensor: torch.Tensor, storage: int, died: Callable[[], None]) -> None:
+        """Let ops that read the tensor read the value of another storage; call `died` when the tensor dies."""
         self._storage_of[storage_key(tensor)] = storage
         self._watch(tensor, died)
 
     def overwrite(self, tensor: torch.Tensor, op: int = -1, output: int = 0) -> int:
-        """Forward writes into the tensor's storage: its value is dead, a new one begins."""
+        """Record an in-place write to the tensor's storage: end its value and return the index of the new one."""
         value = self.value_of(tensor)
         if value < 0:
             return value
@@ -92,18 +97,21 @@ class StorageLedger:
         return len(self.observation.values) - 1
 
     def resize(self, tensor: torch.Tensor) -> None:
-        """A tensor whose memory comes and goes has got some, or given it back."""
+        """Record that a resizable tensor's storage was allocated or freed in place."""
         key = storage_key(tensor)
         empty = tensor.untyped_storage().nbytes() == 0
-        if key in self._gathered and empty:
-            self.emit(EventKind.FREE, self._gathered.pop(key))
-        elif key not in self._gathered and not empty:
-            self._gathered[key] = index = self._add_storage(tensor, "activation")
+        if key in self._resizable and empty:
+            self.emit(EventKind.FREE, self._resizable.pop(key))
+        elif key not in self._resizable and not empty:
+            self._resizable[key] = index = self._add_storage(tensor, "activation")
             self.emit(EventKind.ALLOC, index)
 
     def merge(self, new: int, key: int, old: int) -> None:
-        """What was seen as the storage `new`, with that key, is `old` in a real step, from now on and at its death."""
-        self._instead_of[new] = old
+        """Treat the storage `new`, whose `storage_key` is `key`, as the storage `old` from now on and at its death.
+
+        Called where the observed step allocates a tensor that a real step writes into `old`.
+        """
+        self._merged_into[new] = old
         self.observation.values[self.observation.storages[new].current].storage = old
         if self._storage_of.get(key) == new:
             self._storage_of[key] = old
@@ -112,7 +120,7 @@ class StorageLedger:
         observation = self.observation
         index = len(observation.storages)
         observation.values.append(RawValue(storage=index))
-        nbytes = _round_up(tensor.untyped_storage().nbytes(), self._device_type)
+        nbytes = self._device.round_up(tensor.untyped_storage().nbytes())
         observation.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(observation.values) - 1))
         return index
 
@@ -128,8 +136,3 @@ class StorageLedger:
                 died()
 
         self._watches[key] = (weakref.ref(tensor.untyped_storage(), gone), WeakStorage(tensor))
-
-
-def _round_up(nbytes: int, device_type: str) -> int:
-    """A storage's size in whole granules of the device's allocator."""
-    return -(-nbytes // 512) * 512 if device_type == "cuda" else nbytes

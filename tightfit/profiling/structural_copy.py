@@ -1,7 +1,7 @@
-"""A copy of model, batch and optimizer that has shapes but no data.
+"""Copy model, batch and optimizer onto fake tensors, which have shapes but no data.
 
-The fake run happens on this copy only: a fake forward on the user's own model may leave a fake tensor in a cached
-attribute, and later real steps would run on it without an error.
+Only this copy takes part in the fake run.  A fake forward on the user's own model could leave a fake tensor in a cached
+attribute, and later real steps would compute with it without an error.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from tightfit.distributed._fsdp_private import (
 
 
 def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.Module, dict[int, Any]]:
-    """A deep copy whose tensors are fake, tied weights still tied; and the copy of each tensor, and of much else, by
-    the original's id.
+    """Deep-copy a model onto fake tensors; tied weights stay tied.
 
-    A model that `fully_shard` has sharded is copied as it was before that: whole.
+    A model that `fully_shard` has sharded is copied as it was before: unsharded.
+
+    Returns:
+        The copy, and the memo of `copy.deepcopy`: the copy of each tensor, and of much else, by the original's id.
 
     Raises:
-        TypeError: a part of the model cannot be copied without its data.
+        TypeError: a module of the model cannot be copied without its data.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{name or 'the model'} is a TorchScript module, which copies its data in C++")
-    # deepcopy looks an object up in its memo before copying: naming every tensor's fake there keeps data out.
+    # deepcopy looks each object up in its memo first: with every tensor's fake in it, no data is copied.
     memo: dict[int, Any] = {}
-    for whole in unsharded_parameters(model):
+    for parameter in unsharded_parameters(model):
         with mode:
-            data = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
-            fake = torch.nn.Parameter(data, requires_grad=whole.requires_grad)
-        for tensor in whole.tensors:
+            data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+        for tensor in parameter.tensors:
             memo[id(tensor)] = fake
             if tensor.grad is not None:
                 memo[id(tensor.grad)] = None
@@ -75,7 +77,7 @@ def _tensors_below(thing: Any, seen: set[int], depth: int) -> Iterable[torch.Ten
 
 
 def copy_batch(batch: Any, mode: FakeTensorMode) -> Any:
-    """The batch with fake tensors, containers kept."""
+    """Copy a batch with its containers, tensors replaced by fake ones."""
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -92,10 +94,13 @@ def copy_batch(batch: Any, mode: FakeTensorMode) -> Any:
 
 
 def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings over the fake parameters (by the id of the real ones), with empty
-    state.
+    """Make an optimizer of the same class and settings over the fake parameters, with empty state.
 
-    Parameters that are not the model's keep no place in it.
+    Parameters that are not the model's are left out.
+
+    Args:
+        optimizer: the user's optimizer.
+        fakes: the fake parameters, by the id of the real ones.
     """
     copied: torch.optim.Optimizer = object.__new__(type(optimizer))
     copied.__dict__.update(optimizer.__dict__)
@@ -103,14 +108,16 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> t
         if name.endswith("_hooks") and isinstance(value, OrderedDict):
             copied.__dict__[name] = OrderedDict()
         elif callable(value) and hasattr(type(optimizer), name):
-            del copied.__dict__[name]  # a scheduler wraps `step`: the wrapper would step the user's own optimizer
+            del copied.__dict__[
+                name
+            ]  # a learning-rate scheduler wraps `step`: its wrapper would step the user's own optimizer
     copied.state = defaultdict(dict)
     copied.param_groups = []
     for group in optimizer.param_groups:
         duplicate = dict(group)
         duplicate["params"] = [fakes[id(p)] for p in group["params"] if id(p) in fakes]
         if duplicate.get("foreach", True) is None and not duplicate.get("fused"):
-            # The optimizer's own choice looks at the tensors' type, which is not the real one here.
+            # The optimizer's own choice depends on the tensors' type, which here is FakeTensor.
             duplicate["foreach"] = default_foreach(group["params"])
         copied.param_groups.append(duplicate)
     return copied

@@ -1,3 +1,49 @@
 """The plain records that the four verbs exchange, as versioned JSON: `Profile`, `Plan`, `Verdict`. Needs no PyTorch."""
 
-from tightfit.records.profile import *  # noqa: F403
+from tightfit.records.decision import Action, Decision, ValueName
+from tightfit.records.plan import (
+    DROPPED_VALUE_HOST_BYTES,
+    TAPED_OP_HOST_BYTES,
+    KeptValue,
+    Plan,
+    PlannedRegion,
+    Recipe,
+    SharedTape,
+)
+from tightfit.records.profile import (
+    COMPONENTS,
+    Event,
+    EventKind,
+    Op,
+    Profile,
+    Region,
+    Signature,
+    Slot,
+    Storage,
+    Value,
+)
+from tightfit.records.verdict import Verdict
+
+__all__ = [
+    "Action",
+    "COMPONENTS",
+    "DROPPED_VALUE_HOST_BYTES",
+    "TAPED_OP_HOST_BYTES",
+    "Decision",
+    "Event",
+    "EventKind",
+    "KeptValue",
+    "Op",
+    "Plan",
+    "PlannedRegion",
+    "Profile",
+    "Recipe",
+    "Region",
+    "SharedTape",
+    "Signature",
+    "Slot",
+    "Storage",
+    "Value",
+    "ValueName",
+    "Verdict",
+]

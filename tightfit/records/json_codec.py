@@ -33,6 +33,8 @@ from tightfit.errors import PlanMismatch
 
 #: Version of every schema: raised when a document that older code wrote can no longer be read.
 SCHEMA_VERSION = 1
+#: What schemas began with until 0.1, when the package was called recollect.
+_FORMER_NAME = "recollect."
 
 R = TypeVar("R")
 
@@ -117,8 +119,18 @@ class _Refused(ValueError):
     """A document is not what its class says; the message tells where and why."""
 
 
+class _Former(_Refused):
+    """A document was written under the package's former name."""
+
+
 def _mismatch(cls: type, name: str, why: object) -> PlanMismatch:
     kind = cls.__name__.lower()
+    if isinstance(why, _Former):
+        return PlanMismatch(
+            f"{name} was written by recollect, as tightfit was called until 0.1 (its schema is {why}). "
+            f"What it holds is not what a {kind} holds today, so it cannot be read. "
+            "Measure and solve again with this version."
+        )
     return PlanMismatch(
         f"{name} is not a {kind} that this version of tightfit can use: {why}. "
         f"It is missing, damaged, of another kind or of another version. Give the right file, or make the {kind} again."
@@ -141,6 +153,8 @@ def _decode_document(cls: type[R], document: object) -> R:
     if not isinstance(document, dict):
         raise _Refused(f"its top level is {_kind_of(document)}, not an object")
     found, wanted = document.get("schema"), schema_name(cls)
+    if isinstance(found, str) and found.startswith(_FORMER_NAME):
+        raise _Former(repr(found))
     if found != wanted:
         raise _Refused(f"its schema is {found!r}, not {wanted!r}")
     kind: Any = cls

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Nest:
+class RecomputeTree:
     """Leaves of a tape that covers one or more consecutive regions, and the tree over them."""
 
     cuts: tuple[tuple[int, int], ...] = ()
@@ -51,7 +51,7 @@ class Nest:
         return min(between) >= depth
 
 
-def tree_nest(cuts: Sequence[tuple[int, int]], at_top: Sequence[bool], arity: int) -> Nest:
+def balanced_tree(cuts: Sequence[tuple[int, int]], at_top: Sequence[bool], arity: int) -> RecomputeTree:
     """A nest whose root is divided at the cuts that are `at_top`, and each part of it by a balanced tree.
 
     Args:
@@ -73,4 +73,4 @@ def tree_nest(cuts: Sequence[tuple[int, int]], at_top: Sequence[bool], arity: in
                 depths[end - 1] = depth
             if end - start > 1 and children > 1:
                 spans.append((start, end - 1, depth + 1))
-    return Nest(cuts=tuple(cuts), depths=tuple(depths))
+    return RecomputeTree(cuts=tuple(cuts), depths=tuple(depths))

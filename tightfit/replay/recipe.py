@@ -1,11 +1,12 @@
-"""A recipe of the plan with its operation names resolved to this PyTorch's operators."""
+"""Resolve a recipe of a plan: its operations to this PyTorch's operators, its executor's name to the executor."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tightfit._torch_private import find_overload
-from tightfit.records import Group, Recipe
+from tightfit.records import Recipe, SharedTape
+from tightfit.replay.executors import RegionCall, executor_of
 
 
 class LiveRecipe:
@@ -13,19 +14,26 @@ class LiveRecipe:
 
     __slots__ = (
         "drop",
+        "executor",
         "funcs",
-        "group",
         "keep",
         "length",
         "passes",
         "place",
+        "recipe",
         "record",
-        "replay_count",
-        "rerun",
+        "shared",
     )  # fmt: skip
 
-    def __init__(self, recipe: Recipe, group: Group | None = None, place: int = 0) -> None:
-        self.group = group
+    def __init__(self, recipe: Recipe, shared: SharedTape | None = None, place: int = 0) -> None:
+        """Resolve a recipe.
+
+        Raises:
+            PlanMismatch: there is no executor for it.
+        """
+        self.recipe = recipe
+        self.executor = executor_of(recipe)
+        self.shared = shared
         """The regions with which this one shares a tape; None: it has its own."""
         self.place = place
         """Its place among them."""
@@ -34,12 +42,12 @@ class LiveRecipe:
         self.length = len(self.funcs)
         needed = frozenset(recipe.replay)
         self.record = tuple(position in needed for position in range(self.length))
-        self.replay_count = len(needed)
-        """Operations that replay needs."""
         # What replay does not need just runs, as long as the plan is followed. The end of the plan passes nothing.
         self.passes = (*(None if position in needed else func for position, func in enumerate(self.funcs)), None)
         """At each position, the operation that runs there if it need not be written down."""
-        self.rerun = recipe.rerun
-        """No tape: the module's forward is run again as a whole."""
         self.keep = frozenset(recipe.keep)
         self.drop = frozenset(recipe.drop)
+
+    def carry_out(self, call: RegionCall) -> Any:
+        """Make a call of the region's module as the recipe says."""
+        return self.executor.run(call, self.recipe)

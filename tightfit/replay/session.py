@@ -33,16 +33,18 @@ from tightfit._torch_private import (
     top_function_mode,
     top_saved_tensor_hooks,
 )
+from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
 from tightfit.operators.escaped_memory import ExposureWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from tightfit.operators.region_names import LOSS, RegionCursor
-from tightfit.records import Group
+from tightfit.records import SharedTape
+from tightfit.replay.executors import RegionCall
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.self_check import Calibrator
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.tape import Tape
-from tightfit.replay.values import Handle, Kept
+from tightfit.replay.tape import Handle, Tape
+from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import Pending
 
 
@@ -70,11 +72,10 @@ class Installed:
     """Open sessions by thread."""
 
     @contextmanager
-    def region(self, path: str, may_rerun: Callable[[], bool] = lambda: False) -> Iterator[LiveRecipe | None]:
-        """A call of the region module at `path`, in the thread's session (opened if need be).
+    def region(self, path: str, call: RegionCall | None = None) -> Iterator[Callable[[RegionCall], Any]]:
+        """Open a call of the region module at `path`, in the thread's session (opened if need be).
 
-        Inside, the recipe if it wants the module to be run again as a whole in backward, and `may_rerun`, asked only
-        then, says that this call of it can be; else None.
+        Inside, what is to make the call. `call` is None where the region is no module's call (the loss).
         """
         thread = threading.get_ident()
         session = self.sessions.get(thread)
@@ -87,9 +88,9 @@ class Installed:
                 )
             session = self.sessions[thread] = Session(self)
         try:
-            session.enter(path, may_rerun)
+            session.enter(path, call)
             try:
-                yield session.reruns
+                yield session.run
             finally:
                 session.exit()
         finally:
@@ -99,7 +100,7 @@ class Installed:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, what this thread runs is no business of the plan (FSDP2 gathers weights, exchanges gradients)."""
+        """Leave the ops that this thread runs inside untaped: FSDP2's all-gathers and gradient reductions."""
         session = self.sessions.get(threading.get_ident())
         if session is None:
             yield
@@ -134,15 +135,15 @@ class Session(DispatchMode):
             self._watch = ExposureWatch(self._expose)
         self._cursor = RegionCursor()
         self._tape: Tape | None = None
-        self._next: tuple[Group | None, int] = (None, 0)  # the region that would go on with this tape
+        self._next: tuple[SharedTape | None, int] = (None, 0)  # the region that would go on with this tape
         self._active = False
         self.aside = 0
         """Not 0: what runs now is not the model's."""
         self._in_ddp = False
         """Outside the model, and inside DDP's forward. Before it calls what it wraps, it sends buffers around and makes
         buckets; afterwards it may clone results. The step was measured without that, so it is no part of a tape."""
-        self.reruns: LiveRecipe | None = None
-        """Of the region that runs now, if it is to be run again as a whole."""
+        self.run: Callable[[RegionCall], Any] = RegionCall.run_forward
+        """What makes the call of the region that runs now."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
@@ -163,15 +164,15 @@ class Session(DispatchMode):
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
-    def enter(self, path: str, may_rerun: Callable[[], bool]) -> None:
-        """A region call begins; `may_rerun` as for `Installed.region`."""
+    def enter(self, path: str, call: RegionCall | None) -> None:
+        """Begin a region call; `call` as for `Installed.region`."""
         self._in_ddp = False
         self._frames.append((self._active, self._beneath()))
         self._cursor.push(path)
-        self._begin(may_rerun)
+        self._begin(call)
 
     def exit(self) -> None:
-        """The innermost region call ends (also on an exception)."""
+        """End the innermost region call (also on an exception)."""
         self._cursor.pop()
         self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
         was_active, _ = self._frames.pop()
@@ -181,19 +182,21 @@ class Session(DispatchMode):
         else:
             self._end_tape()
 
-    def _begin(self, may_rerun: Callable[[], bool] = lambda: False) -> None:
+    def _begin(self, call: RegionCall | None = None) -> None:
         installed = self._installed
         key = self._cursor.key
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
-        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or _is_capturing()
-        self.reruns = None
-        if recipe is not None and recipe.rerun and not elsewhere:
-            if may_rerun():
-                self.reruns = recipe
+        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or is_capturing()
+        self.run = RegionCall.run_forward
+        on_tape = not (untouched or elsewhere)
+        if recipe is not None and on_tape:
+            if recipe.executor.accepts(call):
+                self.run = recipe.carry_out
+                on_tape = recipe.executor.on_tape
             else:
                 recipe = None  # a tape drops as much
-        if untouched or elsewhere or self.reruns is not None:
+        if not on_tape:
             self._end_tape()
             if self._frames[-1][1] == self._beneath():
                 self._switch(False)
@@ -205,18 +208,18 @@ class Session(DispatchMode):
             return
         if recipe is None:
             installed.statistics.unplanned_calls += 1
-        group = recipe.group if recipe is not None else None
+        shared = recipe.shared if recipe is not None else None
         place = recipe.place if recipe is not None else 0
         uncalibrated = installed.calibrate and key not in installed.calibrated
-        goes_on = self._tape is not None and group is not None and (group, place) == self._next
-        # Another plan may have calibrated the group's first region and not this one.
+        goes_on = self._tape is not None and shared is not None and (shared, place) == self._next
+        # Another plan may have calibrated the shared tape's first region and not this one.
         if self._tape is None or not goes_on or (uncalibrated and not self._tape.is_calibrating):
             self._end_tape()
             calibrator = Calibrator(installed.verified) if uncalibrated else None
-            nest = group.nest if group is not None else None
-            self._tape = Tape(installed.statistics, installed.pending, nest, calibrator)
+            tree = shared.tree if shared is not None else None
+            self._tape = Tape(installed.statistics, installed.pending, tree, calibrator)
         installed.calibrated.add(key)
-        self._next = group, place + 1
+        self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
 
     def _is_others_business(self) -> bool:
@@ -344,7 +347,3 @@ class Session(DispatchMode):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)
         return tape.dispatch(func, info, types, args, kwargs)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -16,8 +16,8 @@ class Statistics:
     kept_unsafe: int = 0
     """Savings that the plan would drop but the live tape could not prove replayable."""
     replayed_ops: int = 0
-    """Operations run again in backward; of modules that are run again, as many as the plan says."""
-    reruns: int = 0
+    """Operations recomputed in backward; of modules that are recomputed as a whole, as many as the plan says."""
+    recomputed_calls: int = 0
     """Module calls that were made again as a whole in backward."""
     mismatches: int = 0
     """Region calls whose operations were not those of the plan."""

@@ -46,7 +46,10 @@ from tightfit._torch_private import (
     is_conj_or_neg,
     set_grad_mode,
     storage_key,
+    version_counter,
+    version_of,
 )
+from tightfit.device.placement import StreamWatch, device_of_call
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import (
     OpInfo,
@@ -56,12 +59,12 @@ from tightfit.operators.facts import (
     tensors_in,
     undeclared_writes,
 )
-from tightfit.records.recompute_tree import Nest
+from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.refusals import changed_error, modified_error
 from tightfit.replay.self_check import Calibrator, mark_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import (
-    Handle,
     Kept,
     Passing,
     Ref,
@@ -71,7 +74,6 @@ from tightfit.replay.values import (
     before_write,
     belongs_to_others,
     can_rebuild,
-    changed_error,
     contents,
     copy_of_storage,
     demand,
@@ -86,6 +88,27 @@ _Tensor = torch.Tensor
 _Noted = (torch.Tensor, list, tuple)
 
 
+class Handle:
+    """What autograd holds instead of a dropped tensor."""
+
+    __slots__ = ("counter", "leaf", "ref", "tape", "version")
+
+    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
+        self.tape = tape
+        self.ref = ref
+        self.leaf = leaf  # of the tape's nest, in which it was saved
+        self.counter = version_counter(tensor)
+        self.version = version_of(tensor)
+
+    def check_version(self) -> None:
+        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
+        if version_of(self.counter) != self.version:
+            raise modified_error(self.ref.dtype, self.ref.size, version_of(self.counter), self.version)
+
+    def __del__(self) -> None:
+        self.tape.release(self.ref.value)
+
+
 class Tape:
     """Records one region call and replays parts of it.  Forward is one thread's; replay may be any thread's."""
 
@@ -93,7 +116,7 @@ class Tape:
         self,
         statistics: Statistics,
         pending: Pending,
-        nest: Nest | None = None,
+        nest: RecomputeTree | None = None,
         calibrator: Calibrator | None = None,
     ) -> None:
         self._statistics = statistics
@@ -110,7 +133,7 @@ class Tape:
         self._ops: list[TapedOp] = []
         self._split: set[int] = set()  # storages whose parts have version counters of their own
         self._released: list[TapedValue] | None = []  # while recording: a later saving may want the same again
-        self._streams: dict[int, int] = {}
+        self._streams = StreamWatch()
         self._lock = threading.RLock()
 
     @property
@@ -201,8 +224,8 @@ class Tape:
         tensors = tensors_in(args)
         if kwargs:
             tensors += tensors_in(kwargs.values())
-        device = safety.call_device(tensors, kwargs)
-        if safety.blocker(info, types, tensors, device.type):
+        device = device_of_call(tensors, kwargs)
+        if safety.blocker(info, types, tensors, device):
             return None
         exposed = self._pending.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
@@ -337,7 +360,8 @@ class Tape:
             return Kept(tensor)
         if not value.op.region.drops(value):
             return Kept(tensor)
-        if not self._same_stream(tensor) or not can_rebuild(value):
+        # Replay runs on the stream of the node that reads, which is right only if the region used one stream.
+        if not self._streams.is_same(tensor) or not can_rebuild(value):
             self._statistics.kept_unsafe += 1
             return Kept(tensor)
         with self._lock:
@@ -349,13 +373,6 @@ class Tape:
         self._statistics.dropped_slots += 1
         return Handle(self, Ref(value, tensor), tensor, self._leaf)
 
-    def _same_stream(self, tensor: _Tensor) -> bool:
-        """Replay runs on the stream of the node that reads, which is right only if the region used one stream."""
-        if tensor.device.type != "cuda":
-            return True
-        stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        return self._streams.setdefault(tensor.device.index, stream) == stream
-
     def seal(self) -> None:
         """The tape's last region ended: let go of everything that no handle needs."""
         with self._lock:
@@ -366,7 +383,7 @@ class Tape:
                 if value.refs == 0:
                     value.source = None
                 elif value.source is not None:
-                    value.version = value.source._version
+                    value.version = version_of(value.source)
                     if self._calibrator is None and (value in movable or belongs_to_others(value.source)):
                         value.mark = mark_of(value.source)
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so

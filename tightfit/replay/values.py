@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,14 +18,13 @@ from tightfit._torch_private import (
     alias_outside_dispatch,
     below_autograd,
     storage_key,
-    version_counter,
+    version_of,
     with_lazy_bits,
 )
+from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import LiveRecipe
-
-if TYPE_CHECKING:
-    from tightfit.replay.tape import Tape
+from tightfit.replay.refusals import changed_error, modified_error
 
 _Tensor = torch.Tensor
 
@@ -145,27 +144,6 @@ class Passing:
                 self.storages.pop(value, None)
 
 
-class Handle:
-    """What autograd holds instead of a dropped tensor."""
-
-    __slots__ = ("counter", "leaf", "ref", "tape", "version")
-
-    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
-        self.tape = tape
-        self.ref = ref
-        self.leaf = leaf  # of the tape's nest, in which it was saved
-        self.counter = version_counter(tensor)
-        self.version = tensor._version
-
-    def check_version(self) -> None:
-        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
-        if self.counter._version != self.version:
-            raise modified_error(self.ref.dtype, self.ref.size, self.counter._version, self.version)
-
-    def __del__(self) -> None:
-        self.tape.release(self.ref.value)
-
-
 class Kept:
     """A saved tensor that stays, with the version that plain autograd would have checked."""
 
@@ -177,12 +155,12 @@ class Kept:
         # A subclass is aliased as its own kind.
         plain = type(tensor) is _Tensor or type(tensor) is torch.nn.Parameter
         self.tensor = alias_outside_dispatch(_Tensor, tensor) if plain else alias(tensor)
-        self.version = tensor._version
+        self.version = version_of(tensor)
 
     def read(self) -> _Tensor:
         """The tensor; raises as plain autograd does if it was written after being saved."""
-        if self.tensor._version != self.version:
-            raise modified_error(self.tensor.dtype, self.tensor.shape, self.tensor._version, self.version)
+        if version_of(self.tensor) != self.version:
+            raise modified_error(self.tensor.dtype, self.tensor.shape, version_of(self.tensor), self.version)
         return self.tensor
 
 
@@ -193,7 +171,7 @@ def contents(value: TapedValue) -> torch.UntypedStorage | None:
     source = value.source
     if source is None:
         return None
-    if value.version is not None and source._version != value.version:
+    if value.version is not None and version_of(source) != value.version:
         raise changed_error(source, "in place after the region that used it ended")
     return source.untyped_storage()
 
@@ -274,8 +252,7 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
 
 def belongs_to_others(tensor: _Tensor) -> bool:
     """Its memory was given to PyTorch (`torch.from_numpy`, `torch.frombuffer`): the giver may write there, unseen."""
-    storage = tensor.untyped_storage()
-    return storage.device.type == "cpu" and not storage.resizable()
+    return not tensor.untyped_storage().resizable() and device_for(tensor).is_host
 
 
 #: More channels than any normalisation has.
@@ -305,28 +282,10 @@ def before_write(value: TapedValue, tensor: _Tensor) -> None:
     source = value.source
     if source is None or storage_key(source) != storage_key(tensor):
         return
-    if value.version is not None and source._version != value.version:
+    if value.version is not None and version_of(source) != value.version:
         return  # too late: it was written where nobody looked
     if value.refs:  # somebody will need the old contents
         value.source = copy_of_storage(source)
-        value.version = value.source._version
+        value.version = version_of(value.source)
     else:
         value.source = None
-
-
-def modified_error(dtype: torch.dtype, shape: torch.Size, version: int, expected: int) -> RuntimeError:
-    """What plain autograd raises when a saved tensor was written afterwards."""
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"{dtype} {list(shape)} is at version {version}; expected version {expected} instead. Plain PyTorch refuses "
-        "this too: do not modify a tensor in place after a differentiable operation used it."
-    )
-
-
-def changed_error(source: _Tensor, how: str) -> RuntimeError:
-    """What to raise when a source is no longer what replay needs; `how` it was modified."""
-    return RuntimeError(
-        "tightfit cannot rebuild a saved tensor: a tensor that its recomputation reads "
-        f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
-        "Do not modify it before backward, or keep this region out of the plan."
-    )

@@ -129,7 +129,7 @@ def bound_ratio(plan: Plan) -> float | None:
     """Return what any plan must add to the plain step, as a share of it; None where no bound is known, for plans with
     recursive recomputation.
     """
-    if plan.groups and plan.lower_bound_ms <= plan.plain_step_ms:
+    if plan.shared_tapes and plan.lower_bound_ms <= plan.plain_step_ms:
         return None
     return plan.lower_bound_ms / plan.plain_step_ms - 1 if plan.plain_step_ms else 0.0
 

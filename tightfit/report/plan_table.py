@@ -22,7 +22,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
             "calls": len(keys),
             "dropped_bytes": len(keys) * plan.recipes[number].dropped_bytes,
             "replay_ms": round(len(keys) * plan.recipes[number].replay_ms, 9),
-            "rerun": plan.recipes[number].rerun,
+            "executor": plan.recipes[number].executor,
             "kept_for_safety": [
                 {"op": kept.op, "reason": kept.reason, "bytes": len(keys) * kept.nbytes}
                 for kept in plan.recipes[number].kept_for_safety
@@ -67,7 +67,7 @@ def format_plan(plan: Plan) -> str:
     )
     return (
         f"plan    {len(planned)} of {len(plan.regions)} regions recompute {format_bytes(dropped_bytes)}, predicted "
-        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{recursive if plan.groups else ''}"
+        f"slowdown {plan.overhead_ratio:+.1%}\n        {peaks}{recursive if plan.shared_tapes else ''}"
     )
 
 
@@ -130,8 +130,8 @@ def _lines(plan: Plan) -> dict[str, tuple[int, int, float]]:
     # Two calls of one module may have two recipes.
     unique = {kind: label if labels.count(label) == 1 else f"{label} ({kind})" for label, kind in named}
     for kind in unique:
-        if isinstance(kind, int) and plan.recipes[kind].rerun:
-            unique[kind] += ", whole module"
+        if isinstance(kind, int) and plan.recipes[kind].executor != "tape":
+            unique[kind] += f", {plan.recipes[kind].executor} recomputation"
     return {unique[kind]: line for kind, line in figures.items()}
 
 

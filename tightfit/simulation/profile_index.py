@@ -1,16 +1,16 @@
 """Look-ups into a profile that depend on no decision: what each region's tape allows, and what lives in any case.
 
-F1, below `simulate`, which walks a step with these look-ups.
+`simulate` walks a step with these look-ups.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tightfit.records import Decision, Event, EventKind, KeepSet, Profile, Rerun
+from tightfit.records import Decision, Event, EventKind, Profile, ValueName
 
 _OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
 
@@ -67,7 +67,7 @@ class ProfileIndex:
             if owner >= 0:
                 self.events_of_region[owner].append(time)
         self.facts = tuple(self._facts(index, 1) for index in range(len(profile.regions)))
-        self._group_facts: dict[tuple[int, int], RegionFacts] = {}
+        self._tape_facts: dict[tuple[int, int], RegionFacts] = {}
         self.fixed_slots = frozenset(range(len(profile.slots))) - {s for f in self.facts for s in f.slots}
         """Slots that no decision for a single region concerns."""
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
@@ -119,60 +119,35 @@ class ProfileIndex:
         record = self.profile.values[value]
         return record.op - self.profile.regions[self.region_of_op[record.op]].first_op, record.output
 
-    def group_facts(self, first: int, count: int) -> RegionFacts:
+    def tape_facts(self, first: int, count: int) -> RegionFacts:
         """What one tape over `count` regions from `first` allows."""
         if count == 1:
             return self.facts[first]
-        found = self._group_facts.get((first, count))
+        found = self._tape_facts.get((first, count))
         if found is None:
-            found = self._group_facts[first, count] = self._facts(first, count)
+            found = self._tape_facts[first, count] = self._facts(first, count)
         return found
 
-    def keep_values(self, region: int, keep: KeepSet) -> frozenset[int]:
-        """The values that a keep set names; names that do not exist or are not optional are ignored."""
-        return frozenset(value for value in self.facts[region].optional if self.local(value) in keep)
+    def keep_values(self, region: int, names: Collection[ValueName]) -> frozenset[int]:
+        """Return the values of a region with these names; names that do not exist or are not optional are ignored."""
+        return frozenset(value for value in self.facts[region].optional if self.local(value) in names)
 
-    def kept_values(self, facts: RegionFacts, first: int, decisions: Sequence[Decision]) -> frozenset[int]:
-        """`keep_values` for one tape over several regions, with a decision for each (None there: all are kept)."""
+    def kept_values(self, facts: RegionFacts, first: int, decisions: Sequence[Decision | None]) -> frozenset[int]:
+        """Return what is kept on one tape over several regions, with a decision for each (None there: everything)."""
         kept = set()
         for value in facts.optional:
             decision = decisions[self.region_of_op[self.profile.values[value].op] - first]
-            # A region that is run again as a whole has no tape to share.
-            if decision is None or isinstance(decision, Rerun) or self.local(value) in decision:
+            if decision is None or self.local(value) in decision.kept:
                 kept.add(value)
         return frozenset(kept)
 
-    def may_rerun(self, region: int) -> bool:
-        """The region's module may be run again as a whole: a second forward is the same computation, changes nothing,
-        and rebuilds all that autograd saved of it.
-        """
-        profile, facts, record = self.profile, self.facts[region], self.profile.regions[region]
-        if not record.may_rerun or not facts.slots:
-            return False
-        ops = profile.ops[record.first_op : record.first_op + record.op_count]
-        saved = (profile.slots[slot].value for slot in self.slots_of_region[region])
-        return (
-            facts.own == facts.droppable
-            and all(value in facts.own for op in ops for value in op.mutates)
-            and not any(
-                profile.values[value].overwritten for op in ops for value in op.inputs if value not in facts.own
-            )
-            and not any(profile.values[value].overwritten for value in saved)
-        )
+    def events_between(self, region: int) -> Sequence[Event]:
+        """Return what happens in forward between a region's begin and its end."""
+        return self.profile.events[self._entered[region] : self._exited[region]]
 
-    def rerun_events(self, region: int) -> list[Event]:
-        """What happens when the region's module runs again: its forward, up to the last saving."""
-        window = self.profile.events[self._entered[region] : self._exited[region]]
-        last = max(place for place, (kind, _) in enumerate(window) if kind == EventKind.SAVE)
-        return list(window[: last + 1])
-
-    def rerun_ops(self, region: int) -> frozenset[int]:
-        """Operations that run when the region's module runs again."""
-        return frozenset(a for kind, a in self.rerun_events(region) if kind == EventKind.OP)
-
-    def needed_ops(self, region: int, keep: KeepSet) -> frozenset[int]:
-        """Operations that are replayed at least once when every droppable slot outside `keep` is dropped."""
-        return self.rebuilding_ops(self.facts[region], self.keep_values(region, keep))
+    def needed_ops(self, region: int, kept: Collection[ValueName]) -> frozenset[int]:
+        """Return the operations that are recomputed at least once when every droppable value not `kept` is dropped."""
+        return self.rebuilding_ops(self.facts[region], self.keep_values(region, kept))
 
     def rebuilding_ops(self, facts: RegionFacts, held: frozenset[int]) -> frozenset[int]:
         """Operations that a tape replays at least once when every droppable slot whose value is not `held` is

@@ -23,12 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tightfit.records import RERUN, Decision, EventKind, Group, Profile
-from tightfit.simulation.module_model import RerunModel
+from tightfit.records import Decision, EventKind, Profile, SharedTape
+from tightfit.simulation.levers import BY_VALUE, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.tape_model import TapeModel
-
-_Machine = TapeModel | RerunModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,23 +47,19 @@ class RegionCurve:
     """Replay and the tape's own cost: what the decision adds to the step."""
 
 
-def _overhead_ms(profile: Profile, regions: Sequence[int], machine: _Machine) -> tuple[float, float]:
-    """Time of the replayed operations, and all that the tape over `regions` adds to the step."""
-    replay_ms = sum(profile.signatures[profile.ops[op].signature].ms for op in machine.replayed_ops)
-    if not machine.needed:
-        return replay_ms, 0.0
-    if isinstance(machine, RerunModel):
-        mechanism_ms = profile.rerun_ms_per_call + profile.rerun_ms_per_op * len(machine.needed)
-        return replay_ms, profile.accumulation_steps * (replay_ms + mechanism_ms)
-    mode_ms = profile.mode_ms_per_op * sum(profile.regions[region].op_count for region in regions)
-    # The tape's cost per operation is of one recording and one replay: further replays pay it again.
-    taped = max(len(machine.needed), len(machine.replayed_ops))
-    return replay_ms, profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * taped)
+def _model_of(index: ProfileIndex, region: int, decision: Decision | None) -> RegionModel:
+    if decision is None:
+        return UntouchedModel(index, region)
+    return lever_named(decision.lever).model(index, region, decision)
 
 
-def region_curve(index: ProfileIndex, region: int, decision: Decision) -> RegionCurve:
-    """The memory and time that `decision` adds for `region`, beyond what is fixed (see the module's docstring)."""
-    (machine,) = _machines(index, region, [decision])
+def _replay_ms(profile: Profile, model: RegionModel) -> float:
+    return sum(profile.signatures[profile.ops[op].signature].ms for op in model.replayed_ops)
+
+
+def region_curve(index: ProfileIndex, region: int, decision: Decision | None) -> RegionCurve:
+    """Return the memory and time that a decision adds for a region, beyond what is fixed."""
+    model = _model_of(index, region, decision)
     profile = index.profile
     deltas: Counter[int] = Counter()
     spikes: list[tuple[int, int]] = []
@@ -79,7 +72,7 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision) -> Region
     intervals: list[tuple[int, int, int]] = []
     for time in index.events_of_region[region]:
         event = profile.events[time]
-        moment = machine.handle(event.kind, event.a)
+        moment = model.handle(event.kind, event.a)
         for storage in moment.acquired:
             held[storage] += 1
             if held[storage] == 1:
@@ -106,14 +99,14 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision) -> Region
                 change(a, storage, +1)
                 if b < len(profile.events):
                     change(b, storage, -1)
-    replay_ms, overhead_ms = _overhead_ms(profile, [region], machine)
+    replay_ms = _replay_ms(profile, model)
     return RegionCurve(
         deltas=tuple(sorted((t, d) for t, d in deltas.items() if d)),
         spikes=tuple(spikes),
         holds=tuple(sorted(holds)),
-        replayed_ops=tuple(machine.replayed_ops),
+        replayed_ops=tuple(model.replayed_ops),
         replay_ms=replay_ms,
-        overhead_ms=overhead_ms,
+        overhead_ms=model.overhead_ms(replay_ms),
     )
 
 
@@ -142,44 +135,36 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
     return [offset + level + index.fixed_spikes.get(time, 0) for time, level in enumerate(index.fixed_levels)]
 
 
-#: Events in which a tape has a part.  (Not a set: an enumeration's members hash slowly.)
-_OF_A_TAPE = (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT)
+#: Events in which a region's model has a part.  (Not a set: an enumeration's members hash slowly.)
+_OF_A_REGION = (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT)
 
 
-def _machines(
-    index: ProfileIndex, first: int, decisions: Sequence[Decision], groups: Sequence[Group] = ()
-) -> list[_Machine]:
-    """What each region has instead of what autograd saves; `first` is the region of the first decision."""
-    machines: list[_Machine] = []
-    grouped = {group.first: group for group in groups}
-    while len(machines) < len(decisions):
-        place = len(machines)
-        group = grouped.get(first + place)
-        count = group.count if group else 1
-        machine: _Machine
-        if group is None and decisions[place] is RERUN:
-            machine = RerunModel(index, first + place)
+def _models(
+    index: ProfileIndex, decisions: Sequence[Decision | None], shared_tapes: Sequence[SharedTape]
+) -> list[RegionModel]:
+    """Return what each region holds: one model for all that share a tape."""
+    models: list[RegionModel] = []
+    shared_from = {shared.first: shared for shared in shared_tapes}
+    while len(models) < len(decisions):
+        region = len(models)
+        shared = shared_from.get(region)
+        if shared is None:
+            models.append(_model_of(index, region, decisions[region]))
         else:
-            nest = group.nest if group else None
-            machine = TapeModel(index, first + place, decisions[place : place + count], nest)
-        machines += [machine] * count
-    return machines
+            several = decisions[region : region + shared.count]
+            models += [BY_VALUE.shared_model(index, shared, several)] * shared.count
+    return models
 
 
-def _regions_of(machines: Sequence[_Machine]) -> list[tuple[list[int], _Machine]]:
-    found: dict[int, tuple[list[int], _Machine]] = {}
-    for region, machine in enumerate(machines):
-        found.setdefault(id(machine), ([], machine))[0].append(region)
-    return list(found.values())
-
-
-def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequence[Group] = ()) -> Simulation:
-    """Walk the step with one decision per region (`None`: untouched); regions of a group share one tape.
+def simulate(
+    index: ProfileIndex, decisions: Sequence[Decision | None], shared_tapes: Sequence[SharedTape] = ()
+) -> Simulation:
+    """Walk the step with one decision per region (`None`: untouched).
 
     A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
     """
     profile = index.profile
-    machines = _machines(index, 0, decisions, groups)
+    models = _models(index, decisions, shared_tapes)
     # This loop is most of the time that a plan for a long chain takes: what is asked at every event is looked up first.
     nbytes_of, owner_of_slot, owner_of_op = index.activation_bytes, index.region_of_slot, index.region_of_op
     held = [0] * len(nbytes_of)
@@ -207,7 +192,7 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
             continue  # no higher than it was
         elif kind == EventKind.OTHER_OP:
             scratch = index.fixed_spikes.get(time, 0)
-        elif kind in _OF_A_TAPE:
+        elif kind in _OF_A_REGION:
             owner = owner_of_op[a] if kind == EventKind.OP else a if kind == EventKind.EXIT else owner_of_slot[a]
             if kind == EventKind.OP:
                 scratch = index.fixed_spikes.get(time, 0)
@@ -215,10 +200,10 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
                 current = -1
             if phase == "backward":
                 where_region = owner
-            machine = machines[owner]
-            moment = machine.handle(kind, a)
+            model = models[owner]
+            moment = model.handle(kind, a)
             acquired, released = moment.acquired, moment.released
-            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in machine.slots:
+            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in model.slots:
                 storage = profile.values[profile.slots[a].value].storage
                 if kind == EventKind.SAVE:
                     acquired = [storage, *acquired]
@@ -260,11 +245,11 @@ def simulate(index: ProfileIndex, decisions: Sequence[Decision], groups: Sequenc
     step_ms = index.plain_step_ms
     replay_total = 0.0
     replayed: list[int] = []
-    for regions, machine in _regions_of(machines):
-        replay_ms, overhead_ms = _overhead_ms(profile, regions, machine)
+    for model in {id(model): model for model in models}.values():
+        replay_ms = _replay_ms(profile, model)
         replay_total += replay_ms
-        step_ms += overhead_ms
-        replayed += machine.replayed_ops
+        step_ms += model.overhead_ms(replay_ms)
+        replayed += model.replayed_ops
     breakdown = {
         **profile.baseline,
         "activations": components_at_peak["activations"],

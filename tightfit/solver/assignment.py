@@ -1,4 +1,4 @@
-"""One column for every region, with the memory of every moment kept up to date while single columns are exchanged."""
+"""Assign one column to every region, and keep the memory of every moment up to date while columns are exchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tightfit.records import Decision
 from tightfit.solver.columns import Array, Column, ColumnSource
 
 
-class Choice:
-    """See the module."""
+class Assignment:
+    """One column for every region of a step."""
 
-    def __init__(self, source: ColumnSource, decisions: Sequence[Decision]) -> None:
+    def __init__(self, source: ColumnSource, decisions: Sequence[Decision | None]) -> None:
         self.columns = [source.column(region, decision) for region, decision in enumerate(decisions)]
         self._source = source
         self._peaks = self._walk(self.columns)
@@ -22,7 +22,7 @@ class Choice:
         return self._source.peaks((column, 1) for column in columns)
 
     def exchange(self, column: Column, budget_bytes: int) -> bool:
-        """Take this column for its region if every moment stays within the budget; whether it was taken."""
+        """Take a column for its region if every moment stays within the budget; return whether it was taken."""
         region = column.region
         old = self.columns[region]
         if old.shape.shared or column.shape.shared:  # what others hold at the same time counts once

@@ -1,16 +1,19 @@
-"""Which decisions are worth having on offer: enumeration, sweeps and column generation.
+"""Find the decisions that are worth having on offer: enumeration, sweeps and column generation.
 
 The pool of columns is made once for a profile and does not depend on the budget that is asked for.  All budgets choose
 among the same columns, so a larger budget is never slower, and a frontier costs one pool.
 
-1. A class with few useful values is enumerated: every keep set is on offer, and the choice is exact.
-2. For larger classes, a greedy descent gives keep sets whose replay peaks low, and a sweep over the price of a held
+What levers list (`Lever.offers`) is on offer from the start.  The decisions of the lever that chooses value by value
+(`BY_VALUE`), each a set of kept values, are searched:
+
+1. A class with few useful values is enumerated: every set is on offer, and the choice is exact.
+2. For larger classes, a greedy descent gives sets whose recomputation peaks low, and a sweep over the price of a held
    byte gives the lower hull of time against held bytes (each point exact by minimum cut).
 3. Column generation (Dantzig & Wolfe 1960) at a ladder of budgets: the master's relaxation prices bytes at the moments
-   that bind, pricing finds the keep set that these prices want, until none is new.  Where what is memoised during
-   replay matters, a descent by single exchanges on the exact column starts from the best columns known.
+   that bind, pricing finds the set that these prices want, until none is new.  Where what recomputation holds on its
+   way matters, a descent by single exchanges on the exact column starts from the best columns known.
 4. All of these lie on the hull, or near it. Where a class has few regions, no mixture of such columns comes near the
-   points between two of them, so some are sought: the fastest keep sets within so many held bytes (Haimes et al. 1971).
+   points between two of them, so some are sought: the fastest sets within so many held bytes (Haimes et al. 1971).
 """
 
 from __future__ import annotations
@@ -18,21 +21,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, combinations
 
-from tightfit.records import RERUN, Decision, Profile, Rerun
-from tightfit.solver.columns import Column, ColumnSource, keep_set, useful_values
+from tightfit.records import Decision
+from tightfit.simulation.levers import BY_VALUE, LEVERS
+from tightfit.solver.columns import Column, ColumnSource, keeping, useful_values
 from tightfit.solver.master import Master, Relaxation
 from tightfit.solver.pricing import Prices, PricingModel
-from tightfit.solver.region_mip import ExactModel
+from tightfit.solver.region_mip import RegionProgram
 
 #: A class is enumerated when that takes at most so many columns over all its regions.
 ENUMERATE_AT_MOST = 3000
 #: Points of the sweep over the price of held bytes, for each class.
 _SWEEP_AT_MOST = 24
 #: Columns evaluated in one descent, at most, and operations walked for them: what a longer region could gain is found
-#: below one level (`nested`).
+#: by recursive recomputation (`recursive`).
 _DESCENT_AT_MOST = 240
 _DESCENT_OPS_AT_MOST = 40_000
 #: Points sought between those of the hull: for each class, for all regions of a class together, and operations in their
@@ -50,49 +54,36 @@ _WORTH = 1e-3
 #: How near to the best the integer program of a region is solved then, in parts of what is to be gained.
 _GAP = 0.1
 #: Operations in the programs of one class that are solved to find columns, at most: those of long regions take long,
-#: and what they could gain is found below one level (`nested`).
-_EXACT_OPS_AT_MOST = 1000
+#: and what they could gain is found by recursive recomputation (`recursive`).
+_PROGRAM_OPS_AT_MOST = 1000
 #: The same for descents: operations walked in all of them.
 _DESCENTS_OPS_AT_MOST = 400_000
 #: Rounds of column generation at one budget.
 _ROUNDS = 12
 
 
-def untimed(profile: Profile) -> Profile:
-    """The profile with every operation taking one millisecond: what is left is structure and bytes."""
-    signatures = tuple(replace(signature, ms=1.0) for signature in profile.signatures)
-    return replace(
-        profile,
-        signatures=signatures,
-        mode_ms_per_op=0.0,
-        tape_ms_per_op=0.0,
-        rerun_ms_per_op=0.0,
-        rerun_ms_per_call=0.0,
-    )
-
-
 @dataclass(slots=True)
-class Pool:
+class ColumnPool:
     """The columns of a profile, with the pricing models that found them."""
 
     source: ColumnSource
-    structure: Pool | None = None
-    """The pool of the same profile without measured times (`untimed`): its columns are on offer here, too. None: this
-    is that pool, and columns are only generated for the smallest peak."""
+    structure: ColumnPool | None = None
+    """The pool of the same profile without measured times (`Profile.with_unit_times`): its columns are on offer here,
+    too. None: this is that pool, and columns are only generated for the smallest peak."""
     enumerate_at_most: int = field(default_factory=lambda: ENUMERATE_AT_MOST)  # looked up late: tests set it
     master: Master = field(init=False)
     members: dict[int, list[int]] = field(init=False)
     """Class to its regions."""
     enumerated: set[int] = field(default_factory=set)
-    """Classes of which every keep set is on offer."""
+    """Classes of which every decision is on offer."""
     _shared: frozenset[int] = field(init=False)
     _models: dict[int, PricingModel] = field(init=False)
-    _exact: dict[int, ExactModel] = field(init=False)
-    _exact_ops: Counter[int] = field(init=False)
+    _programs: dict[int, RegionProgram] = field(init=False)
+    _program_ops: Counter[int] = field(init=False)
     """Class to the operations in programs that were solved for it."""
     _descent_ops: Counter[int] = field(init=False)
     """Class to the operations that its descents have walked."""
-    smallest: tuple[int, list[Decision]] = field(init=False)
+    smallest: tuple[int, list[Decision | None]] = field(init=False)
     """The smallest peak in bytes, and its decisions, among the columns of `structure`: no measured time has a part in
     it, so that two measurements of one model name the same smallest budget."""
 
@@ -101,8 +92,8 @@ class Pool:
         self.master = Master(self.source)
         self._shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
         self._models = {}
-        self._exact = {}
-        self._exact_ops = Counter()
+        self._programs = {}
+        self._program_ops = Counter()
         self._descent_ops = Counter()
         self.members = {}
         for region, record in enumerate(index.profile.regions):
@@ -137,44 +128,47 @@ class Pool:
 
     @property
     def is_complete(self) -> bool:
-        """Every decision of the plan space is on offer."""
+        """Whether every decision of the plan space is on offer."""
         return all(
             class_id in self.enumerated or not any(self.may_drop(region) for region in regions)
             for class_id, regions in self.members.items()
         )
 
     def may_drop(self, region: int) -> bool:
-        """There is something that a decision could drop."""
+        """Return whether there is something in the region that recomputation could drop."""
         return bool(self.source.index.facts[region].slots)
 
     def model(self, region: int) -> PricingModel:
-        """The region's pricing problem."""
+        """Return the region's pricing problem."""
         found = self._models.get(region)
         if found is None:
             found = self._models[region] = PricingModel(self.source.index, region, self._shared)
         return found
 
-    def exact(self, region: int) -> ExactModel:
-        """The region's program."""
-        found = self._exact.get(region)
+    def program(self, region: int) -> RegionProgram:
+        """Return the region's integer program."""
+        found = self._programs.get(region)
         if found is None:
-            found = self._exact[region] = ExactModel(self.source.index, region, self._shared)
+            found = self._programs[region] = RegionProgram(self.source.index, region, self._shared)
         return found
 
     def least_known(self, region: int, prices: Prices) -> float:
-        """What the region's best decision on offer costs at these prices."""
+        """Return what the region's best decision on offer costs at these prices."""
         class_id = self.source.index.profile.regions[region].class_id
         return min(self.cost(self.source.column(region, d), prices) for d in self.master.decisions[class_id])
 
-    def least_rerun(self, region: int, prices: Prices) -> float:
-        """What running the region's module again costs at these prices; infinite if that is not on offer."""
-        class_id = self.source.index.profile.regions[region].class_id
-        if RERUN not in self.master.decisions[class_id]:
-            return math.inf
-        return self.cost(self.source.column(region, RERUN), prices)
+    def listed(self, region: int) -> list[Decision]:
+        """Return what levers list for the region: decisions that no search leads to."""
+        known = self.master.decisions[self.source.index.profile.regions[region].class_id]
+        return [decision for decision in known if decision is not None and decision.lever != BY_VALUE.name]
+
+    def least_listed(self, region: int, prices: Prices) -> float:
+        """Return what the best decision that levers list costs at these prices; infinite if there is none."""
+        costs = (self.cost(self.source.column(region, decision), prices) for decision in self.listed(region))
+        return min(costs, default=math.inf)
 
     def alike(self, regions: Iterable[int], prices: Prices) -> list[list[int]]:
-        """The regions in groups whose decisions all cost the same at these prices."""
+        """Return the regions in groups whose decisions all cost the same at these prices."""
         times = list(prices.private)
         with_parts = {region for _, _, region in prices.shared}
         groups: dict[Hashable, list[int]] = {}
@@ -186,50 +180,49 @@ class Pool:
         return list(groups.values())
 
     def _open(self, class_id: int, regions: list[int]) -> None:
-        """The first decisions of a class."""
+        """Offer the first decisions of a class."""
         index = self.source.index
+        for lever in LEVERS:
+            for decision in lever.offers(index, regions):
+                self.master.offer(class_id, decision)
         if not any(self.may_drop(region) for region in regions):
             return
-        if all(index.may_rerun(region) for region in regions):
-            self.master.offer(class_id, RERUN)
         useful = useful_values(index, regions[0])
         if len(regions) << len(useful) <= self.enumerate_at_most:
             self.enumerated.add(class_id)
             for values in chain.from_iterable(combinations(useful, size) for size in range(len(useful) + 1)):
-                self._offer(class_id, keep_set(index, values))
+                self._offer(class_id, keeping(index, values))
             return
-        self._offer(class_id, frozenset())
+        self._offer(class_id, keeping(index, ()))
         if self.structure is not None:
-            for decision in self.structure.master.decisions[class_id]:
-                self._offer(class_id, decision)
+            for known in self.structure.master.decisions[class_id]:
+                self.master.offer(class_id, known)
             return
         for region in dict.fromkeys((regions[0], regions[-1])):
             for decision in self._low_peaks(region):
                 self._offer(class_id, decision)
 
-    def _offer(self, class_id: int, decision: Decision) -> bool:
-        """Offer a decision, unless it drops nothing and so is None with more effort."""
-        if not isinstance(decision, Rerun | None) and not any(
-            self.source.index.needed_ops(region, decision) for region in self.members[class_id][:1]
-        ):
+    def _offer(self, class_id: int, decision: Decision | None) -> bool:
+        """Offer what a search found, unless it drops nothing and so is None with more effort."""
+        if decision is None or not self.source.index.needed_ops(self.members[class_id][0], decision.kept):
             return False
         return self.master.offer(class_id, decision)
 
-    def _sweep(self, region: int) -> Iterator[Decision]:
-        """Keep sets on the lower hull of added time against bytes held when backward begins.
+    def _sweep(self, region: int) -> Iterator[Decision | None]:
+        """Yield decisions on the lower hull of added time against bytes held when backward begins.
 
         The hull's vertices by bisection of slopes (Eisner & Severance 1976).
         """
         middle = self.source.index.backward_event()
         model = self.model(region)
 
-        def point(price: float, weight: float) -> tuple[float, int, Decision]:
+        def point(price: float, weight: float) -> tuple[float, int, Decision | None]:
             shared = {(middle, storage, region): price for storage in model.shared}
             _, decision = model.best(Prices(time_weight=weight, private={middle: price}, shared=shared))
             column = self.source.column(region, decision)
             return column.overhead_ms, column.held_bytes, decision
 
-        cheap: tuple[float, int, Decision] = (0.0, self.source.column(region, None).held_bytes, None)
+        cheap: tuple[float, int, Decision | None] = (0.0, self.source.column(region, None).held_bytes, None)
         small = point(1.0, 0.0)
         yield small[2]
         spans = [(cheap, small)]
@@ -246,29 +239,29 @@ class Pool:
                 yield found[2]
                 spans += [((ms_a, bytes_a, a), found), (found, (ms_b, bytes_b, b))]
 
-    def _between(self, class_id: int, regions: list[int]) -> Iterator[Decision]:
-        """The fastest keep sets of a region within evenly spaced numbers of bytes held when backward begins."""
+    def _between(self, class_id: int, regions: list[int]) -> Iterator[Decision | None]:
+        """Yield the fastest decisions of a region within evenly spaced numbers of bytes held when backward begins."""
         region = regions[len(regions) // 2]
         points = min(_BETWEEN_AT_MOST, _BETWEEN_ALL // len(regions))
         ops = self.source.index.profile.regions[region].op_count
-        if points < 2 or points * ops > _BETWEEN_OPS_AT_MOST or not self.exact(region).usable:
+        if points < 2 or points * ops > _BETWEEN_OPS_AT_MOST or not self.program(region).usable:
             return
         middle = self.source.index.backward_event()
         held = [self.source.column(region, decision).held_bytes for decision in self.master.decisions[class_id]]
         for place in range(1, points):
             capacity = min(held) + (max(held) - min(held)) * place // points
-            answer = self.exact(region).within({middle: capacity}, {middle: frozenset()})
+            answer = self.program(region).within({middle: capacity}, {middle: frozenset()})
             if answer is not None:
                 yield answer[1]
 
     def _low_peaks(self, region: int) -> Iterator[Decision]:
-        """Keep sets on the way to the lowest peak that the region itself reaches, starting from dropping all."""
+        """Yield decisions on the way to the lowest peak that the region itself reaches, from dropping all."""
         index, base = self.source.index, self.source.base
         useful = useful_values(index, region)
         window = index.events_of_region[region]
 
         def measure(values: frozenset[int]) -> tuple[int, int]:
-            column = self.source.column(region, keep_set(index, values))
+            column = self.source.column(region, keeping(index, values))
             return max(base[time] + column.at(time)[0] for time in window), column.held_bytes
 
         kept: frozenset[int] = frozenset()
@@ -281,15 +274,15 @@ class Pool:
             if not tries or min(tries, key=lambda t: t[0])[0][0] >= best[0]:
                 return
             best, kept = min(tries, key=lambda t: t[0])
-            yield keep_set(index, kept)
+            yield keeping(index, kept)
 
     def _tries(self, region: int) -> int:
-        """Columns that one descent may evaluate."""
+        """Return how many columns one descent may evaluate."""
         op_count = self.source.index.profile.regions[region].op_count
         return min(_DESCENT_AT_MOST, 1 + _DESCENT_OPS_AT_MOST // max(1, op_count))
 
     def _generate(self, budget_bytes: int | None) -> None:
-        """Column generation at one budget, or for the smallest peak."""
+        """Generate columns at one budget, or for the smallest peak."""
         for _ in range(_ROUNDS):
             relaxation = self.master.relaxed(budget_bytes)
             if relaxation is None or not self._price_all(relaxation):
@@ -304,8 +297,9 @@ class Pool:
         for class_id, regions in self.members.items():
             if class_id in self.enumerated:
                 continue
-            # A region that is run again as a whole is on offer from the start, and leads to no other column.
-            known = [decision for decision in self.master.decisions[class_id] if decision is not RERUN]
+            # What levers list is on offer from the start, and leads to no other column.
+            listed = set(self.listed(regions[0]))
+            known = [decision for decision in self.master.decisions[class_id] if decision not in listed]
             loose: list[tuple[float, int, Column]] = []
             for region, *_ in self.alike(filter(self.may_drop, regions), prices):
                 bound, decision = self.model(region).best(prices)
@@ -325,7 +319,7 @@ class Pool:
         return new
 
     def cost(self, column: Column, prices: Prices) -> float:
-        """What a column costs at these prices, in full."""
+        """Return what a column costs at these prices, in full."""
         total = prices.time_weight * column.overhead_ms
         storages = self.source.index.profile.storages
         for time, price in prices.private.items():
@@ -335,17 +329,17 @@ class Pool:
                 total += prices.shared.get((time, storage, column.region), 0.0) * storages[storage].nbytes
         return total
 
-    def _better(self, start: Column, prices: Prices, gap: float) -> Decision:
-        """A decision that costs less at these prices than the column; None if none is found.
+    def _better(self, start: Column, prices: Prices, gap: float) -> Decision | None:
+        """Return a decision that costs less at these prices than the column; None if none is found.
 
         `gap`: how far from the best one it may be, in cost.
         """
         # For the smallest peak, what rises within an event is most of the matter, which only the exact column shows.
         record = self.source.index.profile.regions[start.region]
-        left = self._exact_ops[record.class_id] + record.op_count <= _EXACT_OPS_AT_MOST
-        if prices.time_weight > 0 and left and self.exact(start.region).usable:
-            self._exact_ops[record.class_id] += record.op_count
-            _, decision = self.exact(start.region).bound(prices, gap)
+        left = self._program_ops[record.class_id] + record.op_count <= _PROGRAM_OPS_AT_MOST
+        if prices.time_weight > 0 and left and self.program(start.region).usable:
+            self._program_ops[record.class_id] += record.op_count
+            _, decision = self.program(start.region).bound(prices, gap)
             least = self.cost(start, prices)
             if self.cost(self.source.column(start.region, decision), prices) < least - 1e-9 * abs(least):
                 return decision
@@ -355,20 +349,19 @@ class Pool:
             self._descent_ops[record.class_id] += record.op_count * self._tries(start.region)
         return self._descend(start, prices)
 
-    def _descend(self, start: Column, prices: Prices) -> Decision:
-        """A better column by putting single values into or out of the keep set; None if there is none."""
+    def _descend(self, start: Column, prices: Prices) -> Decision | None:
+        """Find a better decision by keeping single values more, or fewer; None if there is none."""
         index = self.source.index
         useful = useful_values(index, start.region)
-        assert start.decision is not RERUN
-        kept = frozenset(useful) if start.decision is None else index.keep_values(start.region, start.decision)
+        kept = frozenset(useful) if start.decision is None else index.keep_values(start.region, start.decision.kept)
         best = self.cost(start, prices)
-        found: Decision = None
+        found: Decision | None = None
         left = self._tries(start.region)
         improved = True
         while improved and left > 0:
             improved = False
             for value in useful[:left]:
-                trial = keep_set(index, kept ^ {value})
+                trial = keeping(index, kept ^ {value})
                 left -= 1
                 cost = self.cost(self.source.column(start.region, trial), prices)
                 if cost < best - 1e-9 * abs(best):

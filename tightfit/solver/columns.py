@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tightfit.records import Decision, KeepSet, Profile
+from tightfit.records import Decision, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import fixed_peaks, region_curve
 from tightfit.solver.region_timelines import Timeline, timelines
@@ -47,7 +48,7 @@ class Column:
     """One decision for one region, evaluated."""
 
     region: int
-    decision: Decision
+    decision: Decision | None
     shape: Shape
     timeline: Timeline
 
@@ -110,8 +111,8 @@ class ColumnSource:
         self.holders = _holders(index)
         self.timelines = timelines(index, self.holders)
         self._base = np.array(self.base, dtype=np.float64)
-        self._columns: list[dict[Decision, Column]] = [{} for _ in index.profile.regions]
-        self._shapes: dict[tuple[int, Decision], Shape] = {}
+        self._columns: list[dict[Decision | None, Column]] = [{} for _ in index.profile.regions]
+        self._shapes: dict[tuple[int, Decision | None], Shape] = {}
         self._middle = index.backward_event()
 
     def repriced(self, profile: Profile) -> ColumnSource:
@@ -122,8 +123,8 @@ class ColumnSource:
         other._shapes = {}
         return other
 
-    def column(self, region: int, decision: Decision) -> Column:
-        """The column of `decision` in `region`; a decision that replays nothing is the same as None."""
+    def column(self, region: int, decision: Decision | None) -> Column:
+        """Return the column of a decision in a region."""
         found = self._columns[region].get(decision)
         if found is None:
             timeline = self.timelines[region]
@@ -134,7 +135,7 @@ class ColumnSource:
             self._columns[region][decision] = found
         return found
 
-    def _evaluate(self, region: int, decision: Decision, timeline: Timeline) -> Shape:
+    def _evaluate(self, region: int, decision: Decision | None, timeline: Timeline) -> Shape:
         curve = region_curve(self.index, region, decision)
         end_of_step = len(self.base)
         moments = timeline.moments
@@ -230,7 +231,7 @@ def _holders(index: ProfileIndex) -> dict[int, set[int]]:
 
 
 def useful_values(index: ProfileIndex, region: int) -> tuple[int, ...]:
-    """Optional values that a keep set can gain by naming: saved, or read by an operation that may be replayed."""
+    """Return the values that may be worth keeping: saved, or read by an operation that may be recomputed."""
     profile = index.profile
     facts = index.facts[region]
     if not facts.slots:
@@ -245,6 +246,6 @@ def useful_values(index: ProfileIndex, region: int) -> tuple[int, ...]:
     return tuple(sorted(wanted & facts.optional))
 
 
-def keep_set(index: ProfileIndex, values: Iterable[int]) -> KeepSet:
-    """Values of one region as a keep set."""
-    return frozenset(index.local(value) for value in values)
+def keeping(index: ProfileIndex, values: Iterable[int]) -> Decision:
+    """Return the decision that keeps these values of one region and recomputes the others."""
+    return BY_VALUE.decide(frozenset(index.local(value) for value in values))

@@ -1,4 +1,4 @@
-"""Time against budget: the fastest plan at each of several budgets, from the smallest that runs to the plain peak."""
+"""Solve for several budgets, from the smallest that runs to the plain peak: the curve of time against budget."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from tightfit.solver.solver import Solver
 
 
 def frontier(profile: Profile, points: int = 20) -> list[Plan]:
-    """The curve of best step time against budget.
+    """Return the curve of best step time against budget.
+
+        for plan in tightfit.frontier(profile, points=20):
+            print(plan.budget_bytes, plan.predicted_peak_bytes, plan.predicted_step_ms)
+
+    Needs no PyTorch.
 
     Args:
         profile: a measured step.
         points: how many budgets, evenly spaced in bytes from the smallest that runs to the plain peak, both included.
 
     Returns:
-        A plan for each of these budgets and for the smallest one that one level of recomputation can keep, in rising
-        order of budget; `predicted_step_ms` never rises. Where budgets fall together, there are fewer: a step from
+        A plan for each of these budgets and for the smallest one that needs no recursive recomputation, in rising order
+        of budget; `predicted_step_ms` never rises. Where budgets fall together, there are fewer: a step from
         which nothing can be dropped has one.
 
     Raises:
@@ -29,7 +34,7 @@ def frontier(profile: Profile, points: int = 20) -> list[Plan]:
 
 
 def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -> list[Plan]:
-    """`frontier` for a solver, with a plan for each budget of `also` that is large enough to run."""
+    """Return `frontier` for a solver, with a plan for each budget of `also` that is large enough to run."""
     check_points(points)
     least_bytes, _ = solver.minimum_budget()
     plain_bytes = solver.plain(0).plain_peak_bytes
@@ -42,14 +47,14 @@ def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -
 
 
 def _with_tightest_bounds(plans: list[Plan]) -> list[Plan]:
-    """The plans, each with the best bound of all: what no plan can beat within a budget, none can within a smaller one.
+    """Give each plan the best bound of all: what no plan can beat within a budget, none can within a smaller one.
 
-    Not so below one level, where the bound of one level says nothing.
+    Not so for recursive recomputation, of which the bound says nothing.
     """
     tightened = []
     bound_ms = 0.0
     for plan in reversed(plans):
-        if not plan.groups:
+        if not plan.shared_tapes:
             bound_ms = min(max(bound_ms, plan.lower_bound_ms), plan.predicted_step_ms)
             plan = replace(plan, lower_bound_ms=bound_ms)
         tightened.append(plan)

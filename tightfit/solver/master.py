@@ -1,4 +1,4 @@
-"""The master problem: one column for every region, so that memory holds at the moments that bind.
+"""Choose one column for every region, so that memory holds at the moments that bind: the master problem.
 
 A multiple-choice program over the columns at hand, with one row for each moment considered so far (`Master.moments`);
 moments are added when a choice violates them, so that the answer holds at every moment of the step while the program
@@ -72,7 +72,7 @@ class Master:
 
     source: ColumnSource
     moments: list[int] = field(default_factory=list)
-    decisions: dict[int, dict[Decision, None]] = field(default_factory=dict)
+    decisions: dict[int, dict[Decision | None, None]] = field(default_factory=dict)
     """Class to the decisions on offer, in order of arrival."""
     unit: int = field(init=False)
     """Greatest common divisor of all sizes: bytes are counted in it."""
@@ -98,7 +98,7 @@ class Master:
         plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
         self.add_moments(plain, 0)
 
-    def offer(self, class_id: int, decision: Decision) -> bool:
+    def offer(self, class_id: int, decision: Decision | None) -> bool:
         """Put a decision on offer to all regions of a class; True if it is new."""
         if decision in self.decisions[class_id]:
             return False
@@ -280,7 +280,7 @@ class Master:
                             shared[time, link.storage, region] = part * factor * private[time]
         return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
 
-    def fastest(self, budget_bytes: int, gap_ms: float) -> tuple[list[Decision], float] | None:
+    def fastest(self, budget_bytes: int, gap_ms: float) -> tuple[list[Decision | None], float] | None:
         """The decisions of least time that hold at every moment, and added ms that no choice among the columns on offer
         is below; None if they have none.
         """
@@ -300,9 +300,9 @@ class Master:
             if not self.add_moments(peaks, budget_bytes):  # the solver's tolerance was more than a byte
                 tightened -= max(self.unit, int(peaks.max()) - budget_bytes)
 
-    def smallest(self) -> tuple[int, list[Decision]]:
+    def smallest(self) -> tuple[int, list[Decision | None]]:
         """The least peak in bytes that the columns on offer can reach, and decisions that reach it."""
-        best: tuple[int, list[Decision]] | None = None
+        best: tuple[int, list[Decision | None]] | None = None
         while True:
             built = self._build(None)
             solution = built.program.solve(gap=0.5)
@@ -315,14 +315,14 @@ class Master:
             if best[0] <= bound + self.unit / 2 or not self.add_moments(peaks, bound + self.unit / 2):
                 return best
 
-    def chosen(self, decisions: Sequence[Decision]) -> list[tuple[Column, float]]:
+    def chosen(self, decisions: Sequence[Decision | None]) -> list[tuple[Column, float]]:
         """The columns of one decision for each region."""
         return [(self.source.column(region, decision), 1) for region, decision in enumerate(decisions)]
 
-    def _decisions(self, built: _Built, solution: Solution) -> list[Decision]:
-        decisions: list[Decision] = [None] * len(self._classes)
+    def _decisions(self, built: _Built, solution: Solution) -> list[Decision | None]:
+        decisions: list[Decision | None] = [None] * len(self._classes)
         for group, numbers in zip(built.groups, built.variables, strict=True):
-            picks: list[Decision] = []
+            picks: list[Decision | None] = []
             for column, number in zip(group.columns, numbers, strict=True):
                 picks += [column.decision] * round(solution.values[number])
             for region, pick in zip(group.regions, picks, strict=True):

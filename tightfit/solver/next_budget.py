@@ -1,4 +1,4 @@
-"""What more memory would buy."""
+"""Find the next budget that buys time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tightfit.solver.solver import Solver
 
 
 def next_useful_bytes(solver: Solver, plan: Plan, *, most_solves: int = 24) -> int | None:
-    """The smallest budget above the plan's at which there is a faster plan; None if nothing is faster.
+    """Return the smallest budget above the plan's at which there is a faster plan; None if nothing is faster.
 
     Bisection over budgets, as time never increases with the budget; where a faster plan is found, its own peak is the
     next upper end, so few solves are needed.  With more than `most_solves`, the answer is the smallest budget found so

@@ -1,19 +1,19 @@
-"""Pricing: the best keep set of one region when bytes at some moments have a price.
+"""Find the best values to keep in one region when bytes at some moments have a price.
 
 The pricing problem of the column generation (Dantzig & Wolfe 1960; Gilmore & Gomory 1961).  Within a region, an
-operation is replayed or not, and a value is available to replay or not:
+operation is recomputed or not, and a value is available to recomputation or not:
 
-- a dropped value needs its operation replayed;
-- a replayed operation needs each input available: held, rebuilt, or a source from outside that is then held;
-- a value that is available but not rebuilt is held, and pays its bytes' price at each moment from its saving to its
-  release.
+- a dropped value needs its operation recomputed;
+- a recomputed operation needs each input available: held, rebuilt, or a source from outside that is then held;
+- a value that is available but not rebuilt is held, and pays its bytes' price at each moment from when autograd saves
+  it to its release.
 
 Written with the two choices per value, every condition is an implication, so the problem is a lightest closed set
 (Picard 1976), solved exactly by one minimum cut, and not the general integer program that rematerialisation needs when
 the schedule is free (Checkmate, Jain et al. 2020; Rockmate, Zhao et al. 2023).
 
-The cut leaves out what is memoised while replay goes on, and shortens the lives of replay sources, so its optimum is
-a *lower bound* on what any decision of the region costs at these prices.  Columns are always evaluated in full.
+The cut leaves out what recomputation holds on its way, and shortens the lives of what it reads, so its optimum is a
+*lower bound* on what any decision of the region costs at these prices.  Columns are always evaluated in full.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tightfit.records import Decision, EventKind
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.solver.columns import keep_set, useful_values
+from tightfit.solver.columns import keeping, useful_values
 from tightfit.solver.min_cut import Closure
 
 
@@ -157,8 +158,8 @@ class PricingModel:
             found = self._covered[time] = (there[0], there[1])
         return found
 
-    def best(self, prices: Prices) -> tuple[float, Decision]:
-        """A lower bound on the cost of every decision of the region, and the decision that attains it in the model."""
+    def best(self, prices: Prices) -> tuple[float, Decision | None]:
+        """Return a lower bound on the cost of every choice of values, and the decision that attains it in the model."""
         if not self.enabled:
             return 0.0, None
         index, profile = self.index, self.index.profile
@@ -173,10 +174,11 @@ class PricingModel:
                 constant += self._price(value, time, price, prices)
         graph = Closure()
         per_ms = prices.time_weight * profile.accumulation_steps
-        mode = graph.node(per_ms * profile.mode_ms_per_op * profile.regions[self.region].op_count)
+        costs = BY_VALUE.costs(profile)
+        mode = graph.node(per_ms * costs.region_ms_per_op * profile.regions[self.region].op_count)
         replayed = {}
         for op in self._ops:
-            ms = profile.signatures[profile.ops[op].signature].ms + profile.tape_ms_per_op
+            ms = profile.signatures[profile.ops[op].signature].ms + costs.replay_ms_per_op
             replayed[op] = graph.node(per_ms * ms)
             graph.require(replayed[op], mode)
         available: dict[int, int] = {}
@@ -206,7 +208,7 @@ class PricingModel:
             for value in self._values
             if not taken[replayed[profile.values[value].op]] and (value in self._saved or taken[available[value]])
         ]
-        return constant + weight, keep_set(index, kept)
+        return constant + weight, keeping(index, kept)
 
     def _price(self, value: int, time: int, price: float, prices: Prices) -> float:
         storage = self.index.profile.values[value].storage

@@ -1,9 +1,10 @@
-"""Plans below one level of replay: one tape over the whole forward, divided by a nest.
+"""Plan recursive recomputation: one tape over the whole forward, divided by a tree.
 
-At one level, whatever passes from region to region is held from forward to backward, so memory grows with depth.  Here
-all regions share one tape; it is cut into leaves of about equal saved bytes, at the places where the fewest bytes pass.
-A candidate holds what passes at every k-th cut and lets replay pass through the rest, under a flat tree (Chen et al.
-2016: about the square root of the depth) or a deeper one (treeverse, Griewank & Walther 2000: its logarithm).
+Where each region is dropped once, whatever passes from region to region is held from forward to backward, so memory
+grows with depth.  Here all regions share one tape; it is cut into leaves of about equal saved bytes, at the places
+where the fewest bytes pass.  A candidate holds what passes at every k-th cut and lets replay pass through the rest,
+under a flat tree (Chen et al. 2016: about the square root of the depth) or a deeper one (treeverse, Griewank & Walther
+2000: its logarithm).
 
 The candidates are a family, not an optimum: every one is walked by `simulate`, and the fastest that fits is taken, so
 that time never increases with the budget.  Their shape depends on sizes alone, not on measured times.
@@ -15,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from tightfit.records import Decision, Group
-from tightfit.records.recompute_tree import Nest, tree_nest
+from tightfit.records import Decision, SharedTape
+from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import Simulation, simulate
 
@@ -29,33 +31,33 @@ _WIDEST = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NestedPlan:
+class RecursivePlan:
     """One candidate, walked."""
 
-    decisions: list[Decision]
-    groups: tuple[Group, ...]
+    decisions: list[Decision | None]
+    shared_tapes: tuple[SharedTape, ...]
     simulation: Simulation
 
 
-class NestedPlans:
+class RecursivePlans:
     """The family of one profile."""
 
     def __init__(self, index: ProfileIndex) -> None:
         self._index = index
         profile = index.profile
-        self._facts = index.group_facts(0, len(profile.regions))
+        self._facts = index.tape_facts(0, len(profile.regions))
         self._last_use = self._last_uses()
         #: Before each operation: bytes that pass from what ran before it to what runs from it on.
         self._passing_bytes = self._crossings()
-        #: Bytes of droppable savings that each operation makes.
+        #: Bytes of droppable saved tensors that each operation makes.
         saved = {profile.slots[slot].value for slot in self._facts.slots}
         self._saved_bytes = [
             sum(index.nbytes(value) for value in op.outputs if value in saved and not index.is_free(value))
             for op in profile.ops
         ]
 
-    def all(self) -> Iterator[NestedPlan]:
-        """Every candidate, each walked when it is asked for."""
+    def all(self) -> Iterator[RecursivePlan]:
+        """Yield every candidate, each walked when it is asked for."""
         seen: set[tuple[int, ...]] = set()
         for leaf_count in self._leaf_counts():
             cuts = self._cut(leaf_count)
@@ -75,7 +77,7 @@ class NestedPlans:
             counts.add(2 * max(counts))
         return sorted(counts - {1})
 
-    def _with_cuts(self, cuts: Sequence[int]) -> Iterator[NestedPlan]:
+    def _with_cuts(self, cuts: Sequence[int]) -> Iterator[RecursivePlan]:
         leaf_count = len(cuts) + 1
         spacing = 1
         while True:
@@ -89,7 +91,7 @@ class NestedPlans:
                 return
             spacing *= 2
 
-    def _walk(self, cuts: Sequence[int], held: Sequence[int], arity: int) -> NestedPlan:
+    def _walk(self, cuts: Sequence[int], held: Sequence[int], arity: int) -> RecursivePlan:
         """The plan that holds what passes at the cuts in `held`, with a tree of this arity between them."""
         index, profile = self._index, self._index.profile
         keep: list[set[tuple[int, int]]] = [set() for _ in profile.regions]
@@ -97,16 +99,17 @@ class NestedPlans:
             op = profile.values[value].op
             if any(op < cut <= self._last_use.get(value, -1) for cut in held):
                 keep[index.region_of_op[op]].add(index.local(value))
-        decisions: list[Decision] = [frozenset(names) for names in keep]
-        group = Group(first=0, count=len(decisions), nest=self._nest(cuts, set(held), arity))
-        return NestedPlan(decisions=decisions, groups=(group,), simulation=simulate(index, decisions, (group,)))
+        decisions: list[Decision | None] = [BY_VALUE.decide(names) for names in keep]
+        shared = SharedTape(first=0, count=len(decisions), tree=self._tree(cuts, set(held), arity))
+        walked = simulate(index, decisions, (shared,))
+        return RecursivePlan(decisions=decisions, shared_tapes=(shared,), simulation=walked)
 
-    def _nest(self, cuts: Sequence[int], held: set[int], arity: int) -> Nest:
+    def _tree(self, cuts: Sequence[int], held: set[int], arity: int) -> RecomputeTree:
         places = []
         for cut in cuts:
             region = self._index.region_of_op[cut]
             places.append((region, cut - self._index.profile.regions[region].first_op))
-        return tree_nest(places, [cut in held for cut in cuts], arity)
+        return balanced_tree(places, [cut in held for cut in cuts], arity)
 
     def _last_uses(self) -> dict[int, int]:
         """For each value of forward, the last operation that reads it or before which it is saved."""

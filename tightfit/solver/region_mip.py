@@ -1,4 +1,4 @@
-"""One region's decision as an integer program that knows what replay holds on the way.
+"""Choose the values of one region by an integer program that knows what recomputation holds on its way.
 
 The minimum cut of `pricing` does not see what is memoised while replay goes on.  Here, beside the two choices per
 value (kept or not; its operation replayed or not), each operation has for each moment that matters a variable that
@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tightfit.records import Decision, EventKind
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.solver.columns import keep_set
+from tightfit.solver.columns import keeping
 from tightfit.solver.highs import INFINITY, Program
 from tightfit.solver.pricing import Prices
 
@@ -42,8 +43,8 @@ class _Built:
 
 
 @dataclass(slots=True)
-class ExactModel:
-    """One region's program, described once; see the module."""
+class RegionProgram:
+    """One region's program, described once and solved at any prices or capacities."""
 
     index: ProfileIndex
     region: int
@@ -104,8 +105,8 @@ class ExactModel:
             for value in reads:
                 self._readers[value].append(op)
 
-    def bound(self, prices: Prices, gap: float = 0.0) -> tuple[float, Decision]:
-        """A lower bound on the cost of every decision at these prices, and the best decision that was found.
+    def bound(self, prices: Prices, gap: float = 0.0) -> tuple[float, Decision | None]:
+        """Return a lower bound on the cost of every decision at these prices, and the best decision that was found.
 
         `gap`: how far apart, in cost, the two may be.
         """
@@ -124,9 +125,9 @@ class ExactModel:
 
     def within(
         self, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]]
-    ) -> tuple[float, Decision] | None:
-        """The fastest decision whose levels keep these capacities (moment to bytes), after a time that no such decision
-        beats; None if no decision keeps them.
+    ) -> tuple[float, Decision | None] | None:
+        """Return a time that no decision beats whose levels keep these capacities (moment to bytes), and the fastest
+        such decision; None if there is none.
 
         `held_by_others`: at each of the moments, shared storages that cost nothing because others hold them.
         """
@@ -142,13 +143,13 @@ class ExactModel:
         solution = built.program.solve(nodes=_NODES)
         return None if solution is None else (solution.bound, self._decision(built, solution.values))
 
-    def _decision(self, built: _Built, values: list[float]) -> Decision:
+    def _decision(self, built: _Built, values: list[float]) -> Decision | None:
         replayed = {op for op, variable in built.replayed.items() if values[variable] > 0.5}
         if not replayed:
             return None
         optional = self.index.facts[self.region].optional
         read = {u for op in replayed for u in self._reads[op]}
-        return keep_set(
+        return keeping(
             self.index,
             (
                 v
@@ -163,11 +164,12 @@ class ExactModel:
         program = Program()
         built = _Built(program)
         per_ms = time_weight * profile.accumulation_steps
+        costs = BY_VALUE.costs(profile)
         mode = program.variable(
-            per_ms * profile.mode_ms_per_op * profile.regions[self.region].op_count, 1.0, integer=True
+            per_ms * costs.region_ms_per_op * profile.regions[self.region].op_count, 1.0, integer=True
         )
         for op in self._ops:
-            ms = profile.signatures[profile.ops[op].signature].ms + profile.tape_ms_per_op
+            ms = profile.signatures[profile.ops[op].signature].ms + costs.replay_ms_per_op
             built.replayed[op] = program.variable(per_ms * ms, 1.0, integer=True)
             program.row({mode: 1.0, built.replayed[op]: -1.0}, 0.0, INFINITY)
         own = {u for reads in self._reads.values() for u in reads if u in facts.own and u in facts.droppable}

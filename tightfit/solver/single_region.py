@@ -1,16 +1,16 @@
-"""The last word on a plan in which one region has a choice.
+"""Refine exactly where only one region has a real choice.
 
 The columns of the pool lie near the lower hull of time against bytes.  Among many regions the points between two of
 them are reached by giving some regions the one and some the other; where a single region has the choice, nothing
-averages, and its best decision for the very bytes at hand is asked of its program (`exact`).
+averages, and its best decision for the very bytes at hand is asked of its program (`region_mip`).
 """
 
 from __future__ import annotations
 
 import math
 
-from tightfit.records import RERUN, Decision
-from tightfit.solver.column_generation import Pool
+from tightfit.records import Decision
+from tightfit.solver.column_generation import ColumnPool
 
 #: Programs solved, at most: each time, moments that the last answer violates are added.
 _ROUNDS = 12
@@ -20,9 +20,12 @@ _MOMENTS = 4
 _SIZE = 6000
 
 
-def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[list[Decision], float]:
-    """The decisions, or faster ones within the budget if just one region's keep sets are not all on offer; and added ms
-    that no plan is below (0: nothing new is known), where no other region has a choice at all.
+def refine(
+    pool: ColumnPool, decisions: list[Decision | None], budget_bytes: int
+) -> tuple[list[Decision | None], float]:
+    """Return faster decisions within the budget where just one region's are not all on offer, else those given.
+
+    And added ms that no plan is below, where no other region has a choice at all (0: nothing new is known).
     """
     source, index = pool.source, pool.source.index
     open_regions = [
@@ -30,7 +33,7 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[
         for region, record in enumerate(index.profile.regions)
         if pool.may_drop(region) and record.class_id not in pool.enumerated
     ]
-    if len(open_regions) != 1 or not pool.exact(open_regions[0]).usable:
+    if len(open_regions) != 1 or not pool.program(open_regions[0]).usable:
         return decisions, 0.0
     region = open_regions[0]
     others = [(column, weight) for column, weight in pool.master.chosen(decisions) if column.region != region]
@@ -38,18 +41,17 @@ def improved(pool: Pool, decisions: list[Decision], budget_bytes: int) -> tuple[
     span = index.events_of_region[region]
     capacities = {time: room[time] for time in pool.master.moments if span[0] <= time <= span[-1]}
     bound_ms = 0.0
-    rerun_ms = math.inf
-    if RERUN in pool.master.decisions[index.profile.regions[region].class_id]:
-        rerun_ms = source.column(region, RERUN).overhead_ms
+    listed = [source.column(region, decision).overhead_ms for decision in pool.listed(region)]
+    listed_ms = min(listed, default=math.inf)
     alone = sum(pool.may_drop(other) for other in range(len(decisions))) == 1
     while len(capacities) * index.profile.regions[region].op_count <= _SIZE and len(capacities) <= _MOMENTS * _ROUNDS:
         held = {time: frozenset(s for column, _ in others for s in column.at(time)[1]) for time in capacities}
-        answer = pool.exact(region).within(capacities, held)
+        answer = pool.program(region).within(capacities, held)
         if answer is None:
             break
         least_ms, decision = answer
         if alone:  # and none of the capacities was lowered
-            bound_ms = max(bound_ms, min(least_ms, rerun_ms))
+            bound_ms = max(bound_ms, min(least_ms, listed_ms))
         column = source.column(region, decision)
         if column.overhead_ms >= source.column(region, decisions[region]).overhead_ms:
             break

@@ -1,4 +1,4 @@
-"""From a profile and a budget to a plan: `solve` for one budget, `Solver` for several."""
+"""Solve a profile for a budget: `solve` for one budget, `Solver` for several."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from functools import cached_property
 
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import Decision, Plan, Profile
+from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import Simulation, simulate
-from tightfit.solver.assignment import Choice
-from tightfit.solver.column_generation import Pool, untimed
+from tightfit.solver.assignment import Assignment
+from tightfit.solver.column_generation import ColumnPool
 from tightfit.solver.columns import ColumnSource
 from tightfit.solver.lower_bound import added_ms_bound
 from tightfit.solver.plan_builder import build_plan
-from tightfit.solver.recursive import NestedPlan, NestedPlans
-from tightfit.solver.single_region import improved
+from tightfit.solver.recursive import RecursivePlan, RecursivePlans
+from tightfit.solver.single_region import refine
 
-#: Plans below one level are looked at where a plan of one level adds at least this share of what its smallest one adds.
-_NESTED_SHARE = 0.9
+#: Recursive recomputation is looked at where a plan without it adds at least this share of what the smallest such adds.
+_RECURSIVE_SHARE = 0.9
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
 
 
 class Solver:
-    """Solves one profile for any number of budgets; the columns are made once, when a budget first needs them."""
+    """Solve one profile for any number of budgets; the columns are made once, when a budget first needs them."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -40,36 +41,34 @@ class Solver:
         return ColumnSource(self.index)
 
     @cached_property
-    def _structure(self) -> Pool:
-        return Pool(self._source.repriced(untimed(self.profile)))
+    def _structure(self) -> ColumnPool:
+        return ColumnPool(self._source.repriced(self.profile.with_unit_times()))
 
     @cached_property
-    def _pool(self) -> Pool:
-        return Pool(self._source, self._structure)
+    def _pool(self) -> ColumnPool:
+        return ColumnPool(self._source, self._structure)
 
     def plain(self, budget_bytes: int) -> Plan:
-        """The plan that leaves every region untouched, whether or not it fits the budget."""
+        """Return the plan that leaves every region untouched, whether or not it fits the budget."""
         return build_plan(self.index, [None] * len(self.profile.regions), budget_bytes, plain=self._plain)
 
     def full(self, budget_bytes: int) -> Plan:
-        """The plan that drops everything that may be dropped in every region, whether or not it fits the budget."""
-        decisions: list[Decision] = [frozenset() if facts.slots else None for facts in self.index.facts]
+        """Return the plan that drops all that may be dropped in every region, whether or not it fits the budget."""
+        decisions = [BY_VALUE.decide(()) if facts.slots else None for facts in self.index.facts]
         return build_plan(self.index, decisions, budget_bytes, plain=self._plain)
 
     def minimum_budget(self) -> tuple[int, str]:
-        """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+        """Return the smallest budget in bytes for which `solve` has a plan, and what sets it."""
         smallest = self.smallest()
         return smallest.peak_bytes, smallest.peak_where
 
     def smallest(self) -> Simulation:
-        """The step with the smallest peak."""
+        """Return the step with the smallest peak."""
         found = self.smallest_at_one_level()
-        return min([found, *(c.simulation for c in self._nested)], key=lambda walked: walked.peak_bytes)
+        return min([found, *(c.simulation for c in self._recursive)], key=lambda walked: walked.peak_bytes)
 
     def smallest_at_one_level(self) -> Simulation:
-        """The step with the smallest peak that needs no nest."""
-        if not any(facts.slots for facts in self.index.facts):
-            return self._plain
+        """Return the step with the smallest peak without recursive recomputation."""
         return self._smallest
 
     @cached_property
@@ -77,23 +76,23 @@ class Solver:
         return simulate(self.index, self._structure.smallest[1])
 
     @cached_property
-    def _nested(self) -> list[NestedPlan]:
-        """Plans below one level.
+    def _recursive(self) -> list[RecursivePlan]:
+        """Plans of recursive recomputation.
 
-        Those that add much less time than the smallest plan of one level are left out: with them, time could rise with
-        the budget where they are not looked at (see `_solve`).
+        Those that add much less time than the smallest other plan are left out: with them, time could rise with the
+        budget where they are not looked at (see `_solve`).
         """
         if self.index.profile.is_sharded or not any(facts.slots for facts in self.index.facts):
             return []
-        least_ms = _NESTED_SHARE * (self._smallest.step_ms - self._plain.step_ms)
+        least_ms = _RECURSIVE_SHARE * (self._smallest.step_ms - self._plain.step_ms)
         return [
             candidate
-            for candidate in NestedPlans(self.index).all()
+            for candidate in RecursivePlans(self.index).all()
             if candidate.simulation.step_ms - self._plain.step_ms >= least_ms
         ]
 
     def solve(self, budget_bytes: int) -> Plan:
-        """The fastest plan whose predicted peak is within the budget.
+        """Return the fastest plan whose predicted peak is within the budget.
 
         Raises:
             BudgetInfeasible: no plan is; the error carries the smallest budget that has one.
@@ -109,23 +108,23 @@ class Solver:
         if budget_bytes >= one_level.peak_bytes:
             plan = self._solve_at_one_level(budget_bytes)
             added_ms = plan.predicted_step_ms - plan.plain_step_ms
-            if added_ms < _NESTED_SHARE * (one_level.step_ms - self._plain.step_ms):
+            if added_ms < _RECURSIVE_SHARE * (one_level.step_ms - self._plain.step_ms):
                 return plan
-            nested = self._fastest_nested(budget_bytes)
-            return plan if nested is None or nested.predicted_step_ms >= plan.predicted_step_ms else nested
-        found = self._fastest_nested(budget_bytes)
+            recursive = self._fastest_recursive(budget_bytes)
+            return plan if recursive is None or recursive.predicted_step_ms >= plan.predicted_step_ms else recursive
+        found = self._fastest_recursive(budget_bytes)
         if found is None:
             required, where = self.minimum_budget()
             raise BudgetInfeasible(required, budget_bytes, where, self.smallest().breakdown)
         return found
 
-    def _fastest_nested(self, budget_bytes: int) -> Plan | None:
-        """The fastest plan below one level that fits. Its only bound is the plain step."""
-        fitting = [c for c in self._nested if c.simulation.peak_bytes <= budget_bytes]
+    def _fastest_recursive(self, budget_bytes: int) -> Plan | None:
+        """Return the fastest plan of recursive recomputation that fits. Its only bound is the plain step."""
+        fitting = [c for c in self._recursive if c.simulation.peak_bytes <= budget_bytes]
         if not fitting:
             return None
         best = min(fitting, key=lambda c: (c.simulation.step_ms, c.simulation.peak_bytes))
-        return build_plan(self.index, best.decisions, budget_bytes, 0.0, self._plain, best.groups)
+        return build_plan(self.index, best.decisions, budget_bytes, 0.0, self._plain, best.shared_tapes)
 
     def _solve_at_one_level(self, budget_bytes: int) -> Plan:
         pool = self._pool
@@ -135,24 +134,24 @@ class Solver:
         decisions, bound_of_columns = pool.master.fastest(budget_bytes, gap_ms) or (self._structure.smallest[1], 0.0)
         if pool.is_complete:
             bounds.append(bound_of_columns * (1 - 1e-9))
-        decisions, bound_of_region = improved(pool, decisions, budget_bytes)
+        decisions, bound_of_region = refine(pool, decisions, budget_bytes)
         decisions = self._lighten(decisions, budget_bytes)
         plan = build_plan(self.index, decisions, budget_bytes, max(*bounds, bound_of_region), self._plain)
         assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
 
     def _not_slower(self, plan: Plan) -> Plan:
-        """The plan, or one found for a smaller budget if the counted search left that one faster."""
+        """Return the plan, or one found for a smaller budget if the counted search left that one faster."""
         rivals = [rival for budget, rival in self._solved.items() if budget < plan.budget_bytes]
         fastest = min([plan, *rivals], key=lambda rival: rival.predicted_step_ms)
         if fastest.predicted_step_ms == plan.predicted_step_ms:
             return plan
         return replace(fastest, budget_bytes=plan.budget_bytes, lower_bound_ms=plan.lower_bound_ms)
 
-    def _lighten(self, decisions: list[Decision], budget_bytes: int) -> list[Decision]:
-        """An equally fast plan: untouched where that is free, otherwise holding fewer bytes where that is free."""
+    def _lighten(self, decisions: list[Decision | None], budget_bytes: int) -> list[Decision | None]:
+        """Return an equally fast plan: untouched where that is free, else holding fewer bytes where that is free."""
         source, master = self._pool.source, self._pool.master
-        choice = Choice(source, decisions)
+        choice = Assignment(source, decisions)
         for region, record in enumerate(self.profile.regions):
             now = choice.columns[region]
             if now.decision is None:
@@ -171,7 +170,19 @@ class Solver:
 
 
 def solve(profile: Profile, budget_bytes: int) -> Plan:
-    """The fastest plan whose predicted peak is within `budget_bytes`, for one profile and one budget.
+    """Solve for what to keep and what to recompute: the fastest plan whose predicted peak is within the budget.
+
+        profile = tightfit.measure(model, batch, loss=loss_fn, optimizer=optimizer)
+        plan = tightfit.solve(profile, budget_bytes=8 * 2**30)
+
+    Needs no PyTorch.  Predicted time never rises with the budget.
+
+    Args:
+        profile: a measured step, from `measure` or `Profile.load`.
+        budget_bytes: the most device memory that the step may hold at any moment.
+
+    Returns:
+        `Plan`: for `apply`, `verify`, or a file.
 
     Raises:
         BudgetInfeasible: no plan is; the error carries the smallest budget that has one, and what sets it.
@@ -180,15 +191,15 @@ def solve(profile: Profile, budget_bytes: int) -> Plan:
 
 
 def plain_plan(profile: Profile, budget_bytes: int) -> Plan:
-    """The plan that leaves every region untouched. Its `predicted_peak_bytes` may be above the budget."""
+    """Return the plan that leaves every region untouched. Its `predicted_peak_bytes` may be above the budget."""
     return Solver(profile).plain(budget_bytes)
 
 
 def full_plan(profile: Profile, budget_bytes: int) -> Plan:
-    """The plan that drops all that may be dropped. Its `predicted_peak_bytes` may be above the budget."""
+    """Return the plan that drops all that may be dropped. Its `predicted_peak_bytes` may be above the budget."""
     return Solver(profile).full(budget_bytes)
 
 
 def minimum_budget(profile: Profile) -> tuple[int, str]:
-    """The smallest budget in bytes for which `solve` has a plan, and what sets it."""
+    """Return the smallest budget in bytes for which `solve` has a plan, and what sets it."""
     return Solver(profile).minimum_budget()

@@ -1,4 +1,4 @@
-"""Copies of tensors outside the device's memory, to compare with and to put back.
+"""Copy tensors out of the device's memory, to compare with and to put back.
 
 A copy of a CPU tensor goes to a temporary file: on a CPU, host memory *is* the device's memory, and a snapshot of
 parameters, gradients and optimizer state in memory would double what the budget has to hold.  Copies of other tensors
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from tightfit._torch_private import below_autograd, no_function_modes
+from tightfit.device import device_for
 from tightfit.errors import TightfitError
 from tightfit.units import format_bytes
 
@@ -33,7 +34,7 @@ class CopyFile:
         self._end = 0
 
     def write(self, data: Any) -> int:
-        """Append bytes; returns where they begin. Raises `TightfitError` if there is no room."""
+        """Append bytes, and return where they begin. Raises `TightfitError` if there is no room."""
         begin = self._end
         try:
             if self._file is None:
@@ -97,7 +98,7 @@ class HostCopy:
             self._file.read_into(self._begin, memory_of(data))
 
     def load(self) -> torch.Tensor:
-        """A new tensor of the same contents, in host memory."""
+        """Return a new tensor of the same contents, in host memory."""
         if self._kept is not None:
             whole = self._kept.expand(self.shape) if self._kept.layout is torch.strided else self._kept
             return whole.clone()
@@ -109,7 +110,7 @@ class HostCopy:
         return loaded
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """The contents in flat pieces of bounded size, in the order of `flat_chunks`."""
+        """Yield the contents in flat pieces of bounded size, in the order of `flat_chunks`."""
         if self._kept is not None:
             yield from flat_chunks(self.load())
             return
@@ -125,7 +126,7 @@ class HostCopy:
 
 
 def same_contents(a: HostCopy, b: HostCopy | None) -> bool:
-    """Equal shape, dtype and bits; NaN equals the same NaN."""
+    """Tell whether shape, dtype and bits are equal; NaN equals the same NaN."""
     return (
         b is not None
         and (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -134,7 +135,7 @@ def same_contents(a: HostCopy, b: HostCopy | None) -> bool:
 
 
 def difference(a: HostCopy, b: HostCopy | None) -> float:
-    """The largest absolute difference; infinite where they cannot be compared or a NaN is in one."""
+    """Return the largest absolute difference; infinite where they cannot be compared or a NaN is in one."""
     if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return float("inf")
     wide = torch.complex128 if a.dtype.is_complex else torch.float64
@@ -143,15 +144,15 @@ def difference(a: HostCopy, b: HostCopy | None) -> float:
 
 
 def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same elements of both, in pieces of bounded size where the two are laid out alike."""
+    """Pair the same elements of both, in pieces of bounded size where the two are laid out alike."""
     if a.stride == b.stride:
         return zip(a.chunks(), b.chunks(), strict=True)
     return iter([(a.load().reshape(-1), b.load().reshape(-1))])
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
-    if type(tensor) not in _PLAIN_TYPES or tensor.device.type != "cpu":
+    """Return the memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
+    if type(tensor) not in _PLAIN_TYPES or not device_for(tensor).is_host:
         return None
     if tensor.layout is not torch.strided or not is_dense(tensor) or tensor.is_conj() or tensor.is_neg():
         return None
@@ -171,7 +172,7 @@ class _Memory:
 
 
 def memory_of(data: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The memory of a contiguous CPU tensor of bytes, to read and write.
+    """Show the memory of a contiguous CPU tensor of bytes as an array, to read and write.
 
     Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
     the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).
@@ -180,7 +181,7 @@ def memory_of(data: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """The elements fill a stretch of memory without gaps or repetition, in whatever order."""
+    """Tell whether the elements fill a stretch of memory without gaps or repetition, in whatever order."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -192,7 +193,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, dimensions that repeat one element (from `expand`) narrowed to it: PyTorch refuses to write those."""
+    """Narrow dimensions that repeat one element (from `expand`) to it: PyTorch refuses to write those."""
     if tensor.layout is not torch.strided:
         return tensor  # a write through `detach` would not reach it
     tensor = tensor.detach()
@@ -205,7 +206,7 @@ def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def flat_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The elements, flat, in pieces of bounded size: in the order of memory if the tensor is dense, else of indices."""
+    """Yield the elements, flat, in bounded pieces: in the order of memory if the tensor is dense, else of indices."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()

@@ -1,6 +1,6 @@
-"""What a plan depends on, in a form that can be compared: the batch's shapes, the model's state, the settings in force.
+"""Identify a step by what a plan depends on: the batch's shapes, the model's state, PyTorch's settings.
 
-Two steps with equal `StepShape`s run the same operations on tensors of the same sizes, as far as that can be told
+Two steps with equal `StepKey`s run the same operations on tensors of the same sizes, as far as that can be told
 without running them.  What a model decides by its data, or by its own Python attributes, is not in it; the live tape
 notices that.
 """
@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_bytes, storage_key, tree_leaves
+from tightfit._torch_private import own_children, own_parameters, storage_bytes, storage_key, tree_leaves
+from tightfit.device import Device, device_for
 from tightfit.step.microbatch import Microbatch
 
 _DEPTH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class StepShape:
-    """See the module."""
+class StepKey:
+    """What a plan depends on, in a form that can be compared and looked up."""
 
     sizes: tuple[tuple[int, ...], ...]
     """Of each tensor of the batch, in order."""
@@ -34,29 +35,29 @@ class StepShape:
 
     @property
     def elements(self) -> int:
-        """Elements of all tensors of the batch."""
+        """How many elements all tensors of the batch have."""
         return sum(math.prod(size) for size in self.sizes)
 
-    def growth_from(self, other: StepShape) -> float:
-        """How many times larger than `other`'s a tensor of this batch is, at most; 1 where none is."""
+    def growth_from(self, other: StepKey) -> float:
+        """Return how many times larger than `other`'s a tensor of this batch is, at most; 1 where none is."""
         pairs = zip(self.sizes, other.sizes, strict=True)
         return max([1.0, *(math.prod(a) / max(1, math.prod(b)) for a, b in pairs)])
 
 
-def step_shape(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepShape:
-    """The shape of a training step on `batch`, as things are now."""
+def step_key(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepKey:
+    """Return the key of a training step on `batch`, as things are now."""
     # A weight is one operation more, whatever its value.
     is_weighted = isinstance(batch, Microbatch) and batch.weight is not None
-    shape = arguments_shape(batch.batch if isinstance(batch, Microbatch) else batch)
-    state = is_weighted, watch.state(), optimizer_state(optimizers), settings_in_force(watch.device_type)
-    return StepShape(shape.sizes, shape.numbers, (shape.kind, state))
+    arguments = arguments_key(batch.batch if isinstance(batch, Microbatch) else batch)
+    state = is_weighted, watch.state(), optimizer_state(optimizers), active_settings(watch.device)
+    return StepKey(arguments.sizes, arguments.numbers, (arguments.kind, state))
 
 
-def arguments_shape(thing: Any) -> StepShape:
-    """The shape of nested containers and objects alone.
+def arguments_key(thing: Any) -> StepKey:
+    """Return the key of nested containers and objects alone.
 
-    Whole numbers and text count by value where they stand alone (a length, a flag, a mode), by type inside lists (what
-    belongs to single samples); floats count by type, as they rarely decide what is computed and often change.
+    Compare top-level ints and strings by value (a length, a flag, a mode); inside lists only by type (they belong to
+    samples).  Compare floats by type, as they rarely decide what is computed and often change.
     """
     sizes: list[tuple[int, ...]] = []
     numbers: list[Hashable] = []
@@ -76,7 +77,7 @@ def arguments_shape(thing: Any) -> StepShape:
             kind.append((name, leaf))
         else:
             kind.append((name, type(leaf)))
-    return StepShape(tuple(sizes), tuple(numbers), tuple(kind))
+    return StepKey(tuple(sizes), tuple(numbers), tuple(kind))
 
 
 class ModelState:
@@ -96,7 +97,7 @@ class ModelState:
 
 
 class ModelWatch:
-    """Tells the state of one model.  It is asked before every step, so it describes anew only what has changed."""
+    """Describe the state of one model before every step: anew only where it has changed."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -105,21 +106,21 @@ class ModelWatch:
         self._first = next(model.parameters())
 
     @property
-    def device_type(self) -> str:
+    def device(self) -> Device:
         """Where its first parameter is."""
-        return self._first.device.type
+        return device_for(self._first)
 
     def state(self) -> ModelState:
-        """As it is now."""
+        """Return the state as it is now."""
         if self._state is None or not self._is_unchanged():
             self._state = self._described()
         return self._state
 
     def _is_unchanged(self) -> bool:
         for module, kind, training, children, known in self._modules:
-            if module.training is not training or type(module) is not kind or module._modules != children:
+            if module.training is not training or type(module) is not kind or own_children(module) != children:
                 return False
-            table = module._parameters
+            table = own_parameters(module)
             if len(table) != len(known):
                 return False
             for now_there, (parameter, shape, dtype, requires_grad) in zip(table.values(), known, strict=True):
@@ -135,7 +136,7 @@ class ModelWatch:
         return True
 
     def _described(self) -> ModelState:
-        """It walks the modules' own tables: `named_modules` and `parameters` take two to four times as long."""
+        """Walk the modules' own tables: `named_modules` and `parameters` take two to four times as long."""
         modules: list[Hashable] = []
         parameters: list[Hashable] = []
         places: dict[torch.nn.Module, int] = {}
@@ -148,11 +149,11 @@ class ModelWatch:
                 modules.append(places[module])  # here again
                 continue
             places[module] = len(places)
-            children = module._modules
+            children = own_children(module)
             modules.append((type(module), module.training, *children.keys()))
             known = [
                 (None, None, None, None) if p is None else (p, p.shape, p.dtype, p.requires_grad)
-                for p in module._parameters.values()
+                for p in own_parameters(module).values()
             ]
             self._modules.append((module, type(module), module.training, dict(children), known))
             parameters += [described[1:] for described in known if described[0] is not None]
@@ -161,23 +162,18 @@ class ModelWatch:
 
 
 def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
-    """How many parameters each group of each optimizer has."""
+    """Return how many parameters each group of each optimizer has."""
     return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
 
 
-def settings_in_force(device_type: str) -> Hashable:
-    """PyTorch's settings that decide which kernels run."""
+def active_settings(device: Device) -> Hashable:
+    """Return PyTorch's settings that decide which kernels run."""
     return (
-        ambient_autocast(device_type),
+        device.ambient_autocast(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         torch.get_num_threads(),
     )
-
-
-def ambient_autocast(device_type: str) -> torch.dtype | None:
-    """The dtype of an autocast context that is open now for a kind of device."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _leaves(thing: Any, name: str, alone: bool, depth: int) -> Iterator[tuple[str, Any, bool]]:

@@ -1,4 +1,4 @@
-"""Taking a snapshot of everything a step may change, and putting it back bit for bit.
+"""Take a snapshot of everything that a step may change, and put it back bit for bit.
 
 Everything reachable from the model, the optimizers and the batch through attributes and containers: tensors with their
 gradients, versions, hooks, attributes and flags; lists, dictionaries and sets; NumPy arrays; random generators.  What
@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import drop_tensor_hooks, no_function_modes, set_versions, storage_key, tensor_hooks
+from tightfit._torch_private import (
+    drop_tensor_hooks,
+    no_function_modes,
+    set_versions,
+    storage_key,
+    tensor_hooks,
+    version_of,
+)
+from tightfit.device.process_state import device_random_states, set_device_random_states
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import CopyFile, HostCopy
@@ -37,7 +45,7 @@ class RandomState:
         self._numpy: Any = numpy.random.get_state() if numpy is not None else None
         with no_function_modes():
             self._torch = torch.get_rng_state().numpy().tobytes()  # not a tensor: the budget counts those on a CPU
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._devices = device_random_states()
 
     def restore(self) -> None:
         """Put the generators back."""
@@ -45,18 +53,21 @@ class RandomState:
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         torch.set_rng_state(torch.frombuffer(bytearray(self._torch), dtype=torch.uint8))
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        set_device_random_states(self._devices)
 
     def equals(self, other: RandomState) -> bool:
-        """Both snapshots would give the same numbers."""
+        """Tell whether both snapshots would give the same numbers."""
         if self._python != other._python or self._torch != other._torch:
             return False
-        if (self._numpy is None) != (other._numpy is None) or len(self._cuda) != len(other._cuda):
+        if (self._numpy is None) != (other._numpy is None) or self._devices.keys() != other._devices.keys():
             return False
         if self._numpy is not None and not all(_same(a, b) for a, b in zip(self._numpy, other._numpy, strict=True)):
             return False
-        return all(torch.equal(a, b) for a, b in zip(self._cuda, other._cuda, strict=True))
+        return all(
+            torch.equal(a, b)
+            for kind, states in self._devices.items()
+            for a, b in zip(states, other._devices[kind], strict=True)
+        )
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -64,9 +75,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class TrainingState:
-    """Parameters, buffers, gradients, optimizer state, flags, plain attributes and random states; see the module.
+    """A snapshot of parameters, buffers, gradients, optimizer state, flags, plain attributes and random states.
 
-    Contents lie outside the device's memory (`host_copy`).
+    What is followed, and what is not, stands in the module's docstring.  Contents lie outside the device's memory
+    (`host_copy`).
     """
 
     def __init__(
@@ -118,7 +130,7 @@ class TrainingState:
             pending.extend(self._note(thing))
 
     def _note(self, thing: Any) -> Iterator[Any]:
-        """Save one thing; returns what it leads to."""
+        """Save one thing; yield what it leads to."""
         if isinstance(thing, torch.Tensor):
             saved = _SavedTensor(thing, self._file)
             self._tensors.append(saved)
@@ -162,7 +174,7 @@ class _SavedTensor:
         self.gradient = tensor.grad if tensor.is_leaf else None
         self.attributes = vars(tensor) if hasattr(tensor, "__dict__") else None
         self.hooks = tensor_hooks(tensor)
-        self.version = -1 if tensor.is_inference() else tensor._version
+        self.version = -1 if tensor.is_inference() else version_of(tensor)
 
     def restore(self) -> None:
         tensor = self.tensor
@@ -183,7 +195,7 @@ class _SavedTensor:
             tensor.data = shown
         if self.contents is not None:
             self.contents.restore(tensor)
-        elif self.version >= 0 and tensor._version != self.version:
+        elif self.version >= 0 and version_of(tensor) != self.version:
             raise UnsupportedInput(
                 f"a tensor of the model, the optimizer or the batch ({tensor.dtype} {list(tensor.shape)}) was changed "
                 "while a copy of them was measured without data, so the loss function reaches past what it is given. "
@@ -193,7 +205,7 @@ class _SavedTensor:
 
 
 def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Both show the same memory in the same way."""
+    """Tell whether both show the same memory in the same way."""
     return (
         storage_key(tensor) == storage_key(other)
         and tensor.shape == other.shape
@@ -218,18 +230,16 @@ _ATOMS = (
 def _restore_container(container: Any, contents: Any) -> None:
     """Make a container hold what it held, if it does not."""
     if isinstance(container, dict):
+        if "_modules" in container:
+            contents = _with_forward_of(container, contents)
         now = list(container.items())
         if len(now) == len(contents) and all(a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)):
             return
         # The base class's own methods: a subclass may do more in its own.
         kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        own_forward = [(key, value) for key, value in now if key == "forward"] if "_modules" in container else []
         kind.clear(container)
         for key, value in contents:
             kind.__setitem__(container, key, value)
-        if "_modules" in container:  # an installed plan is not the step's doing
-            container.pop("forward", None)
-            container.update(own_forward)
     elif isinstance(container, set):
         if container != contents:
             container.clear()
@@ -239,8 +249,18 @@ def _restore_container(container: Any, contents: Any) -> None:
         container.extend(contents)
 
 
+def _with_forward_of(module: dict[str, Any], contents: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Return what a module held, with the forward that it has now: an installed plan is not the step's doing."""
+    if "forward" not in module:
+        return [pair for pair in contents if pair[0] != "forward"]
+    forward = "forward", module["forward"]
+    if all(key != "forward" for key, _ in contents):
+        return [*contents, forward]
+    return [forward if pair[0] == "forward" else pair for pair in contents]
+
+
 def _generator_state(thing: Any) -> Any:
-    """The state of a random generator; None for anything else."""
+    """Return the state of a random generator; None for anything else."""
     if isinstance(thing, torch.Generator):
         return thing.get_state()
     if isinstance(thing, random.Random):
@@ -268,7 +288,7 @@ def _is_array(thing: Any) -> bool:
 
 
 def _has_attributes(thing: Any) -> bool:
-    """An object whose attributes are part of the model's or the optimizer's state."""
+    """Tell whether an object's attributes are part of the model's or the optimizer's state."""
     if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | types.SimpleNamespace):
         return True
     home = type(thing).__module__.partition(".")[0]

@@ -1,4 +1,4 @@
-"""What a training step is: a model, a batch, a loss, perhaps optimizers.  Shared by measuring and verifying."""
+"""`Step`: how one optimizer step runs: forward and backward for each microbatch, clipping, the optimizers."""
 
 from __future__ import annotations
 
@@ -9,33 +9,62 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import tree_leaves
+from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
 from tightfit.step.microbatch import Microbatch
 
 LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSpec:
-    """How to run one optimizer step, without the tensors it runs on."""
+class Step:
+    """How one optimizer step runs, without the model and the batch that it runs on.
+
+    `measure`, `fit` and `verify` take it as ``step=`` instead of single keywords, and `apply` for `Applied.loss`:
+
+        step = tightfit.Step(loss=loss_fn, optimizer=optimizer, autocast=torch.bfloat16, clip_norm=1.0)
+        profile = tightfit.measure(model, batch, step=step)
+        applied = tightfit.fit(model, batch, budget="8GiB", step=step, profile=profile)
+
+    Args:
+        loss: called with (model, batch), returns a scalar tensor. None: the batch is unpacked into the model's call (a
+            mapping as keyword arguments, a tuple as positional ones, anything else as one), and the result, or its
+            ``loss``, is a scalar.
+        optimizer: one, several, or None: then optimizer state and the optimizer's step are in no figure.
+        accumulation_steps: forward and backward passes for each optimizer step.
+        autocast: run forward under `torch.autocast` with this dtype.
+        clip_norm: clip the total norm of the gradients to this before the optimizer step.
+        around_loss: returns a context in which model and loss run; an installed plan's `Applied.step`, for example.
+
+    Attributes:
+        optimizers: `optimizer` as a tuple.
+
+    Raises:
+        UnsupportedInput: an optimizer that needs a closure, or fewer than one accumulation step.
+    """
 
     loss: LossFunction | None = None
-    """Called with (model, batch); None: the batch is unpacked into the model's call and the result must be a loss."""
-    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    optimizer: Optimizers = None
     accumulation_steps: int = 1
-    """Forward and backward passes for each optimizer step."""
     autocast: torch.dtype | None = None
-    """Run forward under torch.autocast with this dtype."""
     clip_norm: float | None = None
-    """Clip the gradient's total norm before the optimizer step."""
-    around_loss: Callable[[], Any] = field(default=nullcontext)
-    """A context for the forward of model and loss (a plan's `<loss>` region)."""
+    around_loss: Callable[[], Any] = field(default=nullcontext, repr=False)
+    optimizers: tuple[torch.optim.Optimizer, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.accumulation_steps < 1:
+            raise UnsupportedInput(
+                f"accumulation_steps={self.accumulation_steps} leaves out forward and backward, so there is no step. "
+                "Give 1 or more."
+            )
+        object.__setattr__(self, "optimizers", _as_tuple(self.optimizer))
 
     def run_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Forward of model and loss: a scalar tensor. Raises `UnsupportedInput` if it is not one.
+        """Run the forward of model and loss, and return the loss: a scalar tensor, times a `Microbatch`'s weight.
 
-        The loss of a `Microbatch` is multiplied by its weight.
+        Raises:
+            UnsupportedInput: the result is not one.
         """
         microbatch = batch if isinstance(batch, Microbatch) else Microbatch(batch)
         batch = microbatch.batch
@@ -51,9 +80,7 @@ class StepSpec:
             return microbatch.weighted(check_loss(result, given=self.loss is not None))
 
     def run(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """One whole step: forward and backward `accumulation_steps` times, clipping, optimizers. Returns the last loss,
-        detached. Gradients are added to what is there.
-        """
+        """Run the whole step and return the last loss, detached. Gradients are added to those that are there."""
         for _ in range(self.accumulation_steps):
             loss = self.run_loss(model, batch)
             (loss / self.accumulation_steps if self.accumulation_steps > 1 else loss).backward()
@@ -62,7 +89,7 @@ class StepSpec:
         return loss
 
     def run_optimizers(self, model: torch.nn.Module) -> None:
-        """Clipping and the optimizers' steps."""
+        """Clip the gradients and step the optimizers."""
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
         for optimizer in self.optimizers:
@@ -73,12 +100,41 @@ class StepSpec:
         if self.autocast is None:
             yield
         else:
-            with torch.autocast(device_of(model).type, dtype=self.autocast):
+            with device_for(model).autocast(self.autocast):
                 yield
 
 
-def as_optimizers(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None) -> tuple[Any, ...]:
-    """One optimizer, several, or None, as a tuple. Raises `UnsupportedInput` for one that needs a closure."""
+def as_step(
+    step: Step | None,
+    loss: LossFunction | None,
+    optimizer: Optimizers,
+    accumulation_steps: int,
+    autocast: torch.dtype | None,
+    clip_norm: float | None,
+) -> Step:
+    """Return `step`, or the step of the single keywords.
+
+    Raises:
+        UnsupportedInput: both were given.
+    """
+    single = Step(
+        loss=loss,
+        optimizer=optimizer,
+        accumulation_steps=accumulation_steps,
+        autocast=autocast,
+        clip_norm=clip_norm,
+    )
+    if step is None:
+        return single
+    if single != Step():
+        raise UnsupportedInput(
+            "step= and single keywords of it (loss, optimizer, accumulation_steps, autocast, clip_norm) were given "
+            "together, so it is not clear which of them counts. Put all of them into the Step, or give no step=."
+        )
+    return step
+
+
+def _as_tuple(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     if optimizer is None:
         return ()
     optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
@@ -93,7 +149,7 @@ def as_optimizers(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimi
 
 
 def check_loss(result: Any, *, given: bool) -> torch.Tensor:
-    """The scalar in what a model or loss function returned.
+    """Return the scalar in what a model or loss function returned.
 
     Raises:
         UnsupportedInput: there is none, or it needs no gradient.
@@ -117,81 +173,3 @@ def check_loss(result: Any, *, given: bool) -> torch.Tensor:
             "nothing to train. Unfreeze parameters with requires_grad_(True), and do not detach the loss."
         )
     return loss
-
-
-def check_model(model: Any) -> None:
-    """Raises `UnsupportedInput` for a model that tightfit cannot plan."""
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedInput(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module. Regions are calls of modules. "
-            "Wrap the computation in an nn.Module."
-        )
-    if isinstance(model, torch.nn.DataParallel):
-        raise UnsupportedInput(
-            "the model is an nn.DataParallel, which copies it into several threads at every step. A plan is for one "
-            "forward at a time. Use one process per device (torchrun) instead."
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UnsupportedInput(
-            f"{type(model).__name__} has no parameter that requires a gradient. There is nothing to train. "
-            "Unfreeze parameters with requires_grad_(True)."
-        )
-    if any(hasattr(module, "_orig_mod") or _is_compiled_in_place(module) for module in model.modules()):
-        raise UnsupportedInput(
-            "the model is compiled with torch.compile, where operations do not pass through PyTorch's dispatcher and "
-            "cannot be planned yet. Give tightfit the model as it was before torch.compile."
-        )
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedInput(
-            f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}). A budget is for "
-            "one device. Move the model to one device."
-        )
-
-
-def _is_compiled_in_place(module: torch.nn.Module) -> bool:
-    """`module.compile()` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def give_gradients(model: torch.nn.Module) -> None:
-    """Zero gradients where there are none: they are resident from the start of forward, as in every step but the first.
-
-    Those of embeddings that ask for sparse ones are sparse, and empty.
-    """
-    sparse = {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}
-    for parameter in model.parameters():
-        if not parameter.requires_grad or parameter.grad is not None:
-            continue
-        if id(parameter) in sparse:
-            parameter.grad = torch.sparse_coo_tensor(
-                torch.empty(1, 0, dtype=torch.long, device=parameter.device),
-                parameter.new_empty(0, *parameter.shape[1:]),
-                parameter.shape,
-                check_invariants=False,
-            )
-        else:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    """The device of the model's parameters."""
-    return next(model.parameters()).device
-
-
-def batch_tensors(batch: Any) -> list[torch.Tensor]:
-    """Tensors in a batch of nested containers; an unknown container is searched through its attributes."""
-    found: list[torch.Tensor] = []
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, torch.nn.Module | type):
-            found += [value for value in vars(leaf).values() if isinstance(value, torch.Tensor)]
-    return found
-
-
-def describe_batch(batch: Any) -> str:
-    """Shapes and dtypes, for people and for recognising a batch of the same kind."""
-    return ", ".join(
-        f"{str(t.dtype).removeprefix('torch.')}[{'x'.join(map(str, t.shape))}]" for t in batch_tensors(batch)
-    )

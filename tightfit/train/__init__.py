@@ -2,7 +2,6 @@
 
 from tightfit.train.config import TrainConfig, WorkConfig
 from tightfit.train.failures import TrainingFailed
-from tightfit.train.run import run
 from tightfit.train.signals import Interrupted
 from tightfit.train.workload import Workload, build, resolve
 
@@ -14,5 +13,4 @@ __all__ = [
     "Workload",
     "build",
     "resolve",
-    "run",
 ]

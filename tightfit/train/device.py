@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import torch
 
+from tightfit.device.registry import KINDS, device_named, preferred_kind
 from tightfit.errors import UnsupportedInput
 
 
 def resolve_device(text: str) -> torch.device:
     """Return the device that ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` names."""
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(preferred_kind().kind)
     try:
         device = torch.device(text)
     except RuntimeError:
         raise UnsupportedInput(f"{text!r} names no device. Write --device cpu, cuda, cuda:1 or auto.") from None
-    if device.type not in ("cpu", "cuda"):
+    known = device_named(text)
+    if known is None:
         raise UnsupportedInput(
-            f"the device {text!r} is neither a CPU nor a CUDA device, and tightfit can measure no other. "
-            f"Write --device cpu or cuda."
+            f"the device {text!r} is of a kind that tightfit cannot measure. "
+            f"Write --device {' or '.join(kind.kind for kind in reversed(KINDS))}."
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not known.is_host and (device.index or 0) >= known.count():
         raise UnsupportedInput(
-            f"the device {text!r} was asked for, but this machine offers {torch.cuda.device_count()} CUDA devices to "
+            f"the device {text!r} was asked for, but this machine offers {known.count()} {known.label} devices to "
             f"PyTorch {torch.__version__}. Write --device auto to take what there is."
         )
     return device

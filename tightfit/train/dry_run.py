@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tightfit.report.dry_run import DryRun
-from tightfit.step.step import describe_batch
+from tightfit.step.batch import describe_batch
 from tightfit.train.config import TrainConfig
 from tightfit.train.determinism import deterministic_algorithms
 from tightfit.train.ema import MovingAverage

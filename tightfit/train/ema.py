@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tightfit.device import device_for
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.train.parallel.fsdp import distributed_like, shard_of
 
@@ -27,9 +28,7 @@ class MovingAverage:
     @property
     def nbytes(self) -> int:
         """Bytes of the budget's device that the average takes."""
-        return sum(
-            average.nbytes for name, average in self._average.items() if self._trained[name].device.type == "cpu"
-        )
+        return sum(average.nbytes for name, average in self._average.items() if device_for(self._trained[name]).is_host)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from tightfit.device import device_for
 from tightfit.device.memory import measure_peak, resident_bytes
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -88,7 +89,7 @@ class Evaluator:
     def _measure(self, batch: object) -> Sums:
         if self.autocast is None:
             return self.task.measure(self.model, batch)
-        with torch.autocast(self.device.type, dtype=self.autocast):
+        with device_for(self.device).autocast(self.autocast):
             return self.task.measure(self.model, batch)
 
 
@@ -147,7 +148,7 @@ def loss_of_first_batch(work: Workload) -> float:
     total = 0.0
     with evaluating(work.model), torch.no_grad():
         for microbatch in work.microbatches(0):
-            with torch.autocast(work.device.type, dtype=work.autocast, enabled=work.autocast is not None):
+            with device_for(work.device).autocast(work.autocast):
                 loss = work.task.loss(work.model, to_device(microbatch.batch, work.device))
                 total += microbatch.weighted(loss).item()
     return work.group.all_reduce_sum([total])[0] / work.group.world_size

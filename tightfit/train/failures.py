@@ -12,8 +12,8 @@ from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup, communication_failed, is_communication_failure
 from tightfit.errors import TightfitError
 from tightfit.records import Plan
+from tightfit.step.batch import describe_batch
 from tightfit.step.microbatch import Microbatch
-from tightfit.step.step import describe_batch
 from tightfit.units import format_bytes
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tightfit.errors import BudgetInfeasible
-from tightfit.step.step import batch_tensors, describe_batch
+from tightfit.step.batch import batch_tensors, describe_batch
 from tightfit.train.data.dataset_info import TrainingData
 from tightfit.train.data.loader import BatchLoader
 

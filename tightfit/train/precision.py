@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from tightfit.device.registry import KINDS, device_for
 from tightfit.errors import UnsupportedInput
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -19,14 +20,15 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     Raises:
         UnsupportedInput: the device cannot train in it.
     """
-    if precision == "fp16" and device.type != "cuda":
+    if precision == "fp16" and not device_for(device).trains_in_fp16:
         raise UnsupportedInput(
             f"--precision fp16 was asked for on {device}, where it is slower than fp32 and loses small gradients. "
-            f"Use it on CUDA, or write --precision bf16 or fp32."
+            f"Use it on {' or '.join(kind.label for kind in KINDS if kind.trains_in_fp16)}, or write --precision bf16 "
+            f"or fp32."
         )
     return _AUTOCAST[precision]
 
 
-def make_scaler(precision: Precision) -> torch.amp.GradScaler:
+def make_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
     """Return the loss scaler: with fp16 it keeps small gradients from becoming zero, otherwise it does nothing."""
-    return torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    return torch.amp.GradScaler(device_for(device).kind, enabled=precision == "fp16")

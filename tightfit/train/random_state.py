@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tightfit.device.process_state import device_random_states, set_device_random_states
+
 
 def seed_of(seed: int, rank: int, step: int) -> int:
     """Return the seed of what one process draws at random from a step on."""
@@ -37,7 +39,7 @@ def random_state() -> dict[str, Any]:
             "gauss": float(numpy_state["gauss"]),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "devices": device_random_states(),
     }
 
 
@@ -55,5 +57,4 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         }
     )
     torch.set_rng_state(state["torch"])
-    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, index)
+    set_device_random_states(state["devices"])

@@ -10,7 +10,6 @@ import torch
 
 import tightfit
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from tightfit.planning.plan_cache import Shapes
 from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
 from tightfit.report.run_summary import RunSummary
@@ -102,7 +101,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
     average = MovingAverage(work.model, config.ema_decay)
     if "average" in extra:
         average.load_state_dict(extra["average"])
-    scaler = make_scaler(config.precision)
+    scaler = make_scaler(config.precision, work.device)
     if "scaler" in extra:
         scaler.load_state_dict(extra["scaler"])
     first_step = 0 if checkpoint is None else checkpoint.step
@@ -151,7 +150,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
                 steps_done=first_step,
             )
             loop.run()
-        mismatched_steps = applied.shapes.statistics.mismatched_steps if isinstance(applied.shapes, Shapes) else 0
+        mismatched_steps = 0 if applied.plans is None else applied.plans.statistics.mismatched_steps
     finally:
         applied.remove()
     summary = _summarise(prepared, loop, applied, meter, mismatched_steps, first_step)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.device.registry import devices
 from tightfit.errors import UnsupportedInput
 from tightfit.records import Plan
 from tightfit.report.run_page import PAGE, read_run, refuse_recollect, render
@@ -152,7 +153,7 @@ def environment() -> dict[str, Any]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "accelerators": [device.name() for device in devices() if not device.is_host],
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 

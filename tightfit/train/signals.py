@@ -42,7 +42,7 @@ class StopRequest:
             return self._signal_number
         if step % self._ask_every:
             return None
-        return max(self._group.gather(self._signal_number or 0)) or None
+        return max(self._group.all_gather(self._signal_number or 0)) or None
 
     def expect_steps_of(self, step_ms: float) -> None:
         """Ask the other processes as often as fits steps of this duration, which must be equal in all of them."""

@@ -27,7 +27,7 @@ class StepLog:
 
     def add(self, step: int, *, lr: float, measured: MeasuredStep, evaluation: Evaluation | None) -> None:
         """Log step ``step`` (the first is 1)."""
-        order, plan = self.work.order, self.applied.plan_in_force
+        order, plan = self.work.order, self.applied.active_plan
         report = StepReport(
             step=step,
             total_steps=self.total_steps,

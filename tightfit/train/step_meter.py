@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from tightfit.device import device_for
 from tightfit.device.memory import measure_peak, resident_bytes
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.ema import MovingAverage
@@ -101,7 +101,7 @@ class StepMeter:
 
     def _settle(self) -> None:
         """Wait for the device, so that its work counts for the steps that handed it over."""
-        if self._work.device.type == "cuda" and self._steps:
+        if self._steps:
             started = time.perf_counter()
-            torch.cuda.synchronize(self._work.device)
+            device_for(self._work.device).synchronize()
             self._seconds += time.perf_counter() - started

@@ -10,11 +10,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
+from tightfit.step.batch import batch_tensors
 from tightfit.step.microbatch import Microbatch
-from tightfit.step.step import StepSpec, batch_tensors
+from tightfit.step.step import Step
 from tightfit.train.config import WorkConfig
 from tightfit.train.data import DataOptions, TrainingData, data_name, load_data
 from tightfit.train.data.loader import BatchLoader, SplitBatch, to_device
@@ -99,16 +101,16 @@ class Workload:
 
     def bytes_beside(self, microbatches: Sequence[Microbatch], place: int) -> int:
         """Return what the other microbatches of a batch and their losses take on the device while one of them runs."""
-        if self.device.type != "cpu" or len(microbatches) == 1:
+        if not device_for(self.device).is_host or len(microbatches) == 1:
             return 0  # the others wait in host memory
         others = [one for other, one in enumerate(microbatches) if other != place]
         return sum(tensor.nbytes for tensor in batch_tensors(others)) + _LOSSES_BYTES
 
-    def spec(self) -> StepSpec:
+    def spec(self) -> Step:
         """Return the step as the four verbs take it."""
-        return StepSpec(
+        return Step(
             loss=self.task.loss,
-            optimizers=(self.optimizer,),
+            optimizer=self.optimizer,
             accumulation_steps=self.accumulation_steps,
             autocast=self.autocast,
             clip_norm=self.clip_norm,
@@ -209,7 +211,7 @@ def build(
         order,
         samples_at_a_time=config.samples_at_a_time(group.world_size),
         workers=config.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device_for(device).pins_memory,
         seed=config.seed,
         rank=group.rank,
         world_size=group.world_size,

@@ -1,4 +1,4 @@
-"""Comparing one call of each region class, plain and replayed, from identical inputs.
+"""Compare one call of each region class, plain and replayed, from identical inputs.
 
 For when the plain step does not fit the budget: one region's plain backward does.  Inputs are taken from a real planned
 step; output gradients are made up, the same for both runs.  Segments and `<loss>` cannot be called on their own and are
@@ -49,8 +49,9 @@ class _Call:
 def compare_regions(
     model: torch.nn.Module, applied: Applied, run_step: Callable[[AbstractContextManager[None]], object]
 ) -> RegionComparison:
-    """Compare the first call of each recipe.  `run_step` restores the model and takes a planned step inside the given
-    context, from which the inputs come.
+    """Compare the first call of each recipe.
+
+    The inputs come from a planned step, which `run_step` takes inside the given context after it restored the model.
     """
     plan = applied.plan
     first_of_recipe: dict[int, str] = {}
@@ -112,7 +113,7 @@ def _capturing(model: torch.nn.Module, wanted: set[str], calls: dict[str, _Call]
 
 
 def _is_leaf_region(module: torch.nn.Module) -> bool:
-    """No other region inside: the call is one region, not segments around others."""
+    """Tell whether no other region is inside: then the call is one region, not segments around others."""
     return not any(
         isinstance(vars(below).get("forward"), RegionForward) for below in module.modules() if below is not module
     )
@@ -141,7 +142,7 @@ def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) 
     def back(leaf: Any) -> Any:
         if not isinstance(leaf, _OnHost):
             return leaf
-        moved = leaf.contents.load().to(leaf.device, copy=leaf.device.type != "cpu")
+        moved = leaf.contents.load().to(leaf.device)
         moved.requires_grad_(leaf.requires_grad)
         if not leaf.requires_grad:
             return moved

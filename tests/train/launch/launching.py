@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-RECOLLECT = [sys.executable, "-m", "tightfit"]
+from tightfit.cli.main import main
+
+#: How long anything may take on a busy machine; nothing waits for it to pass.
+PATIENCE_S = 600
+TIGHTFIT = [sys.executable, "-m", "tightfit"]
 #: No dropout and no BatchNorm, so that the number of processes must not matter.
 GPT = ["train", "--model", "gpt-tiny", "--model-args", "dropout=0.0", "--log-every", "1", "--eval-samples", "40",
        "--batch-size", "8", "--sequence-length", "32"]  # fmt: skip
@@ -33,10 +37,10 @@ class Ended:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's, without any launcher's variables."""
+    """This process's, without any launcher's variables, and with one thread, like this process."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", **variables}
+    return {**kept, "OMP_NUM_THREADS": str(torch.get_num_threads()), "KINETO_LOG_LEVEL": "99", **variables}
 
 
 def free_port() -> int:
@@ -50,22 +54,27 @@ def free_port() -> int:
 def logged(process: subprocess.Popen[str], run_name: str, lines: int) -> None:
     """Wait until a run has logged so many steps."""
     path = Path("runs") / run_name / "metrics.jsonl"
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_S
     while not (path.exists() and len(path.read_text().splitlines()) >= lines):
         assert time.monotonic() < deadline, "it logs nothing"
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
 
 
+def alone(*words: str) -> None:
+    """``tightfit`` in this process: where being a process is not the point, its start need not be paid for."""
+    assert main(list(words)) == 0
+
+
 def start(*words: str, command: list[str] | None = None, **variables: str) -> subprocess.Popen[str]:
     """``tightfit`` (or another command) with these words, in a session of its own."""
     return subprocess.Popen(
-        [*(command or RECOLLECT), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*(command or TIGHTFIT), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(**variables), start_new_session=True,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 200) -> Ended:
+def finish(process: subprocess.Popen[str], timeout_s: float = PATIENCE_S) -> Ended:
     """Wait for it; kill all of its session if it takes too long."""
     try:
         out, err = process.communicate(timeout=timeout_s)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from tests.train.launch.launching import GPT, finish, losses, run, start, torchrun
+from tests.train.launch.launching import GPT, alone, finish, losses, start, torchrun
 
 RENDEZVOUS = ["--master-addr", "10.77.0.1", "--master-port", "29517"]
 
@@ -23,7 +24,7 @@ def hosts() -> Iterator[list[list[str]]]:
     """For each of two hosts, what to put before a command to have it run there."""
     if shutil.which("ip") is None:
         pytest.skip("there is no `ip` to make network namespaces with")
-    names = ["tightfit-host0", "tightfit-host1"]
+    names = [f"tightfit-{os.getpid()}-{number}" for number in range(2)]
     try:
         try:
             for name in names:
@@ -44,7 +45,7 @@ def hosts() -> Iterator[list[list[str]]]:
 @pytest.mark.usefixtures("own_folder")
 def test_two_hosts_train_like_one_process(hosts: list[list[str]]) -> None:
     steps = [*GPT, "--steps", "4"]
-    run(*steps, "--mark", "one")
+    alone(*steps, "--mark", "one")
     for strategy, memory in (("ddp", "950KiB"), ("fsdp", "650KiB")):
         options = ["--strategy", strategy, "--mark", strategy, "--memory", memory, "--json"]
         running = []

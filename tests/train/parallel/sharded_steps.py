@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import tightfit
 from tightfit.distributed._fsdp_private import _groups
-from tightfit.planning.plan_cache import decisions_of
+from tightfit.planning.reuse import decisions_of
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from tests.train.launch.launching import GPT, equal_bits, finish, losses, metrics, run, start, torchrun, weights
+from tests.train.launch.launching import GPT, alone, equal_bits, finish, losses, metrics, run, start, torchrun, weights
 from tightfit.train.parallel.fsdp import units_of
 
 FSDP = ["--multiprocessing-distributed", "--strategy", "fsdp", "--nproc-per-node"]
@@ -34,10 +35,26 @@ def test_each_process_holds_what_was_predicted() -> None:
         assert found["unchanged"]
 
 
+def test_bf16_blocks_with_a_float32_buffer() -> None:
+    """Operations are replayed exactly as often as the plan says, and nothing is gathered or reduced more often than in
+    the plain step: "double recompute, dtype mismatch", https://github.com/pytorch/pytorch/issues/148831 and
+    https://github.com/pytorch/pytorch/issues/159359.
+    """
+    for found in sharded_steps(2, "16", "3", "2", "bf16"):
+        assert found["equal"] == [True] * 4
+        assert found["equal_inside"]
+        assert found["mismatches"] == 0
+        replayed, planned = found["replayed"]
+        assert replayed == planned > 0
+        with_plan, without = found["exchanges"]
+        # Three blocks: gathered for forward and for backward; what is left of the model stays gathered in between.
+        assert with_plan == without == {"all_gather": 7, "reduce_scatter": 4}
+
+
 @pytest.mark.usefixtures("own_folder")
 def test_trains_like_one_process_and_goes_on_under_another_strategy() -> None:
     steps = [*GPT, "--clip-norm", "1.0", "--ema-decay", "0.9"]
-    run(*steps, "--steps", "8", "--mark", "one")
+    alone(*steps, "--steps", "8", "--mark", "one")
     run(*steps, *FSDP, "2", "--steps", "5", "--mark", "plain")
     ended = run(*steps, *FSDP, "2", "--steps", "5", "--mark", "planned", "--memory", "950KiB", "--json")
     assert losses("planned") == losses("plain")  # to the last bit
@@ -49,6 +66,10 @@ def test_trains_like_one_process_and_goes_on_under_another_strategy() -> None:
     run(*steps, *FSDP, "4", "--steps", "7", "--mark", "planned", "--resume", "auto")
     run(*steps, *FSDP[:1], "--nproc-per-node", "2", "--steps", "8", "--mark", "planned", "--resume", "auto")
     assert losses("planned") == pytest.approx(losses("one"), rel=1e-5)
+    # However many processes went on with it, there is one folder, with one log.
+    assert sorted(path.name for path in Path("runs/python-source").iterdir()) == ["one", "plain", "planned"]
+    log = Path("runs/python-source/planned/log.txt").read_text()
+    assert (log.count("model   gpt-tiny"), log.count("resumed from")) == (3, 2)
     assert metrics("planned")[-1]["eval"]["loss"] == pytest.approx(metrics("one")[-1]["eval"]["loss"], rel=1e-4)
 
 

@@ -10,7 +10,7 @@ import torch
 import tightfit
 from tests.train import user_code
 from tests.train.launch.launching import TWO, finish, metrics, run, start
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 from tightfit.train.parallel.unused_parameters import UnusedParameters, find_unused_parameters
 
 WORDS = ["train", "--dataset", "tests.train.user_code:numbers", "--batch-size", "8", "--steps", "60", "--model"]
@@ -29,7 +29,7 @@ def test_what_is_known_of_steps(factory: type[torch.nn.Module], expected: Unused
     batch = (torch.randn(8, 4), torch.randn(8, 1))
     model = factory()
     with tightfit.fit(model, batch, budget="1GiB") as applied:
-        assert find_unused_parameters(model, batch, applied, StepSpec()) is expected
+        assert find_unused_parameters(model, batch, applied, Step()) is expected
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -10,11 +10,11 @@ from typing import Protocol
 from torch.utils.data import default_collate
 
 from tightfit.errors import UnsupportedInput
-from tightfit.train.data.co2 import co2
+from tightfit.train.data.co2 import load_co2
 from tightfit.train.data.corpus import TextForm
 from tightfit.train.data.dataset_info import DataFacts, Kind, TrainingData
-from tightfit.train.data.digits import digits
-from tightfit.train.data.image_folder import USUAL_SIZE, image_folder, is_image_folder
+from tightfit.train.data.digits import load_digits
+from tightfit.train.data.image_folder import USUAL_SIZE, is_image_folder, load_image_folder
 from tightfit.train.data.rows import Columns, table_data
 from tightfit.train.data.saved import is_saved_dataset, read_saved
 from tightfit.train.data.tables import is_table, read_table
@@ -77,13 +77,13 @@ DATASETS: Registry[DatasetSource] = Registry(
             name="digits",
             summary="images · 1,797 scans of handwritten digits, enlarged to 32x32; comes with scikit-learn",
             kind="images",
-            load=lambda options: digits(),
+            load=lambda options: load_digits(),
         ),
         "co2": DatasetSource(
             name="co2",
             summary="series · weekly changes of CO2 in the air at Mauna Loa, 1958-2001; comes with statsmodels",
             kind="series",
-            load=lambda options: co2(options.sequence_length),
+            load=lambda options: load_co2(options.sequence_length),
         ),
     },
     "or give the path of a text file or folder, a CSV, TSV or JSONL file, an image folder, or package.module:factory",
@@ -142,7 +142,7 @@ def _from_path(path: Path, options: DataOptions) -> TrainingData:
             form=options.form,
         )
     if is_image_folder(path):
-        return image_folder(path, options.image_size or USUAL_SIZE)
+        return load_image_folder(path, options.image_size or USUAL_SIZE)
     return text_path(path, options.form)
 
 

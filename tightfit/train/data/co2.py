@@ -29,7 +29,7 @@ class Windows:
         return self._series[index : index + self._sequence_length + 1]
 
 
-def co2(sequence_length: int) -> TrainingData:
+def load_co2(sequence_length: int) -> TrainingData:
     """Load weekly CO2 in the air, 1958-2001 (Keeling & Whorf, Scripps); the few missing weeks repeat the week before.
 
     The series is that of the changes from week to week: the level rises over the decades, out of the range that a model

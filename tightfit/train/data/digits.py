@@ -30,7 +30,7 @@ class LabelledImages:
         return self._images[index], self._labels[index]
 
 
-def digits() -> TrainingData:
+def load_digits() -> TrainingData:
     """Load 8x8 grey scans of handwritten digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32; about a fifth of them
     is held out.
     """

@@ -44,7 +44,7 @@ def is_image_folder(path: Path) -> bool:
     )
 
 
-def image_folder(path: Path, size: int) -> TrainingData:
+def load_image_folder(path: Path, size: int) -> TrainingData:
     """Load the images under ``path``, in folders by class.
 
     Where there is a folder ``train`` and one called val, valid, validation or test, these are the two parts; else a

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tightfit.device.process_state import may_fork
 from tightfit.errors import UnsupportedInput
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.data.dataset_info import Samples, TrainingData
@@ -149,7 +150,7 @@ class BatchLoader:
             collate_fn=_as_it_is,
             num_workers=self._workers,
             pin_memory=self._pin_memory,
-            multiprocessing_context="spawn" if torch.cuda.is_initialized() else None,
+            multiprocessing_context=None if may_fork() else "spawn",
             generator=torch.Generator(),  # else it draws from the one that dropout uses
         )
         batches = iter(loader)

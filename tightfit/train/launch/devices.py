@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tightfit.device.registry import accelerator_kind, device_for, device_named, preferred_kind
 from tightfit.errors import UnsupportedInput
 from tightfit.train.device import resolve_device
 from tightfit.train.launch.roles import Alone, Member
@@ -22,8 +23,7 @@ def take_device(role: Alone | Member, settings: DistributedSettings, device: str
         UnsupportedInput: there is no such device, or several processes would share it.
     """
     chosen = _choose(role, settings, device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    device_for(chosen).make_current()
     return chosen
 
 
@@ -33,31 +33,32 @@ def choose_backend(device: torch.device, wanted: str | None) -> str:
     Raises:
         UnsupportedInput: ``wanted`` does not exist, or not for such devices.
     """
-    backend = wanted or ("nccl" if device.type == "cuda" else "gloo")
+    usable = device_for(device).backends
+    backend = wanted or usable[0]
     known = {
         "gloo": torch.distributed.is_gloo_available(),
         "nccl": torch.distributed.is_nccl_available(),
         "mpi": torch.distributed.is_mpi_available(),
         "ucc": torch.distributed.is_ucc_available(),
     }
-    usual = "nccl" if device.type == "cuda" else "gloo"
     if backend not in known or not known[backend]:
         offered = ", ".join(name for name, is_there in known.items() if is_there)
         raise UnsupportedInput(
             f"--dist-backend {backend} is not offered by this PyTorch, which has: {offered}. "
-            f"Leave it out to take {usual}."
+            f"Leave it out to take {usable[0]}."
         )
-    if backend == "nccl" and device.type != "cuda":
+    if backend not in usable:
         raise UnsupportedInput(
-            f"--dist-backend nccl works between NVIDIA GPUs, but the processes are on {device.type}. "
-            f"Leave it out to take {usual}."
+            f"--dist-backend {backend} cannot connect processes that are on {device}, which {', '.join(usable)} can. "
+            f"Leave it out to take {usable[0]}."
         )
     return backend
 
 
 def _choose(role: Alone | Member, settings: DistributedSettings, device: str) -> torch.device:
+    accelerator = accelerator_kind(device)
     if settings.gpu is not None:
-        if device not in ("auto", "cuda", f"cuda:{settings.gpu}"):
+        if device not in ("auto", accelerator.kind, f"{accelerator.kind}:{settings.gpu}"):
             raise UnsupportedInput(
                 f"both --gpu {settings.gpu} and --device {device} are given, but they are not the same. "
                 f"Give one of them."
@@ -67,19 +68,20 @@ def _choose(role: Alone | Member, settings: DistributedSettings, device: str) ->
                 f"--gpu {settings.gpu} would put all processes of this node on one GPU; this one's is "
                 f"{role.local_rank}. Leave --gpu out: each process takes the GPU of its local rank."
             )
-        return resolve_device(f"cuda:{settings.gpu}")
+        return resolve_device(f"{accelerator.kind}:{settings.gpu}")
     if isinstance(role, Alone):
         return resolve_device(device)
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if device not in ("auto", "cuda", f"cuda:{role.local_rank}") and role.shares_node:
+    named = device_named(preferred_kind().kind if device == "auto" else device)
+    if named is not None and named.is_host:
+        return named.torch_device
+    if device not in ("auto", accelerator.kind, f"{accelerator.kind}:{role.local_rank}") and role.shares_node:
         raise UnsupportedInput(
             f"--device {device} would put all processes of this node on one device. "
-            f"Write --device cuda: each process takes the GPU of its local rank."
+            f"Write --device {accelerator.kind}: each process takes the GPU of its local rank."
         )
-    if role.local_rank >= torch.cuda.device_count():
+    if role.local_rank >= accelerator.count():
         raise UnsupportedInput(
-            f"local rank {role.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}. "
+            f"local rank {role.local_rank} has no GPU of its own: this node has {accelerator.count()}. "
             f"Start fewer processes on it (--nproc-per-node), or write --device cpu."
         )
-    return torch.device("cuda", role.local_rank)
+    return torch.device(accelerator.kind, role.local_rank)

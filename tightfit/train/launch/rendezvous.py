@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented
 
+from tightfit.device import device_for
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.launch.roles import Member
@@ -56,7 +57,7 @@ def process_group(member: Member, *, backend: str, device: torch.device, timeout
             rank=member.rank,
             world_size=member.world_size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=None if device_for(device).is_host else device,
         )
     except (RuntimeError, ValueError) as error:
         raise UnsupportedInput(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightfit.errors import UnsupportedInput
+from tightfit.operators.pure_modules import allow_recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +114,6 @@ class Attention(nn.Module):
         joined = attended.transpose(1, 2).reshape(batch, time, width)
         result: Tensor = self.dropout(self.output(joined))
         return result
+
+
+allow_recompute(Attention, Block)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tightfit._torch_private import gradients_are_reduced
+from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.train.failures import TrainingFailed
@@ -48,7 +49,7 @@ def data_parallel(
     is_static = unused is UnusedParameters.SAME and accumulation_steps == 1
     return DistributedDataParallel(
         model,
-        device_ids=[device.index] if device.type == "cuda" else None,
+        device_ids=None if device_for(device).is_host else [device.index],
         gradient_as_bucket_view=True,
         static_graph=is_static,
         find_unused_parameters=unused is not UnusedParameters.NONE and not is_static,

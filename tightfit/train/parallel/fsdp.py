@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tightfit._torch_private import own_parameters
+from tightfit.device import device_for
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
@@ -28,7 +30,7 @@ def shard(model: nn.Module, group: ProcessGroup, device: torch.device, compute_d
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (group.world_size,))
+    mesh = init_device_mesh(device_for(device).kind, (group.world_size,))
     within, outermost = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if compute_dtype is not None:
         within = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
@@ -88,7 +90,7 @@ def _uses(model: nn.Module) -> Counter[int]:
     """Count the names that each parameter has."""
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     return Counter(
-        id(parameter) for module in modules for parameter in module._parameters.values() if parameter is not None
+        id(parameter) for module in modules for parameter in own_parameters(module).values() if parameter is not None
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tightfit.installation.applied import Applied
 from tightfit.step.snapshot import TrainingState
-from tightfit.step.step import StepSpec
+from tightfit.step.step import Step
 
 
 class UnusedParameters(IntEnum):
@@ -25,7 +25,7 @@ class UnusedParameters(IntEnum):
     """Every step may leave out others."""
 
 
-def find_unused_parameters(model: nn.Module, batch: Any, applied: Applied, spec: StepSpec) -> UnusedParameters:
+def find_unused_parameters(model: nn.Module, batch: Any, applied: Applied, spec: Step) -> UnusedParameters:
     """Find which parameters steps like the one on `batch` leave out; everything is put back afterwards.
 
     Steps are alike where no data decide what is computed, as measuring found, and nothing is drawn from Python's or

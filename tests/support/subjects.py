@@ -1,0 +1,35 @@
+"""What each folder of the tests is about: its marker; with the package's folders the table in CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+#: By marker, the folders (and files) under tests/ that have it; the more exact path decides.
+SUBJECTS: dict[str, tuple[str, ...]] = {
+    "solver": ("records", "simulation", "solver"),
+    "profiling": ("profiling", "device"),
+    "engine": ("operators", "step", "replay", "installation", "verification"),
+    "planning": ("planning",),
+    "distributed": ("distributed", "train/launch", "train/parallel", "replay/test_ddp.py", "profiling/test_fsdp.py"),
+    "train": ("train",),
+    "cli": ("cli",),
+    "report": ("report",),
+    "integrations": ("integrations",),
+    "promises": ("promises", "test_suite.py"),
+    "benchmarks": ("benchmarks",),
+    "project": ("test_architecture.py", "test_layout.py", "test_public_api.py", "test_readme.py"),
+}
+
+#: Folders with tests that have no counterpart of the same name in the package, and why.
+WITHOUT_COUNTERPART = {
+    "benchmarks": "the benchmarks are beside the package",
+    "gpu": "needs a CUDA device, whatever it is about",
+    "promises": "whole trainings, as a user would write them: what users of other tools suffer from",
+}
+
+
+def subject_of(path: str) -> str | None:
+    """The marker of a test file, by its path under tests/; None if it has none."""
+    parts = PurePosixPath(path)
+    found = {place: marker for marker, places in SUBJECTS.items() for place in places if parts.is_relative_to(place)}
+    return found[max(found, key=len)] if found else None

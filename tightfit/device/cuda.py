@@ -1,0 +1,151 @@
+"""CUDA GPUs: memory as the caching allocator and the driver account for it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from tightfit._torch_private import cuda_process_bytes
+from tightfit.device.device import Device
+
+Result = TypeVar("Result")
+
+#: The caching allocator's smallest unit.
+_GRANULE_BYTES = 512
+
+
+class CudaDevice(Device):
+    """A GPU.  The budget counts reserved bytes and this process's bytes outside PyTorch (context, libraries)."""
+
+    kind = "cuda"
+    label = "CUDA"
+    pins_memory = True
+    trains_in_fp16 = True
+    backends = ("nccl", "gloo", "mpi", "ucc")
+    out_of_memory_messages = re.compile(r"out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+    @classmethod
+    def count(cls) -> int:
+        """Count the GPUs that PyTorch can use."""
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    @classmethod
+    def is_initialized(cls) -> bool:
+        """Tell whether this process has a CUDA context."""
+        return bool(torch.cuda.is_initialized())
+
+    @classmethod
+    def is_capturing(cls) -> bool:
+        """Tell whether the current stream is captured into a CUDA graph."""
+        return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+    @classmethod
+    def random_states(cls) -> list[torch.Tensor]:
+        """Copy the generators' states: a few bytes of host memory each."""
+        return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    @classmethod
+    def set_random_states(cls, states: Sequence[torch.Tensor]) -> None:
+        """Put the generators back, those of the GPUs that are still there."""
+        for index, state in enumerate(states[: cls.count()]):
+            torch.cuda.set_rng_state(state, index)
+
+    @classmethod
+    @contextmanager
+    def deterministic_libraries(cls) -> Iterator[None]:
+        """Give cuBLAS a workspace of its own, and keep cuDNN from trying kernels out."""
+        before = torch.backends.cudnn.benchmark
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.backends.cudnn.benchmark = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    def name(self) -> str:
+        """Name the GPU."""
+        return torch.cuda.get_device_name(self.torch_device)
+
+    def capacity_bytes(self) -> int:
+        """Return all memory of the GPU."""
+        return int(torch.cuda.get_device_properties(self.torch_device).total_memory)
+
+    def free_bytes(self) -> int:
+        """Return the memory that the driver could still give out."""
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def reserved_bytes(self) -> int:
+        """Return the bytes of the caching allocator's segments."""
+        return torch.cuda.memory_reserved(self.torch_device)
+
+    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
+        """Run `fn` on an emptied cache; the allocator counts what is alive before by itself."""
+        device = self.torch_device
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        result = fn()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_reserved(device) + self._bytes_outside_pytorch()
+
+    def _bytes_outside_pytorch(self) -> int:
+        """Return what this process holds that the allocator does not manage; 0 where it cannot be told."""
+        used = cuda_process_bytes(self.torch_device)
+        return max(0, used - self.reserved_bytes()) if used is not None else 0
+
+    @contextmanager
+    def workspace_meter(self) -> Iterator[_WorkspaceMeter]:
+        """Return a meter that asks the allocator after each operation."""
+        yield _WorkspaceMeter(self.torch_device)
+
+    def round_up(self, nbytes: int) -> int:
+        """Return `nbytes` in whole granules of the caching allocator."""
+        return -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the GPU."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def cost_key(self) -> dict[str, str]:
+        """Return the GPU, and cuDNN's version and settings."""
+        cudnn = torch.backends.cudnn
+        settings = f"{cudnn.version()} {cudnn.enabled} {cudnn.benchmark} {cudnn.deterministic}"
+        return {"device": self.name(), "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {settings}"}
+
+    def generator(self) -> torch.Generator | None:
+        """Return the GPU's default generator."""
+        return torch.cuda.default_generators[self.torch_device.index or 0]
+
+    def current_stream(self) -> int:
+        """Return the handle of this thread's current stream."""
+        return torch.cuda.current_stream(self.torch_device).cuda_stream
+
+    def make_current(self) -> None:
+        """Make it this thread's GPU, unless it is that already because no number was given."""
+        if self.torch_device.index is not None:
+            torch.cuda.set_device(self.torch_device)
+
+
+class _WorkspaceMeter:
+    """Meters operations by the allocator's peak of allocated bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._found: dict[int, int] = {}
+
+    @contextmanager
+    def watch(self, index: int) -> Iterator[None]:
+        """Meter the operation that runs inside; what it returned must still be alive at the end."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        self._found[index] = max(0, peak_bytes - torch.cuda.memory_allocated(self._device))
+
+    def workspace_bytes(self) -> dict[int, int]:
+        """Return, by the operation's index, the most bytes that it held beyond what it returned."""
+        return dict(self._found)

@@ -1,0 +1,179 @@
+"""What devices are asked: everything that differs between a processor, a CUDA GPU and any other device."""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, Protocol, Self, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class WorkspaceMeter(Protocol):
+    """Meters the workspace of operations that run one after another."""
+
+    def watch(self, index: int) -> AbstractContextManager[object]:
+        """Meter the operation that runs inside; what it returned must still be alive at the end."""
+
+    def workspace_bytes(self) -> dict[int, int]:
+        """Return, by index, the most that each held beyond what it returned; ask after the meter's end."""
+
+
+class Device(ABC):
+    """One device: its memory and the meter of it, its clock, random generators, streams, and what its kernels do.
+
+    A kind of device is a subclass in a file of its own, listed in `tightfit.device.registry.KINDS`.  Nothing outside
+    this folder asks what kind a device is.  `device_for` finds the device of a tensor, a model or a `torch.device`.
+    """
+
+    kind: ClassVar[str]
+    """The type of its `torch.device`, as in ``--device``."""
+    label: ClassVar[str]
+    """The kind's name in a sentence."""
+    is_host: ClassVar[bool] = False
+    """It is the processor: its memory is the host's, and its kernels share the caches with Python's own work."""
+    adds_atomically: ClassVar[bool] = True
+    """Some of its kernels add in an order that differs from run to run (see `OpInfo.blocker_with_atomics`)."""
+    pins_memory: ClassVar[bool] = False
+    """Batches are copied to it faster from page-locked host memory."""
+    trains_in_fp16: ClassVar[bool] = False
+    """Half precision is faster there than single, and gradients can be scaled."""
+    backends: ClassVar[tuple[str, ...]] = ("gloo", "mpi", "ucc")
+    """What can carry gradients between processes on such devices, the usual one first."""
+    out_of_memory_messages: ClassVar[re.Pattern[str] | None] = None
+    """How a RuntimeError of its kernels says that there is no more memory, where it is no `torch.OutOfMemoryError`."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.torch_device)!r})"
+
+    # ------------------------------------------------------------------------------------------------ the kind
+
+    @classmethod
+    @abstractmethod
+    def count(cls) -> int:
+        """Count the devices of this kind that the machine offers to PyTorch."""
+
+    @classmethod
+    def named(cls, text: str) -> Self | None:
+        """Return the device of this kind that `text` names, like ``cuda:1``; None if it names none of this kind."""
+        try:
+            device = torch.device(text)
+        except RuntimeError:
+            return None
+        return cls(device) if device.type == cls.kind else None
+
+    @classmethod
+    def is_initialized(cls) -> bool:
+        """Tell whether this process uses such devices already, so that a fork of it could not."""
+        return False
+
+    @classmethod
+    def is_capturing(cls) -> bool:
+        """Tell whether what is submitted to such a device now is captured into a graph instead of run."""
+        return False
+
+    @classmethod
+    @abstractmethod
+    def random_states(cls) -> list[torch.Tensor]:
+        """Copy the state of each device's default generator, if such devices are in use; the host has none here."""
+
+    @classmethod
+    @abstractmethod
+    def set_random_states(cls, states: Sequence[torch.Tensor]) -> None:
+        """Put the generators back into the `states` that `random_states` copied."""
+
+    @classmethod
+    def deterministic_libraries(cls) -> AbstractContextManager[object]:
+        """Make the libraries behind its kernels choose the same kernels every time, inside the context."""
+        return nullcontext()
+
+    # ------------------------------------------------------------------------------------------------ memory
+
+    @abstractmethod
+    def name(self) -> str:
+        """Name the hardware."""
+
+    @abstractmethod
+    def capacity_bytes(self) -> int:
+        """Return all the device's memory."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Return the memory that no process uses now."""
+
+    @abstractmethod
+    def reserved_bytes(self) -> int:
+        """Return what PyTorch's allocator holds on to in this process, used or not; 0 if it gives all back."""
+
+    @abstractmethod
+    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
+        """Run `fn` and return its result and the peak, in bytes, in the budget's terms.
+
+        `resident_bytes`: what is alive before, for a meter that starts at zero.
+        """
+
+    @abstractmethod
+    def workspace_meter(self) -> AbstractContextManager[WorkspaceMeter]:
+        """Return a meter for operations that run one after another inside the context."""
+
+    def round_up(self, nbytes: int) -> int:
+        """Return how many bytes the allocator takes for a storage of `nbytes`."""
+        return nbytes
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Tell whether the tensor's memory is on a device of this kind."""
+        return tensor.device.type == self.kind
+
+    # ------------------------------------------------------------------------------------------------ time
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was submitted to it."""
+
+    def time_ms(self, fn: Callable[[], object]) -> float:
+        """Run `fn` and return its wall time in milliseconds, the device's queue emptied before and after."""
+        self.synchronize()
+        begin = time.perf_counter()
+        fn()
+        self.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+
+    @abstractmethod
+    def cost_key(self) -> dict[str, str]:
+        """Return what the time and workspace of an operation depend on, besides PyTorch's own settings."""
+
+    # ---------------------------------------------------------------------------------------------- generators, streams
+
+    @abstractmethod
+    def generator(self) -> torch.Generator | None:
+        """Return the generator that random operations draw from by default; None if it cannot be had."""
+
+    def random_state_bytes(self) -> int:
+        """Return what a copy of the generator's state takes of the device's memory."""
+        return 0
+
+    def current_stream(self) -> int:
+        """Identify the stream that operations are submitted to now; devices with a single one have 0."""
+        return 0
+
+    # ------------------------------------------------------------------------------------------------ use
+
+    @abstractmethod
+    def make_current(self) -> None:
+        """Make it the device that PyTorch takes where the kind alone is named."""
+
+    def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
+        """Compute in `dtype` inside the context; None: without autocast."""
+        return torch.autocast(self.kind, dtype=dtype, enabled=dtype is not None)
+
+    def ambient_autocast(self) -> torch.dtype | None:
+        """Return the dtype of the autocast context that is open now; None if there is none."""
+        return torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else None

@@ -1,0 +1,112 @@
+"""Modules whose forward may run a second time: a pure function of arguments, parameters and PyTorch's generators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import has_global_module_hooks, has_module_hooks
+from tightfit.device import device_for
+from tightfit.errors import UnsupportedInput
+
+_CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+#: Kinds of modules, by the Python module that defines them: each a pure function of its arguments, its parameters and
+#: random numbers from PyTorch's generators.
+_PURE: dict[str, str] = {
+    "torch.nn.modules.activation": (
+        "ReLU GELU SiLU Tanh Sigmoid Softmax LeakyReLU ELU Mish Hardswish Softplus MultiheadAttention"
+    ),
+    "torch.nn.modules.container": "Sequential ModuleList ModuleDict",
+    "torch.nn.modules.conv": "Conv1d Conv2d Conv3d",
+    "torch.nn.modules.dropout": "Dropout Dropout1d Dropout2d",
+    "torch.nn.modules.flatten": "Flatten Unflatten",
+    "torch.nn.modules.linear": "Identity Linear NonDynamicallyQuantizableLinear",
+    "torch.nn.modules.normalization": "LayerNorm GroupNorm RMSNorm",
+    "torch.nn.modules.pooling": "MaxPool2d AvgPool2d AdaptiveAvgPool2d",
+    "torch.nn.modules.sparse": "Embedding",
+    "torch.nn.modules.transformer": "TransformerEncoderLayer TransformerDecoderLayer",
+    "transformers.activations": "GELUActivation NewGELUActivation SiLUActivation",
+    "transformers.pytorch_utils": "Conv1D",
+    "transformers.models.bert.modeling_bert": (
+        "BertAttention BertIntermediate BertLayer BertOutput BertSelfAttention BertSelfOutput"
+    ),
+    "transformers.models.convnext.modeling_convnext": "ConvNextDropPath ConvNextLayer ConvNextLayerNorm",
+    "transformers.models.gpt2.modeling_gpt2": "GPT2Attention GPT2Block GPT2MLP",
+    "transformers.models.llama.modeling_llama": "LlamaAttention LlamaDecoderLayer LlamaMLP LlamaRMSNorm",
+    "transformers.models.t5.modeling_t5": (
+        "T5Attention T5Block T5DenseActDense T5LayerCrossAttention T5LayerFF T5LayerNorm T5LayerSelfAttention"
+    ),
+    "transformers.models.vit.modeling_vit": "ViTAttention ViTLayer ViTMLP",
+}
+_pure = {f"{place}.{name}" for place, names in _PURE.items() for name in names.split()}
+
+
+def allow_recompute(*kinds: type[torch.nn.Module]) -> None:
+    """Allow plans to recompute whole calls of modules of these classes in backward, where that is faster.
+
+        tightfit.allow_recompute(MyBlock, MyNorm)
+        applied = tightfit.fit(model, batch, budget="8GiB")
+
+    You promise that their forward is a function of its arguments, the module's parameters and buffers, and random
+    numbers of PyTorch's own generators, and that running it twice leaves nothing behind: no cache, no counter, no
+    statistics.  A block is recomputed as a whole only if its own class and those of all modules inside it are allowed.
+    Classes of `torch.nn` such as `Linear`, `LayerNorm`, `Dropout`, and the blocks of common transformers are allowed
+    from the start.  Call this before `measure` or `fit`.
+
+    Args:
+        kinds: classes of modules.
+
+    Raises:
+        UnsupportedInput: something that is no class of modules.
+    """
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            raise UnsupportedInput(
+                f"allow_recompute was given {kind!r}, which is not a class of modules. It decides by class. "
+                f"Pass the class itself, e.g. allow_recompute(MyBlock)."
+            )
+        _pure.add(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def is_pure(module: torch.nn.Module) -> bool:
+    """The module and all below it are of kinds that may run again, and nobody watches or replaced their forward."""
+    if has_global_module_hooks():
+        return False
+    for below in module.modules():
+        kind = type(below)
+        own = vars(below)
+        if f"{kind.__module__}.{kind.__qualname__}" not in _pure or own.get("inplace"):
+            return False
+        if own.get("max_norm") is not None:  # an embedding that scales its weight down in forward
+            return False
+        if below is not module and ("forward" in own or has_module_hooks(below)):
+            return False
+    return True
+
+
+def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)) -> bool:
+    """Tensors (of these very `kinds`) and constants, also in tuples, lists and dictionaries: nothing that a second call
+    could find changed without notice.
+    """
+    if isinstance(arguments, torch.Tensor):
+        return type(arguments) in kinds and arguments.layout is torch.strided
+    if isinstance(arguments, _CONSTANTS):
+        return True
+    if type(arguments) in (tuple, list):
+        return all(are_plain(argument, kinds) for argument in arguments)
+    if type(arguments) is dict:
+        return all(are_plain(argument, kinds) for argument in arguments.values())
+    return False
+
+
+def can_call_again(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
+    """Return whether this call of the module may be made again in backward."""
+    return are_plain(args) and are_plain(kwargs) and is_pure(module) and not _is_autocast(module)
+
+
+def _is_autocast(module: torch.nn.Module) -> bool:
+    """Weights that autocast has cast in forward may be found cast, or not, by the second forward."""
+    first = next(module.parameters(), None)
+    return first is not None and device_for(first).ambient_autocast() is not None

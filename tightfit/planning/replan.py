@@ -1,0 +1,315 @@
+"""Decide what to do for a step of another key than the one that `fit` planned.
+
+* Where the model, its mode or the settings are new too (an adapter, eval mode, another dtype), a plan is made as `fit`
+  makes one: measured, solved, tried in a real step, repaired.
+* Where only sizes are new, the step is measured anew (`measure_reshaped`), without data if that is possible, so that
+  every size and lifetime is known exactly.  If the plain step fits, nothing is dropped.  Else the decisions of plans
+  for batches of similar size are tried by simulation; the fastest that fits is reused, unless that is ruled out.  A
+  plan is solved for where none fits.
+* No trial run confirms such a plan, so a margin is kept, and what repair had to add elsewhere is added here.  Where the
+  budget leaves no room for the margin, or a region is recomputed for the first time, there is a trial run.  A model
+  that FSDP2 has sharded is never run so: a trial would need all its processes.
+* A batch so small that its plain step must fit several times over is not even measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from tightfit._torch_private import profiler_is_running
+from tightfit.device import device_for
+from tightfit.device.budget import Budget
+from tightfit.distributed.fsdp import is_sharded
+from tightfit.errors import BudgetInfeasible
+from tightfit.installation.applied import Applied
+from tightfit.installation.resolved_plan import ResolvedPlan
+from tightfit.planning.reuse import plans_like
+from tightfit.planning.search import FoundPlan, GradCheckpoint, find_plan
+from tightfit.profiling.measure import measure_step
+from tightfit.profiling.remeasure import measure_reshaped, operations
+from tightfit.records import Plan, Profile
+from tightfit.replay.executors import executor_of
+from tightfit.solver.solver import Solver
+from tightfit.step.key import StepKey
+from tightfit.step.step import Step
+from tightfit.units import format_bytes
+
+_log = logging.getLogger(__name__)
+
+#: Kinds of steps (see `StepKey.kind`) of which a profile is kept to measure others by.
+MOST_KINDS = 8
+#: Part of the memory above what is resident that a plan leaves free if no trial run confirmed it: the memory model's
+#: own bar for its largest error before repair.
+UNCONFIRMED_MARGIN = 0.02
+#: A batch is not measured if the plain step of one like it, grown by the cube of the ratio of sizes, fits so often.
+_AMPLE = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replanned:
+    """A plan for the steps of one key, and how it was made."""
+
+    resolved: ResolvedPlan
+    way: Literal["tried", "solved", "reused", "plain", "ample"]
+    """The field of `PlanStatistics` that counts it."""
+    is_data_dependent: bool = False
+    """The batch's contents, too, decide which operations run."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Reference:
+    """A step that was measured in full and tried."""
+
+    key: StepKey
+    call: StepKey | None
+    """Key of the model's call in it."""
+    profile: Profile
+    resolved: ResolvedPlan
+    plain_peak_bytes: int
+    correction_bytes: int
+    """What the meter saw beyond the prediction."""
+
+
+class _InOpenAutocast(Step):
+    """A step inside an autocast context that stays open around it, run as if the context were opened for each step.
+
+    PyTorch forgets the weights that it has cast when the outermost context closes, which is then the user's; what the
+    runs for planning cast must not be found by the user's own step, nor by each other.  A context that stays open over
+    several forwards forgets them, too, when one of these has to be planned.
+    """
+
+    def run_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        torch.clear_autocast_cache()
+        try:
+            return super().run_loss(model, batch)
+        finally:
+            torch.clear_autocast_cache()
+
+
+class Replanner:
+    """Plan steps of other keys, for one model, step and budget, by what was learnt from those that were tried."""
+
+    def __init__(
+        self, model: torch.nn.Module, applied: Applied, step: Step, budget: Budget, grad_checkpoint: GradCheckpoint
+    ) -> None:
+        self._model = model
+        self._applied = applied
+        self._step = step
+        self.budget = budget
+        self._budget_bytes = budget.step_bytes
+        self._grad_checkpoint: GradCheckpoint = grad_checkpoint
+        self._is_sharded = is_sharded(model)
+        self._references: list[_Reference] = []  # the latest last
+
+    def learn(self, key: StepKey, found: FoundPlan) -> Replanned:
+        """Take a plan that a trial run confirmed as a reference for others."""
+        resolved, profile = found.resolved, found.profile
+        excess_bytes = found.outcome.peak_bytes - found.plan.predicted_peak_bytes
+        reference = _Reference(
+            key=key,
+            call=None,
+            profile=profile,
+            resolved=resolved,
+            plain_peak_bytes=found.plan.plain_peak_bytes,
+            correction_bytes=max(0, profile.correction_bytes, profile.correction_bytes + excess_bytes),
+        )
+        known = self._reference(key.kind, profile)
+        if known is not None:  # the same operations: what was checked there counts here, and the other way round
+            known.resolved.calibrated.update(resolved.calibrated)
+            for region, positions in resolved.refused.items():
+                known.resolved.refused.setdefault(region, set()).update(positions)
+            resolved.calibrated, resolved.refused = known.resolved.calibrated, known.resolved.refused
+        others = [one for one in self._references if one is not known]
+        self._references = [*others[1 - MOST_KINDS :], reference]
+        return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
+
+    def note_call(self, resolved: ResolvedPlan, call: StepKey) -> None:
+        """Note the key of the model's call in the step that a plan is for."""
+        for reference in self._references:
+            if reference.resolved is resolved and reference.call is None:
+                reference.call = call
+
+    @property
+    def can_measure(self) -> bool:
+        """Workspace is measured with PyTorch's profiler, of which a process can run one; and not inside a forward."""
+        return not profiler_is_running() and not self._applied.is_running
+
+    @property
+    def can_try(self) -> bool:
+        """Whether there may be trial runs: those of a sharded model need all its processes, which may need none now."""
+        return not self._is_sharded
+
+    def is_ample_for(self, call: StepKey) -> bool:
+        """Tell whether the budget is so ample that a call of the model can run plain, unmeasured."""
+        return any(one.call is not None and self._is_ample(call, one.call, one) for one in self._references)
+
+    def without_plan(self) -> ResolvedPlan:
+        """Return what a step that cannot be planned follows: all that is provably replayable is dropped."""
+        if self._grad_checkpoint == "off":
+            return ResolvedPlan.dropping_nothing()
+        return ResolvedPlan.dropping_everything(self._references[-1].profile.region_paths)
+
+    # ------------------------------------------------------------------------------------------------ making plans
+
+    def plan(self, key: StepKey, batch: Any, neighbours: Iterable[Plan], *, may_reuse: bool) -> Replanned:
+        """Make a plan for the steps of a key.
+
+        Args:
+            key: the step's.
+            batch: one with which the step has that key.
+            neighbours: plans for steps of the same kind, the ones for batches of the most similar size first.
+            may_reuse: follow the decisions of a neighbour where that fits, instead of solving.
+
+        Raises:
+            BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
+        """
+        reference = self._reference(key.kind)
+        made: Replanned | None = None
+        if reference is None:
+            self._tell_of_new_kind()
+        elif self._is_ample(key, reference.key, reference):
+            return Replanned(resolved=ResolvedPlan.dropping_nothing(), way="ample")
+        elif not reference.profile.data_dependent:
+            made = self._plan_by_measuring(key, batch, reference, neighbours, may_reuse)
+        if made is not None:
+            return made
+        if self.can_try:
+            return self.plan_by_trial(key, batch)
+        return self._plan_untried(batch, neighbours, may_reuse)
+
+    def plan_by_trial(self, key: StepKey, batch: Any) -> Replanned:
+        """Make a plan as `fit` does, with trial runs.
+
+        Raises:
+            BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
+        """
+        step = self._step_now()
+        with self._applied.removed(), _no_ambient_autocast(self._model):
+            found = find_plan(self._model, batch, step, self._budget_bytes, self._grad_checkpoint, within_budget=True)
+        return self.learn(key, found)
+
+    def _plan_untried(self, batch: Any, neighbours: Iterable[Plan], may_reuse: bool) -> Replanned:
+        """Make a plan from a measurement of its own, corrected by what the latest trial showed."""
+        latest = self._references[-1]
+        step = self._step_now()
+        with self._applied.paused(), _no_ambient_autocast(self._model):
+            profile = measure_step(self._model, batch, step, budget_bytes=self._budget_bytes)
+        profile = replace(profile, correction_bytes=latest.correction_bytes)
+        plan, way = self._choose(profile, neighbours, may_reuse)
+        return Replanned(resolved=ResolvedPlan.of(plan), way=way)
+
+    def _plan_by_measuring(
+        self, key: StepKey, batch: Any, reference: _Reference, neighbours: Iterable[Plan], may_reuse: bool
+    ) -> Replanned | None:
+        """Make a plan for another size from a measurement, with a margin; None where only a trial run can tell."""
+        step = self._step_now()
+        with self._applied.paused(), _no_ambient_autocast(self._model):
+            profile = measure_reshaped(self._model, batch, step, reference.profile, self._budget_bytes)
+        same = self._reference(key.kind, profile)
+        if same is None or profile.method != same.profile.method:  # another branch, perhaps by the batch's size
+            return None
+        profile = self._with_margin(profile, same)
+        try:
+            plan, way = self._choose(profile, neighbours, may_reuse)
+        except BudgetInfeasible as error:
+            required_bytes = error.required_bytes - profile.margin_bytes
+            if required_bytes - profile.correction_bytes > self._budget_bytes:
+                raise BudgetInfeasible(required_bytes, self._budget_bytes, error.where) from None
+            return None
+        if _estimated(profile) - _estimated(same.profile):  # they could not be run alone within the budget
+            return None
+        if _replaying(plan) - same.resolved.calibrated:  # a first call checks its replay, which takes memory
+            return None
+        _log.info("planned %s: %s, peak %s", profile.batch, way, format_bytes(plan.predicted_peak_bytes))
+        return Replanned(resolved=ResolvedPlan.of(plan, like=same.resolved), way=way)
+
+    def _choose(
+        self, profile: Profile, neighbours: Iterable[Plan], may_reuse: bool
+    ) -> tuple[Plan, Literal["solved", "reused", "plain"]]:
+        """Return a plan that fits, and how it was found."""
+        solver = Solver(profile)
+        budget_bytes = self._budget_bytes
+        plain = solver.plain(budget_bytes)
+        if self._grad_checkpoint != "auto":
+            plan = solver.full(budget_bytes) if self._grad_checkpoint == "full" else plain
+            if plan.predicted_peak_bytes > budget_bytes:
+                raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where)
+            return plan, "plain" if plan.is_plain else "solved"
+        if plain.predicted_peak_bytes <= budget_bytes:
+            return plain, "plain"
+        rivals = [
+            plan
+            for plan in plans_like(neighbours, solver.index, budget_bytes)
+            if plan.predicted_peak_bytes <= budget_bytes
+        ]
+        is_reused = may_reuse and bool(rivals)
+        if not is_reused:
+            rivals.append(solver.solve(budget_bytes))
+        return min(rivals, key=lambda plan: plan.predicted_step_ms), "reused" if is_reused else "solved"
+
+    def _with_margin(self, profile: Profile, reference: _Reference) -> Profile:
+        growth = max(1.0, _activation_bytes(profile) / max(1, _activation_bytes(reference.profile)))
+        margin_bytes = int(UNCONFIRMED_MARGIN * max(0, self._budget_bytes - profile.baseline_bytes))
+        return replace(
+            profile,
+            correction_bytes=int(reference.correction_bytes * growth),
+            margin_bytes=profile.margin_bytes + margin_bytes,
+        )
+
+    def _reference(self, kind: Hashable, like: Profile | None = None) -> _Reference | None:
+        """Return the latest reference of that kind (with the operations of `like`)."""
+        wanted = operations(like) if like is not None else None
+        for one in reversed(self._references):
+            if one.key.kind == kind and wanted in (None, operations(one.profile)):
+                return one
+        return None
+
+    def _is_ample(self, key: StepKey, known: StepKey, reference: _Reference) -> bool:
+        if self._grad_checkpoint == "full" or key.kind != known.kind:
+            return False
+        resident_bytes = reference.profile.baseline_bytes
+        growth = key.growth_from(known) ** 3
+        most_bytes = resident_bytes + _AMPLE * growth * (reference.plain_peak_bytes - resident_bytes)
+        return most_bytes <= self._budget_bytes
+
+    def _step_now(self) -> Step:
+        """Return the step as it runs now: an open autocast context counts as the step's own."""
+        ambient = device_for(self._model).ambient_autocast()
+        if ambient is None:
+            return self._step
+        settings = {one.name: getattr(self._step, one.name) for one in fields(self._step) if one.init}
+        return _InOpenAutocast(**{**settings, "autocast": ambient})
+
+    def _tell_of_new_kind(self) -> None:
+        trained = {id(p) for one in self._step.optimizers for group in one.param_groups for p in group["params"]}
+        names = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in trained]
+        if self._step.optimizers and names:
+            _log.warning(
+                "%d parameters that require a gradient (%s, ...) are in none of the optimizers that fit was given, so "
+                "the memory of their optimizer is not in the budget. Add them with add_param_group, or fit again.",
+                len(names),
+                names[0],
+            )
+        _log.info("the model, its mode, or PyTorch's settings are not as when fit planned them; planning again")
+
+
+def _activation_bytes(profile: Profile) -> int:
+    return sum(storage.nbytes for storage in profile.storages if storage.component == "activation")
+
+
+def _replaying(plan: Plan) -> set[str]:
+    """Return the keys of the regions that the plan replays something in, by a tape."""
+    return {r.key for r in plan.regions if r.recipe >= 0 and executor_of(plan.recipes[r.recipe]).on_tape}
+
+
+def _estimated(profile: Profile) -> set[str]:
+    return {signature.name for signature in profile.signatures if signature.note}
+
+
+def _no_ambient_autocast(model: torch.nn.Module) -> torch.autocast:
+    return device_for(model).autocast(None)

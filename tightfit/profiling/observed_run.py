@@ -1,0 +1,224 @@
+"""Run one step under the observer: on a structural copy with fake tensors, or for real with activations in a file."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from tightfit.device import device_for
+from tightfit.distributed.fsdp import is_sharded
+from tightfit.errors import TightfitError, UnsupportedInput
+from tightfit.operators.escaped_memory import watching_exposure, with_fast_paths
+from tightfit.operators.pure_modules import are_plain
+from tightfit.operators.region_names import ROOT
+from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
+from tightfit.profiling.fsdp_copy import ShardedCopy
+from tightfit.profiling.observer import Observer
+from tightfit.profiling.output_strides import Layouts
+from tightfit.profiling.signatures import SignatureTable
+from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
+from tightfit.step.batch import batch_tensors
+from tightfit.step.host_copy import CopyFile, memory_of
+from tightfit.step.model import give_gradients
+from tightfit.step.snapshot import TrainingState
+from tightfit.step.step import Step
+
+_log = logging.getLogger(__name__)
+
+#: What stands for an ordinary tensor while measuring.
+_KINDS_OF_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def observe_fake(
+    model: torch.nn.Module,
+    batch: Any,
+    step: Step,
+    signatures: SignatureTable,
+    layouts: Mapping[str, Layouts],
+) -> tuple[Observer | None, bool]:
+    """Observe a run of a copy without data.
+
+    Returns:
+        The observer, None if the run failed; and whether it failed because shapes depend on the data.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    surroundings = NamespaceSnapshot(step.loss)
+    observer = Observer(signatures, device_for(model), layouts=layouts)
+    try:
+        _observe_copy(model, batch, step, observer, mode)
+    except BaseException as error:
+        if isinstance(error, TightfitError) or not isinstance(error, Exception):
+            if error.__traceback__ is not None:
+                traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
+            raise
+        _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
+        return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+    finally:
+        surroundings.remove_fakes(mode)
+    return observer, False
+
+
+def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Observer, mode: FakeTensorMode) -> None:
+    # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
+    state = TrainingState(model, step.optimizers, also=(batch,), contents=False)
+    try:
+        copied, copies = copy_model(model, mode)
+        fake_batch = copy_batch(batch, mode)
+        with mode, _hushed("torch._subclasses.fake_tensor"):
+            parameters: list[torch.Tensor] = list(copied.parameters())
+            sharded = ShardedCopy(model, copies) if is_sharded(model) else None
+            give_gradients(copied)
+            if sharded is not None:
+                sharded.watch(observer)
+                copies, parameters = sharded.copies, sharded.parameters
+            optimizers = [copy_optimizer(optimizer, copies) for optimizer in step.optimizers]
+            _observe(copied, parameters, fake_batch, step, optimizers, observer)
+            observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
+    finally:
+        state.restore()
+        gc.collect()
+
+
+@contextmanager
+def _hushed(logger_name: str) -> Iterator[None]:
+    """Silence a logger: a failing fake kernel is no news to the user, as measuring goes on with a real step."""
+    logger = logging.getLogger(logger_name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures: SignatureTable) -> Observer:
+    """Observe a real step, with what autograd saves moved to a file; afterwards everything is put back.
+
+    Raises:
+        UnsupportedInput: the model uses `torch.func` transforms in its forward.
+    """
+    state = TrainingState(model, step.optimizers, also=(batch,))
+    try:
+        spill, unspill = _spill_to(CopyFile())
+        observer = Observer(signatures, device_for(model), spill=spill, unspill=unspill)
+        give_gradients(model)
+        try:
+            _observe(model, list(model.parameters()), batch, step, list(step.optimizers), observer)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise UnsupportedInput(
+                "the model uses torch.func (grad, vjp, jacrev, hessian) in its forward. PyTorch forbids "
+                "saved-tensor hooks there, and without them what autograd saves cannot be seen or dropped. Use "
+                "torch.autograd.grad instead, or train this model without a budget."
+            ) from error
+        return observer
+    finally:
+        state.restore()
+
+
+def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.UntypedStorage]]:
+    """Return what moves whole storages to a file and back, without a further copy in memory on the way."""
+
+    def spill(tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
+        return file.write(memory_of(flat.cpu())), storage.nbytes(), tensor.device
+
+    def unspill(place: Any) -> torch.UntypedStorage:
+        begin, nbytes, device = place
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes:
+            file.read_into(begin, memory_of(data))
+        return data.to(device).untyped_storage()
+
+    return spill, unspill
+
+
+def _observe(
+    model: torch.nn.Module,
+    parameters: Sequence[torch.Tensor],
+    batch: Any,
+    step: Step,
+    optimizers: Sequence[torch.optim.Optimizer],
+    observer: Observer,
+) -> None:
+    """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
+    with torch.enable_grad():
+        observer.in_optimizer = True
+        with observer.unobserved():  # the state that the first step allocates is there in every later one
+            for optimizer in optimizers:
+                optimizer.step()
+        observer.in_optimizer = False
+        for parameter in parameters:
+            observer.add_resident(parameter, "parameters")
+            if parameter.grad is not None:
+                observer.add_resident(parameter.grad, "gradients")
+        for buffer in model.buffers():
+            observer.add_resident(buffer, "buffers")
+        for optimizer in optimizers:
+            for entries in optimizer.state.values():
+                for entry in entries.values() if isinstance(entries, dict) else ():
+                    if isinstance(entry, torch.Tensor):
+                        observer.add_resident(entry, "optimizer_state")
+        for tensor in batch_tensors(batch):
+            observer.add_resident(tensor, "batch")
+        with _watching_modules(model, observer):
+            observer.start()
+            try:
+                with watching_exposure(with_fast_paths(model), observer.mark_escaped):
+                    loss = step.run_loss(model, batch)
+                observer.begin_backward()
+                loss.backward()
+                observer.begin_optimizer()
+                if step.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
+                for optimizer in optimizers:
+                    optimizer.step()
+            finally:
+                observer.stop()
+
+
+@contextmanager
+def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
+    """Tell the observer of every module call, by an instance-level forward as a plan installs."""
+    replaced: list[tuple[torch.nn.Module, bool, Any]] = []
+
+    def watch(path: str, module: torch.nn.Module) -> None:
+        original = module.forward
+        replaced.append((module, "forward" in vars(module), original))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            observer.enter_module(path, are_plain((args, kwargs), _KINDS_OF_TENSORS))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                observer.exit_module()
+
+        module.__dict__["forward"] = forward
+
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            watch(path or ROOT, module)
+    try:
+        yield
+    finally:
+        for module, was_own, original in replaced:
+            if was_own:
+                module.__dict__["forward"] = original
+            else:
+                del module.__dict__["forward"]

@@ -1,0 +1,159 @@
+"""Observe one step and price its operations: without data where that is possible, else by a real step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tightfit.device.memory import resident_bytes
+from tightfit.distributed.fsdp import is_sharded
+from tightfit.errors import UnsupportedInput
+from tightfit.profiling.cost_cache import CostCache, NoCache
+from tightfit.profiling.costs import Costs, measure_costs
+from tightfit.profiling.forward_check import forward_differs
+from tightfit.profiling.observed_run import observe_concrete, observe_fake
+from tightfit.profiling.observer import Observer
+from tightfit.profiling.output_strides import Layouts, corrections
+from tightfit.profiling.signatures import SignatureTable
+from tightfit.step.model import device_of
+from tightfit.step.step import Step
+
+_log = logging.getLogger(__name__)
+
+#: The first run finds which results lie in memory otherwise than a fake kernel says, the second one uses that; a third
+#: is for operations that only the second one ran.
+_MOST_FAKE_RUNS = 4
+
+
+class Clock:
+    """What measuring itself takes, by part."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._parts_ms = dict.fromkeys(("observing", "scratch", "times", "mechanism"), 0.0)
+
+    def add(self, part: str, ms: float) -> None:
+        """Count time that was spent on a part."""
+        self._parts_ms[part] += ms
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time spent inside for a part."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, (time.perf_counter() - begin) * 1e3)
+
+    def measuring_ms(self) -> Mapping[str, float]:
+        """Return the parts so far; what belongs to none of them is "tables"."""
+        rest_ms = (time.perf_counter() - self._began) * 1e3 - sum(self._parts_ms.values())
+        parts_ms = {**self._parts_ms, "tables": max(0.0, rest_ms)}
+        return {part: round(ms, 3) for part, ms in parts_ms.items()}
+
+
+class Pricer:
+    """Price the operations of steps, within the memory that the budget leaves beside the model."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        step: Step,
+        clock: Clock,
+        *,
+        cost_cache: bool,
+        timed: bool,
+        budget_bytes: int | None,
+    ) -> None:
+        self.clock = clock
+        self.device = device_of(model)
+        self.timed = timed
+        self.cache = CostCache(self.device) if cost_cache and timed else NoCache()
+        self._room_bytes: int | None = None
+        if budget_bytes is not None:
+            self._room_bytes = budget_bytes - resident_bytes(model, batch, step.optimizers)
+
+    def price(self, table: SignatureTable) -> Costs:
+        """Return what each operation of a run costs."""
+        costs = measure_costs(
+            table.calls,
+            self.device,
+            self.cache,
+            timed=self.timed,
+            room_bytes=self._room_bytes,
+            result_bytes=table.result_bytes,
+        )
+        self.clock.add("scratch", costs.workspace_ms)
+        self.clock.add("times", costs.times_ms)
+        return costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedStep:
+    """One step as it was observed, with what its operations cost."""
+
+    observer: Observer
+    costs: Costs
+    method: str
+    """As `Profile.method`."""
+    data_dependent: bool
+    """Shapes depend on the data."""
+
+
+def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer, *, concrete: bool) -> ObservedStep:
+    """Observe a step without data, or, where that fails or `concrete` asks for it, with data.
+
+    Raises:
+        UnsupportedInput: the step can only be observed with data, and the model is sharded.
+    """
+    observer, costs, data_dependent = (None, None, False) if concrete else _observe_fake(model, batch, step, pricer)
+    if observer is not None and costs is not None:
+        with pricer.clock.part("observing"):
+            # A real forward of a sharded model needs all its processes; whether this one is right, the trial run tells.
+            differs = not is_sharded(model) and forward_differs(observer.observation, model, batch, step)
+        if not differs:
+            return ObservedStep(observer=observer, costs=costs, method="fake", data_dependent=data_dependent)
+        _log.info("a real forward runs other operations than the fake one; measuring with a real step")
+    if is_sharded(model):
+        raise UnsupportedInput(
+            "the model's shapes cannot be told without running it (they depend on the data, or a part of it cannot run "
+            "without data), and a model that is sharded by fully_shard cannot be measured by running it yet. Use "
+            "DistributedDataParallel for it, or train it without a budget."
+        )
+    signatures = SignatureTable()
+    with pricer.clock.part("observing"):
+        observer = observe_concrete(model, batch, step, signatures)
+    return ObservedStep(observer=observer, costs=pricer.price(signatures), method="real", data_dependent=data_dependent)
+
+
+def _observe_fake(
+    model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer
+) -> tuple[Observer | None, Costs | None, bool]:
+    """Observe fake runs until results lie in memory as those of real kernels do.
+
+    Returns:
+        The observer, None if a run failed; the costs; and whether it failed because shapes depend on the data.
+    """
+    layouts: dict[str, Layouts] = {}
+    observer: Observer | None = None
+    costs: Costs | None = None
+    for _ in range(_MOST_FAKE_RUNS):
+        signatures = SignatureTable()
+        with pricer.clock.part("observing"):
+            observer, data_dependent = observe_fake(model, batch, step, signatures, layouts)
+        if observer is None:
+            return None, None, data_dependent
+        costs = pricer.price(signatures)
+        wrong = corrections(observer.layouts, {signatures.keys[i]: found for i, found in costs.layouts.items()})
+        if not wrong:
+            break
+        _log.info("%d fake kernels lay their results out otherwise than the real ones; observing again", len(wrong))
+        layouts |= wrong
+    return observer, costs, False

@@ -1,0 +1,48 @@
+"""The interface of an executor: how a region's call carries out what its recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tightfit.records import Action, Recipe
+from tightfit.replay.statistics import Statistics
+
+
+@dataclass(slots=True)
+class RegionCall:
+    """One call of a region's module."""
+
+    module: torch.nn.Module
+    forward: Callable[..., Any]
+    """The module's own forward."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    statistics: Statistics
+    """What to count in."""
+
+    def run_forward(self) -> Any:
+        """Make the call as it is."""
+        return self.forward(*self.args, **self.kwargs)
+
+
+class Executor(Protocol):
+    """A way to carry out a recipe while its region's forward runs, and in backward."""
+
+    name: str
+    actions: frozenset[Action]
+    """What it can do with a saved value."""
+    on_tape: bool
+    """The session's tape follows the recipe while `run` runs; otherwise the session keeps out of the call."""
+
+    def accepts(self, call: RegionCall | None) -> bool:
+        """Return whether it can carry out this call; where it cannot, a tape drops as much.
+
+        `call` is None where the region is no call's beginning: a later segment of a container, or the loss.
+        """
+
+    def run(self, call: RegionCall, recipe: Recipe) -> Any:
+        """Make the call and return its result; only after `accepts`."""

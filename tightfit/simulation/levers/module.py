@@ -1,0 +1,72 @@
+"""Module recomputation as a lever: a module's whole call is made again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tightfit.records import Decision, Event, EventKind, Recipe
+from tightfit.simulation.levers.lever import RegionModel
+from tightfit.simulation.levers.module_model import ModuleModel
+from tightfit.simulation.levers.recipes import op_names_of, replay_ms_of
+from tightfit.simulation.profile_index import ProfileIndex
+
+
+class ModuleLever:
+    """Drops all that a module's call saves, and makes the call again."""
+
+    name = "module"
+    executor = "module"
+
+    def offers(self, index: ProfileIndex, regions: Sequence[int]) -> Iterable[Decision]:
+        """Return the one decision that there is, if all the regions allow it."""
+        return [Decision(self.name)] if all(can_recompute_module(index, region) for region in regions) else []
+
+    def model(self, index: ProfileIndex, region: int, decision: Decision) -> RegionModel:
+        """Return what the region holds."""
+        return ModuleModel(index, region, _second_call(index, region))
+
+    def recipe(self, index: ProfileIndex, region: int, decision: Decision) -> Recipe:
+        """Return what the executor needs to know."""
+        profile = index.profile
+        record = profile.regions[region]
+        facts = index.facts[region]
+        ops = range(record.first_op, record.first_op + record.op_count)
+        again = sorted({a for kind, a in _second_call(index, region) if kind == EventKind.OP})
+        arguments = {profile.values[v].storage for op in ops for v in profile.ops[op].inputs if v not in facts.own}
+        dropped = {profile.slots[slot].value for slot in facts.slots}
+        return Recipe(
+            class_id=record.class_id,
+            op_names=op_names_of(index, region),
+            lever=self.name,
+            executor=self.executor,
+            keep=(),
+            drop=tuple(sorted(index.local(value) for value in dropped)),
+            replay=tuple(op - record.first_op for op in again),
+            held_bytes=sum(profile.storages[s].nbytes for s in arguments if not index.is_baseline(s)),
+            dropped_bytes=sum(profile.storages[s].nbytes for s in {profile.values[v].storage for v in dropped}),
+            replay_ms=replay_ms_of(index, again),
+        )
+
+
+def can_recompute_module(index: ProfileIndex, region: int) -> bool:
+    """Return whether the region's module may be called again: the second call is the same computation, changes nothing,
+    and rebuilds all that autograd saved of the first.
+    """
+    profile, facts, record = index.profile, index.facts[region], index.profile.regions[region]
+    if not record.module_recomputable or not facts.slots:
+        return False
+    ops = profile.ops[record.first_op : record.first_op + record.op_count]
+    saved = (profile.slots[slot].value for slot in index.slots_of_region[region])
+    return (
+        facts.own == facts.droppable
+        and all(value in facts.own for op in ops for value in op.mutates)
+        and not any(profile.values[value].overwritten for op in ops for value in op.inputs if value not in facts.own)
+        and not any(profile.values[value].overwritten for value in saved)
+    )
+
+
+def _second_call(index: ProfileIndex, region: int) -> list[Event]:
+    """What happens when the module is called again: its forward, up to the last tensor that autograd saves."""
+    window = index.events_between(region)
+    last = max(place for place, (kind, _) in enumerate(window) if kind == EventKind.SAVE)
+    return list(window[: last + 1])

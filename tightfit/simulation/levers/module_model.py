@@ -1,0 +1,127 @@
+"""The memory of a module call that is made again in backward.  Mirrors `tightfit.replay.executors.module`.
+
+PyTorch's checkpoint holds the call's arguments and nothing that autograd saves.  At the first read, forward is made
+again up to the last tensor that it saved; what autograd still wants is held until released.  In reality what a node has
+read goes a little earlier, when the node's own operations are done, so the model is above what is measured by as much
+as autograd's engine makes in between: the sum of a bias' gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tightfit.records import Event, EventKind
+from tightfit.simulation.levers.lever import Moment
+from tightfit.simulation.profile_index import ProfileIndex
+
+
+class ModuleModel:
+    """One module call that is recomputed as a whole."""
+
+    def __init__(self, index: ProfileIndex, region: int, events: Sequence[Event]) -> None:
+        """`events`: what happens when the call is made again."""
+        self._index = index
+        self._events = events
+        profile = self._profile = index.profile
+        record = profile.regions[region]
+        ops = range(record.first_op, record.first_op + record.op_count)
+        facts = index.facts[region]
+        self.slots = frozenset(facts.slots)
+        """Saved tensors that the decision is about."""
+        self.replayed_ops: list[int] = []
+        """Operations that run again, in order, once they have."""
+        self._own = facts.own
+        # The generator's state before the call is noted; and after it, to see whether anything was random.
+        self._state_bytes = profile.random_state_bytes
+        self._is_random = any(profile.ops[op].random_state_bytes for op in ops)
+        self._begun = self._ended = False
+        self._arguments: dict[int, None] = {}  # storages held for the second run
+        self._unreleased: set[int] = set()  # slots
+        self._copies: Counter[int] = Counter()  # storages made by the second run -> slots that hold them
+
+    def overhead_ms(self, replay_ms: float) -> float:
+        """Return what the second call adds to the step: its operations, and Python's work for them and the call."""
+        profile = self._profile
+        count = sum(kind == EventKind.OP for kind, _ in self._events)
+        mechanism_ms = profile.module_ms_per_call + profile.module_ms_per_op * count
+        return profile.accumulation_steps * (replay_ms + mechanism_ms)
+
+    def handle(self, kind: EventKind, a: int) -> Moment:
+        """What the event does: OP, SAVE, UNPACK, RELEASE or EXIT of this region."""
+        moment = Moment()
+        if kind == EventKind.OP:
+            self._note(a, moment)
+        elif kind == EventKind.SAVE:
+            self._unreleased.add(a)
+        elif kind == EventKind.UNPACK:
+            if not self.replayed_ops:
+                self._recompute(moment)
+        elif kind == EventKind.RELEASE:
+            self._unreleased.discard(a)
+            if self.replayed_ops:
+                moment.memo_delta -= self._let_go(a)
+            if self._ended and not self._unreleased:
+                self._forget(moment)
+        elif kind == EventKind.EXIT:
+            self._ended = True
+            moment.spike = self._state_bytes
+            if not self._is_random:
+                moment.memo_delta -= self._state_bytes
+            if not self._unreleased:
+                self._forget(moment)
+        return moment
+
+    def _note(self, op: int, moment: Moment) -> None:
+        profile = self._profile
+        if not self._begun:
+            self._begun = True
+            moment.memo_delta += self._state_bytes
+        for value in profile.ops[op].inputs:
+            storage = profile.values[value].storage
+            if value not in self._own and not self._index.is_free(value) and storage not in self._arguments:
+                self._arguments[storage] = None
+                moment.acquired.append(storage)
+
+    def _forget(self, moment: Moment) -> None:
+        """Nothing of the call is wanted any more."""
+        moment.released += self._arguments
+        self._arguments = {}
+        if self._is_random:
+            moment.memo_delta -= self._state_bytes
+
+    def _let_go(self, slot: int) -> int:
+        """Bytes that go with the release of a slot."""
+        value = self._profile.slots[slot].value
+        if value not in self._own:
+            return 0
+        storage = self._profile.values[value].storage
+        self._copies[storage] -= 1
+        return 0 if self._copies[storage] else self._profile.storages[storage].nbytes
+
+    def _recompute(self, moment: Moment) -> None:
+        profile = self._profile
+        own = {profile.values[value].storage for value in self._own}
+        references: Counter[int] = Counter()  # of each storage: one of Python's, and one for each saved tensor
+        level = highest = self._state_bytes if self._is_random else 0
+        for kind, a in self._events:
+            storage, change = -1, 0
+            if kind == EventKind.OP:
+                self.replayed_ops.append(a)
+                highest = max(highest, level + profile.signatures[profile.ops[a].signature].scratch_bytes)
+            elif kind in (EventKind.ALLOC, EventKind.FREE):
+                storage, change = a, 1 if kind == EventKind.ALLOC else -1
+            elif kind == EventKind.SAVE and profile.slots[a].value in self._own:
+                storage, change = profile.values[profile.slots[a].value].storage, 1
+            if storage not in own:
+                continue
+            before, references[storage] = references[storage], references[storage] + change
+            if bool(before) != bool(references[storage]):
+                level += change * profile.storages[storage].nbytes
+            highest = max(highest, level)
+        for slot in self._unreleased:
+            value = profile.slots[slot].value
+            if value in self._own:
+                self._copies[profile.values[value].storage] += 1
+        moment.memo_delta = sum(profile.storages[storage].nbytes for storage in self._copies)
+        moment.spike = highest

@@ -1,0 +1,160 @@
+"""Steps taken from one fixed state, plain and under plans, with their peaks and results; afterwards all is put back."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tightfit.device import device_for
+from tightfit.device import memory as meter
+from tightfit.distributed.dtensor import local_shard
+from tightfit.distributed.fsdp import process_group_of
+from tightfit.installation.applied import Applied
+from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES
+from tightfit.step.host_copy import CopyFile, HostCopy
+from tightfit.step.model import device_of, give_gradients
+from tightfit.step.snapshot import RandomState, TrainingState
+from tightfit.step.step import Step
+
+_TIMING_ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run of several steps left behind, copied out of the device's memory."""
+
+    steps: int
+    """How many steps were run."""
+    tensors: dict[str, HostCopy]
+    """Losses, parameters, gradients and buffers by name."""
+    random_state: RandomState
+    peak_bytes: int
+    replayed_ops: int
+    mismatches: int
+    tape_host_bytes: int
+
+
+class Trial:
+    """Run steps of one model on one batch from one fixed state, plain and under any number of plans, one at a time.
+
+    The state is noted before the first run, and put back when the trial is left as a context: all runs between are of
+    one trial, however many plans are tried in it.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch: Any, step: Step) -> None:
+        self.model = model
+        self.batch = batch
+        self.step = step
+        self.device = device_of(model)
+        self.group = process_group_of(model)
+        """Those who have to take each step together."""
+        self._given: TrainingState | None = None
+        self._start: TrainingState | None = None
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the model back as it was given, and hold no memory for further runs; the next one notes its own state."""
+        if self._given is not None:
+            self._given.restore()
+            self._given = self._start = None
+
+    def run_self_checked(self, applied: Applied, steps: int = 1) -> Outcome:
+        """Run the installed plan: first one step in which every region checks its replay, then `steps`, metered."""
+        if any(self.group.all_gather(applied.installed)):
+            self._go_to_start()
+            self._planned(applied).run(self.model, self.batch)
+        return self.run_planned(applied, steps)
+
+    def run_planned(
+        self, applied: Applied, steps: int = 1, *, inside: AbstractContextManager[None] | None = None
+    ) -> Outcome:
+        """Run `steps` steps under the installed plan, metered, inside a further context."""
+        return self._run(self._planned(applied), applied, steps, inside or nullcontext())
+
+    def run_plain(self, applied: Applied, steps: int = 1) -> Outcome:
+        """Run `steps` steps as if no plan were installed, metered."""
+        return self._run(self.step, applied, steps, applied.paused())
+
+    def times_ms(self, applied: Applied, *, plain: bool) -> tuple[float, float]:
+        """Return the median times of a planned and a plain step, the runs interleaved; plain is 0 unless asked for."""
+        planned_ms: list[float] = []
+        plain_ms: list[float] = []
+        step = self._planned(applied)
+        for _ in range(_TIMING_ROUNDS):
+            self._go_to_start()
+            planned_ms.append(device_for(self.device).time_ms(lambda: step.run(self.model, self.batch)))
+            if plain:
+                self._go_to_start()
+                with applied.paused():
+                    plain_ms.append(device_for(self.device).time_ms(lambda: self.step.run(self.model, self.batch)))
+        return statistics.median(planned_ms), statistics.median(plain_ms) if plain else 0.0
+
+    def _planned(self, applied: Applied) -> Step:
+        return replace(self.step, around_loss=lambda: applied.step(self.batch))
+
+    def _go_to_start(self) -> None:
+        """Put the model where each run starts from."""
+        if self._start is not None:
+            self._start.restore()
+            return
+        self._given = self._snapshot()
+        try:
+            self._reach_steady_state()
+            self._start = self._snapshot()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _snapshot(self) -> TrainingState:
+        return TrainingState(self.model, self.step.optimizers, also=(self.batch,))
+
+    def _reach_steady_state(self) -> None:
+        # Steady state: gradients resident and optimizer state allocated, as in every step but the first.
+        give_gradients(self.model)
+        for optimizer in self.step.optimizers:
+            optimizer.step()
+
+    def _run(self, step: Step, applied: Applied, steps: int, inside: AbstractContextManager[None]) -> Outcome:
+        self._go_to_start()  # outside the context, or it would take back what that does to the model
+        counts = applied.statistics
+        tensors: dict[str, HostCopy] = {}
+        copies = CopyFile()
+        peak_bytes = 0
+        with inside:
+            for number in range(1, steps + 1):
+                counts.reset()
+                resident = meter.resident_bytes(self.model, self.batch, step.optimizers)
+                step_loss, peak = meter.measure_peak(lambda: step.run(self.model, self.batch), resident, self.device)
+                peak_bytes = max(peak_bytes, peak)
+                tensors[f"loss of step {number}"] = HostCopy(step_loss, copies)
+                if number < steps:
+                    for parameter in self.model.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad.zero_()
+        for name, parameter in self.model.named_parameters():
+            tensors[f"parameter {name}"] = HostCopy(local_shard(parameter), copies)
+            if parameter.grad is not None:
+                tensors[f"gradient of {name}"] = HostCopy(local_shard(parameter.grad), copies)
+        for name, buffer in self.model.named_buffers():
+            tensors[f"buffer {name}"] = HostCopy(buffer, copies)
+        return Outcome(
+            steps=steps,
+            tensors=tensors,
+            random_state=RandomState(),
+            peak_bytes=peak_bytes,
+            replayed_ops=counts.replayed_ops,
+            mismatches=counts.mismatches + counts.unplanned_calls,
+            tape_host_bytes=(counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_VALUE_HOST_BYTES),
+        )
