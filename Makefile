@@ -22,8 +22,7 @@ TESTS ?= tests
 # Test processes, and how the tests are shared among them.
 TEST_PROCESSES ?= auto
 # The tests that need no PyTorch.
-FAST := tests/records tests/simulation tests/solver tests/report/test_frontier_plot.py tests/report/test_svg_chart.py \
-	tests/test_layout.py
+FAST := tests/records tests/simulation tests/solver tests/report/test_svg_chart.py tests/test_layout.py
 
 # Another PyTorch than the one that constraints-dev.txt pins; each version has a virtual environment of its own.
 TORCH ?=
@@ -58,7 +57,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow" $(FAST) $(ARGS)
+	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow and not thorough" $(FAST) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)

@@ -39,4 +39,4 @@ def test_the_table_of_paths_names_every_folder_of_the_package_and_only_tests_tha
 
 def test_each_marker_is_declared(pytestconfig: pytest.Config) -> None:
     declared = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
-    assert declared >= {*SUBJECTS, "slow", "gpu"}
+    assert declared >= {*SUBJECTS, "slow", "thorough", "gpu"}

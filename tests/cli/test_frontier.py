@@ -145,6 +145,7 @@ def test_two_names_of_one_budget_are_both_noted() -> None:
 
 def test_the_plot_is_written(capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
     """That each kind of picture is what its suffix says is in tests/report/test_frontier_plot.py."""
+    pytest.importorskip("matplotlib")
     name = "a.svg"
     (own_folder / name).write_text("what was there before")
     (own_folder / "peers.json").write_text(json.dumps(PEERS))

@@ -64,6 +64,7 @@ def test_a_real_failure_of_the_allocator() -> None:
     assert is_out_of_memory(allocated_in_vain())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size as Linux tells it")
 def test_a_capped_process_trains_inside_the_budget_where_the_plain_step_dies() -> None:
     budget_bytes, gib = 560 * 2**20, 2**30

@@ -26,6 +26,7 @@ LENGTHS = (24, 32, 33, 48, 63, 72)
 VALIDATE_EVERY = 12
 
 
+@pytest.mark.slow
 def test_random_lengths_with_validation_in_between() -> None:
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

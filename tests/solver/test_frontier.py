@@ -34,6 +34,7 @@ def check_curve(profile: Profile, plans: list[Plan]) -> None:
     assert bounds == sorted(bounds, reverse=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "profile",
     [
@@ -57,6 +58,7 @@ def test_random_steps_keep_the_promises(seed: int, points: int) -> None:
     check_curve(profile, frontier(profile, points))
 
 
+@pytest.mark.thorough
 def test_budgets_are_evenly_spaced_and_one_level_is_among_them() -> None:
     profile = profile_of([chain_template(4)], [0] * 24)
     solver = Solver(profile)
@@ -72,6 +74,7 @@ def test_budgets_are_evenly_spaced_and_one_level_is_among_them() -> None:
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.thorough
 def test_no_point_is_slower_than_a_plan_solved_alone() -> None:
     profile = gpt_profile(2)
     for plan in frontier(profile, points=3):
@@ -79,6 +82,7 @@ def test_no_point_is_slower_than_a_plan_solved_alone() -> None:
         assert plan.predicted_step_ms <= alone.predicted_step_ms + 1e-9
 
 
+@pytest.mark.thorough
 def test_other_budgets_join_the_curve_where_they_run() -> None:
     profile = gpt_profile(2)
     solver = Solver(profile)

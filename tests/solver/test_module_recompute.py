@@ -66,6 +66,7 @@ def test_the_plan_is_the_best_of_all_and_not_below_the_bound(seed: int) -> None:
         assert plan.lower_bound_ms <= best_ms + 1e-9
 
 
+@pytest.mark.thorough
 def test_it_is_chosen_where_it_costs_less_and_only_there() -> None:
     for per_call, expected in ((0.0, True), (1e6, False)):
         profile = replace(allowed(gpt_profile(4), per_call=per_call), tape_ms_per_op=0.5, mode_ms_per_op=0.5)
@@ -75,6 +76,7 @@ def test_it_is_chosen_where_it_costs_less_and_only_there() -> None:
         assert any(recipe.executor == "module" for recipe in plan.recipes) == expected
 
 
+@pytest.mark.thorough
 def test_the_bound_holds_for_large_classes() -> None:
     profile = replace(allowed(gpt_profile(6), per_op=0.1), tape_ms_per_op=0.5, mode_ms_per_op=0.5)
     without = replace(profile, regions=tuple(replace(region, module_recomputable=False) for region in profile.regions))
@@ -89,6 +91,7 @@ def test_the_bound_holds_for_large_classes() -> None:
             assert plan.predicted_step_ms <= other.solve(budget_bytes).predicted_step_ms + 1e-9
 
 
+@pytest.mark.thorough
 def test_a_lone_block_that_runs_again_keeps_the_bound_below_it() -> None:
     profile = replace(allowed(gpt_profile(1), per_op=0.01), tape_ms_per_op=5.0, mode_ms_per_op=5.0)
     solver = Solver(profile)

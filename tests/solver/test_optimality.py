@@ -318,6 +318,7 @@ def test_a_value_held_for_a_part_of_backward() -> None:
     assert checkmate(solver.index, 0, 1, plain - 72).status == "infeasible"
 
 
+@pytest.mark.thorough
 def test_tightfit_is_never_faster_than_checkmate_and_equal_where_its_space_is_exact() -> None:
     """At zero overhead, one region: the program's space contains tightfit's one-level plans."""
     equal = total = 0
@@ -355,6 +356,7 @@ def test_checkmate_may_drop_what_passes_between_blocks() -> None:
 # ------------------------------------------------------------------------------------------------ plans and bounds
 
 
+@pytest.mark.thorough
 def test_the_bound_is_never_above_the_plan() -> None:
     """Profiles too large for the brute force of `test_solver`: many regions, columns by pricing.
 
@@ -395,6 +397,7 @@ def test_where_every_decision_is_on_offer_the_bound_is_the_plan() -> None:
     assert found > 5
 
 
+@pytest.mark.thorough
 def test_no_policy_beats_the_solver() -> None:
     """tightfit chooses exactly among its columns, so nothing that chooses among the same columns is faster."""
     profile = gpt_profile(3, width=64, tokens=16)
@@ -427,6 +430,7 @@ def test_every_kth_region_drops_everything() -> None:
 
 
 def test_without_classes_nothing_changes_but_the_time() -> None:
+    pytest.importorskip("torch")
     from benchmarks.ablation import without_classes
 
     profile = gpt_profile(4, width=64, tokens=16)

@@ -25,6 +25,7 @@ def all_decisions(index: ProfileIndex, region: int) -> list[Decision | None]:
     return [None, *(keeping(index, kept) for kept in sets)]
 
 
+@pytest.mark.thorough
 def test_at_prices_it_is_a_bound_and_mostly_the_least_cost() -> None:
     tight = looser_cut = cases = 0
     for seed in range(120):
@@ -66,6 +67,7 @@ def knapsack_profile(seed: int) -> Profile:
     return profile_of([template], [0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "profile", [*map(knapsack_profile, range(4)), *(random_profile(s, regions=1) for s in range(12))]
 )

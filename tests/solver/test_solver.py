@@ -94,6 +94,7 @@ def test_optimal_against_brute_force(seed: int) -> None:
     assert caught.value.where
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6))
 def test_bound_and_feasibility_without_enumeration(seed: int) -> None:
@@ -114,6 +115,7 @@ def test_bound_and_feasibility_without_enumeration(seed: int) -> None:
             check_plan(profile, plan)
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6))
 def test_time_never_increases_with_the_budget(seed: int) -> None:
@@ -175,6 +177,7 @@ def test_values_kept_for_safety_are_listed() -> None:
     assert recipe.held_bytes == 64 + 32
 
 
+@pytest.mark.thorough
 def test_an_ample_budget_touches_nothing() -> None:
     profile = gpt_profile(3)
     peak = plain_plan(profile, 0).predicted_peak_bytes
@@ -223,6 +226,7 @@ def test_a_source_that_two_regions_hold_counts_once() -> None:
     check_plan(profile, plan)
 
 
+@pytest.mark.thorough
 def test_gpt_blocks_stay_close_to_the_bound() -> None:
     profile = gpt_profile(6)
     solver = Solver(profile)
@@ -239,6 +243,7 @@ def test_gpt_blocks_stay_close_to_the_bound() -> None:
     assert plan.overhead_ratio < 0.05  # half the memory for a few percent
 
 
+@pytest.mark.thorough
 def test_solving_is_deterministic() -> None:
     profile = gpt_profile(3)
     budget = plain_plan(profile, 0).predicted_peak_bytes * 6 // 10
@@ -251,6 +256,7 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.thorough
 def test_passes_with_torch_blocked() -> None:
     """Some of what `make test-fast` runs: reading, simulating and solving need no PyTorch."""
     tests = Path(__file__).parents[1]
@@ -262,6 +268,7 @@ def test_passes_with_torch_blocked() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.thorough
 def test_the_smallest_budget_does_not_depend_on_measured_times() -> None:
     """What one run names as the smallest budget, the next run must accept, whatever its clock said."""
     profile = gpt_profile(3, width=64, tokens=16)
@@ -273,6 +280,7 @@ def test_the_smallest_budget_does_not_depend_on_measured_times() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.thorough
 def test_what_lies_between_points_of_the_hull_is_on_offer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four blocks: mixtures of what is on the hull do not come near every budget. No plan gets slower by it."""
     profile = gpt_profile(4)

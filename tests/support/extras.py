@@ -30,16 +30,11 @@ def skip_what_needs_missing_ones() -> None:
         return
     right = builtins.__import__
 
-    def importing(  # with the arguments of `__import__`
-        name: str,
-        globals: Any = None,  # noqa: A002
-        locals: Any = None,  # noqa: A002
-        fromlist: Any = (),
-        level: int = 0,
-    ) -> Any:
+    def importing(name: str, importer: Any = None, *rest: Any, **named: Any) -> Any:
+        importer = named.pop("globals", importer)
         package = _BY_WAY_OF.get(name, name).partition(".")[0]
-        if package in missing and (globals or {}).get("__name__", "").partition(".")[0] in _OURS:
+        if package in missing and (importer or {}).get("__name__", "").partition(".")[0] in _OURS:
             raise pytest.skip.Exception(f"needs {package}", allow_module_level=True)
-        return right(name, globals, locals, fromlist, level)
+        return right(name, importer, *rest, **named)
 
     builtins.__import__ = importing

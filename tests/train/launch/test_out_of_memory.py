@@ -12,6 +12,7 @@ import pytest
 from tests.train.launch.launching import TWO, finish, logged, start
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_rank_1_runs_out_of_memory() -> None:
     process = start("train", "--model", "tests.train.user_code:runs_out", "--dataset", "tests.train.user_code:numbers",

@@ -25,6 +25,7 @@ def weights(mark: str) -> dict[str, torch.Tensor]:
     return load_file(Path("runs/tests.train.user_code-numbers") / mark / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_called_twice_unused_and_frozen() -> None:
     alone(*WORDS, "--mark", "one")

@@ -29,6 +29,7 @@ from tests.train.launch.launching import (
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
     """Without one, by two starters that meet at an address, as on two nodes; with one, by a single starter."""
     steps = [*GPT, "--steps", "6"]
@@ -50,6 +51,7 @@ def test_two_processes_train_like_one_with_and_without_a_plan() -> None:
     assert sorted(path.name for path in Path("runs/python-source").iterdir()) == ["one", "plain", "planned"]
 
 
+@pytest.mark.slow
 def test_torchrun_uneven_batches_microbatches_and_a_resume() -> None:
     """103 samples in batches of 9 on 2 processes: no batch can be shared evenly, and the last of an epoch has 4."""
     Path("text.txt").write_bytes(bytes(range(256)) * 13)  # held out: the last tenth
@@ -66,6 +68,7 @@ def test_torchrun_uneven_batches_microbatches_and_a_resume() -> None:
     assert rest[-7:] == [line["loss"] for line in two[7:]]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_starter_saves_once_and_ends_all() -> None:
     process = start(*GPT, *TWO, "--steps", "100000", "--mark", "signal", "--log-every", "5")
     logged(process, "python-source/signal", 2)
@@ -77,6 +80,7 @@ def test_a_signal_to_the_starter_saves_once_and_ends_all() -> None:
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_and_is_named() -> None:
     process = start(*GPT, *TWO, "--steps", "100000", "--mark", "killed", "--log-every", "5")
     logged(process, "python-source/killed", 2)
@@ -92,6 +96,7 @@ def test_a_process_that_is_killed_ends_the_run_and_is_named() -> None:
     assert last.startswith(f"tightfit: rank 1 (process {victims[1]}) was killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     notes.mkdir()

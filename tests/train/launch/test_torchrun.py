@@ -19,6 +19,7 @@ import pytest
 from tests.train.launch.launching import GPT, metrics, run, torchrun
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_one_writer_and_one_decision() -> None:
     flags = ["--dist-url", "env://", "--dist-backend", "gloo", "--world-size", "-1", "--rank", "-1"]

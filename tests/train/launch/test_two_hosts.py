@@ -42,6 +42,7 @@ def hosts() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_two_hosts_train_like_one_process(hosts: list[list[str]]) -> None:
     steps = [*GPT, "--steps", "4"]

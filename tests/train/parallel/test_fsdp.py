@@ -22,6 +22,7 @@ def sharded_steps(processes: int, *words: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_each_process_holds_what_was_predicted() -> None:
     """Within 2 %: that a gloo exchange's scratch may linger is foreseen, but need not happen."""
     for found in sharded_steps(4, "64", "6", "24", "fp32"):
@@ -35,6 +36,7 @@ def test_each_process_holds_what_was_predicted() -> None:
         assert found["unchanged"]
 
 
+@pytest.mark.slow
 def test_bf16_blocks_with_a_float32_buffer() -> None:
     """Operations are replayed exactly as often as the plan says, and nothing is gathered or reduced more often than in
     the plain step: "double recompute, dtype mismatch", https://github.com/pytorch/pytorch/issues/148831 and
@@ -51,6 +53,7 @@ def test_bf16_blocks_with_a_float32_buffer() -> None:
         assert with_plan == without == {"all_gather": 7, "reduce_scatter": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_trains_like_one_process_and_goes_on_under_another_strategy() -> None:
     steps = [*GPT, "--clip-norm", "1.0", "--ema-decay", "0.9"]
@@ -73,6 +76,7 @@ def test_trains_like_one_process_and_goes_on_under_another_strategy() -> None:
     assert metrics("planned")[-1]["eval"]["loss"] == pytest.approx(metrics("one")[-1]["eval"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
