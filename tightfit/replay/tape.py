@@ -33,7 +33,6 @@ Invariants
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +65,6 @@ from tightfit.replay.self_check import Calibrator, mark_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import (
     Kept,
-    Passing,
     Ref,
     TapedOp,
     TapedRegion,
@@ -76,16 +74,17 @@ from tightfit.replay.values import (
     can_rebuild,
     contents,
     copy_of_storage,
-    demand,
     may_be_statistics,
     rebuild,
-    unref,
     written_refs,
 )
 from tightfit.replay.write_watch import Pending
+from tightfit.simulation.schedule import Pass, Schedule
 
 _Tensor = torch.Tensor
 _Noted = (torch.Tensor, list, tuple)
+#: What an operation returned, the storages of its arguments, and those of them that it wrote.
+_Made = tuple[tuple[Any, ...], dict[TapedValue, torch.UntypedStorage], list[TapedValue]]
 
 
 class Handle:
@@ -109,19 +108,19 @@ class Handle:
         self.tape.release(self.ref.value)
 
 
-class Tape:
+class Tape(Schedule[TapedValue, TapedOp]):
     """Records one region call and replays parts of it.  Forward is one thread's; replay may be any thread's."""
 
     def __init__(
         self,
         statistics: Statistics,
         pending: Pending,
-        nest: RecomputeTree | None = None,
+        tree: RecomputeTree | None = None,
         calibrator: Calibrator | None = None,
     ) -> None:
         self._statistics = statistics
         self._pending = pending
-        self._nest = nest if nest is not None and nest.cuts else None
+        self._tree = tree if tree is not None and tree.cuts else None
         self._calibrator = calibrator
         self._region: TapedRegion | None = None
         self._place = 0  # of the region among the tape's
@@ -149,8 +148,8 @@ class Tape:
 
     def _go_to(self, position: int) -> None:
         self._position = position
-        if self._nest is not None:
-            self._leaf = self._nest.leaf_at(self._place, position)
+        if self._tree is not None:
+            self._leaf = self._tree.leaf_at(self._place, position)
 
     def passes(self, func: Any) -> bool:
         """Whether the operation that comes now is one that the plan has no use for; if so, the tape is past it.
@@ -160,7 +159,7 @@ class Tape:
         a value of the tape: every such value reserves the address of its storage.
         """
         region = self._region
-        if self._nest is not None or self._calibrator is not None or region is None or not region.on_plan:
+        if self._tree is not None or self._calibrator is not None or region is None or not region.on_plan:
             return False
         recipe = region.recipe
         if recipe is None or recipe.passes[self._position] is not func:
@@ -365,7 +364,7 @@ class Tape:
             self._statistics.kept_unsafe += 1
             return Kept(tensor)
         with self._lock:
-            demand(value)
+            self._demand(value)
             value.handles += 1
             value.last_leaf = self._leaf
         if self._calibrator is not None:
@@ -376,7 +375,7 @@ class Tape:
     def seal(self) -> None:
         """The tape's last region ended: let go of everything that no handle needs."""
         with self._lock:
-            unref(self._released or [])
+            self._give_back(self._released or [])
             self._released = None
             movable = set(self._movable)
             for value in self._held:
@@ -395,7 +394,7 @@ class Tape:
                     self._pending.add(key, value, self._lock)
             for op in self._ops:
                 if not op.demanded:
-                    op.forget()
+                    self._forget(op)
             self._held = []
             self._movable = []
             self._ops = []
@@ -424,40 +423,15 @@ class Tape:
             if self._released is not None:
                 self._released.append(value)
             else:
-                unref([value])
+                self._give_back([value])
 
     def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)
-        if storage is not None:
-            return storage
-        todo: dict[int, TapedOp] = {}
-        stack = [wanted]
-        while stack:
-            value = stack.pop()
-            if value.memo is None and value.source is None:
-                op = value.op
-                if op is None or op.done:
-                    raise RuntimeError(
-                        "tightfit cannot rebuild a saved tensor: it, or what it is recomputed from, was changed after "
-                        "autograd saved it (for example through .data or NumPy), which the plan did not know. Measure "
-                        "the model again, or keep this part out of the plan."
-                    )
-                if op.order not in todo:
-                    todo[op.order] = op
-                    stack.extend(op.inputs)
-        passing = Passing(leaf, Counter(value for op in todo.values() for value in op.inputs))
-        for order in sorted(todo):
-            self._run(todo[order], passing)
-        storage = contents(wanted)
-        assert storage is not None
+        if storage is None:
+            self._recompute(wanted, leaf)
+            storage = contents(wanted)
+            assert storage is not None
         return storage
-
-    def _stays(self, value: TapedValue, leaf: int) -> bool:
-        """What a replay for `leaf` makes is memoised: somebody still wants it, and the nest holds it for the leaf."""
-        if value.refs == 0 or value.source is not None:
-            return False
-        assert value.op is not None
-        return self._nest is None or self._nest.holds(value.op.leaf, value.last_leaf, leaf)
 
     def _is_changed(self, value: TapedValue) -> bool:
         """While calibrating: somebody wrote into a source, unseen."""
@@ -469,25 +443,19 @@ class Tape:
         expected, value.mark = value.mark, None
         return expected is not None and value.source is not None and mark_of(value.source) != expected
 
-    def _run(self, op: TapedOp, passing: Passing) -> None:
+    def _execute(self, op: TapedOp, going_on: Pass[TapedValue], finished: bool) -> _Made:
         self._statistics.replayed_ops += 1
-        stays = {value: self._stays(value, passing.leaf) for value in op.outputs}
-        finished = all(stays[value] or value.refs == 0 or value.source is not None for value in op.outputs)
+        memos = going_on.memos
         storages: dict[TapedValue, torch.UntypedStorage] = {}
         written = written_refs(op)
         for value in op.inputs:
-            held = passing.storages[value] if value in passing.storages else contents(value)
+            held = memos[value] if value in memos else contents(value)
             assert held is not None
             if self._is_changed(value) or self._is_changed_elsewhere(value):
                 assert value.source is not None
                 raise changed_error(value.source, "behind PyTorch's back (for example through NumPy, or by BatchNorm)")
-            if value in written:  # in place if only this operation wants it
-                if value in passing.storages and passing.readers[value] == 1:
-                    del passing.storages[value]
-                elif value.memo is not None and value.refs == 1 and finished:
-                    value.memo = None
-                else:
-                    held = held.clone()
+            if value in written and not self._may_overwrite(value, going_on, finished):
+                held = held.clone()
             storages[value] = held
 
         args = [rebuild(a, storages) for a in op.args]
@@ -503,28 +471,28 @@ class Tape:
                 op.generator.set_state(now)
         else:
             result = op.func(*args, **kwargs)
-        results = result_tensors(result)
-        written_values = list(written)
-        for value in op.outputs:
-            if value.memo is not None:
-                continue  # from an earlier run, after which another result was still wanted
-            if not stays[value] and (passing.readers[value] == 0 or value.source is not None):
-                continue
-            if value.output >= 0:
-                storage = results[value.output].untyped_storage()
-            else:
-                storage = storages[written_values[-1 - value.output]]
-            if storage.nbytes() != value.nbytes:
-                raise RuntimeError(
-                    f"replaying {op.info.name} gave a storage of {storage.nbytes()} bytes instead of {value.nbytes}: "
-                    "the operation is not a function of its inputs. Please report this operation."
-                )
-            if stays[value]:
-                value.memo = storage
-            else:
-                passing.storages[value] = storage
-        inputs = op.inputs
-        if finished:
-            op.forget()
-            unref(list(inputs))
-        passing.was_read_by_one_more(inputs)
+        return result_tensors(result), storages, list(written)
+
+    def _take(self, value: TapedValue, made: _Made, lasts: bool) -> torch.UntypedStorage:
+        results, storages, written = made
+        output = value.output
+        storage = results[output].untyped_storage() if output >= 0 else storages[written[-1 - output]]
+        if storage.nbytes() != value.nbytes:
+            assert value.op is not None
+            raise RuntimeError(
+                f"replaying {value.op.info.name} gave a storage of {storage.nbytes()} bytes instead of {value.nbytes}: "
+                "the operation is not a function of its inputs. Please report this operation."
+            )
+        return storage
+
+    def _free(self, value: TapedValue) -> None:
+        value.memo = None
+        value.source = None
+
+    def _forget(self, op: TapedOp) -> None:
+        op.done = True
+        op.inputs = ()  # breaks reference cycles
+        op.outputs = []
+        op.args = ()
+        op.kwargs = {}
+        op.random_state = None

@@ -6,7 +6,6 @@ yet to be replayed, holds one on every value that it wants; what reaches zero is
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -25,15 +24,15 @@ from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import LiveRecipe
 from tightfit.replay.refusals import changed_error, modified_error
+from tightfit.simulation.schedule import Op, Value
 
 _Tensor = torch.Tensor
 
 
-class TapedValue:
+class TapedValue(Value):
     """What one storage holds between two writes."""
 
-    __slots__ = ("__weakref__", "address", "handles", "last_leaf", "live", "mark", "memo", "nbytes", "op", "output",
-                 "refs", "source", "uninitialised", "version")  # fmt: skip
+    __slots__ = ("__weakref__", "address", "handles", "live", "mark", "nbytes", "output", "uninitialised", "version")
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
         self.address = address
@@ -93,11 +92,10 @@ class TapedRegion:
         return self.on_plan and value.op is not None and (value.op.position, value.output) in names
 
 
-class TapedOp:
-    """One operation that can be run again."""
+class TapedOp(Op):
+    """One operation that can be replayed."""
 
-    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "leaf", "order",
-                 "outputs", "position", "random_state", "region")  # fmt: skip
+    __slots__ = ("args", "func", "generator", "grad", "info", "kwargs", "position", "random_state", "region")
 
     def __init__(self, region: TapedRegion, position: int, order: int, leaf: int, func: Any, info: OpInfo) -> None:
         self.region = region
@@ -115,33 +113,6 @@ class TapedOp:
         self.grad = False
         self.generator: torch.Generator | None = None
         self.random_state: _Tensor | None = None
-
-    def forget(self) -> None:
-        """Break reference cycles: the operation will not run (again)."""
-        self.done = True
-        self.inputs = ()
-        self.outputs = []
-        self.args = ()
-        self.kwargs = {}
-        self.random_state = None
-
-
-class Passing:
-    """What one replay passes through: results that it needs on its way and that are not memoised."""
-
-    __slots__ = ("leaf", "readers", "storages")
-
-    def __init__(self, leaf: int, readers: Counter[TapedValue]) -> None:
-        self.leaf = leaf  # for which this replay is
-        self.readers = readers  # of each value, how many of its operations are yet to read it
-        self.storages: dict[TapedValue, torch.UntypedStorage] = {}
-
-    def was_read_by_one_more(self, values: tuple[TapedValue, ...]) -> None:
-        """An operation that reads `values` has run."""
-        for value in values:
-            self.readers[value] -= 1
-            if self.readers[value] == 0:
-                self.storages.pop(value, None)
 
 
 class Kept:
@@ -191,34 +162,6 @@ def can_rebuild(wanted: TapedValue) -> bool:
             return False
         stack.extend(value.op.inputs)
     return True
-
-
-def demand(wanted: TapedValue) -> None:
-    """One more reference on `wanted`, and on all that rebuilding it needs."""
-    stack = [wanted]
-    while stack:
-        value = stack.pop()
-        value.refs += 1
-        op = value.op
-        if value.refs == 1 and value.source is None and op is not None and not op.demanded:
-            op.demanded = True
-            stack.extend(op.inputs)
-
-
-def unref(values: list[TapedValue]) -> None:
-    """Give back one reference on each of `values`; free what nobody wants any more."""
-    stack = values
-    while stack:
-        value = stack.pop()
-        value.refs -= 1
-        if value.refs:
-            continue
-        value.memo = None
-        value.source = None
-        op = value.op
-        if op is not None and op.demanded and not op.done and all(output.refs == 0 for output in op.outputs):
-            stack.extend(op.inputs)
-            op.forget()
 
 
 def written_refs(op: TapedOp) -> dict[TapedValue, None]:

@@ -31,11 +31,10 @@ class RegionFacts:
     """Own values that replay can rebuild."""
     slots: tuple[int, ...]
     """Slots whose value is own and droppable: the only ones that a decision concerns."""
-
-    @property
-    def optional(self) -> frozenset[int]:
-        """Values that a keep set may name: keepable, and not forced to be held anyway."""
-        return self.keepable & self.droppable
+    optional: frozenset[int]
+    """Values that a decision may keep: keepable, and not forced to be held anyway."""
+    names: tuple[tuple[int, int, ValueName], ...]
+    """Of each optional value: itself, its region's place among the tape's, and its name there."""
 
 
 class ProfileIndex:
@@ -130,16 +129,14 @@ class ProfileIndex:
 
     def keep_values(self, region: int, names: Collection[ValueName]) -> frozenset[int]:
         """Return the values of a region with these names; names that do not exist or are not optional are ignored."""
-        return frozenset(value for value in self.facts[region].optional if self.local(value) in names)
+        return frozenset([value for value, _, name in self.facts[region].names if name in names])
 
-    def kept_values(self, facts: RegionFacts, first: int, decisions: Sequence[Decision | None]) -> frozenset[int]:
+    def kept_values(self, facts: RegionFacts, decisions: Sequence[Decision | None]) -> frozenset[int]:
         """Return what is kept on one tape over several regions, with a decision for each (None there: everything)."""
-        kept = set()
-        for value in facts.optional:
-            decision = decisions[self.region_of_op[self.profile.values[value].op] - first]
-            if decision is None or self.local(value) in decision.kept:
-                kept.add(value)
-        return frozenset(kept)
+        kept = [None if decision is None else decision.kept for decision in decisions]
+        return frozenset(
+            [value for value, place, name in facts.names if (names := kept[place]) is None or name in names]
+        )
 
     def events_between(self, region: int) -> Sequence[Event]:
         """Return what happens in forward between a region's begin and its end."""
@@ -189,7 +186,16 @@ class ProfileIndex:
             for s in self.slots_of_region[region]
             if (v := profile.slots[s].value) in droppable and not profile.values[v].overwritten
         )
-        return RegionFacts(index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots)
+        optional = keepable & droppable
+        return RegionFacts(
+            index=index,
+            own=own,
+            keepable=keepable,
+            droppable=frozenset(droppable),
+            slots=slots,
+            optional=optional,
+            names=tuple((v, self.region_of_op[profile.values[v].op] - index, self.local(v)) for v in sorted(optional)),
+        )
 
     def _fixed(self) -> tuple[list[int], dict[int, int], dict[int, list[tuple[int, int]]]]:
         """Level after each event and spikes of what lives whatever is decided; when each storage lives in it."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tightfit.records import Decision, EventKind, Profile, SharedTape
-from tightfit.simulation.levers import BY_VALUE, RegionModel, UntouchedModel, lever_named
+from tightfit.simulation.levers import BY_VALUE, NOTHING, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
 
 
@@ -73,6 +73,8 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
     for time in index.events_of_region[region]:
         event = profile.events[time]
         moment = model.handle(event.kind, event.a)
+        if moment is NOTHING:
+            continue
         for storage in moment.acquired:
             held[storage] += 1
             if held[storage] == 1:

@@ -116,7 +116,7 @@ class _Tape:
 def _tape(index: ProfileIndex, first: int, decisions: Sequence[Decision | None]) -> _Tape:
     profile = index.profile
     facts = index.tape_facts(first, len(decisions))
-    kept = index.kept_values(facts, first, decisions)
+    kept = index.kept_values(facts, decisions)
     needed = index.rebuilding_ops(facts, kept)
     return _Tape(
         index,
