@@ -161,7 +161,7 @@ def test_other_lengths_of_a_model_that_only_real_steps_can_measure(budget_bytes:
     for length in (LONG, SHORT):
         assert case.peak(batch_of(length)) <= case.budget_bytes
         case.assert_gradients_are_plain(batch_of(length))
-    # The longer batch may need regions to be recomputed that were not before: calibrating them takes memory once.
+    # The longer batch may need regions to be recomputed that were not before: their self-check takes memory once.
     counts = case.counts
     assert (counts.tried <= 1, counts.mismatched_steps) == (True, 0)
     assert counts.tried + counts.reused + counts.solved + counts.plain == 2
@@ -232,7 +232,9 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
         return found[-1]
 
     monkeypatch.setattr(replan, "measure_reshaped", forgetful)
-    monkeypatch.setattr(replan, "_replaying", lambda plan: set())  # as if all of these regions were calibrated
+    monkeypatch.setattr(
+        replan, "_replaying", lambda plan: set()
+    )  # as if all of these regions had passed their self-check
     case = Case(Transformer(), budget_bytes)
     for reference in case.plans._replanner._references:
         reference.correction_bytes = forgotten_bytes

@@ -184,7 +184,7 @@ def test_the_model_is_as_before_and_unplanned(plan: Plan) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "dropout": 0.2}, {"bidirectional": True}], ids=str)
 def test_onednn_lstm_is_replayed_with_equal_gradients(options: dict[str, Any]) -> None:
-    """Calibration cannot judge this kernel (its workspace has undefined padding): compare its gradients."""
+    """A self-check cannot judge this kernel (its workspace has undefined padding): compare its gradients."""
 
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a tape is made of: values, references to them, operations, and what autograd holds instead of a saved tensor.
+"""Hold what a tape is made of: values, references to them, operations, and saved tensors that stay.
 
 A *value* is what one storage holds between two writes.  References are counted: each handle, and each operation that is
 yet to be replayed, holds one on every value that it wants; what reaches zero is freed.
@@ -22,7 +22,7 @@ from tightfit._torch_private import (
 )
 from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
-from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import changed_error, modified_error
 from tightfit.simulation.schedule import Op, Value
 
@@ -64,7 +64,7 @@ class Ref:
         self.lazy = tensor.is_conj(), tensor.is_neg()
 
     def build(self, storage: torch.UntypedStorage) -> _Tensor:
-        """A tensor of this geometry on `storage`."""
+        """Return a tensor of this geometry on `storage`."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)
         return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
@@ -75,17 +75,17 @@ class TapedRegion:
 
     __slots__ = ("on_plan", "recipe", "refused")
 
-    def __init__(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
+    def __init__(self, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
         self.recipe = recipe
         self.on_plan = recipe is not None  # its operations have been the plan's so far
-        self.refused = refused  # positions of operations that calibration found unfit, in any call of this region
+        self.refused = refused  # positions of operations that a self-check found unfit, in any call of this region
 
     def keeps(self, value: TapedValue) -> bool:
-        """The plan has one of this region's values held."""
+        """Return whether the plan has one of this region's values held."""
         return self._is_in(self.recipe.keep if self.recipe is not None else (), value)
 
     def drops(self, value: TapedValue) -> bool:
-        """The plan has it dropped; without a plan, everything is."""
+        """Return whether the plan has it dropped; without a plan, everything is."""
         return not self.on_plan or self._is_in(self.recipe.drop if self.recipe is not None else (), value)
 
     def _is_in(self, names: Collection[tuple[int, int]], value: TapedValue) -> bool:
@@ -101,7 +101,7 @@ class TapedOp(Op):
         self.region = region
         self.position = position  # in its region
         self.order = order  # on its tape
-        self.leaf = leaf  # of the tape's nest
+        self.leaf = leaf  # of the tape's tree
         self.func = func
         self.info = info
         self.args: tuple[Any, ...] = ()
@@ -129,14 +129,14 @@ class Kept:
         self.version = version_of(tensor)
 
     def read(self) -> _Tensor:
-        """The tensor; raises as plain autograd does if it was written after being saved."""
+        """Return the tensor; raise as plain autograd does if it was written after being saved."""
         if version_of(self.tensor) != self.version:
             raise modified_error(self.tensor.dtype, self.tensor.shape, version_of(self.tensor), self.version)
         return self.tensor
 
 
 def contents(value: TapedValue) -> torch.UntypedStorage | None:
-    """The bytes of a value, if they are at hand. Raises if its source was written after the region ended."""
+    """Return the bytes of a value, if they are at hand. Raise if its source was written after the region ended."""
     if value.memo is not None:
         return value.memo
     source = value.source
@@ -148,7 +148,7 @@ def contents(value: TapedValue) -> torch.UntypedStorage | None:
 
 
 def can_rebuild(wanted: TapedValue) -> bool:
-    """Every operation that rebuilding needs is on the tape, and every leaf is held."""
+    """Return whether every operation that rebuilding needs is on the tape, and every source is held."""
     seen: set[TapedValue] = set()
     stack = [wanted]
     while stack:
@@ -165,7 +165,7 @@ def can_rebuild(wanted: TapedValue) -> bool:
 
 
 def written_refs(op: TapedOp) -> dict[TapedValue, None]:
-    """Values that the operation writes, in argument order."""
+    """Return the values that the operation writes, in argument order."""
     written: dict[TapedValue, None] = {}
     for position, name in op.info.mutates:
         argument = op.args[position] if position < len(op.args) else op.kwargs.get(name)
@@ -176,7 +176,7 @@ def written_refs(op: TapedOp) -> dict[TapedValue, None]:
 
 
 def rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> Any:
-    """An argument with references replaced by tensors on the given storages."""
+    """Replace the references of an argument by tensors on the given storages."""
     if isinstance(argument, Ref):
         return argument.build(storages[argument.value])
     if isinstance(argument, list | tuple):
@@ -185,7 +185,7 @@ def rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> 
 
 
 def copy_of_storage(tensor: _Tensor) -> _Tensor:
-    """A tensor of the same geometry on a copy of the whole storage."""
+    """Return a tensor of the same geometry on a copy of the whole storage."""
     with below_autograd():
         storage = tensor.untyped_storage().clone()
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -194,7 +194,7 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
 
 
 def belongs_to_others(tensor: _Tensor) -> bool:
-    """Its memory was given to PyTorch (`torch.from_numpy`, `torch.frombuffer`): the giver may write there, unseen."""
+    """Return whether memory was given to PyTorch (`torch.from_numpy`): the giver may write there, unseen."""
     return not tensor.untyped_storage().resizable() and device_for(tensor).is_host
 
 
@@ -203,7 +203,7 @@ _STATISTICS_BYTES = 64 << 10
 
 
 def may_be_statistics(tensor: _Tensor) -> bool:
-    """Running statistics look like this, and normalisation moves them with no mark and no version: hold a copy.
+    """Return whether a tensor looks like running statistics, which normalisation moves with no mark and no version.
 
     The write is seen where the engine watches, but the normalisation may be in a region that is left untouched.
     """
@@ -217,7 +217,7 @@ def may_be_statistics(tensor: _Tensor) -> bool:
 
 
 def before_write(value: TapedValue, tensor: _Tensor) -> None:
-    """The storage that `tensor` shows is about to be written: keep what is still needed of `value`, which is in it."""
+    """Keep what is still needed of a value whose storage, which `tensor` shows, is about to be written."""
     if value.handles and value.live is None:
         # Plain autograd holds this storage: it would refuse at the read if the version moved, else see the new contents
         # (`.data`, NumPy, running statistics). So does what is held from here on.

@@ -1,4 +1,4 @@
-"""The schedule of recomputation: what runs again at which read, what is held until when.
+"""Schedule recomputation: what runs again at which read, and what is held until when.
 
 The engine follows it with tensors (`tightfit.replay.tape`), the simulator with bytes (`TapeModel`), so that the one
 predicts what the other does.  References are counted: each saved tensor that was dropped, and each operation that is

@@ -91,7 +91,7 @@ class TapeModel(Schedule[_Value, _Op]):
         for op in needed:
             record = profile.ops[op]
             taped = self._ops[op] = _Op(
-                op, record.random_state_bytes, profile.signatures[record.signature].scratch_bytes
+                op, record.random_state_bytes, profile.signatures[record.signature].workspace_bytes
             )
             for value in dict.fromkeys(record.inputs):
                 read = found(value)
@@ -115,7 +115,7 @@ class TapeModel(Schedule[_Value, _Op]):
         return profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * taped)
 
     def handle(self, kind: EventKind, a: int) -> Moment:
-        """What the event does: OP, SAVE, UNPACK, RELEASE or EXIT of this tape's regions."""
+        """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of this tape's regions."""
         if kind == EventKind.EXIT:
             return self._seal() if a == self._last_region else NOTHING
         if kind == EventKind.OP:
@@ -169,7 +169,7 @@ class TapeModel(Schedule[_Value, _Op]):
         moment = Moment(memo_delta=op.random_bytes)
         self._bytes += op.random_bytes
         for value in op.inputs:
-            if value.source is not None and not value.is_held and not self._index.is_baseline(value.storage):
+            if value.source is not None and not value.is_held and not self._index.is_resident(value.storage):
                 value.is_held = True
                 moment.acquired.append(value.storage)
         return moment
