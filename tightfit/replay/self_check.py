@@ -164,7 +164,7 @@ def _clone_with_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Return whether type, shape, dtype and bits are equal (NaN equals the same NaN); what is no tensor compares by ==."""
+    """Return whether type, shape, dtype and bits are equal (NaN equals that NaN); what is no tensor compares by ==."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return bool(a == b) if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) else False
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:

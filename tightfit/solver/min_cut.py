@@ -28,7 +28,7 @@ class Closure:
         self._requires.append((node, needed))
 
     def lightest(self) -> tuple[float, list[bool]]:
-        """Return the weight of the lightest closed set (at most 0, that of the empty one), and which nodes are in it."""
+        """Return the weight of the lightest closed set (at most 0, the empty one's), and which nodes are in it."""
         source, sink = len(self.weights), len(self.weights) + 1
         graph: list[list[int]] = [[] for _ in range(sink + 1)]
         heads: list[int] = []
