@@ -85,7 +85,7 @@ def row(name: str, depth: int, model: nn.Module, batch: Tensor, profile: Profile
     step_ms(model, batch, None)
     plain = gradients(model)
     with tightfit.apply(model, plan) as applied:
-        step_ms(model, batch, applied)  # calibrates
+        step_ms(model, batch, applied)  # the self-check
         resident = meter.resident_bytes(model, batch)
         _, peak_bytes = meter.measure_peak(lambda: step_ms(model, batch, applied), resident)
         equal = all(torch.equal(a, b) for a, b in zip(plain, gradients(model), strict=True))

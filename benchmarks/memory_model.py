@@ -142,7 +142,7 @@ def run_cell(name: str, size: Any, profile: Any, solver: Any, budget: int, plain
     case = build(name, size)
     spec = Step(loss=case.loss)
     with tightfit.apply(case.model, plan, step=spec) as applied:
-        train(case, 1, loss=lambda: applied.loss(case.model, case.batch), metered=False)  # calibrates
+        train(case, 1, loss=lambda: applied.loss(case.model, case.batch), metered=False)  # the self-check
         refused = bool(applied.refused)
         case.model.load_state_dict(build(name, size).model.state_dict())
         applied.statistics.reset()
@@ -301,7 +301,7 @@ def time_table(rows: list[Row]) -> list[str]:
         "",
         "## Planning time, seconds",
         "",
-        "| model | operations | regions | measure, cold | of it scratch | times | measure, cached | of it scratch "
+        "| model | operations | regions | measure, cold | of it workspace | times | measure, cached | of it workspace "
         "| times | first solve | later solves, median |",
         "|" + "---|" * 11,
     ]
@@ -309,7 +309,7 @@ def time_table(rows: list[Row]) -> list[str]:
         solves = [cell.solve_s for cell in row.cells[1:]]
         if solves:
             parts = " | ".join(
-                f"{found['total']:.2f} | {100 * found['scratch'] / found['total']:.0f} % | "
+                f"{found['total']:.2f} | {100 * found['workspace'] / found['total']:.0f} % | "
                 f"{100 * found['times'] / found['total']:.0f} %"
                 for found in (row.cold, row.cached)
             )

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Recipe
-from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.session import Installed
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.step.step import Step
@@ -86,9 +86,9 @@ def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
     """Installed sessions that record nothing, record all and drop all, and the number of operations."""
     profile = measure_step(block, x, Step(loss=lambda m, b: m(b).float().sum()))
     index = ProfileIndex(profile)
-    nothing: dict[str, LiveRecipe | None] = {}
-    recorded: dict[str, LiveRecipe | None] = {}
-    everything: dict[str, LiveRecipe | None] = {}
+    nothing: dict[str, ResolvedRecipe | None] = {}
+    recorded: dict[str, ResolvedRecipe | None] = {}
+    everything: dict[str, ResolvedRecipe | None] = {}
     ops = 0
     for number, region in enumerate(profile.regions):
         if region.key.startswith("<loss>") or not region.op_count:
@@ -103,12 +103,12 @@ def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
         drop = tuple(sorted({index.local(profile.slots[slot].value) for slot in index.facts[number].slots}))
         common = {"class_id": 0, "op_names": names, "lever": "tape", "executor": "tape", "keep": ()}
         common |= {"held_bytes": 0, "dropped_bytes": 0, "replay_ms": 0.0}
-        nothing[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=()))
-        recorded[region.key] = LiveRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
+        nothing[region.key] = ResolvedRecipe(Recipe(**common, drop=(), replay=()))
+        recorded[region.key] = ResolvedRecipe(Recipe(**common, drop=(), replay=tuple(range(region.op_count))))
         replay = tuple(sorted(op - region.first_op for op in needed))
-        everything[region.key] = LiveRecipe(Recipe(**common, drop=drop, replay=replay))
+        everything[region.key] = ResolvedRecipe(Recipe(**common, drop=drop, replay=replay))
     planned = {"nothing recorded": nothing, "all recorded": recorded, "all dropped": everything}
-    return {name: Installed(recipes=found, calibrate=False) for name, found in planned.items()}, ops
+    return {name: Installed(recipes=found, self_check=False) for name, found in planned.items()}, ops
 
 
 def synchronize() -> None:

@@ -35,7 +35,7 @@ def parts_of_peak(breakdown: Mapping[str, int], where: str) -> dict[str, int]:
     for name, size in breakdown.items():
         if name in ("parameters", "gradients"):
             parts[name] += size
-        elif name == "optimizer_state" or (in_optimizer and name in ("activations", "operation_scratch")):
+        elif name == "optimizer_state" or (in_optimizer and name in ("activations", "workspace")):
             parts["optimizer state and temporaries"] += size
         elif name == "activations":
             parts["values kept"] += size

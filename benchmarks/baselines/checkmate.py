@@ -181,7 +181,7 @@ class _Row:
                 storage, change = a, 1 if kind == EventKind.ALLOC else -1
             elif kind in (EventKind.SAVE, EventKind.RELEASE) and a in fixed:
                 storage, change = profile.values[profile.slots[a].value].storage, 1 if kind == EventKind.SAVE else -1
-            if storage >= 0 and not index.is_baseline(storage):
+            if storage >= 0 and not index.is_resident(storage):
                 held[storage] += change
                 if change > 0 and held[storage] == 1:
                     level += profile.storages[storage].nbytes
@@ -190,9 +190,9 @@ class _Row:
                     level -= profile.storages[storage].nbytes
                     self._lives.setdefault(storage, []).append((born.pop(storage), time))
             signature = profile.ops[a].signature if kind == EventKind.OP else a
-            scratch = profile.signatures[signature].scratch_bytes if kind in _SCRATCH_KINDS else 0
+            workspace = profile.signatures[signature].workspace_bytes if kind in _SCRATCH_KINDS else 0
             self.level.append(level)
-            self.high.append(level + scratch)
+            self.high.append(level + workspace)
         for storage, start in born.items():
             self._lives.setdefault(storage, []).append((start, len(profile.events)))
 
@@ -297,7 +297,7 @@ def _formulate(row: _Row, budget_bytes: int, unit: int) -> _Formulated | None:
         for op in run:
             made = sum(index.nbytes(v) for v in profile.ops[op].outputs)
             record = profile.ops[op]
-            inside = profile.signatures[record.signature].scratch_bytes + record.random_state_bytes
+            inside = profile.signatures[record.signature].workspace_bytes + record.random_state_bytes
             high = dict(level)
             high[run[op]] = high.get(run[op], 0) + made + inside
             for mutated in set(record.mutates):  # written in place where nobody else wants the old value

@@ -151,24 +151,24 @@ def chain_of(index: ProfileIndex) -> tuple[list[Stage], list[int]]:
     regions = [place for place, region in enumerate(profile.regions) if region.op_count]
     stage_of = {region: stage for stage, region in enumerate(regions)}
     backward_ms = [0.0] * len(regions)
-    backward_scratch = [0] * len(regions)
-    forward_scratch = [0] * len(regions)
+    backward_workspace = [0] * len(regions)
+    forward_workspace = [0] * len(regions)
     current = len(regions) - 1
     for time, event in enumerate(profile.events):
         if event.kind == EventKind.OPTIMIZER:
             break
         owner = index.owner(event)
         if event.kind == EventKind.OP:
-            scratch = profile.signatures[profile.ops[event.a].signature].scratch_bytes
+            workspace = profile.signatures[profile.ops[event.a].signature].workspace_bytes
             stage = stage_of[owner]
-            forward_scratch[stage] = max(forward_scratch[stage], scratch)
+            forward_workspace[stage] = max(forward_workspace[stage], workspace)
         if time < index.backward_event():
             continue
         if owner in stage_of:
             current = stage_of[owner]
         elif event.kind == EventKind.OTHER_OP:
             backward_ms[current] += profile.signatures[event.a].ms
-            backward_scratch[current] = max(backward_scratch[current], profile.signatures[event.a].scratch_bytes)
+            backward_workspace[current] = max(backward_workspace[current], profile.signatures[event.a].workspace_bytes)
     last_reader = {
         value: stage_of[index.region_of_op[op]] for op, record in enumerate(profile.ops) for value in record.inputs
     }
@@ -194,8 +194,8 @@ def chain_of(index: ProfileIndex) -> tuple[list[Stage], list[int]]:
                 backward_ms=backward_ms[stage],
                 output_bytes=passing[stage],
                 saved_bytes=max(sum(own.values()), passing[stage]),
-                forward_transient_bytes=forward_scratch[stage],
-                backward_transient_bytes=backward_scratch[stage],
+                forward_transient_bytes=forward_workspace[stage],
+                backward_transient_bytes=backward_workspace[stage],
                 gradient_bytes=passing[stage],
             )
         )

@@ -51,7 +51,7 @@ class Cube(torch.autograd.Function):
         return grad * 3 * square + 0 * x
 
 
-# The first call of a region calibrates, later ones rely on what it found: both must be right.
+# The first call of a region is its self-check, later ones rely on what it found: both must be right.
 @pytest.mark.parametrize("calls", [1, 2, 3])
 @pytest.mark.parametrize("allocate", [torch.empty_like, torch.zeros_like, torch.ones_like])
 def test_raw_kernel_into_a_fresh_buffer(allocate: Callable[[Tensor], Tensor], calls: int) -> None:
@@ -421,8 +421,8 @@ def test_same_bits_is_exact() -> None:
     assert not same_bits(None, torch.zeros(1))
 
 
-@pytest.mark.parametrize("calibrate", [False, True])
-def test_what_was_computed_from_statistics_before_batch_norm_moved_them_is_kept(calibrate: bool) -> None:
+@pytest.mark.parametrize("self_check", [False, True])
+def test_what_was_computed_from_statistics_before_batch_norm_moved_them_is_kept(self_check: bool) -> None:
     """BatchNorm writes running statistics with no mark and no version: `before` must not come from the new ones."""
     torch.manual_seed(0)
     x, start = torch.randn(8, 16), torch.randn(8, 16, requires_grad=True)
@@ -435,7 +435,7 @@ def test_what_was_computed_from_statistics_before_batch_norm_moved_them_is_kept(
         return (y * before).sin().sum()
 
     forward(start).backward()
-    with Installed(recipes={}, calibrate=calibrate).region("r"):
+    with Installed(recipes={}, self_check=self_check).region("r"):
         loss = forward(weight)
     loss.backward()
     assert start.grad is not None

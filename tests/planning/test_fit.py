@@ -19,7 +19,7 @@ from tightfit.device import device_for
 from tightfit.planning import search as planner
 from tightfit.records import Plan, Profile
 from tightfit.replay.tape import Tape
-from tightfit.replay.write_watch import Pending
+from tightfit.replay.write_watch import WriteWatch
 from tightfit.solver.solver import Solver, plain_plan
 from tightfit.verification.trial import Outcome, Trial
 
@@ -329,7 +329,7 @@ def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(m
 def test_recognising_a_batch_hands_no_memory_out(peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nothing that reads the batch would be replayed, and a tight budget would be exceeded."""
     exposed: list[Tensor] = []
-    monkeypatch.setattr(Pending, "expose", lambda self, tensor: exposed.append(tensor))
+    monkeypatch.setattr(WriteWatch, "expose", lambda self, tensor: exposed.append(tensor))
     with tightfit.fit(Net(), BATCH, budget=peaks[0]) as applied:
         applied.loss(applied._model, BATCH).backward()
     assert exposed == []

@@ -52,7 +52,7 @@ def allocated_in_backward(model: nn.Module, batch: Any, **options: Any) -> tuple
     begin = ProfileIndex(profile).backward_event()
     after = profile.events[begin:]
     predicted = sum(profile.storages[e.a].nbytes for e in after if e.kind == EventKind.ALLOC)
-    predicted += sum(profile.signatures[e.a].scratch_bytes for e in after if e.kind == EventKind.OTHER_OP)
+    predicted += sum(profile.signatures[e.a].workspace_bytes for e in after if e.kind == EventKind.OTHER_OP)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     loss = options.get("loss", lambda m, b: m(b))(model, batch)

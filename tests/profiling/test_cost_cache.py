@@ -71,7 +71,7 @@ def test_an_operation_is_run_alone_once_per_machine(folder: Path, ran: list[str]
     assert ran == []
     assert second.signatures == first.signatures
     assert second.storages == first.storages
-    assert set(first.measuring_ms) == {"observing", "scratch", "times", "mechanism", "tables"}
+    assert set(first.measuring_ms) == {"observing", "workspace", "times", "mechanism", "tables"}
     only_file(folder)
 
 

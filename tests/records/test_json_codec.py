@@ -196,7 +196,7 @@ def set_to(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         set_to("values", 0, "storage", value=10**6),
         set_to("values", 0, "op", value=-2),
         set_to("signatures", 0, "ms", value=-1.0),
-        set_to("signatures", 0, "scratch_bytes", value=-1),
+        set_to("signatures", 0, "workspace_bytes", value=-1),
         set_to("ops", 0, "signature", value=99),
         set_to("ops", 0, "inputs", value=[10**6]),
         set_to("ops", 0, "outputs", value=[-1]),

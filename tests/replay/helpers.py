@@ -57,11 +57,11 @@ def run(
     after: Callable[[Any], torch.Tensor] = total,
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     calls: int = 1,
-    calibrate: bool = True,
+    self_check: bool = True,
 ) -> Run:
     """`function(x, w)` in one region, then `after` outside it, then `backward`.  `calls` times; the last one counts."""
     found = Run()
-    installed = Installed(recipes={}, calibrate=calibrate)
+    installed = Installed(recipes={}, self_check=self_check)
     for _ in range(calls):
         torch.manual_seed(1)
         w = torch.randn(16, 16).requires_grad_()

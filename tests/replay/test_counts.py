@@ -67,7 +67,7 @@ def forked(x: Tensor, w: Tensor) -> Tensor:
 def test_operations(function: Callable[[Tensor, Tensor], Tensor], taped: int, dropped: int, replayed: int) -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     w = torch.randn(WIDTH, WIDTH, requires_grad=True)
-    installed = Installed(recipes={}, calibrate=False)
+    installed = Installed(recipes={}, self_check=False)
     with installed.region(PATH):
         result = function(x, w)
     counts = installed.statistics
@@ -85,7 +85,7 @@ def test_bytes_held_after_forward() -> None:
     del plain
 
     def planned() -> Tensor:
-        with Installed(recipes={}, calibrate=False).region(PATH):
+        with Installed(recipes={}, self_check=False).region(PATH):
             y = chain(x, w)
         return y.sum()
 
@@ -133,7 +133,7 @@ def test_any_choice_of_kept_values(keep: frozenset[tuple[int, int]], held_values
     assert len(plan.recipes) == 1
     assert plan.recipes[0].held_bytes == held_values * BYTES
     with tightfit.apply(model, plan) as applied:
-        model(batch).backward()  # the calibrating call
+        model(batch).backward()  # the self-check
         model.zero_grad()
         applied.statistics.reset()
         loss, held = retained_bytes(lambda: model(batch))
@@ -176,7 +176,7 @@ def test_an_ample_budget_installs_nothing() -> None:
 def test_each_operation_is_replayed_at_most_once_in_a_backward() -> None:
     """Two readers of one value, far apart in backward: memoised in between."""
     x = torch.randn(8, 8, requires_grad=True)
-    installed = Installed(recipes={}, calibrate=False)
+    installed = Installed(recipes={}, self_check=False)
     with installed.region(PATH):
         y = (x * 2).sin()  # sin's input is saved
         z = y.exp().tanh().sigmoid() * y  # y is read first and last
@@ -188,7 +188,7 @@ def test_nothing_is_held_after_backward() -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
 
     def step() -> Tensor:
-        installed = Installed(recipes={}, calibrate=False)
+        installed = Installed(recipes={}, self_check=False)
         with installed.region(PATH):
             y = x * 2
             for _ in range(6):

@@ -51,12 +51,12 @@ def test_everything_dropped_without_a_plan(model: Program, paths: tuple[str, ...
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-@pytest.mark.parametrize("calibrate", [True, False])
-def test_each_instruction(name: str, calibrate: bool) -> None:
+@pytest.mark.parametrize("self_check", [True, False])
+def test_each_instruction(name: str, self_check: bool) -> None:
     model = Program([("sin", 0, 0), (name, 0, 1), ("sin", 0, 0), (name, 0, 1)], 4, 8, 1)
     plain = steps(model, model.batch, count=2)
     with planned(model, "", "block", "linears.1", "parent", "batch_norm") as installed:
-        installed.calibrate = calibrate
+        installed.self_check = self_check
         check_same(plain, steps(model, model.batch, count=2))
     if name not in ("in place", "out argument"):  # refused by plain; nothing but what is computed from it
         assert installed.statistics.replayed_ops > 0

@@ -73,7 +73,7 @@ def step(model: nn.Module, *, backward: bool = True, seed: int = 0) -> dict[str,
 
 
 def check(model: nn.Module, *paths: str, **options: Any) -> Installed:
-    """The planned step equals the plain one, twice (the first calibrates)."""
+    """The planned step equals the plain one, twice (the first is the self-check)."""
     plain = step(model)
     with planned(model, *paths, **options) as installed:
         assert differences(plain, step(model)) == []
@@ -356,7 +356,7 @@ def test_a_module_called_again_and_again() -> None:
             return self.block(x.detach()) * x
 
     installed = check(Repeated(), "", "block")
-    assert {f"block#{n}" for n in range(4)} <= installed.calibrated
+    assert {f"block#{n}" for n in range(4)} <= installed.checked
 
 
 def test_a_region_that_calls_itself() -> None:

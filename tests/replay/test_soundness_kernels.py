@@ -152,7 +152,7 @@ def test_an_operator_that_writes_its_argument_unsaid(argument: str, calls: int, 
 
 
 def test_memory_from_numpy_written_before_backward_is_an_error() -> None:
-    """At every step, not only at the calibrating one: such memory is looked at again when replay first reads it."""
+    """At every step, not only at the self-check: such memory is looked at again when replay first reads it."""
     array = np.ones((8, 16), dtype=np.float32)
     steps = 0
 
@@ -167,7 +167,7 @@ def test_memory_from_numpy_written_before_backward_is_an_error() -> None:
         return ((x @ w) * torch.from_numpy(array).exp()).sin()
 
     assert run(function, replay=True, calls=2, backward=backward).error is None
-    error = run(function, replay=True, calibrate=False, backward=backward).error
+    error = run(function, replay=True, self_check=False, backward=backward).error
     assert "behind PyTorch's back (for example through NumPy" in str(error)
 
 
@@ -213,7 +213,7 @@ def test_handed_out_memory_is_kept_and_the_plan_says_why() -> None:
 def test_blind_spot_data_written_outside_every_planned_region(survives: bool) -> None:
     """A dropped tensor leaves its region and is written through `.data` where nothing watches.
 
-    While it lives until backward, the calibrating step reads it as plain does, and refuses to drop it from then on.  If
+    While it lives until backward, the self-check reads it as plain does, and refuses to drop it from then on.  If
     it is freed before, its new contents are gone, and with them the last trace of the write: backward gets the contents
     that the tensor had when autograd saved it, where plain PyTorch would silently read the new ones.
     """

@@ -123,12 +123,12 @@ def step(model: nn.Module) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("how", ["in place", "data", "numpy", "copy", "statistics"])
 @pytest.mark.parametrize("paths", [("reads", "writes", ""), ("reads", "")])
-@pytest.mark.parametrize("calibrate", [True, False])
-def test_a_source_written_in_a_later_region(how: str, paths: tuple[str, ...], calibrate: bool) -> None:
+@pytest.mark.parametrize("self_check", [True, False])
+def test_a_source_written_in_a_later_region(how: str, paths: tuple[str, ...], self_check: bool) -> None:
     plain = step(ReadsThenWrites(how))
     model = ReadsThenWrites(how)
     with planned(model, *paths) as installed:
-        installed.calibrate = calibrate
+        installed.self_check = self_check
         assert differences(plain, step(model)) == []
     assert installed.statistics.replayed_ops > 0
 
@@ -163,10 +163,10 @@ def test_statistics_read_in_one_region_and_moved_by_batch_norm_in_another() -> N
 
     plain = step(Net())
     for paths in (("scale",), ("scale", "norm"), ("", "scale"), ("",)):  # the normalisation is watched, or is not
-        for calibrate in (True, False):
+        for self_check in (True, False):
             model = Net()
             with planned(model, *paths) as installed:
-                installed.calibrate = calibrate
+                installed.self_check = self_check
                 assert differences(plain, step(model)) == []
             assert installed.statistics.replayed_ops > 0
     model = Net()

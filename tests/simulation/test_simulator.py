@@ -31,9 +31,9 @@ def naive_plain_peak(profile: Profile) -> int:
         alive = {a if who == "python" else profile.values[profile.slots[a].value].storage for who, a in references}
         level = sum(profile.storages[s].nbytes for s in alive if profile.storages[s].component == "activation")
         if kind == EventKind.OP:
-            level += profile.signatures[profile.ops[a].signature].scratch_bytes
+            level += profile.signatures[profile.ops[a].signature].workspace_bytes
         elif kind == EventKind.OTHER_OP:
-            level += profile.signatures[a].scratch_bytes
+            level += profile.signatures[a].workspace_bytes
         highest = max(highest, level)
     return highest + sum(profile.baseline.values()) + profile.correction_bytes + profile.margin_bytes
 

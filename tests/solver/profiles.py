@@ -36,8 +36,8 @@ class OpSpec:
     mutates: tuple[Source, ...] = ()
     """Those of `reads` that it writes into."""
     saves: tuple[Source, ...] = ()
-    scratch: int = 0
-    backward_scratch: int = 0
+    workspace: int = 0
+    backward_workspace: int = 0
     keep_reason: str = ""
 
 
@@ -61,8 +61,8 @@ class _Writer:
         self.values.append({"storage": storage, "op": op, "output": output, "overwritten": 0})
         return len(self.values) - 1
 
-    def signature(self, name: str, ms: float, scratch: int) -> int:
-        return self.signatures.setdefault(Signature(name=name, ms=ms, scratch_bytes=scratch), len(self.signatures))
+    def signature(self, name: str, ms: float, workspace: int) -> int:
+        return self.signatures.setdefault(Signature(name=name, ms=ms, workspace_bytes=workspace), len(self.signatures))
 
     def event(self, kind: EventKind, a: int = 0) -> None:
         self.events.append(Event(kind, a))
@@ -116,7 +116,7 @@ def profile_of(
                 made.append(w.value(w.values[value]["storage"], op, -1 - output))
             w.ops.append(
                 Op(
-                    signature=w.signature(f"op{len(spec.makes)}{spec.keep_reason}", spec.ms, spec.scratch),
+                    signature=w.signature(f"op{len(spec.makes)}{spec.keep_reason}", spec.ms, spec.workspace),
                     inputs=reads,
                     outputs=tuple(made),
                     mutates=mutates,
@@ -132,7 +132,7 @@ def profile_of(
                 w.slots.append(Slot(value=find(source), region=place))
                 saved.append(len(w.slots) - 1)
                 w.event(EventKind.SAVE, saved[-1])
-            pending.append((w.signature("backward", spec.ms * 2, spec.backward_scratch), saved))
+            pending.append((w.signature("backward", spec.ms * 2, spec.backward_workspace), saved))
         w.event(EventKind.EXIT, place)
         regions.append(Region(key=f"layers.{place}#0", first_op=first, op_count=len(w.ops) - first, class_id=template))
         if own:
@@ -227,8 +227,8 @@ def random_template(rng: random.Random, most_ops: int = 4) -> Template:
                 makes=makes,
                 mutates=mutates,
                 saves=saves,
-                scratch=rng.choice([0, 0, 8, 40]),
-                backward_scratch=rng.choice([0, 0, 16]),
+                workspace=rng.choice([0, 0, 8, 40]),
+                backward_workspace=rng.choice([0, 0, 16]),
                 keep_reason="unknown kernel" if rng.random() < 0.12 else "",
             )
         )
@@ -267,11 +267,11 @@ def block_template(width: int, tokens: int) -> Template:
     specs: list[OpSpec] = []
 
     def add(
-        ms: float, reads: tuple[Source, ...], makes: tuple[int, ...], saves: Sequence[Source | int], scratch: int = 0
+        ms: float, reads: tuple[Source, ...], makes: tuple[int, ...], saves: Sequence[Source | int], workspace: int = 0
     ) -> int:
         first = sum(len(spec.makes) for spec in specs)
         named = tuple(Own(first + s) if isinstance(s, int) else s for s in saves)
-        specs.append(OpSpec(ms=ms, reads=reads, makes=makes, saves=named, scratch=scratch, backward_scratch=b))
+        specs.append(OpSpec(ms=ms, reads=reads, makes=makes, saves=named, workspace=workspace, backward_workspace=b))
         return first
 
     def own(place: int) -> Own:
@@ -321,7 +321,7 @@ def gpt_profile(layers: int, width: int = 768, tokens: int = 1024) -> Profile:
     head: Template = (
         OpSpec(ms=0.05, reads=(STREAM, WEIGHT), makes=(b, 4096, 4096), saves=(STREAM, Own(1), Own(2))),
         OpSpec(ms=8.0, reads=(Own(0), WEIGHT), makes=(16 * b,), saves=(Own(0),)),
-        OpSpec(ms=1.0, reads=(Own(3),), makes=(16 * b,), saves=(Own(4),), backward_scratch=16 * b),
+        OpSpec(ms=1.0, reads=(Own(3),), makes=(16 * b,), saves=(Own(4),), backward_workspace=16 * b),
         OpSpec(ms=0.1, reads=(Own(4),), makes=(64,), saves=(Own(4), Own(5))),
     )
     return profile_of(

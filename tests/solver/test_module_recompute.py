@@ -33,7 +33,7 @@ def blocks(count: int, seed: int = 0, *, ops: int = 3) -> Profile:
             reads=(STREAM,) if place == 0 else (Own(place - 1),),
             makes=(draw.randint(1, 20) * 64,),
             saves=((STREAM,) if place == 0 else ()) + (Own(place),),
-            scratch=draw.choice((0, 64, 640)),
+            workspace=draw.choice((0, 64, 640)),
         )
         for place in range(ops)
     )

@@ -224,7 +224,7 @@ def search_schedules(index: ProfileIndex, region: int, budget_bytes: int) -> flo
                     continue
                 signature = profile.signatures[record.signature]
                 made = frozenset(record.outputs)
-                inside = sum(index.nbytes(v) for v in made) + signature.scratch_bytes
+                inside = sum(index.nbytes(v) for v in made) + signature.workspace_bytes
                 if level[time] + size(there) + inside <= budget_bytes:
                     heapq.heappush(queue, (ms + signature.ms, time, op, there | made))
             if profile.slots[reads[time]].value not in there:
@@ -305,7 +305,7 @@ def test_a_value_held_for_a_part_of_backward() -> None:
     """What tightfit's plan space lacks: a value is held up to one read, let go, and replayed for the next."""
     template = (
         OpSpec(ms=2.0, reads=(STREAM,), makes=(64,), saves=(Own(0),)),
-        OpSpec(ms=1.0, reads=(STREAM,), makes=(8,), saves=(Own(1),), backward_scratch=400),
+        OpSpec(ms=1.0, reads=(STREAM,), makes=(8,), saves=(Own(1),), backward_workspace=400),
         OpSpec(ms=1.0, reads=(Own(0),), makes=(8,), saves=(Own(0),)),
     )
     profile = only(profile_of([template], [0]), 0, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tightfit.operators.escaped_memory import ExposureWatch
+from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.step.key import ModelWatch, StepKey, step_key
 
 x, y = torch.zeros(4, 8), torch.zeros(4, 8)
@@ -113,7 +113,7 @@ def test_the_model_and_the_settings_count() -> None:
 def test_looking_does_not_count_as_handing_out_memory() -> None:
     """The engine takes a tensor whose storage somebody asked for as written."""
     exposed: list[torch.Tensor] = []
-    watch = ExposureWatch(exposed.append)
+    watch = MemoryWatch(exposed.append)
     with watch:
         key_of((x, y.t()))
         assert exposed == []

@@ -311,7 +311,7 @@ class Applied:
         self._resolved = resolved
         self._installed.recipes = resolved.recipes
         self._installed.refused = resolved.refused
-        self._installed.calibrated = resolved.calibrated
+        self._installed.checked = resolved.checked
 
     def _module(self, path: str) -> torch.nn.Module:
         try:

@@ -1,4 +1,4 @@
-"""Sees a tensor's memory being handed out: `numpy()`, `data_ptr()` and their kin.
+"""Notice a tensor's memory being handed out: `numpy()`, `data_ptr()` and their kin.
 
 Who has the address may write there at any moment, past the dispatcher and past version counters.  Such a tensor is
 therefore held as plain autograd holds it, and nothing that reads it is replayed.  What `.data` gives needs no watching:
@@ -6,7 +6,7 @@ it is a tensor, and operations on it are seen.
 
 Blind spots: C++ functions that take a tensor without being registered operators, `torch.utils.dlpack.to_dlpack` (not
 `Tensor.__dlpack__`), and memory that PyTorch was given (`torch.from_numpy`), whose address was always known.  The
-checksums of a region's calibrating first call are for these; see `calibration`.
+checksums of a region's self-check, at its first call, are for these.
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ _HANDS_OUT_MEMORY = frozenset(
 _FAST_PATHS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
 
 
-class ExposureWatch(TorchFunctionMode):
-    """Calls `on_exposed` with each tensor whose memory is handed out; parameters excepted, which kernels only read."""
+class MemoryWatch(TorchFunctionMode):
+    """Tell of each tensor whose memory is handed out, from where on it may be written unseen.
+
+    Not of parameters, which kernels only read.
+    """
 
     def __init__(self, on_exposed: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
         self._on_exposed = on_exposed
 
     def activate(self) -> None:
-        """Put it on this thread's stack of function modes."""
+        """Push it on this thread's stack of function modes."""
         self.__enter__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
     def deactivate(self) -> None:
-        """Take it off; it must be on top."""
+        """Pop it from the stack; it must be on top."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
     def __torch_function__(
@@ -59,13 +62,13 @@ class ExposureWatch(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def watching_exposure(
+def watching_memory(
     fast_paths: Sequence[torch.nn.Module], on_exposed: Callable[[torch.Tensor], None]
 ) -> AbstractContextManager[Any]:
-    """`ExposureWatch` as a context; nothing while one of `fast_paths` is in eval mode."""
-    return ExposureWatch(on_exposed) if all(module.training for module in fast_paths) else nullcontext()
+    """Return `MemoryWatch` as a context; nothing while one of `fast_paths` is in eval mode."""
+    return MemoryWatch(on_exposed) if all(module.training for module in fast_paths) else nullcontext()
 
 
 def with_fast_paths(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules of the model that compute otherwise while a function mode is on, if they are in eval mode."""
+    """Return the modules that compute otherwise while a function mode is on, if they are in eval mode."""
     return [module for module in model.modules() if isinstance(module, _FAST_PATHS)]

@@ -1,4 +1,4 @@
-"""What an operation does, read once from its schema and kept."""
+"""Read from an operation's schema, once, what it does."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ _NONDETERMINISTIC_WITH_ATOMICS = frozenset(
 )  # fmt: skip
 
 #: Operations known to be functions of their declared inputs and recorded random state alone, bit for bit, on every
-#: back end that tightfit is tested on. Others are calibrated before they are trusted.
-#: mkldnn_rnn_layer is here because calibration cannot judge it: its workspace has padding that no kernel writes or
+#: back end that tightfit is tested on. Others pass a self-check before they are trusted.
+#: mkldnn_rnn_layer is here because a self-check cannot judge it: its workspace has padding that no kernel writes or
 #: reads, and that differs from run to run. A test compares the gradients instead.
 _KNOWN_GOOD = frozenset(
     """
@@ -111,7 +111,7 @@ class OpInfo:
     """Why it may never be replayed; empty if it may."""
     blocker_with_atomics: str
     """Why it may not be replayed on a device that adds atomically; empty if it may."""
-    needs_calibration: bool
+    needs_self_check: bool
     """Not on the known-good list: replay it once and compare, before trusting it."""
     is_quiet: bool = field(init=False)
     """It changes nothing that a tape knows: neither writes nor splits anything, and is PyTorch's own."""
@@ -128,7 +128,7 @@ known_facts = _INFO.get
 
 
 def describe(func: Any) -> OpInfo:
-    """Facts about an operator overload (cached)."""
+    """Return the facts about an operator overload (cached)."""
     info = _INFO.get(id(func))
     if info is None:
         info = _INFO[id(func)] = _describe(func)
@@ -140,7 +140,7 @@ def _describe(func: Any) -> OpInfo:
         return OpInfo(
             func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
-            blocker="a higher-order operator", blocker_with_atomics="", needs_calibration=True,
+            blocker="a higher-order operator", blocker_with_atomics="", needs_self_check=True,
         )  # fmt: skip
     schema = schema_of(func)
     name = str(func)
@@ -174,12 +174,12 @@ def _describe(func: Any) -> OpInfo:
         training_flag=flag,
         blocker=blocker,
         blocker_with_atomics="not deterministic on this device" if base in _NONDETERMINISTIC_WITH_ATOMICS else "",
-        needs_calibration=base not in _KNOWN_GOOD and not uninitialised,
+        needs_self_check=base not in _KNOWN_GOOD and not uninitialised,
     )
 
 
 def mutated_tensors(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The strided tensors among the arguments that the operation writes, in argument order."""
+    """Return the strided tensors among the arguments that the operation writes, in argument order."""
     found: list[torch.Tensor] = []
     for position, name in info.mutates:
         argument = args[position] if position < len(args) else kwargs.get(name)
@@ -190,21 +190,21 @@ def mutated_tensors(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]:
-    """Tensors that the call writes although the operation's schema does not say so."""
+    """Return the tensors that the call writes although the operation's schema does not say so."""
     if not info.undeclared_writes or (info.training_flag >= 0 and not args[info.training_flag]):
         return []
     return tensors_in([args[place] for place in info.undeclared_writes if place < len(args)])
 
 
 def learn_undeclared_writes(func: Any, places: Iterable[int]) -> None:
-    """An operation was caught writing these arguments: from now on that is known, to later calls and measurements."""
+    """Learn that an operation writes these arguments: later calls and measurements know it."""
     info = describe(func)
     known = tuple(sorted({*info.undeclared_writes, *places}))
     _INFO[id(func)] = replace(info, undeclared_writes=known, training_flag=-1)
 
 
 def tensors_in(arguments: Any) -> list[torch.Tensor]:
-    """Tensors in (possibly nested) argument lists, in order."""
+    """Return the tensors in (possibly nested) argument lists, in order."""
     found: list[torch.Tensor] = []
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
@@ -215,7 +215,7 @@ def tensors_in(arguments: Any) -> list[torch.Tensor]:
 
 
 def result_tensors(result: Any) -> tuple[Any, ...]:
-    """An operation's results as a tuple (positions kept; entries may be None or not tensors)."""
+    """Return an operation's results as a tuple (positions kept; entries may be None or not tensors)."""
     if isinstance(result, torch.Tensor):
         return (result,)
     if isinstance(result, list | tuple):

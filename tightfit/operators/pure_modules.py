@@ -1,4 +1,4 @@
-"""Modules whose forward may run a second time: a pure function of arguments, parameters and PyTorch's generators."""
+"""Tell which modules may be called a second time: pure functions of arguments, parameters and PyTorch's generators."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def allow_recompute(*kinds: type[torch.nn.Module]) -> None:
 
 
 def is_pure(module: torch.nn.Module) -> bool:
-    """The module and all below it are of kinds that may run again, and nobody watches or replaced their forward."""
+    """Return whether a module and all below it are of kinds that may run again, with the forward of their class."""
     if has_global_module_hooks():
         return False
     for below in module.modules():
@@ -87,8 +87,9 @@ def is_pure(module: torch.nn.Module) -> bool:
 
 
 def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)) -> bool:
-    """Tensors (of these very `kinds`) and constants, also in tuples, lists and dictionaries: nothing that a second call
-    could find changed without notice.
+    """Return whether arguments are tensors (of these very `kinds`) and constants, or tuples, lists and dicts of them.
+
+    A second call could find none of these changed without notice.
     """
     if isinstance(arguments, torch.Tensor):
         return type(arguments) in kinds and arguments.layout is torch.strided
@@ -107,6 +108,6 @@ def can_call_again(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
 
 
 def _is_autocast(module: torch.nn.Module) -> bool:
-    """Weights that autocast has cast in forward may be found cast, or not, by the second forward."""
+    """Return whether autocast is on: weights that it cast in forward, the second forward may find cast, or not."""
     first = next(module.parameters(), None)
     return first is not None and device_for(first).ambient_autocast() is not None

@@ -1,4 +1,4 @@
-"""Names for the regions of a forward, computed the same way when measuring and when running.
+"""Name the regions of a forward, the same way when measuring and when running.
 
 A region is one call of a region module.  Where a region module calls another, its own operations before, between and
 after those calls are its *segments*: ``layers#0``, ``layers#0/1``, ``layers#0/2``.
@@ -18,13 +18,13 @@ class RegionCursor:
         self._calls: dict[str, int] = {}
 
     def push(self, path: str) -> None:
-        """A call of the region module at `path` begins."""
+        """Begin a call of the region module at `path`."""
         call = self._calls.get(path, 0)
         self._calls[path] = call + 1
         self._stack.append([path, call, 0])
 
     def pop(self) -> None:
-        """The innermost call ends; the caller's next segment begins."""
+        """End the innermost call; the caller's next segment begins."""
         self._stack.pop()
         if self._stack:
             self._stack[-1][2] += 1  # type: ignore[operator]  # the third one is a number

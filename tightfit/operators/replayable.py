@@ -1,4 +1,4 @@
-"""What may be replayed.  Used when measuring (to plan) and again live (to decide): the live answer counts.
+"""Decide what may be replayed.  Used when measuring (to plan) and again live (to decide): the live answer counts.
 
 Everything here errs on the side of keeping: an unnecessary keep costs bytes, a wrong replay costs right gradients.
 """
@@ -18,7 +18,7 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def blocker(info: OpInfo, types: Iterable[type], tensors: list[torch.Tensor], device: Device) -> str:
-    """Why this call may not be replayed, as a short phrase; empty if it may."""
+    """Return why a call may not be replayed, as a short phrase; empty if it may."""
     if info.blocker:
         return info.blocker
     if info.blocker_with_atomics and device.adds_atomically:
@@ -34,7 +34,7 @@ def blocker(info: OpInfo, types: Iterable[type], tensors: list[torch.Tensor], de
 
 
 def call_generator(args: tuple[Any, ...], kwargs: dict[str, Any], device: Device) -> torch.Generator | None:
-    """The generator that a random call draws from; None if it cannot be known."""
+    """Return the generator that a random call draws from; None if it cannot be known."""
     for argument in (*args, kwargs.get("generator")):
         if isinstance(argument, torch.Generator):
             return argument

@@ -120,10 +120,10 @@ class Replanner:
         )
         known = self._reference(key.kind, profile)
         if known is not None:  # the same operations: what was checked there counts here, and the other way round
-            known.resolved.calibrated.update(resolved.calibrated)
+            known.resolved.checked.update(resolved.checked)
             for region, positions in resolved.refused.items():
                 known.resolved.refused.setdefault(region, set()).update(positions)
-            resolved.calibrated, resolved.refused = known.resolved.calibrated, known.resolved.refused
+            resolved.checked, resolved.refused = known.resolved.checked, known.resolved.refused
         others = [one for one in self._references if one is not known]
         self._references = [*others[1 - MOST_KINDS :], reference]
         return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
@@ -223,7 +223,7 @@ class Replanner:
             return None
         if _estimated(profile) - _estimated(same.profile):  # they could not be run alone within the budget
             return None
-        if _replaying(plan) - same.resolved.calibrated:  # a first call checks its replay, which takes memory
+        if _replaying(plan) - same.resolved.checked:  # a first call checks its replay, which takes memory
             return None
         _log.info("planned %s: %s, peak %s", profile.batch, way, format_bytes(plan.predicted_peak_bytes))
         return Replanned(resolved=ResolvedPlan.of(plan, like=same.resolved), way=way)

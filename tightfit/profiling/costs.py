@@ -131,7 +131,7 @@ def measure_costs(
         Signature(
             name=name,
             ms=costs[index].ms,
-            scratch_bytes=costs[index].workspace_bytes,
+            workspace_bytes=costs[index].workspace_bytes,
             note=shares[index].note if index in shares else "",
         )
         for index, name in enumerate(names)

@@ -1,4 +1,4 @@
-"""What the mechanism itself costs on this machine: so that plans are not drawn up as if it were free.
+"""Measure what the mechanism itself costs on this machine, so that plans are not drawn up as if it were free.
 
 Python's own work takes several times as long where the operations before it left its code and objects cold.  So the
 mechanism is measured twice: in a loop, and with other data sent through the caches before each operation (see
@@ -24,7 +24,7 @@ from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, f
 from tightfit.records import Op, Recipe, Storage, Value
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.executors.module import ModuleCall
-from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.step.snapshot import RandomState
@@ -46,13 +46,13 @@ class Overhead:
     module_ms_per_call: float = 0.0
 
     def towards(self, other: Overhead, ratio: float) -> Overhead:
-        """So far (0 to 1) from this to `other`."""
+        """Return what lies so far (0 to 1) from this to `other`."""
         mine, others = astuple(self), astuple(other)
         return Overhead(*(round(a + ratio * (b - a), 6) for a, b in zip(mine, others, strict=True)))
 
 
 def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> Overhead:
-    """What each way of not holding what autograd saves costs beside the operations.
+    """Measure what each way of not holding what autograd saves costs beside the operations.
 
     Args:
         device: where the model's operations run.
@@ -64,7 +64,7 @@ def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> 
 
 
 def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:
-    """How much of what a core's cache holds an operation of these replaces by its own data: 0 to 1, their mean."""
+    """Return how much of a core's cache an operation of these replaces by its own data: 0 to 1, their mean."""
     if not ops:
         return 0.0
     whole = core_cache_bytes()
@@ -126,8 +126,8 @@ def _weight() -> torch.Tensor:
 
 
 def _measure_tape(cold: bool) -> tuple[float, float]:
-    """Of running in a planned region, and further of being taped and replayed, for each operation."""
-    passing, taped = _installed(), Installed(recipes={}, calibrate=False)
+    """Return what an operation costs in a planned region, and further when taped and replayed."""
+    passing, taped = _installed(), Installed(recipes={}, self_check=False)
     contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "plain": nullcontext,
         "mode": lambda: passing.region(_KEY),
@@ -205,7 +205,7 @@ def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, again: 
 
 
 def _installed() -> Installed:
-    """A plan for the chain that has no use for its operations."""
+    """Return a plan for the chain that has no use for its operations."""
     recipe = Recipe(
         class_id=0,
         op_names=("aten.abs.default",) * _OPS,
@@ -218,4 +218,4 @@ def _installed() -> Installed:
         dropped_bytes=0,
         replay_ms=0.0,
     )
-    return Installed(recipes={f"{_KEY}#0": LiveRecipe(recipe)}, calibrate=False)
+    return Installed(recipes={f"{_KEY}#0": ResolvedRecipe(recipe)}, self_check=False)

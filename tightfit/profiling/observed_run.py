@@ -20,7 +20,7 @@ from tightfit._torch_private import (
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
-from tightfit.operators.escaped_memory import watching_exposure, with_fast_paths
+from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
@@ -178,7 +178,7 @@ def _observe(
         with _watching_modules(model, observer):
             observer.start()
             try:
-                with watching_exposure(with_fast_paths(model), observer.mark_escaped):
+                with watching_memory(with_fast_paths(model), observer.mark_escaped):
                     loss = step.run_loss(model, batch)
                 observer.begin_backward()
                 loss.backward()

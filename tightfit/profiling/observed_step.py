@@ -36,7 +36,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._parts_ms = dict.fromkeys(("observing", "scratch", "times", "mechanism"), 0.0)
+        self._parts_ms = dict.fromkeys(("observing", "workspace", "times", "mechanism"), 0.0)
 
     def add(self, part: str, ms: float) -> None:
         """Count time that was spent on a part."""
@@ -90,7 +90,7 @@ class Pricer:
             room_bytes=self._room_bytes,
             result_bytes=table.result_bytes,
         )
-        self.clock.add("scratch", costs.workspace_ms)
+        self.clock.add("workspace", costs.workspace_ms)
         self.clock.add("times", costs.times_ms)
         return costs
 

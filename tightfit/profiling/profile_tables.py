@@ -63,7 +63,7 @@ def build_tables(
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
     unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
-    known_good = [not describe(find_overload(signature.name)).needs_calibration for signature in signatures]
+    known_good = [not describe(find_overload(signature.name)).needs_self_check for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
     for index, key in enumerate(cut.keys):

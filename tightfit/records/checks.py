@@ -1,4 +1,4 @@
-"""Checks of records that were read from files."""
+"""Check records that were read from files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to each saved value of a region, and which lever does it."""
+"""Decide what happens to each saved value of a region: an action per value, and the lever that does it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Decision(NamedTuple):
     """Values that are moved to host memory."""
 
     def action(self, value: ValueName) -> Action:
-        """What happens to a value: what is neither kept nor offloaded is recomputed."""
+        """Return what happens to a value: what is neither kept nor offloaded is recomputed."""
         if value in self.kept:
             return Action.KEEP
         return Action.OFFLOAD if value in self.offloaded else Action.RECOMPUTE

@@ -1,4 +1,4 @@
-"""Records to versioned JSON and back.
+"""Convert records to versioned JSON and back.
 
 Generic over frozen dataclasses, named tuples, integer enums, tuples, string-keyed mappings, ``int``, ``float``,
 ``str``, ``bool`` and ``X | None``, driven by the records' own type hints.  It lies below `records` and knows none of
@@ -40,18 +40,18 @@ R = TypeVar("R")
 
 
 def schema_name(cls: type) -> str:
-    """What the document's ``schema`` says: ``tightfit.plan/1``."""
+    """Return what the document's ``schema`` says: ``tightfit.plan/1``."""
     return f"tightfit.{cls.__name__.lower()}/{SCHEMA_VERSION}"
 
 
 def encode(record: object) -> dict[str, Any]:
-    """The JSON document of a record."""
+    """Return the JSON document of a record."""
     cls: Any = type(record)
     return {"schema": schema_name(cls), **_codec(cls).encode(record)}
 
 
 def decode(cls: type[R], document: object) -> R:
-    """The record in a JSON document. Raises `PlanMismatch` if the document is not one of this class and version."""
+    """Return the record in a JSON document. Raises `PlanMismatch` if it is not one of this class and version."""
     try:
         return _decode_document(cls, document)
     except _Refused as error:
@@ -99,7 +99,7 @@ def load(cls: type[R], path: str | Path) -> R:
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """A JSON Schema (2020-12) of a record class's documents."""
+    """Return a JSON Schema (2020-12) of a record class's documents."""
     definitions: dict[str, Any] = {}
     body = _codec(cls).schema(definitions)
     if "$ref" in body:
@@ -270,7 +270,7 @@ def _tuple_codec(parts: tuple[Any, ...]) -> _Codec:
 
 
 def _row_codec(parts: tuple[Any, ...], build: Callable[[list[Any]], Any], names: list[str]) -> _Codec:
-    """A fixed number of values in an array."""
+    """Return the codec of a fixed number of values in an array."""
     codecs = [_codec(part) for part in parts]
 
     def read(value: Any, where: str) -> Any:
@@ -353,7 +353,7 @@ def _dataclass_codec(kind: Any) -> _Codec:
 def _defined(
     kind: type, schema: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The schema of a class, put once among the definitions and referred to by name."""
+    """Return the schema of a class, put once among the definitions and referred to by name."""
 
     def refer(definitions: dict[str, Any]) -> dict[str, Any]:
         if kind.__name__ not in definitions:

@@ -10,7 +10,7 @@ operations between two such calls (a *segment*), or a stretch of code outside th
 a region are contiguous in `Profile.ops`.  Values made in one region and used in another are that other region's
 *external* values: they are never dropped, only held.
 
-A *slot* is one saving of one value by autograd.  The *events* tell, in the order in which they happen in one plain
+A *slot* is one save of one value by autograd.  The *events* tell, in the order in which they happen in one plain
 training step, when storages appear, when the last reference other than autograd's dies, when autograd saves, reads and
 releases, and which operation ran in between.  From them `simulate` knows the memory at every moment, for any decision
 about what to drop.
@@ -63,7 +63,7 @@ class Signature:
     """The overload's name, e.g. ``aten.mm.default``."""
     ms: float = 0.0
     """Time of one run in milliseconds (minimum of several)."""
-    scratch_bytes: int = 0
+    workspace_bytes: int = 0
     """Most memory it holds inside, beyond its inputs and outputs."""
     note: str = ""
     """Where the figures are estimates: why. Empty if the operation was run alone as it is."""
@@ -97,7 +97,7 @@ class Region:
     """Index into `Profile.ops`."""
     op_count: int
     class_id: int
-    """Regions with the same id have the same operations, wiring, sizes and savings: one solve serves all of them."""
+    """Regions with the same id have the same operations, wiring, sizes and saved tensors: one solve serves them all."""
     module_recomputable: bool = False
     """Its module may be called a second time as a whole: the module is of kinds known to be pure, and was called with
     tensors and constants only."""
@@ -105,7 +105,7 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """One saving of one value by autograd."""
+    """One save of one value by autograd: a saved tensor."""
 
     value: int
     region: int
@@ -118,7 +118,7 @@ class EventKind(IntEnum):
     ALLOC = 0
     """Storage `a` appeared."""
     FREE = 1
-    """The last reference to storage `a`, other than autograd's savings, died."""
+    """The last reference to storage `a`, other than autograd's saved tensors, died."""
     OP = 2
     """Forward operation `a` ran (its new storages were announced just before)."""
     OTHER_OP = 3
@@ -166,7 +166,7 @@ class Profile:
         signatures: each distinct operation, with its time and workspace.
         ops: the operations of forward, region by region.
         regions: the pieces of forward, in the order in which they run.
-        slots: each saving of a value by autograd.
+        slots: each save of a value by autograd.
         events: the timeline of the step.
     """
 
@@ -215,8 +215,8 @@ class Profile:
     """Each process holds a part of every parameter (FSDP2), so that nothing is replayed outside its own region's
     backward: the weights would not be there."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
-    """What measuring itself took, by part: "observing" the step, the "scratch" and the "times" of operations run alone
-    (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""
+    """What measuring itself took, by part: "observing" the step, the "workspace" and the "times" of operations that ran
+    alone (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""
     baseline_bytes: int = field(init=False)
     """Sum of `baseline`."""
 
@@ -279,7 +279,7 @@ def _check_sizes(profile: Profile) -> None:
         require(storage.component in COMPONENTS, f"storages[{place}] is of no known component")
     for place, signature in enumerate(profile.signatures):
         require(signature.ms >= 0, f"signatures[{place}] has a negative time")
-        require(signature.scratch_bytes >= 0, f"signatures[{place}] has a negative size")
+        require(signature.workspace_bytes >= 0, f"signatures[{place}] has a negative size")
 
 
 def _check_wiring(profile: Profile) -> None:

@@ -1,8 +1,8 @@
-"""How a long tape is divided for replay below one level: leaves, and a tree over them.
+"""Divide a long tape for recursive recomputation: leaves, and a tree over them.
 
-F0: pure.  Replay at one level rebuilds, at the first read, everything that its region still needs, and holds it.  Over
-a long chain that is as much as the plain step holds.  So a *nest* divides the tape's operations into *leaves* and puts
-a tree over them, as treeverse does (Griewank & Walther 2000): while backward is in one leaf, replay holds only
+Replay without it rebuilds, at the first read, everything that its region still needs, and holds it.  Over a long chain
+that is as much as the plain step holds.  So the tape's operations are divided into *leaves* with a tree over them, as
+treeverse does (Griewank & Walther 2000): while backward is in one leaf, replay holds only
 
 * values that are used inside that leaf, and
 * values that pass from one leaf to another inside a subtree that the leaf belongs to: the inputs of its neighbours.
@@ -31,16 +31,17 @@ class RecomputeTree:
 
     @property
     def leaf_count(self) -> int:
-        """How many leaves there are."""
+        """Number of leaves."""
         return len(self.cuts) + 1
 
     def leaf_at(self, region: int, position: int) -> int:
-        """The leaf of the operation at `position` of the tape's `region`-th region."""
+        """Return the leaf of the operation at `position` of the tape's `region`-th region."""
         return bisect_right(self.cuts, (region, position))
 
     def holds(self, first: int, last: int, leaf: int) -> bool:
-        """Whether replay for `leaf` holds a value that is made in leaf `first` and used up to leaf `last`: whether the
-        smallest subtree around those two contains `leaf`.
+        """Return whether replay for `leaf` holds a value that is made in leaf `first` and used up to leaf `last`.
+
+        It does if the smallest subtree around those two contains `leaf`.
         """
         if first <= leaf <= last:
             return True
@@ -52,7 +53,7 @@ class RecomputeTree:
 
 
 def balanced_tree(cuts: Sequence[tuple[int, int]], at_top: Sequence[bool], arity: int) -> RecomputeTree:
-    """A nest whose root is divided at the cuts that are `at_top`, and each part of it by a balanced tree.
+    """Return a tree whose root is divided at the cuts that are `at_top`, and each part of it by a balanced tree.
 
     Args:
         cuts: where leaves begin, in order.

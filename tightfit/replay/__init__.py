@@ -1,5 +1,5 @@
-"""Running a plan: the tape that records what it may replay, and the session that switches tapes as regions pass.
+"""Run a plan: the tape that records what it may replay, and the session that switches tapes as regions pass.
 
-`ops` knows what an operation does; `safety` decides what may be replayed; `tape` holds one region call; `session`
-follows one forward through its regions; `cursor` names the regions.
+`session` follows one forward through its regions; `tape` records a region's call and `replayer` replays parts of it;
+`executors` are the ways to carry out a region's recipe; `self_check` proves at the first call that replay is right.
 """

@@ -9,8 +9,8 @@ from tightfit.records import Recipe, SharedTape
 from tightfit.replay.executors import RegionCall, executor_of
 
 
-class LiveRecipe:
-    """What a tape needs to follow a plan, in the form that is fastest to ask."""
+class ResolvedRecipe:
+    """A recipe in the form that is fastest to ask: operators, positions, sets."""
 
     __slots__ = (
         "drop",

@@ -1,4 +1,4 @@
-"""The first call of each region: is replay really the same computation?
+"""Check at the first call of each region that replay is really the same computation.
 
 Two kinds of mistrust, both answered on real data and written down per region, so that later calls keep what failed:
 
@@ -29,8 +29,8 @@ _ROW = 61
 _PIECE_ROWS = 2**12
 
 
-class Calibrator:
-    """Watches the region calls of one tape.  What must not be replayed is noted in its region's `refused`."""
+class SelfCheck:
+    """The self-check of one tape's region calls.  What must not be replayed is noted in its region's `refused`."""
 
     def __init__(self, verified: set[str]) -> None:
         self._verified = verified  # operators that passed, shared by all regions
@@ -41,11 +41,11 @@ class Calibrator:
         self._input_checksums: list[Checksum] = []
 
     def remember(self, value: TapedValue, tensor: torch.Tensor) -> None:
-        """`value` has just been made, or seen for the first time; `tensor` is one view of it."""
+        """Remember the contents of a value that was just made, or seen for the first time; `tensor` is a view of it."""
         self._checksums[value] = checksum(tensor)
 
     def unchanged(self, value: TapedValue, tensor: torch.Tensor) -> bool:
-        """The value still has the contents that it was made with.
+        """Return whether a value still has the contents that it was made with.
 
         If not, its operation is refused from now on, and so are those that read it before the hidden write: their
         replay would find the new contents.
@@ -60,11 +60,11 @@ class Calibrator:
         return False
 
     def dropped(self, value: TapedValue, tensor: torch.Tensor) -> None:
-        """Autograd saved the value, and it is dropped."""
+        """Note that autograd saved the value, and that it is dropped."""
         self._dropped[value] = weakref.ref(tensor.untyped_storage())
 
     def written_since(self, value: TapedValue) -> torch.UntypedStorage | None:
-        """The storage that the dropped value was in, if it is still there and was written: what plain would read."""
+        """Return the storage that the dropped value was in, if it is there and was written: what plain would read."""
         reference = self._dropped.get(value)
         storage = reference() if reference is not None else None
         if storage is None:
@@ -73,7 +73,7 @@ class Calibrator:
         return None if self.unchanged(value, whole) else storage
 
     def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The operation is about to run for the first time."""
+        """Prepare for an operation that is about to run for the first time."""
         for value in op.inputs:
             self._readers.setdefault(value, []).append(op)
         if not self._is_suspect(op):
@@ -84,7 +84,7 @@ class Calibrator:
             self._copies = {index: _clone_with_storage(t) for index, t in enumerate(tensors)} if op.info.mutates else {}
 
     def after(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
-        """The operation has run: run it again and compare. False if it may not be replayed."""
+        """Run an operation that has just run again, and compare. False if it may not be replayed."""
         if not self._is_suspect(op):
             return True
         same = self._same_again(op, args, kwargs, result)
@@ -96,7 +96,7 @@ class Calibrator:
         return same
 
     def look_at(self, info: OpInfo, args: tuple[Any, ...]) -> list[tuple[int, torch.Tensor, Checksum]]:
-        """Position, tensor and checksum of each tensor argument that the operation should leave alone."""
+        """Return position, tensor and checksum of each tensor argument that the operation should leave alone."""
         declared = {place for place, _ in info.mutates}
         return [
             (place, tensor, checksum(tensor))
@@ -107,11 +107,11 @@ class Calibrator:
         ]
 
     def changed_since(self, looked_at: list[tuple[int, torch.Tensor, Checksum]]) -> list[tuple[int, torch.Tensor]]:
-        """Those whose contents are other than they were."""
+        """Return those whose contents are other than they were."""
         return [(place, tensor) for place, tensor, before in looked_at if checksum(tensor) != before]
 
     def _is_suspect(self, op: TapedOp) -> bool:
-        return op.info.needs_calibration and op.info.name not in self._verified
+        return op.info.needs_self_check and op.info.name not in self._verified
 
     def _same_again(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         tensors = tensors_in((*args, *kwargs.values()))
@@ -164,7 +164,7 @@ def _clone_with_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Equal type, shape, dtype and bits (NaN equals the same NaN); anything that is not a tensor compares by ==."""
+    """Return whether type, shape, dtype and bits are equal (NaN equals that NaN); what is no tensor compares by ==."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return bool(a == b) if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) else False
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
@@ -181,7 +181,7 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def checksum(tensor: torch.Tensor) -> Checksum:
-    """Three sums over the bytes of the tensor's whole storage, laid out in rows: plain, rows weighted by their place,
+    """Return three sums over the bytes of the tensor's storage, laid out in rows: plain, rows weighted by their place,
     and columns weighted by theirs, so that a change of order shows too.
     """
     with below_autograd():
@@ -210,7 +210,7 @@ _SMALL_BYTES = 64 << 10
 
 
 def mark_of(tensor: torch.Tensor) -> object:
-    """What tells these contents from others: the bytes of a small storage, else its checksum."""
+    """Return what tells these contents from others: the bytes of a small storage, else its checksum."""
     storage = tensor.untyped_storage()
     if storage.nbytes() > _SMALL_BYTES:
         return checksum(tensor)

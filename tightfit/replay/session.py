@@ -1,4 +1,4 @@
-"""One forward through a planned model: which tape is running, and when no mode is needed.
+"""Follow one forward through a planned model: which tape is running, and when no mode is needed.
 
 A session starts with the outermost region call (or with `Applied.step`) and ends with it.  It follows the calls of
 region modules, gives each region its tape, and puts the dispatch mode and the saved-tensor hooks on PyTorch's stacks
@@ -35,37 +35,38 @@ from tightfit._torch_private import (
 )
 from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
-from tightfit.operators.escaped_memory import ExposureWatch
+from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from tightfit.operators.region_names import LOSS, RegionCursor
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
-from tightfit.replay.recipe import LiveRecipe
-from tightfit.replay.self_check import Calibrator
+from tightfit.replay.recipe import ResolvedRecipe
+from tightfit.replay.replayer import Handle
+from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.tape import Handle, Tape
+from tightfit.replay.tape import Tape
 from tightfit.replay.values import Kept
-from tightfit.replay.write_watch import Pending
+from tightfit.replay.write_watch import WriteWatch
 
 
 @dataclass(kw_only=True)
 class Installed:
     """What all sessions of one applied plan share."""
 
-    recipes: Mapping[str, LiveRecipe | None]
+    recipes: Mapping[str, ResolvedRecipe | None]
     """By region key; None leaves the region untouched. A key that is missing has no decision: all that is provably
     replayable is dropped."""
     enabled: bool = True
     """Off: regions run as plain PyTorch."""
-    calibrate: bool = True
-    """Check each region's replay on its first call."""
+    self_check: bool = True
+    """Whether each region's replay is checked at its first call."""
     statistics: Statistics = field(default_factory=Statistics)
     refused: dict[str, set[int]] = field(default_factory=dict)
-    """Positions, by region key, of operations that calibration refused."""
-    calibrated: set[str] = field(default_factory=set)
+    """Positions, by region key, of operations that a self-check refused."""
+    checked: set[str] = field(default_factory=set)
     verified: set[str] = field(default_factory=set)
-    """Operators that calibration found replayable."""
-    pending: Pending = field(default_factory=Pending)
+    """Operators that a self-check found replayable."""
+    writes: WriteWatch = field(default_factory=WriteWatch)
     fast_paths: Sequence[torch.nn.Module] = ()
     """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
     sessions: dict[int, Session] = field(default_factory=dict)
@@ -113,26 +114,26 @@ class Installed:
 
 
 def unpack(packed: Any) -> Any:
-    """Autograd reads what `Tape.pack` gave it."""
+    """Return the tensor for what `Tape.pack` gave autograd."""
     if type(packed) is Handle:
-        return packed.tape.read(packed)
+        return packed.replayer.read(packed)
     if type(packed) is Kept:
         return packed.read()
     return packed
 
 
 class Session(DispatchMode):
-    """See the module."""
+    """One forward of one thread, from its outermost region call to that call's end."""
 
     def __init__(self, installed: Installed) -> None:
         super().__init__()
         self._installed = installed
-        self._pending = installed.pending
-        self._pending.prune()
+        self._writes = installed.writes
+        self._writes.prune()
         self._busy = False  # inside our own code, which asks for storages, too
-        self._watch: ExposureWatch | None = None
+        self._watch: MemoryWatch | None = None
         if all(module.training for module in installed.fast_paths):
-            self._watch = ExposureWatch(self._expose)
+            self._watch = MemoryWatch(self._expose)
         self._cursor = RegionCursor()
         self._tape: Tape | None = None
         self._next: tuple[SharedTape | None, int] = (None, 0)  # the region that would go on with this tape
@@ -156,7 +157,7 @@ class Session(DispatchMode):
 
     @property
     def is_over(self) -> bool:
-        """No region call is open."""
+        """Whether no region call is open."""
         return self._cursor.depth == 0
 
     def close(self) -> None:
@@ -187,7 +188,7 @@ class Session(DispatchMode):
         key = self._cursor.key
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
-        elsewhere = self._is_others_business() or torch.compiler.is_compiling() or is_capturing()
+        elsewhere = self._has_foreign_hooks() or torch.compiler.is_compiling() or is_capturing()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
         if recipe is not None and on_tape:
@@ -210,24 +211,24 @@ class Session(DispatchMode):
             installed.statistics.unplanned_calls += 1
         shared = recipe.shared if recipe is not None else None
         place = recipe.place if recipe is not None else 0
-        uncalibrated = installed.calibrate and key not in installed.calibrated
+        unchecked = installed.self_check and key not in installed.checked
         goes_on = self._tape is not None and shared is not None and (shared, place) == self._next
-        # Another plan may have calibrated the shared tape's first region and not this one.
-        if self._tape is None or not goes_on or (uncalibrated and not self._tape.is_calibrating):
+        # Under another plan the shared tape's first region may have had its self-check, and this one not.
+        if self._tape is None or not goes_on or (unchecked and not self._tape.is_self_checking):
             self._end_tape()
-            calibrator = Calibrator(installed.verified) if uncalibrated else None
+            check = SelfCheck(installed.verified) if unchecked else None
             tree = shared.tree if shared is not None else None
-            self._tape = Tape(installed.statistics, installed.pending, tree, calibrator)
-        installed.calibrated.add(key)
+            self._tape = Tape(installed.statistics, installed.writes, tree, check)
+        installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
 
-    def _is_others_business(self) -> bool:
-        """Somebody else's saved-tensor hooks are in force, or such hooks are forbidden (`torch.func.grad`).
+    def _has_foreign_hooks(self) -> bool:
+        """Return whether somebody else's saved-tensor hooks are active, or such hooks forbidden (`torch.func.grad`).
 
         `torch.utils.checkpoint` counts what is saved under its hooks, in forward and again when it recomputes: a region
-        that took some of it away in one of the two would make it confuse tensors.  Measuring sees no savings there
-        either, so a plan drops nothing.
+        that took some of it away in one of the two would make it confuse tensors.  Measuring sees nothing saved
+        there, either, so a plan drops nothing.
         """
         hooks = top_saved_tensor_hooks()
         ours = isinstance(hooks, tuple) and hooks[0] is self._pack_hook
@@ -241,7 +242,7 @@ class Session(DispatchMode):
             self._tape = None
 
     def _beneath(self) -> object:
-        """What lies on PyTorch's stacks beneath our own mode and hooks; None if ours are not on top."""
+        """Return what lies on PyTorch's stacks beneath our own mode and hooks; None if ours are not on top."""
         if not self._active:
             return dispatch_depth(), top_saved_tensor_hooks(), function_mode_depth()
         if not self._on_top():
@@ -287,7 +288,7 @@ class Session(DispatchMode):
             return
         if self._tape is not None:
             self._tape.about_to_write(tensor)
-        self._pending.expose(tensor)
+        self._writes.expose(tensor)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         tape = self._tape
@@ -327,13 +328,13 @@ class Session(DispatchMode):
             self._in_ddp = False
 
     def _is_ddps(self) -> bool:
-        """What runs now is DDP's own, and not what it wraps."""
+        """Return whether what runs now is DDP's own, and not what it wraps."""
         return self._in_ddp and not ddp_runs_its_module()
 
     def _run(self, func: Any, info: OpInfo, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if info.mutates or info.undeclared_writes:
             for tensor in (*mutated_tensors(info, args, kwargs), *undeclared_writes(info, args)):
-                self._pending.before_write(tensor)
+                self._writes.before_write(tensor)
         tape = self._tape
         if tape is None:
             return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Counts of what the engine really did: tests assert them exactly, verdicts report them."""
+"""Count what the engine really did: tests assert the counts exactly, verdicts report them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Statistics:
     taped_ops: int = 0
     """Operations written to a tape."""
     dropped_slots: int = 0
-    """Savings that became handles."""
+    """Saved tensors that became handles."""
     kept_unsafe: int = 0
-    """Savings that the plan would drop but the live tape could not prove replayable."""
+    """Saved tensors that the plan would drop but the live tape could not prove replayable."""
     replayed_ops: int = 0
     """Operations recomputed in backward; of modules that are recomputed as a whole, as many as the plan says."""
     recomputed_calls: int = 0
@@ -26,9 +26,9 @@ class Statistics:
     written_after_drop: int = 0
     """Dropped values that were then written, unseen by autograd's version counters."""
     refused_ops: int = 0
-    """Operations that calibration found unfit for replay."""
+    """Operations that a self-check found unfit for replay."""
 
     def reset(self) -> None:
-        """All counts to zero."""
+        """Set all counts to zero."""
         for name in self.__slots__:
             setattr(self, name, 0)

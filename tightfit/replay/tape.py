@@ -1,22 +1,10 @@
-"""The tape of one region, or of several that follow each other: what ran, and how to run part of it again.
+"""Record a region, or several that follow each other, on a tape, so that parts of it can be replayed.
 
-Forward
--------
 Every operation that the plan needs for replay is written down with its arguments as *values seen through a geometry*:
 a value is what one storage holds between two writes, so views cost nothing and an in-place operation makes a new value.
-A value is a *source* if the tape holds it (made outside the region, in the plan's keep set, or not replayable), else it
-is rebuilt.  When autograd saves a value that the plan drops, it gets a `Handle` instead, and every operation that
+A value is a *source* if the tape holds it (made outside the region, kept by the plan, or not replayable), else it is
+rebuilt.  When autograd saves a value that the plan drops, it gets a `Handle` instead, and every operation that
 rebuilding needs gets one reference on each of its inputs.
-
-Backward
---------
-Reading a handle runs the missing operations, oldest first, below autograd; results that somebody still refers to are
-memoised.  Releasing a handle, or having run an operation, gives the references back, and what reaches zero is freed.
-So each operation runs at most once, and memory falls as backward goes on.
-`tightfit.simulation.tape_model` counts exactly this.
-
-Where the plan's nest divides the tape into leaves, only what the nest holds for the leaf that is read is memoised; the
-rest is dropped again when this replay has used it, and its operations stay on the tape to run again.
 
 Invariants
 ----------
@@ -26,14 +14,12 @@ Invariants
 * A dropped tensor that is written afterwards is read as plain autograd reads it: refused if its version moved, else
   with the new contents.
 * Blind spots: a write that neither goes through the dispatcher, nor moves a version counter, nor comes from memory that
-  was seen to be handed out (`exposure`).  The calibrating first call of each region compares checksums to find such
-  writes; see `calibration`.
+  was seen to be handed out (`tightfit.operators.escaped_memory`).  The self-check, at the first call of each region,
+  compares checksums to find such writes.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +28,8 @@ import torch
 from tightfit._torch_private import (
     WeakStorage,
     alias,
-    below_autograd,
     is_conj_or_neg,
-    set_grad_mode,
     storage_key,
-    version_counter,
     version_of,
 )
 from tightfit.device.placement import StreamWatch, device_of_call
@@ -60,13 +43,12 @@ from tightfit.operators.facts import (
     undeclared_writes,
 )
 from tightfit.records.recompute_tree import RecomputeTree
-from tightfit.replay.recipe import LiveRecipe
-from tightfit.replay.refusals import changed_error, modified_error
-from tightfit.replay.self_check import Calibrator, mark_of
+from tightfit.replay.recipe import ResolvedRecipe
+from tightfit.replay.replayer import Handle, Replayer
+from tightfit.replay.self_check import SelfCheck, mark_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import (
     Kept,
-    Passing,
     Ref,
     TapedOp,
     TapedRegion,
@@ -74,55 +56,30 @@ from tightfit.replay.values import (
     before_write,
     belongs_to_others,
     can_rebuild,
-    contents,
     copy_of_storage,
-    demand,
     may_be_statistics,
-    rebuild,
-    unref,
-    written_refs,
 )
-from tightfit.replay.write_watch import Pending
+from tightfit.replay.write_watch import WriteWatch
 
 _Tensor = torch.Tensor
 _Noted = (torch.Tensor, list, tuple)
 
 
-class Handle:
-    """What autograd holds instead of a dropped tensor."""
+class Tape(Replayer):
+    """Records one region call, or several that follow each other, and replays parts of it.
 
-    __slots__ = ("counter", "leaf", "ref", "tape", "version")
-
-    def __init__(self, tape: Tape, ref: Ref, tensor: _Tensor, leaf: int) -> None:
-        self.tape = tape
-        self.ref = ref
-        self.leaf = leaf  # of the tape's nest, in which it was saved
-        self.counter = version_counter(tensor)
-        self.version = version_of(tensor)
-
-    def check_version(self) -> None:
-        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
-        if version_of(self.counter) != self.version:
-            raise modified_error(self.ref.dtype, self.ref.size, version_of(self.counter), self.version)
-
-    def __del__(self) -> None:
-        self.tape.release(self.ref.value)
-
-
-class Tape:
-    """Records one region call and replays parts of it.  Forward is one thread's; replay may be any thread's."""
+    Forward is one thread's; replay may be any thread's.
+    """
 
     def __init__(
         self,
         statistics: Statistics,
-        pending: Pending,
-        nest: RecomputeTree | None = None,
-        calibrator: Calibrator | None = None,
+        writes: WriteWatch,
+        tree: RecomputeTree | None = None,
+        check: SelfCheck | None = None,
     ) -> None:
-        self._statistics = statistics
-        self._pending = pending
-        self._nest = nest if nest is not None and nest.cuts else None
-        self._calibrator = calibrator
+        super().__init__(statistics, tree, check)
+        self._writes = writes
         self._region: TapedRegion | None = None
         self._place = 0  # of the region among the tape's
         self._position = 0  # of the next operation in it
@@ -132,43 +89,39 @@ class Tape:
         self._movable: list[TapedValue] = []  # of those, what may be running statistics, not copied yet
         self._ops: list[TapedOp] = []
         self._split: set[int] = set()  # storages whose parts have version counters of their own
-        self._released: list[TapedValue] | None = []  # while recording: a later saving may want the same again
         self._streams = StreamWatch()
-        self._lock = threading.RLock()
 
     @property
-    def is_calibrating(self) -> bool:
-        """Its operations are checked as they run."""
-        return self._calibrator is not None
+    def is_self_checking(self) -> bool:
+        """Whether its operations are checked as they run."""
+        return self._check is not None
 
-    def begin_region(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
-        """What runs from now on belongs to a region call with this recipe (None: drop what is provably replayable)."""
+    def begin_region(self, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
+        """Begin a region call that follows a recipe (None: what is provably replayable is dropped)."""
         self._region = TapedRegion(recipe, refused)
         self._place = recipe.place if recipe is not None else 0
         self._go_to(0)
 
     def _go_to(self, position: int) -> None:
         self._position = position
-        if self._nest is not None:
-            self._leaf = self._nest.leaf_at(self._place, position)
+        if self._tree is not None:
+            self._leaf = self._tree.leaf_at(self._place, position)
 
     def passes(self, func: Any) -> bool:
-        """Whether the operation that comes now is one that the plan has no use for; if so, the tape is past it.
+        """Return whether the plan has no use for the operation that comes now; if so, the tape is past it.
 
         For operations that change nothing the tape knows (`OpInfo.is_quiet`).  What it makes is unknown to the tape and
         external when it is seen again, as with any operation that is not written down.  Its results cannot be taken for
         a value of the tape: every such value reserves the address of its storage.
         """
         region = self._region
-        if self._nest is not None or self._calibrator is not None or region is None or not region.on_plan:
+        if self._tree is not None or self._check is not None or region is None or not region.on_plan:
             return False
         recipe = region.recipe
         if recipe is None or recipe.passes[self._position] is not func:
             return False
         self._position += 1
         return True
-
-    # ------------------------------------------------------------------------------------------------ forward
 
     def dispatch(
         self, func: Any, info: OpInfo, types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,23 +143,23 @@ class Tape:
         if position in region.refused:
             record = False
         op = self._record(region, func, info, types, args, kwargs) if record else None
-        calibrator = self._calibrator
-        if calibrator is not None and op is not None:
-            calibrator.before(op, args, kwargs)
+        check = self._check
+        if check is not None and op is not None:
+            check.before(op, args, kwargs)
         mutated = mutated_tensors(info, args, kwargs) if info.mutates else []
         for tensor in mutated:
             self.about_to_write(tensor)
         if info.undeclared_writes:
             for tensor in undeclared_writes(info, args):
                 self.about_to_write(tensor)
-        watched = calibrator.look_at(info, args) if calibrator is not None and op is None and info.is_foreign else []
+        watched = check.look_at(info, args) if check is not None and op is None and info.is_foreign else []
         result = func(*args, **kwargs)
-        if calibrator is not None and watched:
-            self._written_unseen(func, calibrator.changed_since(watched))
+        if check is not None and watched:
+            self._written_unseen(func, check.changed_since(watched))
         if info.splits_silently:
             self._split.add(storage_key(args[0]))
         self._register(op, info, mutated, result)
-        if calibrator is not None and op is not None and not calibrator.after(op, args, kwargs, result):
+        if check is not None and op is not None and not check.after(op, args, kwargs, result):
             self._statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)
@@ -227,7 +180,7 @@ class Tape:
         device = device_of_call(tensors, kwargs)
         if safety.blocker(info, types, tensors, device):
             return None
-        exposed = self._pending.exposed
+        exposed = self._writes.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
             return None
         op = TapedOp(region, self._position, len(self._ops), self._leaf, func, info)
@@ -256,7 +209,7 @@ class Tape:
         return op
 
     def _note(self, argument: Any, inputs: dict[TapedValue, None]) -> Any:
-        """An argument with tensors replaced by references to values; values that are sources get held."""
+        """Replace the tensors of an argument by references to values; values that are sources get held."""
         if isinstance(argument, _Tensor):
             value = self._sight(argument)
             value.last_leaf = self._leaf
@@ -275,27 +228,27 @@ class Tape:
         return argument
 
     def _copy_movable(self) -> None:
-        """A plan knows which statistics move later, and drops nothing that is computed from them. Without it, copy."""
+        """Copy what may be running statistics: only a plan knows which of them move later, and spares those."""
         for value in self._movable:
             if value.source is not None:
                 value.source = copy_of_storage(value.source)
         self._movable = []
 
     def _sight(self, tensor: _Tensor) -> TapedValue:
-        """The value that a tensor's storage holds now; what the region did not make is external."""
+        """Return the value that a tensor's storage holds now; what the region did not make is external."""
         key = storage_key(tensor)
         value = self._current.get(key)
-        if value is not None and self._calibrator is not None and not self._calibrator.unchanged(value, tensor):
+        if value is not None and self._check is not None and not self._check.unchanged(value, tensor):
             value = None  # something wrote into it behind the dispatcher's back
         if value is None:
             value = TapedValue(WeakStorage(tensor), tensor.untyped_storage().nbytes())
             self._current[key] = value
-            if self._calibrator is not None:
-                self._calibrator.remember(value, tensor)
+            if self._check is not None:
+                self._check.remember(value, tensor)
         return value
 
     def about_to_write(self, tensor: _Tensor) -> None:
-        """The contents of the tensor's storage are about to change."""
+        """Note that the contents of the tensor's storage are about to change."""
         key = storage_key(tensor)
         old = self._current.pop(key, None)
         if old is None:
@@ -306,7 +259,7 @@ class Tape:
             before_write(old, tensor)
 
     def _written_unseen(self, func: Any, changed: list[tuple[int, _Tensor]]) -> None:
-        """An operation that is not PyTorch's own wrote arguments that its schema does not mark: learn it.
+        """Learn that an operation that is not PyTorch's own wrote arguments that its schema does not mark.
 
         What was computed from the old contents can still be rebuilt, unless they had to be read again: that is an error
         when backward asks, this once.
@@ -344,18 +297,18 @@ class Tape:
         value.output = output
         op.outputs.append(value)
         self._current[key] = value
-        if self._calibrator is not None:
-            self._calibrator.remember(value, tensor)
+        if self._check is not None:
+            self._check.remember(value, tensor)
         return value
 
     def pack(self, tensor: _Tensor) -> Any:
-        """Autograd saves `tensor`: what it shall hold instead."""
+        """Return what autograd shall hold instead of a tensor that it saves."""
         value = None
         if type(tensor) is _Tensor and tensor.layout is torch.strided and not is_conj_or_neg(tensor):
             value = self._current.get(storage_key(tensor))
         if value is None or value.op is None or value.uninitialised or storage_key(tensor) in self._split:
             return Kept(tensor)
-        if self._calibrator is not None and not self._calibrator.unchanged(value, tensor):
+        if self._check is not None and not self._check.unchanged(value, tensor):
             del self._current[storage_key(tensor)]
             return Kept(tensor)
         if not value.op.region.drops(value):
@@ -365,18 +318,18 @@ class Tape:
             self._statistics.kept_unsafe += 1
             return Kept(tensor)
         with self._lock:
-            demand(value)
+            self._demand(value)
             value.handles += 1
             value.last_leaf = self._leaf
-        if self._calibrator is not None:
-            self._calibrator.dropped(value, tensor)
+        if self._check is not None:
+            self._check.dropped(value, tensor)
         self._statistics.dropped_slots += 1
         return Handle(self, Ref(value, tensor), tensor, self._leaf)
 
     def seal(self) -> None:
-        """The tape's last region ended: let go of everything that no handle needs."""
+        """End the tape's last region: let go of everything that no handle needs."""
         with self._lock:
-            unref(self._released or [])
+            self._give_back(self._released or [])
             self._released = None
             movable = set(self._movable)
             for value in self._held:
@@ -384,147 +337,21 @@ class Tape:
                     value.source = None
                 elif value.source is not None:
                     value.version = version_of(value.source)
-                    if self._calibrator is None and (value in movable or belongs_to_others(value.source)):
+                    if self._check is None and (value in movable or belongs_to_others(value.source)):
                         value.mark = mark_of(value.source)
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
                         value.source = value.op = None
                     else:
-                        self._pending.add(storage_key(value.source), value, self._lock)
+                        self._writes.add(storage_key(value.source), value, self._lock)
             for key, value in self._current.items():
                 if value.handles:
-                    self._pending.add(key, value, self._lock)
+                    self._writes.add(key, value, self._lock)
             for op in self._ops:
                 if not op.demanded:
-                    op.forget()
+                    self._forget(op)
             self._held = []
             self._movable = []
             self._ops = []
             self._current = {}
             self._split = set()
             self._region = None
-
-    # ------------------------------------------------------------------------------------------------ backward
-
-    def read(self, handle: Handle) -> _Tensor:
-        """The dropped tensor, rebuilt."""
-        handle.check_version()
-        value = handle.ref.value
-        with self._lock, below_autograd():
-            storage = value.live.untyped_storage() if value.live is not None else None
-            if storage is None and self._calibrator is not None:
-                storage = self._calibrator.written_since(value)
-            return handle.ref.build(self._need(value, handle.leaf) if storage is None else storage)
-
-    def release(self, value: TapedValue) -> None:
-        """A handle died."""
-        with self._lock:
-            value.handles -= 1
-            if not value.handles:
-                value.live = None
-            if self._released is not None:
-                self._released.append(value)
-            else:
-                unref([value])
-
-    def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
-        storage = contents(wanted)
-        if storage is not None:
-            return storage
-        todo: dict[int, TapedOp] = {}
-        stack = [wanted]
-        while stack:
-            value = stack.pop()
-            if value.memo is None and value.source is None:
-                op = value.op
-                if op is None or op.done:
-                    raise RuntimeError(
-                        "tightfit cannot rebuild a saved tensor: it, or what it is recomputed from, was changed after "
-                        "autograd saved it (for example through .data or NumPy), which the plan did not know. Measure "
-                        "the model again, or keep this part out of the plan."
-                    )
-                if op.order not in todo:
-                    todo[op.order] = op
-                    stack.extend(op.inputs)
-        passing = Passing(leaf, Counter(value for op in todo.values() for value in op.inputs))
-        for order in sorted(todo):
-            self._run(todo[order], passing)
-        storage = contents(wanted)
-        assert storage is not None
-        return storage
-
-    def _stays(self, value: TapedValue, leaf: int) -> bool:
-        """What a replay for `leaf` makes is memoised: somebody still wants it, and the nest holds it for the leaf."""
-        if value.refs == 0 or value.source is not None:
-            return False
-        assert value.op is not None
-        return self._nest is None or self._nest.holds(value.op.leaf, value.last_leaf, leaf)
-
-    def _is_changed(self, value: TapedValue) -> bool:
-        """While calibrating: somebody wrote into a source, unseen."""
-        source = value.source
-        return self._calibrator is not None and source is not None and not self._calibrator.unchanged(value, source)
-
-    def _is_changed_elsewhere(self, value: TapedValue) -> bool:
-        """Memory that may be written unseen was, since the region ended. Looked at once, at its first use."""
-        expected, value.mark = value.mark, None
-        return expected is not None and value.source is not None and mark_of(value.source) != expected
-
-    def _run(self, op: TapedOp, passing: Passing) -> None:
-        self._statistics.replayed_ops += 1
-        stays = {value: self._stays(value, passing.leaf) for value in op.outputs}
-        finished = all(stays[value] or value.refs == 0 or value.source is not None for value in op.outputs)
-        storages: dict[TapedValue, torch.UntypedStorage] = {}
-        written = written_refs(op)
-        for value in op.inputs:
-            held = passing.storages[value] if value in passing.storages else contents(value)
-            assert held is not None
-            if self._is_changed(value) or self._is_changed_elsewhere(value):
-                assert value.source is not None
-                raise changed_error(value.source, "behind PyTorch's back (for example through NumPy, or by BatchNorm)")
-            if value in written:  # in place if only this operation wants it
-                if value in passing.storages and passing.readers[value] == 1:
-                    del passing.storages[value]
-                elif value.memo is not None and value.refs == 1 and finished:
-                    value.memo = None
-                else:
-                    held = held.clone()
-            storages[value] = held
-
-        args = [rebuild(a, storages) for a in op.args]
-        kwargs = {name: rebuild(a, storages) for name, a in op.kwargs.items()}
-        set_grad_mode(op.grad)
-        if op.random_state is not None:
-            assert op.generator is not None
-            now = op.generator.get_state()
-            op.generator.set_state(op.random_state)
-            try:
-                result = op.func(*args, **kwargs)
-            finally:
-                op.generator.set_state(now)
-        else:
-            result = op.func(*args, **kwargs)
-        results = result_tensors(result)
-        written_values = list(written)
-        for value in op.outputs:
-            if value.memo is not None:
-                continue  # from an earlier run, after which another result was still wanted
-            if not stays[value] and (passing.readers[value] == 0 or value.source is not None):
-                continue
-            if value.output >= 0:
-                storage = results[value.output].untyped_storage()
-            else:
-                storage = storages[written_values[-1 - value.output]]
-            if storage.nbytes() != value.nbytes:
-                raise RuntimeError(
-                    f"replaying {op.info.name} gave a storage of {storage.nbytes()} bytes instead of {value.nbytes}: "
-                    "the operation is not a function of its inputs. Please report this operation."
-                )
-            if stays[value]:
-                value.memo = storage
-            else:
-                passing.storages[value] = storage
-        inputs = op.inputs
-        if finished:
-            op.forget()
-            unref(list(inputs))
-        passing.was_read_by_one_more(inputs)

@@ -1,4 +1,4 @@
-"""What a tape is made of: values, references to them, operations, and what autograd holds instead of a saved tensor.
+"""Hold what a tape is made of: values, references to them, operations, and saved tensors that stay.
 
 A *value* is what one storage holds between two writes.  References are counted: each handle, and each operation that is
 yet to be replayed, holds one on every value that it wants; what reaches zero is freed.
@@ -6,7 +6,6 @@ yet to be replayed, holds one on every value that it wants; what reaches zero is
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -23,17 +22,17 @@ from tightfit._torch_private import (
 )
 from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
-from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import changed_error, modified_error
+from tightfit.simulation.schedule import Op, Value
 
 _Tensor = torch.Tensor
 
 
-class TapedValue:
+class TapedValue(Value):
     """What one storage holds between two writes."""
 
-    __slots__ = ("__weakref__", "address", "handles", "last_leaf", "live", "mark", "memo", "nbytes", "op", "output",
-                 "refs", "source", "uninitialised", "version")  # fmt: skip
+    __slots__ = ("__weakref__", "address", "handles", "live", "mark", "nbytes", "output", "uninitialised", "version")
 
     def __init__(self, address: WeakStorage, nbytes: int) -> None:
         self.address = address
@@ -65,7 +64,7 @@ class Ref:
         self.lazy = tensor.is_conj(), tensor.is_neg()
 
     def build(self, storage: torch.UntypedStorage) -> _Tensor:
-        """A tensor of this geometry on `storage`."""
+        """Return a tensor of this geometry on `storage`."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)
         return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
@@ -76,34 +75,33 @@ class TapedRegion:
 
     __slots__ = ("on_plan", "recipe", "refused")
 
-    def __init__(self, recipe: LiveRecipe | None, refused: set[int]) -> None:
+    def __init__(self, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
         self.recipe = recipe
         self.on_plan = recipe is not None  # its operations have been the plan's so far
-        self.refused = refused  # positions of operations that calibration found unfit, in any call of this region
+        self.refused = refused  # positions of operations that a self-check found unfit, in any call of this region
 
     def keeps(self, value: TapedValue) -> bool:
-        """The plan has one of this region's values held."""
+        """Return whether the plan has one of this region's values held."""
         return self._is_in(self.recipe.keep if self.recipe is not None else (), value)
 
     def drops(self, value: TapedValue) -> bool:
-        """The plan has it dropped; without a plan, everything is."""
+        """Return whether the plan has it dropped; without a plan, everything is."""
         return not self.on_plan or self._is_in(self.recipe.drop if self.recipe is not None else (), value)
 
     def _is_in(self, names: Collection[tuple[int, int]], value: TapedValue) -> bool:
         return self.on_plan and value.op is not None and (value.op.position, value.output) in names
 
 
-class TapedOp:
-    """One operation that can be run again."""
+class TapedOp(Op):
+    """One operation that can be replayed."""
 
-    __slots__ = ("args", "demanded", "done", "func", "generator", "grad", "info", "inputs", "kwargs", "leaf", "order",
-                 "outputs", "position", "random_state", "region")  # fmt: skip
+    __slots__ = ("args", "func", "generator", "grad", "info", "kwargs", "position", "random_state", "region")
 
     def __init__(self, region: TapedRegion, position: int, order: int, leaf: int, func: Any, info: OpInfo) -> None:
         self.region = region
         self.position = position  # in its region
         self.order = order  # on its tape
-        self.leaf = leaf  # of the tape's nest
+        self.leaf = leaf  # of the tape's tree
         self.func = func
         self.info = info
         self.args: tuple[Any, ...] = ()
@@ -115,33 +113,6 @@ class TapedOp:
         self.grad = False
         self.generator: torch.Generator | None = None
         self.random_state: _Tensor | None = None
-
-    def forget(self) -> None:
-        """Break reference cycles: the operation will not run (again)."""
-        self.done = True
-        self.inputs = ()
-        self.outputs = []
-        self.args = ()
-        self.kwargs = {}
-        self.random_state = None
-
-
-class Passing:
-    """What one replay passes through: results that it needs on its way and that are not memoised."""
-
-    __slots__ = ("leaf", "readers", "storages")
-
-    def __init__(self, leaf: int, readers: Counter[TapedValue]) -> None:
-        self.leaf = leaf  # for which this replay is
-        self.readers = readers  # of each value, how many of its operations are yet to read it
-        self.storages: dict[TapedValue, torch.UntypedStorage] = {}
-
-    def was_read_by_one_more(self, values: tuple[TapedValue, ...]) -> None:
-        """An operation that reads `values` has run."""
-        for value in values:
-            self.readers[value] -= 1
-            if self.readers[value] == 0:
-                self.storages.pop(value, None)
 
 
 class Kept:
@@ -158,14 +129,14 @@ class Kept:
         self.version = version_of(tensor)
 
     def read(self) -> _Tensor:
-        """The tensor; raises as plain autograd does if it was written after being saved."""
+        """Return the tensor; raise as plain autograd does if it was written after being saved."""
         if version_of(self.tensor) != self.version:
             raise modified_error(self.tensor.dtype, self.tensor.shape, version_of(self.tensor), self.version)
         return self.tensor
 
 
 def contents(value: TapedValue) -> torch.UntypedStorage | None:
-    """The bytes of a value, if they are at hand. Raises if its source was written after the region ended."""
+    """Return the bytes of a value, if they are at hand. Raise if its source was written after the region ended."""
     if value.memo is not None:
         return value.memo
     source = value.source
@@ -177,7 +148,7 @@ def contents(value: TapedValue) -> torch.UntypedStorage | None:
 
 
 def can_rebuild(wanted: TapedValue) -> bool:
-    """Every operation that rebuilding needs is on the tape, and every leaf is held."""
+    """Return whether every operation that rebuilding needs is on the tape, and every source is held."""
     seen: set[TapedValue] = set()
     stack = [wanted]
     while stack:
@@ -193,36 +164,8 @@ def can_rebuild(wanted: TapedValue) -> bool:
     return True
 
 
-def demand(wanted: TapedValue) -> None:
-    """One more reference on `wanted`, and on all that rebuilding it needs."""
-    stack = [wanted]
-    while stack:
-        value = stack.pop()
-        value.refs += 1
-        op = value.op
-        if value.refs == 1 and value.source is None and op is not None and not op.demanded:
-            op.demanded = True
-            stack.extend(op.inputs)
-
-
-def unref(values: list[TapedValue]) -> None:
-    """Give back one reference on each of `values`; free what nobody wants any more."""
-    stack = values
-    while stack:
-        value = stack.pop()
-        value.refs -= 1
-        if value.refs:
-            continue
-        value.memo = None
-        value.source = None
-        op = value.op
-        if op is not None and op.demanded and not op.done and all(output.refs == 0 for output in op.outputs):
-            stack.extend(op.inputs)
-            op.forget()
-
-
 def written_refs(op: TapedOp) -> dict[TapedValue, None]:
-    """Values that the operation writes, in argument order."""
+    """Return the values that the operation writes, in argument order."""
     written: dict[TapedValue, None] = {}
     for position, name in op.info.mutates:
         argument = op.args[position] if position < len(op.args) else op.kwargs.get(name)
@@ -233,7 +176,7 @@ def written_refs(op: TapedOp) -> dict[TapedValue, None]:
 
 
 def rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> Any:
-    """An argument with references replaced by tensors on the given storages."""
+    """Replace the references of an argument by tensors on the given storages."""
     if isinstance(argument, Ref):
         return argument.build(storages[argument.value])
     if isinstance(argument, list | tuple):
@@ -242,7 +185,7 @@ def rebuild(argument: Any, storages: dict[TapedValue, torch.UntypedStorage]) -> 
 
 
 def copy_of_storage(tensor: _Tensor) -> _Tensor:
-    """A tensor of the same geometry on a copy of the whole storage."""
+    """Return a tensor of the same geometry on a copy of the whole storage."""
     with below_autograd():
         storage = tensor.untyped_storage().clone()
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -251,7 +194,7 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
 
 
 def belongs_to_others(tensor: _Tensor) -> bool:
-    """Its memory was given to PyTorch (`torch.from_numpy`, `torch.frombuffer`): the giver may write there, unseen."""
+    """Return whether memory was given to PyTorch (`torch.from_numpy`): the giver may write there, unseen."""
     return not tensor.untyped_storage().resizable() and device_for(tensor).is_host
 
 
@@ -260,7 +203,7 @@ _STATISTICS_BYTES = 64 << 10
 
 
 def may_be_statistics(tensor: _Tensor) -> bool:
-    """Running statistics look like this, and normalisation moves them with no mark and no version: hold a copy.
+    """Return whether a tensor looks like running statistics, which normalisation moves with no mark and no version.
 
     The write is seen where the engine watches, but the normalisation may be in a region that is left untouched.
     """
@@ -274,7 +217,7 @@ def may_be_statistics(tensor: _Tensor) -> bool:
 
 
 def before_write(value: TapedValue, tensor: _Tensor) -> None:
-    """The storage that `tensor` shows is about to be written: keep what is still needed of `value`, which is in it."""
+    """Keep what is still needed of a value whose storage, which `tensor` shows, is about to be written."""
     if value.handles and value.live is None:
         # Plain autograd holds this storage: it would refuse at the read if the version moved, else see the new contents
         # (`.data`, NumPy, running statistics). So does what is held from here on.

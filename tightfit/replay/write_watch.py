@@ -1,4 +1,4 @@
-"""Values of finished regions that backward will still ask for, found by the storage that they are in or read from.
+"""Watch writes to what backward will still ask for: values of finished regions, found by their storage.
 
 A tape hears of writes only while its own region runs.  Later regions, of the same forward or of the next one, may write
 what it left behind: a buffer that they update, a result that they change through `.data`.  The session tells of every
@@ -19,8 +19,8 @@ from tightfit.replay.values import TapedValue, before_write
 _Lock = AbstractContextManager[Any]
 
 
-class Pending:
-    """See the module.  One for each applied plan."""
+class WriteWatch:
+    """The values of one applied plan that must survive a write to their storage."""
 
     def __init__(self) -> None:
         self.exposed: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -28,11 +28,11 @@ class Pending:
         self._by_storage: dict[int, list[tuple[weakref.ref[TapedValue], _Lock]]] = {}
 
     def add(self, key: int, value: TapedValue, lock: _Lock) -> None:
-        """`value` is in the storage with that key, or read from it; `lock` is its tape's."""
+        """Watch a value that is in the storage with that key, or read from it; `lock` is its tape's."""
         self._by_storage.setdefault(key, []).append((weakref.ref(value), lock))
 
     def before_write(self, tensor: torch.Tensor) -> None:
-        """The contents of the tensor's storage are about to change."""
+        """Put aside what is needed of a tensor's storage, whose contents are about to change."""
         for reference, lock in self._by_storage.pop(storage_key(tensor), ()):
             value = reference()
             # A value that lives reserves its storage's address, so the key still means that storage.
@@ -41,7 +41,7 @@ class Pending:
                     before_write(value, tensor)
 
     def expose(self, tensor: torch.Tensor) -> None:
-        """The memory of the tensor's storage is handed out. To be safe, that counts as a write."""
+        """Note that the memory of the tensor's storage is handed out. To be safe, that counts as a write."""
         self.before_write(tensor)
         key, exposed = storage_key(tensor), self.exposed
         if key not in exposed:

@@ -28,7 +28,7 @@ def format_peak(solved: Plan, more_bytes: int | None) -> str:
 def format_measuring(profile: Profile) -> str:
     """Format how long measuring took."""
     total_ms = sum(profile.measuring_ms.values())
-    alone_ms = profile.measuring_ms.get("scratch", 0.0) + profile.measuring_ms.get("times", 0.0)
+    alone_ms = profile.measuring_ms.get("workspace", 0.0) + profile.measuring_ms.get("times", 0.0)
     return f"{total_ms / 1e3:.1f} s, {alone_ms / max(total_ms, 1e-9):.0%} of it on operations run alone"
 
 

@@ -1,1 +1,1 @@
-"""The one oracle of peak memory and step time: a profile's timeline, edited by a plan. Needs no PyTorch."""
+"""Predict peak memory and step time: a profile's timeline, edited by decisions. Needs no PyTorch."""

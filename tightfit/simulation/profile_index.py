@@ -1,4 +1,4 @@
-"""Look-ups into a profile that depend on no decision: what each region's tape allows, and what lives in any case.
+"""Look up what a profile says whatever is decided: what each region may drop, and what lives in any case.
 
 `simulate` walks a step with these look-ups.
 """
@@ -31,11 +31,10 @@ class RegionFacts:
     """Own values that replay can rebuild."""
     slots: tuple[int, ...]
     """Slots whose value is own and droppable: the only ones that a decision concerns."""
-
-    @property
-    def optional(self) -> frozenset[int]:
-        """Values that a keep set may name: keepable, and not forced to be held anyway."""
-        return self.keepable & self.droppable
+    optional: frozenset[int]
+    """Values that a decision may keep: keepable, and not forced to be held anyway."""
+    names: tuple[tuple[int, int, ValueName], ...]
+    """Of each optional value: itself, its region's place among the tape's, and its name there."""
 
 
 class ProfileIndex:
@@ -49,7 +48,7 @@ class ProfileIndex:
                 self.region_of_op[op] = index
         self.region_of_slot = [slot.region for slot in profile.slots]
         self.activation_bytes = [s.nbytes if s.component == "activation" else 0 for s in profile.storages]
-        """Of each storage: its size; nothing for one that is part of the baseline, where it is counted."""
+        """Of each storage: its size; nothing for one that is resident, and counted there."""
         self.slots_of_region: list[list[int]] = [[] for _ in profile.regions]
         for slot_index, region_index in enumerate(self.region_of_slot):
             self.slots_of_region[region_index].append(slot_index)
@@ -73,7 +72,7 @@ class ProfileIndex:
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
 
     def repriced(self, profile: Profile) -> ProfileIndex:
-        """Look-ups into a profile that differs from this one's in nothing but times."""
+        """Return look-ups into a profile that differs from this one's in nothing but times."""
         other = copy.copy(self)
         other.profile = profile
         other.__dict__.pop("plain_step_ms", None)
@@ -85,11 +84,11 @@ class ProfileIndex:
         return self.profile.plain_step_ms
 
     def backward_event(self) -> int:
-        """When backward begins: the moment at which everything held from forward is held; 0 without backward."""
+        """Return when backward begins: the moment at which everything held from forward is held; 0 without backward."""
         return self._backward_event
 
     def owner(self, event: Event) -> int:
-        """The region whose tape has a part in an event; -1 if none has."""
+        """Return the region that has a part in an event; -1 if none has."""
         kind, a = event
         if kind == EventKind.OP:
             return self.region_of_op[a]
@@ -98,29 +97,29 @@ class ProfileIndex:
         return self.region_of_slot[a] if kind in _OF_SLOTS else -1
 
     def producer_region(self, value: int) -> int:
-        """Index of the region that made a value; -1 if none did."""
+        """Return the index of the region that made a value; -1 if none did."""
         op = self.profile.values[value].op
         return self.region_of_op[op] if op >= 0 else -1
 
     def is_free(self, value: int) -> bool:
-        """Its storage is part of the baseline, so that holding it costs nothing."""
-        return self.is_baseline(self.profile.values[value].storage)
+        """Return whether a value is in resident memory, so that holding it costs nothing."""
+        return self.is_resident(self.profile.values[value].storage)
 
-    def is_baseline(self, storage: int) -> bool:
-        """It is alive during the whole step, and counted there."""
+    def is_resident(self, storage: int) -> bool:
+        """Return whether a storage is resident: alive during the whole step, and counted there."""
         return self.profile.storages[storage].component != "activation"
 
     def nbytes(self, value: int) -> int:
-        """Size of the value's storage."""
+        """Return the size of the value's storage."""
         return self.profile.storages[self.profile.values[value].storage].nbytes
 
     def local(self, value: int) -> tuple[int, int]:
-        """A value's coordinates in its region: (operation's position, output's index), as keep sets name it."""
+        """Return a value's name in its region: (operation's position, output's index)."""
         record = self.profile.values[value]
         return record.op - self.profile.regions[self.region_of_op[record.op]].first_op, record.output
 
     def tape_facts(self, first: int, count: int) -> RegionFacts:
-        """What one tape over `count` regions from `first` allows."""
+        """Return what one tape over `count` regions from `first` allows."""
         if count == 1:
             return self.facts[first]
         found = self._tape_facts.get((first, count))
@@ -130,16 +129,14 @@ class ProfileIndex:
 
     def keep_values(self, region: int, names: Collection[ValueName]) -> frozenset[int]:
         """Return the values of a region with these names; names that do not exist or are not optional are ignored."""
-        return frozenset(value for value in self.facts[region].optional if self.local(value) in names)
+        return frozenset([value for value, _, name in self.facts[region].names if name in names])
 
-    def kept_values(self, facts: RegionFacts, first: int, decisions: Sequence[Decision | None]) -> frozenset[int]:
+    def kept_values(self, facts: RegionFacts, decisions: Sequence[Decision | None]) -> frozenset[int]:
         """Return what is kept on one tape over several regions, with a decision for each (None there: everything)."""
-        kept = set()
-        for value in facts.optional:
-            decision = decisions[self.region_of_op[self.profile.values[value].op] - first]
-            if decision is None or self.local(value) in decision.kept:
-                kept.add(value)
-        return frozenset(kept)
+        kept = [None if decision is None else decision.kept for decision in decisions]
+        return frozenset(
+            [value for value, place, name in facts.names if (names := kept[place]) is None or name in names]
+        )
 
     def events_between(self, region: int) -> Sequence[Event]:
         """Return what happens in forward between a region's begin and its end."""
@@ -150,7 +147,7 @@ class ProfileIndex:
         return self.rebuilding_ops(self.facts[region], self.keep_values(region, kept))
 
     def rebuilding_ops(self, facts: RegionFacts, held: frozenset[int]) -> frozenset[int]:
-        """Operations that a tape replays at least once when every droppable slot whose value is not `held` is
+        """Return the operations that run again at least once when every droppable slot whose value is not `held` is
         dropped.
         """
         needed: set[int] = set()
@@ -189,10 +186,19 @@ class ProfileIndex:
             for s in self.slots_of_region[region]
             if (v := profile.slots[s].value) in droppable and not profile.values[v].overwritten
         )
-        return RegionFacts(index=index, own=own, keepable=keepable, droppable=frozenset(droppable), slots=slots)
+        optional = keepable & droppable
+        return RegionFacts(
+            index=index,
+            own=own,
+            keepable=keepable,
+            droppable=frozenset(droppable),
+            slots=slots,
+            optional=optional,
+            names=tuple((v, self.region_of_op[profile.values[v].op] - index, self.local(v)) for v in sorted(optional)),
+        )
 
     def _fixed(self) -> tuple[list[int], dict[int, int], dict[int, list[tuple[int, int]]]]:
-        """Level after each event and spikes of what lives whatever is decided; when each storage lives in it."""
+        """Return level after each event and spikes of what lives whatever is decided; when each storage lives in it."""
         profile = self.profile
         nbytes_of = self.activation_bytes
         held = [0] * len(nbytes_of)
@@ -208,9 +214,9 @@ class ProfileIndex:
             elif kind == EventKind.FREE:
                 release = a
             elif kind == EventKind.OTHER_OP:
-                spikes[time] = profile.signatures[a].scratch_bytes
+                spikes[time] = profile.signatures[a].workspace_bytes
             elif kind == EventKind.OP:
-                spikes[time] = profile.signatures[profile.ops[a].signature].scratch_bytes
+                spikes[time] = profile.signatures[profile.ops[a].signature].workspace_bytes
             elif kind == EventKind.SAVE and a in self.fixed_slots:
                 acquire = profile.values[profile.slots[a].value].storage
             elif kind == EventKind.RELEASE and a in self.fixed_slots:
@@ -232,13 +238,13 @@ class ProfileIndex:
         return levels, spikes, intervals
 
     def fixed_at(self, storage: int, time: int) -> bool:
-        """Whether a storage is alive after event `time` whatever is decided."""
+        """Return whether a storage is alive after event `time` whatever is decided."""
         return any(start <= time < end for start, end in self._fixed_intervals.get(storage, ()))
 
     def fixed_deaths(self, storage: int) -> Iterator[int]:
-        """Events at which a storage would die if no decision held it."""
+        """Return the events at which a storage would die if no decision held it."""
         return (end for _, end in self._fixed_intervals.get(storage, ()))
 
     def fixed_births(self, storage: int) -> Iterator[int]:
-        """Events at which a storage comes alive whatever is decided."""
+        """Return the events at which a storage comes alive whatever is decided."""
         return (start for start, _ in self._fixed_intervals.get(storage, ()))

@@ -1,19 +1,19 @@
-"""The one oracle of peak memory and step time.
+"""Predict peak memory and step time: the one oracle.
 
 Given a profile and a decision for every region, `simulate` walks the profile's events and does with bytes exactly what
-the replay engine does with tensors: which storages live when, what is replayed at which read, what is memoised and when
-it is freed.  Nothing else in tightfit predicts memory.
+the engine does with tensors: which storages live when, what is recomputed at which read, and when it is freed.  What a
+region holds under its decision, its lever's model says.  Nothing else in tightfit predicts memory.
 
-Memory is additive over regions: a region's decision changes only what its own slots and its own tape hold, so
+Memory is additive over regions: a region's decision changes only what the region itself holds, so
 
     bytes(moment) = baseline + fixed(moment) + sum over regions of conditional(region, decision, moment)
 
-where *fixed* is what lives whatever is decided (natural lifetimes, savings of values that a region did not make or
-may not replay) and *conditional* is what `region_curve` returns.  The sum counts a storage twice if two regions hold it
+where *fixed* is what lives whatever is decided (natural lifetimes, saved tensors that a region did not make or may not
+recompute) and *conditional* is what `region_curve` returns.  The sum counts a storage twice if two regions hold it
 at the same time, so it is an upper bound there; a curve therefore names its holdings (`RegionCurve.holds`), with which
 `solve` counts such a storage once.  `simulate` itself counts each storage once.
 
-What it does not see: allocator slack, and memory that an operation takes in other ways than its measured scratch.
+What it does not see: allocator slack, and memory that an operation takes in other ways than its measured workspace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tightfit.records import Decision, EventKind, Profile, SharedTape
-from tightfit.simulation.levers import BY_VALUE, RegionModel, UntouchedModel, lever_named
+from tightfit.simulation.levers import BY_VALUE, NOTHING, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
 
 
@@ -40,11 +40,11 @@ class RegionCurve:
     """(storage, first event, event after the last): the part of the deltas that is a storage held beyond its fixed
     life. Another region may hold the same storage at the same time; in memory it is there once."""
     replayed_ops: tuple[int, ...]
-    """Operations replayed, in the order of replay."""
+    """Operations recomputed, in that order."""
     replay_ms: float
-    """Time of the replayed operations."""
+    """Time of the recomputed operations."""
     overhead_ms: float
-    """Replay and the tape's own cost: what the decision adds to the step."""
+    """What the decision adds to the step: recomputation and the lever's own cost."""
 
 
 def _model_of(index: ProfileIndex, region: int, decision: Decision | None) -> RegionModel:
@@ -73,6 +73,8 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
     for time in index.events_of_region[region]:
         event = profile.events[time]
         moment = model.handle(event.kind, event.a)
+        if moment is NOTHING:
+            continue
         for storage in moment.acquired:
             held[storage] += 1
             if held[storage] == 1:
@@ -94,7 +96,7 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
             | {t for t in index.fixed_deaths(storage) if start < t < end}
         )
         for a, b in pairwise(inside):
-            if not index.fixed_at(storage, a) and not index.is_baseline(storage):
+            if not index.fixed_at(storage, a) and not index.is_resident(storage):
                 holds.append((storage, a, b))
                 change(a, storage, +1)
                 if b < len(profile.events):
@@ -125,11 +127,11 @@ class Simulation:
     step_ms: float
     replay_ms: float
     replayed_ops: tuple[int, ...]
-    """Forward operations replayed, in order of regions."""
+    """Forward operations recomputed, in order of regions."""
 
 
 def fixed_peaks(index: ProfileIndex) -> list[int]:
-    """For each event: highest bytes within it of what is fixed, baseline, correction and margin included."""
+    """Return the highest bytes within each event of what is fixed, resident memory and corrections included."""
     profile = index.profile
     offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
     return [offset + level + index.fixed_spikes.get(time, 0) for time, level in enumerate(index.fixed_levels)]
@@ -169,7 +171,7 @@ def simulate(
     nbytes_of, owner_of_slot, owner_of_op = index.activation_bytes, index.region_of_slot, index.region_of_op
     held = [0] * len(nbytes_of)
     level = memo = 0
-    peak = peak_memo = peak_scratch = -1
+    peak = peak_memo = peak_workspace = -1
     peak_event = 0
     current = -1
     where_region = -1
@@ -178,7 +180,7 @@ def simulate(
     components_at_peak: dict[str, int] = {}
     offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
     for time, (kind, a) in enumerate(profile.events):
-        spike = scratch = 0
+        spike = workspace = 0
         memo_before = memo
         level_before = level
         if kind == EventKind.ALLOC:
@@ -191,11 +193,11 @@ def simulate(
                 level -= nbytes_of[a]
             continue  # no higher than it was
         elif kind == EventKind.OTHER_OP:
-            scratch = index.fixed_spikes.get(time, 0)
+            workspace = index.fixed_spikes.get(time, 0)
         elif kind in _OF_A_REGION:
             owner = owner_of_op[a] if kind == EventKind.OP else a if kind == EventKind.EXIT else owner_of_slot[a]
             if kind == EventKind.OP:
-                scratch = index.fixed_spikes.get(time, 0)
+                workspace = index.fixed_spikes.get(time, 0)
             elif kind == EventKind.EXIT:
                 current = -1
             if phase == "backward":
@@ -225,13 +227,13 @@ def simulate(
             phase = "backward"
         elif kind == EventKind.OPTIMIZER:
             phase = "optimizer"
-        high = max(level + memo + scratch, level_before + memo_before + spike)
+        high = max(level + memo + workspace, level_before + memo_before + spike)
         if high > peak:
             peak, peak_event = high, time
-            in_replay = level_before + memo_before + spike >= level + memo + scratch and spike > 0
+            in_replay = level_before + memo_before + spike >= level + memo + workspace and spike > 0
             peak_memo = memo_before + spike if in_replay else memo
-            peak_scratch = 0 if in_replay else scratch
-            components_at_peak = {"activations": high - peak_memo - peak_scratch}
+            peak_workspace = 0 if in_replay else workspace
+            components_at_peak = {"activations": high - peak_memo - peak_workspace}
             if phase == "optimizer":
                 peak_label = "optimizer step"
             elif phase == "backward":
@@ -241,7 +243,7 @@ def simulate(
     if peak < 0:
         peak = 0
         components_at_peak = {"activations": 0}
-        peak_memo = peak_scratch = 0
+        peak_memo = peak_workspace = 0
     step_ms = index.plain_step_ms
     replay_total = 0.0
     replayed: list[int] = []
@@ -254,7 +256,7 @@ def simulate(
         **profile.baseline,
         "activations": components_at_peak["activations"],
         "replay": peak_memo,
-        "operation_scratch": peak_scratch,
+        "workspace": peak_workspace,
         "correction": profile.correction_bytes + profile.margin_bytes,
     }
     return Simulation(

@@ -1,4 +1,4 @@
-"""Choosing what every region keeps and what it recomputes: the fastest plan under the peak at every moment.
+"""Choose what every region keeps and what it recomputes: the fastest plan under the peak at every moment.
 
 `columns` evaluates a decision for a region, `pricing` finds the one that prices want, `master` combines columns under
 the memory of every moment, `column_generation` fills the pool, `lower_bound` says how fast any plan could be,

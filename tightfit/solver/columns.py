@@ -1,4 +1,4 @@
-"""Columns: one region with one decision, its cost in time and its memory at every moment.
+"""Evaluate columns: one region with one decision, its cost in time and its memory at every moment.
 
 The memory of a column is what `simulate.region_curve` says; nothing here predicts memory anew.  It is kept in two
 parts: *private* bytes, which add up over regions, and *shared* holdings, storages that another region may hold too and
@@ -90,7 +90,7 @@ class Column:
         )
 
     def at(self, time: int) -> tuple[int, tuple[int, ...]]:
-        """Within event `time`: highest private bytes, and the shared storages held."""
+        """Return the highest private bytes within event `time`, and the shared storages held then."""
         rank, exactly = self.timeline.place(time)
         if rank < 0:
             return 0, ()
@@ -116,7 +116,7 @@ class ColumnSource:
         self._middle = index.backward_event()
 
     def repriced(self, profile: Profile) -> ColumnSource:
-        """Columns of a profile that differs from this one's in nothing but times."""
+        """Return columns of a profile that differs from this one's in nothing but times."""
         other = copy.copy(self)
         other.index = self.index.repriced(profile)
         other._columns = [{} for _ in profile.regions]
@@ -168,7 +168,7 @@ class ColumnSource:
         )
 
     def peaks(self, chosen: Iterable[tuple[Column, float]]) -> Array:
-        """Highest bytes within every event for columns taken with weights (1 for a plan; fractions in a relaxation)."""
+        """Return the highest bytes within every event, for columns with weights (fractions in a relaxation)."""
         count = len(self.base)
         times, sizes, extra_times, extra_sizes = [], [], [], []
         holds: dict[int, list[tuple[int, int, int, float]]] = {}
@@ -192,14 +192,14 @@ class ColumnSource:
 
 
 def _sums(times: list[Array], sizes: list[Array], count: int) -> Array:
-    """Sum of the sizes at each time from 0 to `count` - 1."""
+    """Return the sum of the sizes at each time from 0 to `count` - 1."""
     if not times:
         return np.zeros(count)
     return np.bincount(np.concatenate(times), weights=np.concatenate(sizes), minlength=count)
 
 
 def _union_changes(intervals: list[tuple[int, int, int, float]]) -> list[tuple[int, float]]:
-    """How the largest weight that any one region holds changes over time."""
+    """Return how the largest weight that any one region holds changes over time."""
     if len(intervals) == 1:
         start, end, _, weight = intervals[0]
         return [(start, weight), (end, -weight)]
@@ -218,7 +218,7 @@ def _union_changes(intervals: list[tuple[int, int, int, float]]) -> list[tuple[i
 
 
 def _holders(index: ProfileIndex) -> dict[int, set[int]]:
-    """For each storage, the regions that some decision makes hold it."""
+    """Return, for each storage, the regions that some decision makes hold it."""
     profile = index.profile
     holders: dict[int, set[int]] = {}
     for facts in index.facts:

@@ -1,4 +1,4 @@
-"""The one place that talks to HiGHS: a linear program or a mixed-integer one, as rows and columns.
+"""Talk to HiGHS, here and nowhere else: a linear program or a mixed-integer one, as rows and columns.
 
 HiGHS is imported when the first program is solved, so that reading and simulating plans needs neither it nor numpy.
 """
@@ -26,20 +26,20 @@ class Program:
     bounds: list[tuple[float, float]] = field(default_factory=list)
 
     def variable(self, cost: float, upper: float = INFINITY, *, integer: bool = False) -> int:
-        """A variable from 0 to `upper`; returns its number."""
+        """Add a variable from 0 to `upper`; return its number."""
         self.costs.append(cost)
         self.uppers.append(upper)
         self.integers.append(integer)
         return len(self.costs) - 1
 
     def row(self, entries: dict[int, float], lower: float, upper: float) -> int:
-        """`lower` <= sum of coefficient x variable <= `upper`; returns its number."""
+        """Add `lower` <= sum of coefficient x variable <= `upper`; return the row's number."""
         self.entries.append(entries)
         self.bounds.append((lower, upper))
         return len(self.bounds) - 1
 
     def model(self, *, relaxed: bool = False) -> Any:
-        """The program as HiGHS takes it: a `highspy.HighsLp`. `relaxed` forgets that variables are integer."""
+        """Return the program as HiGHS takes it: a `highspy.HighsLp`. `relaxed` forgets that variables are integer."""
         import highspy
         import numpy as np
 
@@ -66,7 +66,7 @@ class Program:
         return model
 
     def solve(self, *, relaxed: bool = False, gap: float = 0.0, nodes: int = _NODES) -> Solution | None:
-        """The optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
+        """Return the optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
 
         For integer programs: `gap` is how far (in cost) the answer may be from the optimum, `nodes` how many nodes of
         the search tree are looked at, at most.

@@ -87,7 +87,7 @@ class Master:
 
     def __post_init__(self) -> None:
         profile = self.source.index.profile
-        sizes = [s.nbytes for s in profile.storages] + [s.scratch_bytes for s in profile.signatures]
+        sizes = [s.nbytes for s in profile.storages] + [s.workspace_bytes for s in profile.signatures]
         self.unit = gcd(*sizes) or 1
         self._classes = [region.class_id for region in profile.regions]
         for class_id in self._classes:
@@ -106,7 +106,7 @@ class Master:
         return True
 
     def add_moments(self, peaks: Array, limit: float) -> bool:
-        """Take in the worst moment of each stretch that is above `limit` bytes; True if one is new."""
+        """Add the worst moment of each stretch that is above `limit` bytes; return whether one is new."""
         times = np.flatnonzero(peaks > limit)
         if not times.size:
             return False
@@ -120,7 +120,7 @@ class Master:
         return bool(new.size)
 
     def _build(self, budget_bytes: int | None, *, relaxed: bool = False) -> _Built:
-        """With a budget: least time within it. Without: least peak, the last variable being the peak."""
+        """Build the program. With a budget: least time within it; without: least peak, which is the last variable."""
         source = self.source
         program = Program()
         groups = self._groups(pruned=not relaxed)
@@ -174,7 +174,7 @@ class Master:
         return links
 
     def _look_up(self, region: int) -> list[list[tuple[int, tuple[int, ...]]]]:
-        """What each of the region's columns says at each moment."""
+        """Return what each of the region's columns says at each moment."""
         vectors = self._vectors[region]
         for place, decision in enumerate(self.decisions[self._classes[region]]):
             if place == len(vectors):
@@ -190,7 +190,7 @@ class Master:
         return vectors
 
     def _groups(self, *, pruned: bool) -> list[_Group]:
-        """Regions with equal coefficients together; if `pruned`, without columns that another equals or beats."""
+        """Put regions with equal coefficients together; if `pruned`, without columns that another equals or beats."""
         self._holding += [{} for _ in self.moments[len(self._holding) :]]
         # Regions with one pattern, in which the moments fall on the same places, have the same columns.
         same: dict[Hashable, list[int]] = {}
@@ -221,7 +221,7 @@ class Master:
         return groups
 
     def _coefficients(self, region: int) -> tuple[list[_Levels], list[_Links]]:
-        """For each column of a region: bytes, and what is shared, at each moment."""
+        """Return, for each column of a region, bytes, and what is shared, at each moment."""
         storages = self.source.index.profile.storages
         all_levels, all_linked = [], []
         for vector in self._vectors[region]:
@@ -238,7 +238,7 @@ class Master:
         return all_levels, all_linked
 
     def relaxed(self, budget_bytes: int | None) -> Relaxation | None:
-        """The linear relaxation, over the moments of all its own violations; None if even it has no solution."""
+        """Solve the linear relaxation, over the moments of all its own violations; None if even it has no solution."""
         while True:
             built = self._build(budget_bytes, relaxed=True)
             solution = built.program.solve(relaxed=True)
@@ -281,8 +281,9 @@ class Master:
         return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
 
     def fastest(self, budget_bytes: int, gap_ms: float) -> tuple[list[Decision | None], float] | None:
-        """The decisions of least time that hold at every moment, and added ms that no choice among the columns on offer
-        is below; None if they have none.
+        """Return the decisions of least time that hold at every moment; None if there are none.
+
+        And added ms that no choice among the columns on offer is below.
         """
         tightened = budget_bytes
         bound_ms = 0.0
@@ -301,7 +302,7 @@ class Master:
                 tightened -= max(self.unit, int(peaks.max()) - budget_bytes)
 
     def smallest(self) -> tuple[int, list[Decision | None]]:
-        """The least peak in bytes that the columns on offer can reach, and decisions that reach it."""
+        """Return the least peak in bytes that the columns on offer can reach, and decisions that reach it."""
         best: tuple[int, list[Decision | None]] | None = None
         while True:
             built = self._build(None)
@@ -316,7 +317,7 @@ class Master:
                 return best
 
     def chosen(self, decisions: Sequence[Decision | None]) -> list[tuple[Column, float]]:
-        """The columns of one decision for each region."""
+        """Return the columns of one decision for each region."""
         return [(self.source.column(region, decision), 1) for region, decision in enumerate(decisions)]
 
     def _decisions(self, built: _Built, solution: Solution) -> list[Decision | None]:
@@ -340,7 +341,7 @@ class Relaxation:
 
 
 def _undominated(group: _Group) -> _Group:
-    """Without the columns that another one equals or beats in time, in every row and in what it shares."""
+    """Leave out the columns that another one equals or beats in time, in every row and in what it shares."""
     order = sorted(range(len(group.columns)), key=lambda place: group.columns[place].overhead_ms)
     kept: list[int] = []
     for place in order:
@@ -356,7 +357,7 @@ def _undominated(group: _Group) -> _Group:
 
 
 def _stretches(source: ColumnSource) -> list[int]:
-    """For each event, a number for its neighbourhood: which region runs, forward or backward."""
+    """Return, for each event, a number for its neighbourhood: which region runs, forward or backward."""
     index = source.index
     owner = {time: region for region, times in enumerate(index.events_of_region) for time in times}
     middle = index.backward_event()

@@ -1,4 +1,4 @@
-"""The lightest closed set of a directed graph, by maximum flow.
+"""Find the lightest closed set of a directed graph, by maximum flow.
 
 Picard 1976: choose a set of nodes that contains, with every node, all that the node requires, so that the sum of the
 nodes' weights is least.  It is a minimum cut, found here by Dinic's algorithm (1970).  A leaf: plain Python.
@@ -19,16 +19,16 @@ class Closure:
         self._requires: list[tuple[int, int]] = []
 
     def node(self, weight: float) -> int:
-        """Add a node; returns its number."""
+        """Add a node; return its number."""
         self.weights.append(weight)
         return len(self.weights) - 1
 
     def require(self, node: int, needed: int) -> None:
-        """Whoever takes `node` must take `needed`."""
+        """Require that whoever takes `node` takes `needed`."""
         self._requires.append((node, needed))
 
     def lightest(self) -> tuple[float, list[bool]]:
-        """Weight of the lightest closed set (at most 0: the empty set is closed), and which nodes are in it."""
+        """Return the weight of the lightest closed set (at most 0, the empty one's), and which nodes are in it."""
         source, sink = len(self.weights), len(self.weights) + 1
         graph: list[list[int]] = [[] for _ in range(sink + 1)]
         heads: list[int] = []

@@ -72,7 +72,7 @@ class PricingModel:
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
         self.enabled = bool(facts.slots)
-        self._saved = self._savings()
+        self._saved = self._saving_times()
         self._values = list(useful_values(index, self.region))
         ops = {profile.values[v].op for v in self._values} | {profile.values[v].op for v in self._saved}
         stack = list(ops)
@@ -102,8 +102,8 @@ class PricingModel:
         storage = self.index.profile.values[value].storage
         return _Term(storage=storage, nbytes=self.index.nbytes(value), start=start, end=end)
 
-    def _savings(self) -> dict[int, tuple[int, int, int]]:
-        """For each saved droppable value: when it is saved first, read first, and released first."""
+    def _saving_times(self) -> dict[int, tuple[int, int, int]]:
+        """Return, for each saved droppable value: when it is saved first, read first, and released first."""
         profile = self.index.profile
         never = len(profile.events)
         slots = set(self.index.facts[self.region].slots)
@@ -121,7 +121,7 @@ class PricingModel:
         return result
 
     def _reading_times(self) -> tuple[dict[int, int], dict[int, int]]:
-        """For each value read in replay: the span in which it is held whichever of its readers is replayed."""
+        """Return, for each value that recomputation reads, the span in which it is held whoever reads it."""
         profile = self.index.profile
         never = len(profile.events)
         ran = {
@@ -148,7 +148,7 @@ class PricingModel:
         return starts, ends
 
     def _cover(self, time: int) -> tuple[list[int], list[int]]:
-        """Values whose bytes at `time` depend on the decision, and values whose bytes are there in any case."""
+        """Return the values whose bytes at `time` depend on the decision, and those whose bytes are there anyway."""
         found = self._covered.get(time)
         if found is None:
             there = [

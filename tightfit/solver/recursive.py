@@ -66,10 +66,10 @@ class RecursivePlans:
                 yield from self._with_cuts(cuts)
 
     def _leaf_counts(self) -> list[int]:
-        """The number of regions that save something, its halves and its doubles."""
+        """Return the number of regions that save something, its halves and its doubles."""
         profile = self._index.profile
-        saving = {self._index.region_of_op[op] for op, nbytes in enumerate(self._saved_bytes) if nbytes}
-        count = max(1, len(saving))
+        with_saved = {self._index.region_of_op[op] for op, nbytes in enumerate(self._saved_bytes) if nbytes}
+        count = max(1, len(with_saved))
         counts = {count}
         while 2 * min(counts) ** 2 > count and min(counts) > 2:  # fewer than the root of it: leaves too large to pay
             counts.add(min(counts) // 2)
@@ -92,7 +92,7 @@ class RecursivePlans:
             spacing *= 2
 
     def _walk(self, cuts: Sequence[int], held: Sequence[int], arity: int) -> RecursivePlan:
-        """The plan that holds what passes at the cuts in `held`, with a tree of this arity between them."""
+        """Return the plan that holds what passes at the cuts in `held`, with a tree of this arity between them."""
         index, profile = self._index, self._index.profile
         keep: list[set[tuple[int, int]]] = [set() for _ in profile.regions]
         for value in self._facts.optional:
@@ -112,7 +112,7 @@ class RecursivePlans:
         return balanced_tree(places, [cut in held for cut in cuts], arity)
 
     def _last_uses(self) -> dict[int, int]:
-        """For each value of forward, the last operation that reads it or before which it is saved."""
+        """Return, for each value of forward, the last operation that reads it or before which it is saved."""
         profile = self._index.profile
         last: dict[int, int] = {}
         for op, record in enumerate(profile.ops):
@@ -136,8 +136,9 @@ class RecursivePlans:
         return list(accumulate(changes[:-1]))
 
     def _cut(self, leaf_count: int) -> list[int]:
-        """Operations at which leaves begin: as many as asked for or fewer, of about equal saved bytes, each moved to
-        where the fewest bytes pass.
+        """Return the operations at which leaves begin: as many as asked for or fewer.
+
+        Leaves are of about equal saved bytes; each cut is moved to where the fewest bytes pass.
         """
         totals = [0, *accumulate(self._saved_bytes)]
         if totals[-1] == 0:

@@ -3,9 +3,9 @@
 The minimum cut of `pricing` does not see what is memoised while replay goes on.  Here, beside the two choices per
 value (kept or not; its operation replayed or not), each operation has for each moment that matters a variable that
 says whether it has been replayed by then.  It follows from the choices as the tape's rules do: reading a dropped
-value replays what it needs and does not find, once; a rebuilt value stays until its last reader has run and its last
-saving is let go; sources stay until all that reads them has run.  Levels *after* each event are exact; what rises
-within an event (an operation's scratch, values that pass through) is left out, so at prices the optimum is a lower
+value replays what it needs and does not find, once; a rebuilt value stays until its last reader has run and autograd
+has let go of it; sources stay until all that reads them has run.  Levels *after* each event are exact; what rises
+within an event (an operation's workspace, values that pass through) is left out, so at prices the optimum is a lower
 bound on the cost of every decision.
 
 The model is Checkmate's (Jain et al. 2020) for the schedules that lazy replay at one level can have: when an
@@ -196,7 +196,7 @@ class RegionProgram:
         return built
 
     def _moment(self, built: _Built, time: int, before: Mapping[int, int]) -> dict[int, int]:
-        """What is held after event `time`; returns the variables "replayed by then"."""
+        """Add what is held after event `time`; return the variables "replayed by then"."""
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
         program, kept, replayed = built.program, built.kept, built.replayed
@@ -207,9 +207,9 @@ class RegionProgram:
         storage_held: dict[int, int] = {}
 
         def hold(value: int, row: dict[int, float], constant: float) -> None:
-            """The value's storage is there if the row's sum plus `constant` is 1."""
+            """Require that the value's storage is there if the row's sum plus `constant` is 1."""
             storage = profile.values[value].storage
-            if index.is_baseline(storage) or index.fixed_at(storage, time):
+            if index.is_resident(storage) or index.fixed_at(storage, time):
                 return
             variable = storage_held.get(storage)
             if variable is None:
@@ -239,7 +239,7 @@ class RegionProgram:
         return done
 
     def _done(self, built: _Built, time: int, before: Mapping[int, int]) -> dict[int, int]:
-        """Operation to the variable "it has been replayed by then"."""
+        """Add for each operation the variable "it has been replayed by then", and return them."""
         profile = self.index.profile
         facts = self.index.facts[self.region]
         program, kept = built.program, built.kept
@@ -273,7 +273,7 @@ class RegionProgram:
         return done
 
     def _memoised(self, built: _Built, time: int, done: Mapping[int, int], held: dict[int, dict[int, float]]) -> None:
-        """Rebuilt values that somebody still wants after event `time`."""
+        """Add the rebuilt values that somebody still wants after event `time`."""
         index, profile = self.index, self.index.profile
         program, kept, replayed = built.program, built.kept, built.replayed
         for op in self._ops:

@@ -1,4 +1,4 @@
-"""Regions whose part of the timeline looks the same, so that one evaluation of a decision serves all of them.
+"""Tell which regions' parts of the timeline look the same: one evaluation of a decision serves all of them.
 
 Two regions of one class do the same operations, but what happens to them in backward, and which of their storages live
 anyway, depends on their neighbours.  A *pattern* is all of that, with times replaced by ranks among the region's own
@@ -28,13 +28,13 @@ class Timeline:
     """Storages that its tape touches, by first appearance."""
 
     def place(self, time: int) -> tuple[int, bool]:
-        """The rank of the last moment up to event `time` (-1: none), and whether it is that very event."""
+        """Return the rank of the last moment up to event `time` (-1: none), and whether it is that very event."""
         rank = bisect_right(self.moments, time) - 1
         return rank, rank >= 0 and self.moments[rank] == time
 
 
 def timelines(index: ProfileIndex, holders: dict[int, set[int]]) -> list[Timeline]:
-    """The timeline of every region. `holders`: for each storage, the regions that some decision makes hold it."""
+    """Return every region's timeline. `holders`: for each storage, the regions that some decision makes hold it."""
     numbers: dict[Hashable, int] = {}
     return [_timeline(index, holders, region, numbers) for region in range(len(index.profile.regions))]
 
@@ -50,7 +50,7 @@ def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, nu
     ]
     touched += [profile.values[profile.slots[slot].value].storage for slot in slots]
     places: dict[int, int] = {}
-    # Which of them each operation and each saving touches: where values come from is not part of a class.
+    # Which of them each operation and each save touches: where values come from is not part of a class.
     wiring = tuple(places.setdefault(storage, len(places)) for storage in touched)
     slot_places = {slot: place for place, slot in enumerate(slots)}
     happenings: dict[int, list[tuple[str | int, int]]] = {}
@@ -67,7 +67,7 @@ def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, nu
     for storage, place in places.items():
         # An input may be a view of a larger storage, which a class does not tell.
         nbytes = profile.storages[storage].nbytes
-        traits.append((index.is_baseline(storage), nbytes, len(holders.get(storage, ())) > 1))
+        traits.append((index.is_resident(storage), nbytes, len(holders.get(storage, ())) > 1))
         for time in index.fixed_births(storage):
             happenings.setdefault(time, []).append(("birth", place))
         for time in index.fixed_deaths(storage):

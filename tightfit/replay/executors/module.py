@@ -1,4 +1,4 @@
-"""Module recomputation: a module's whole forward runs again in backward, by PyTorch's checkpoint, instead of a tape.
+"""Recompute modules: a whole forward runs again in backward, by PyTorch's checkpoint, instead of a tape.
 
 Where a block consists of many small operations and all that it saves is dropped, this costs less than a tape: nothing
 is written down in forward, and no mode watches it.  But the module's Python code runs twice, which is only right where
@@ -65,7 +65,7 @@ class ModuleCall:
         return checkpoint(self, *args, use_reentrant=False, preserve_rng_state=False)
 
     def __call__(self, *args: Any) -> Any:
-        """What `checkpoint` calls: in forward, and in backward when something is read."""
+        """Run forward, as `checkpoint` asks: in forward, and in backward when something is read."""
         if self._is_first:
             self._is_first = False
             return self._run_first(args)

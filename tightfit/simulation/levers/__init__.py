@@ -6,7 +6,7 @@ A new lever is a file here and an entry in `LEVERS`.
 from __future__ import annotations
 
 from tightfit.errors import PlanMismatch
-from tightfit.simulation.levers.lever import Lever, Moment, RegionModel, ValueCosts, ValueLever
+from tightfit.simulation.levers.lever import NOTHING, Lever, Moment, RegionModel, ValueCosts, ValueLever
 from tightfit.simulation.levers.module import ModuleLever
 from tightfit.simulation.levers.tape import TapeLever
 from tightfit.simulation.levers.untouched import UntouchedModel
@@ -36,6 +36,7 @@ def lever_named(name: str) -> Lever:
 __all__ = [
     "BY_VALUE",
     "LEVERS",
+    "NOTHING",
     "Lever",
     "Moment",
     "RegionModel",

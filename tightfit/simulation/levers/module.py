@@ -42,7 +42,7 @@ class ModuleLever:
             keep=(),
             drop=tuple(sorted(index.local(value) for value in dropped)),
             replay=tuple(op - record.first_op for op in again),
-            held_bytes=sum(profile.storages[s].nbytes for s in arguments if not index.is_baseline(s)),
+            held_bytes=sum(profile.storages[s].nbytes for s in arguments if not index.is_resident(s)),
             dropped_bytes=sum(profile.storages[s].nbytes for s in {profile.values[v].storage for v in dropped}),
             replay_ms=replay_ms_of(index, again),
         )
@@ -66,7 +66,7 @@ def can_recompute_module(index: ProfileIndex, region: int) -> bool:
 
 
 def _second_call(index: ProfileIndex, region: int) -> list[Event]:
-    """What happens when the module is called again: its forward, up to the last tensor that autograd saves."""
+    """Return what happens when the module is called again: its forward, up to the last tensor that autograd saves."""
     window = index.events_between(region)
     last = max(place for place, (kind, _) in enumerate(window) if kind == EventKind.SAVE)
     return list(window[: last + 1])

@@ -48,7 +48,7 @@ class ModuleModel:
         return profile.accumulation_steps * (replay_ms + mechanism_ms)
 
     def handle(self, kind: EventKind, a: int) -> Moment:
-        """What the event does: OP, SAVE, UNPACK, RELEASE or EXIT of this region."""
+        """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of this region."""
         moment = Moment()
         if kind == EventKind.OP:
             self._note(a, moment)
@@ -84,14 +84,14 @@ class ModuleModel:
                 moment.acquired.append(storage)
 
     def _forget(self, moment: Moment) -> None:
-        """Nothing of the call is wanted any more."""
+        """Let go of what was held for the second call: nothing of it is wanted any more."""
         moment.released += self._arguments
         self._arguments = {}
         if self._is_random:
             moment.memo_delta -= self._state_bytes
 
     def _let_go(self, slot: int) -> int:
-        """Bytes that go with the release of a slot."""
+        """Return the bytes that go with the release of a slot."""
         value = self._profile.slots[slot].value
         if value not in self._own:
             return 0
@@ -108,7 +108,7 @@ class ModuleModel:
             storage, change = -1, 0
             if kind == EventKind.OP:
                 self.replayed_ops.append(a)
-                highest = max(highest, level + profile.signatures[profile.ops[a].signature].scratch_bytes)
+                highest = max(highest, level + profile.signatures[profile.ops[a].signature].workspace_bytes)
             elif kind in (EventKind.ALLOC, EventKind.FREE):
                 storage, change = a, 1 if kind == EventKind.ALLOC else -1
             elif kind == EventKind.SAVE and profile.slots[a].value in self._own:

@@ -87,11 +87,11 @@ class TapeLever:
             keep=tuple(sorted(index.local(v) for v in kept & (saved | tape.read))),
             drop=tuple(sorted(index.local(v) for v in dropped)),
             replay=tuple(op - record.first_op for op in needed),
-            held_bytes=sum(profile.storages[s].nbytes for s in held if not index.is_baseline(s)),
+            held_bytes=sum(profile.storages[s].nbytes for s in held if not index.is_resident(s)),
             dropped_bytes=sum(
                 profile.storages[s].nbytes
                 for s in {profile.values[v].storage for v in dropped} - held
-                if not index.is_baseline(s)
+                if not index.is_resident(s)
             ),
             replay_ms=replay_ms_of(index, needed),
             host_bytes=len(needed) * TAPED_OP_HOST_BYTES + len(dropped) * DROPPED_VALUE_HOST_BYTES,
@@ -116,7 +116,7 @@ class _Tape:
 def _tape(index: ProfileIndex, first: int, decisions: Sequence[Decision | None]) -> _Tape:
     profile = index.profile
     facts = index.tape_facts(first, len(decisions))
-    kept = index.kept_values(facts, first, decisions)
+    kept = index.kept_values(facts, decisions)
     needed = index.rebuilding_ops(facts, kept)
     return _Tape(
         index,

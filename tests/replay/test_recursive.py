@@ -15,7 +15,7 @@ from tests.support.chains import RNN, ResidualMLP
 from tightfit.device import memory as meter
 from tightfit.records import Decision, Plan, SharedTape
 from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
-from tightfit.replay.recipe import LiveRecipe
+from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.tape import Tape
 from tightfit.report.plan_table import format_plan
 from tightfit.simulation.profile_index import ProfileIndex
@@ -105,7 +105,7 @@ def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
     plain_loss.backward()
     plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     with tightfit.apply(model, plan) as applied:
-        for _ in range(2):  # the first step calibrates
+        for _ in range(2):  # the first step is the self-check
             model.zero_grad(set_to_none=False)
             applied.statistics.reset()
             resident = meter.resident_bytes(model, batch)
@@ -162,8 +162,8 @@ def test_100_steps_of_a_loop_in_one_region() -> None:
 
 
 @pytest.mark.usefixtures("_cheap_measuring")
-def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans for other shapes share what is calibrated: its first region may be, and the others not."""
+def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for other shapes share self-checks: its first region may have had one, and the others not."""
     model, batch = ResidualMLP(6), torch.randn(64, 8)
     profile = tightfit.measure(model, batch)
     plan = Solver(profile).solve(Solver(profile).minimum_budget()[0])
@@ -171,15 +171,15 @@ def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_calibrated(mon
     watched: set[str] = set()
     begin = Tape.begin_region
 
-    def noting(tape: Tape, recipe: LiveRecipe | None, refused: set[int]) -> None:
+    def noting(tape: Tape, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
         begin(tape, recipe, refused)
-        if tape.is_calibrating and recipe is not None and recipe.shared is not None:
+        if tape.is_self_checking and recipe is not None and recipe.shared is not None:
             watched.add(plan.regions[recipe.shared.first + recipe.place].key)
 
     monkeypatch.setattr(Tape, "begin_region", noting)
     first, *others = [region.key for region in plan.regions]
     with tightfit.apply(model, plan) as applied:
-        applied.resolved.calibrated.add(first)
+        applied.resolved.checked.add(first)
         applied.loss(model, batch).backward()
         assert watched == set(others)
         watched.clear()

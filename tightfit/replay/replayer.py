@@ -1,0 +1,150 @@
+"""Replay operations of a tape: rebuild what autograd saved and the plan dropped.
+
+Reading a handle runs the missing operations, oldest first, below autograd; results that somebody still refers to are
+held.  Releasing a handle, or having run an operation, gives the references back, and what reaches zero is freed.  What
+runs when, and what is held until when, `tightfit.simulation.schedule` says, to the simulator, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import below_autograd, set_grad_mode, version_counter, version_of
+from tightfit.operators.facts import result_tensors
+from tightfit.records.recompute_tree import RecomputeTree
+from tightfit.replay.refusals import changed_error, modified_error
+from tightfit.replay.self_check import SelfCheck, mark_of
+from tightfit.replay.statistics import Statistics
+from tightfit.replay.values import Ref, TapedOp, TapedValue, contents, rebuild, written_refs
+from tightfit.simulation.schedule import Pass, Schedule
+
+#: What an operation returned, the storages of its arguments, and those of them that it wrote.
+_Made = tuple[tuple[Any, ...], dict[TapedValue, torch.UntypedStorage], list[TapedValue]]
+
+
+class Handle:
+    """What autograd holds instead of a dropped tensor."""
+
+    __slots__ = ("counter", "leaf", "ref", "replayer", "version")
+
+    def __init__(self, replayer: Replayer, ref: Ref, tensor: torch.Tensor, leaf: int) -> None:
+        self.replayer = replayer
+        self.ref = ref
+        self.leaf = leaf  # of the tape's tree, in which it was saved
+        self.counter = version_counter(tensor)
+        self.version = version_of(tensor)
+
+    def check_version(self) -> None:
+        """Raise as plain autograd does if the tensor was written after being saved, wherever that was."""
+        if version_of(self.counter) != self.version:
+            raise modified_error(self.ref.dtype, self.ref.size, version_of(self.counter), self.version)
+
+    def __del__(self) -> None:
+        self.replayer.release(self.ref.value)
+
+
+class Replayer(Schedule[TapedValue, TapedOp]):
+    """Replays what is on a tape; any thread may ask it to, forward having ended or not."""
+
+    def __init__(self, statistics: Statistics, tree: RecomputeTree | None, check: SelfCheck | None) -> None:
+        self._statistics = statistics
+        self._tree = tree if tree is not None and tree.cuts else None
+        self._check = check
+        self._released: list[TapedValue] | None = []  # while recording: what is saved later may want the same again
+        self._lock = threading.RLock()
+
+    def read(self, handle: Handle) -> torch.Tensor:
+        """Return the dropped tensor, rebuilt."""
+        handle.check_version()
+        value = handle.ref.value
+        with self._lock, below_autograd():
+            storage = value.live.untyped_storage() if value.live is not None else None
+            if storage is None and self._check is not None:
+                storage = self._check.written_since(value)
+            return handle.ref.build(self._need(value, handle.leaf) if storage is None else storage)
+
+    def release(self, value: TapedValue) -> None:
+        """Give back the reference of a handle that died."""
+        with self._lock:
+            value.handles -= 1
+            if not value.handles:
+                value.live = None
+            if self._released is not None:
+                self._released.append(value)
+            else:
+                self._give_back([value])
+
+    def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
+        storage = contents(wanted)
+        if storage is None:
+            self._recompute(wanted, leaf)
+            storage = contents(wanted)
+            assert storage is not None
+        return storage
+
+    def _is_changed(self, value: TapedValue) -> bool:
+        """Return whether, during the self-check, somebody wrote into a source, unseen."""
+        source = value.source
+        return self._check is not None and source is not None and not self._check.unchanged(value, source)
+
+    def _is_changed_elsewhere(self, value: TapedValue) -> bool:
+        """Return whether memory that may be written unseen was, since the region ended; asked at its first use."""
+        expected, value.mark = value.mark, None
+        return expected is not None and value.source is not None and mark_of(value.source) != expected
+
+    def _execute(self, op: TapedOp, going_on: Pass[TapedValue], finished: bool) -> _Made:
+        self._statistics.replayed_ops += 1
+        memos = going_on.memos
+        storages: dict[TapedValue, torch.UntypedStorage] = {}
+        written = written_refs(op)
+        for value in op.inputs:
+            held = memos[value] if value in memos else contents(value)
+            assert held is not None
+            if self._is_changed(value) or self._is_changed_elsewhere(value):
+                assert value.source is not None
+                raise changed_error(value.source, "behind PyTorch's back (for example through NumPy, or by BatchNorm)")
+            if value in written and not self._may_overwrite(value, going_on, finished):
+                held = held.clone()
+            storages[value] = held
+
+        args = [rebuild(a, storages) for a in op.args]
+        kwargs = {name: rebuild(a, storages) for name, a in op.kwargs.items()}
+        set_grad_mode(op.grad)
+        if op.random_state is not None:
+            assert op.generator is not None
+            now = op.generator.get_state()
+            op.generator.set_state(op.random_state)
+            try:
+                result = op.func(*args, **kwargs)
+            finally:
+                op.generator.set_state(now)
+        else:
+            result = op.func(*args, **kwargs)
+        return result_tensors(result), storages, list(written)
+
+    def _take(self, value: TapedValue, made: _Made, lasts: bool) -> torch.UntypedStorage:
+        results, storages, written = made
+        output = value.output
+        storage = results[output].untyped_storage() if output >= 0 else storages[written[-1 - output]]
+        if storage.nbytes() != value.nbytes:
+            assert value.op is not None
+            raise RuntimeError(
+                f"replaying {value.op.info.name} gave a storage of {storage.nbytes()} bytes instead of {value.nbytes}: "
+                "the operation is not a function of its inputs. Please report this operation."
+            )
+        return storage
+
+    def _free(self, value: TapedValue) -> None:
+        value.memo = None
+        value.source = None
+
+    def _forget(self, op: TapedOp) -> None:
+        op.done = True
+        op.inputs = ()  # breaks reference cycles
+        op.outputs = []
+        op.args = ()
+        op.kwargs = {}
+        op.random_state = None
