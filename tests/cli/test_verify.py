@@ -10,18 +10,20 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 import tightfit
+from tests.train.runs import workload
 from tightfit.cli.main import main
+from tightfit.solver.solver import Solver
 from tightfit.train import TrainConfig, build, resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-#: Model (and data) flags of each family. gpt and GPT-2 drop out; resnet has BatchNorm in train mode and in-place ReLU.
-FAMILIES = {
-    "gpt": ["--model", "gpt-tiny", "--batch-size", "4"],
-    "resnet": ["--model", "resnet-tiny", "--batch-size", "8"],
-    "lstm": ["--model", "lstm-tiny", "--batch-size", "8"],
-    "llama": ["--model", f"transformers:{CONFIGS / 'llama.json'}", "--batch-size", "4", "--sequence-length", "64"],
-    "gpt2": ["--model", f"transformers:{CONFIGS / 'gpt2.json'}", "--batch-size", "4", "--sequence-length", "64"],
+#: Each family's settings. gpt and GPT-2 drop out; resnet has BatchNorm in train mode and in-place ReLU.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt": {"model": "gpt-tiny", "batch_size": 4},
+    "resnet": {"model": "resnet-tiny", "batch_size": 8},
+    "lstm": {"model": "lstm-tiny", "batch_size": 8},
+    "llama": {"model": f"transformers:{CONFIGS / 'llama.json'}", "batch_size": 4, "sequence_length": 64},
+    "gpt2": {"model": f"transformers:{CONFIGS / 'gpt2.json'}", "batch_size": 4, "sequence_length": 64},
 }
 
 #: How far a budget lies between the smallest that can be run (0) and what the plain step needs (1).
@@ -40,30 +42,27 @@ def extremes() -> dict[str, tuple[int, int]]:
     return {}
 
 
-def budget_of(family: str, tightness: str, known: dict[str, tuple[int, int]], capsys: Any) -> int:
+def budget_of(family: str, tightness: str, known: dict[str, tuple[int, int]]) -> int:
     if family not in known:
-        code, plan = run_json(capsys, "plan", *FAMILIES[family])
-        assert code == 0
-        assert main(["plan", *FAMILIES[family], "--memory", "1KiB"]) == 2
-        message = capsys.readouterr().err
-        smallest_bytes = int(message.rpartition("at least ")[2].split()[0])
-        known[family] = (smallest_bytes, plan["plain_peak_bytes"])
+        work = workload(**FAMILIES[family])
+        batch, loss = work.microbatch(0).batch, work.task.loss
+        solver = Solver(tightfit.measure(work.model, batch, loss=loss, optimizer=work.optimizer))
+        known[family] = (solver.minimum_budget()[0], solver.plain(0).plain_peak_bytes)
     smallest_bytes, plain_bytes = known[family]
     return smallest_bytes + int((plain_bytes - smallest_bytes) * TIGHTNESS[tightness])
 
 
 @pytest.mark.parametrize(
     ("family", "tightness"),
-    [*((family, tightness) for family in FAMILIES for tightness in ("tight", "middle")), ("gpt", "ample")],
+    [*((family, "tight") for family in FAMILIES), ("gpt", "middle"), ("resnet", "middle"), ("gpt", "ample")],
 )
 def test_three_steps_equal_plain_inside_the_budget(
     family: str, tightness: str, extremes: dict[str, tuple[int, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    budget_bytes = budget_of(family, tightness, extremes, capsys)
+    budget_bytes = budget_of(family, tightness, extremes)
     plain_bytes = extremes[family][1]
-    code, verdict = run_json(
-        capsys, "verify", *FAMILIES[family], "--memory", str(budget_bytes), "--reference-memory", "50%"
-    )  # fmt: skip
+    words = [word for name, value in FAMILIES[family].items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    code, verdict = run_json(capsys, "verify", *words, "--memory", str(budget_bytes), "--reference-memory", "50%")
     assert code == 0, verdict
     assert verdict["method"] == "whole-step"
     assert verdict["steps"] == 3

@@ -84,7 +84,7 @@ def is_random(name: str) -> bool:
     return any(word in name for word in ("dropout", "rand", "bernoulli"))
 
 
-@settings(SMALL, max_examples=25)
+@settings(SMALL, max_examples=18)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_planned(model: Program, data: st.DataObject) -> None:
     batch = model.batch

@@ -49,7 +49,7 @@ def shared_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decisio
     return decisions, tuple(shared_tapes)
 
 
-@settings(SMALL, max_examples=15)
+@settings(SMALL, max_examples=10)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 def test_any_tree_over_any_program(model: Program, data: st.DataObject) -> None:
     batch = model.batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,11 +41,11 @@ def python_source(form: TextForm) -> TrainingData:
 def python_source_files() -> tuple[Path, list[Path]]:
     """Return the folder of the standard library, and the files of it that `python_source` consists of."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return root, [
-        path
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-        if not _NOT_EVERYWHERE.intersection(path.relative_to(root).parts)
-    ]
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_EVERYWHERE]  # site-packages may be huge
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return root, sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def text_path(path: Path, form: TextForm) -> TrainingData:
