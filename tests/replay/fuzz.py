@@ -35,7 +35,7 @@ from tests.replay.steps import steps
 from tests.support import fixed_costs
 from tightfit import Plan, Profile
 from tightfit.device import memory as meter
-from tightfit.planning.fit import _without
+from tightfit.planning.search import _without
 from tightfit.records import Decision
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.columns import keeping
