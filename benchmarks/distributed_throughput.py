@@ -58,7 +58,7 @@ def own_loop(config: TrainConfig, work: Workload, group: ProcessGroup, steps: in
     """As `tightfit train` takes steps between two logged ones."""
     applied, _ = plan_run(config, work, MovingAverage(work.model, None), 0, steps)
     model = data_parallel(work.model, group, work.device, unused=UnusedParameters.NONE)
-    scaler = make_scaler(config.precision)
+    scaler = make_scaler(config.precision, work.device)
     return by_trainer(OptimizerStep(work=work, applied=applied, scaler=scaler, model=model), steps)
 
 

@@ -53,7 +53,7 @@ def own_loop(name: str, steps: int) -> Loop:
     config, source = resolve(TrainConfig(model=name, batch_size=_BATCH))
     work = build(config, source)
     applied, _ = plan_run(config, work, MovingAverage(work.model, None), 0, steps)
-    scaler = make_scaler(config.precision)
+    scaler = make_scaler(config.precision, work.device)
     return by_trainer(OptimizerStep(work=work, applied=applied, scaler=scaler, model=work.model), steps)
 
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from tightfit.cli import flags
-from tightfit.cli.flags import field_docs, settings_of
+from tightfit.cli import setting as setting_module
 from tightfit.cli.main import COMMANDS, main
 from tightfit.cli.options import FrontierOptions, PlanOptions, TrainOptions, VerifyOptions
+from tightfit.cli.setting import field_docs, settings_of
 from tightfit.errors import UnsupportedInput
 from tightfit.train.config import TrainConfig, to_yaml
 
@@ -79,8 +80,8 @@ def test_settings_are_derived_once_and_each_module_is_read_once(monkeypatch: pyt
     read: list[Any] = []
     source_of = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda thing: read.append(thing) or source_of(thing))
-    flags._docs_in.cache_clear()
-    flags._derive_settings.cache_clear()
+    setting_module._docs_in.cache_clear()
+    setting_module._derive_settings.cache_clear()
     first = {kind: settings_of(kind) for kind in kinds}
     assert [thing.__name__ for thing in read] == list(dict.fromkeys(thing.__name__ for thing in read))
     assert {thing.__name__ for thing in read} == modules

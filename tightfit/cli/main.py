@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 from tightfit import __version__
 from tightfit.cli import commands
 from tightfit.cli.console import prefix_messages, print_message
-from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags, settings_of
+from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags
 from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
+from tightfit.cli.setting import settings_of
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import RankFailed
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
