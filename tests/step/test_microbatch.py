@@ -10,10 +10,11 @@ import tightfit
 from tightfit._torch_private import FakeTensor, FakeTensorMode
 from tightfit.device.memory import resident_bytes
 from tightfit.profiling.structural_copy import copy_batch
-from tightfit.step.key import ModelWatch, step_shape
+from tightfit.step.batch import batch_tensors, describe_batch
+from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.microbatch import Microbatch
 from tightfit.step.snapshot import TrainingState
-from tightfit.step.step import StepSpec, batch_tensors, describe_batch
+from tightfit.step.step import Step
 from tightfit.train.data.loader import to_device
 
 BATCH = {"input": torch.arange(8.0).reshape(2, 4), "scale": 2.0}
@@ -25,7 +26,7 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_the_loss_and_its_gradients_are_multiplied_by_the_weight() -> None:
-    model, step = nn.Linear(4, 1), StepSpec(loss=loss_of)
+    model, step = nn.Linear(4, 1), Step(loss=loss_of)
     whole = step.run_loss(model, BATCH)
     weighted = step.run_loss(model, Microbatch(BATCH, 0.25))
     assert torch.equal(weighted, whole * 0.25)
@@ -39,12 +40,12 @@ def test_without_a_loss_function_the_batch_inside_is_unpacked(batch: object) -> 
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the name that nn.Linear gives it
             return super().forward(input).mean()
 
-    model, step = Mean(4, 1), StepSpec()
+    model, step = Mean(4, 1), Step()
     assert torch.equal(step.run_loss(model, Microbatch(batch, 0.5)), step.run_loss(model, batch) * 0.5)
 
 
 def test_a_batch_that_is_not_split_is_not_multiplied() -> None:
-    model, step = nn.Linear(4, 1), StepSpec(loss=loss_of)
+    model, step = nn.Linear(4, 1), Step(loss=loss_of)
     assert type(step.run_loss(model, Microbatch(BATCH)).grad_fn).__name__.startswith("MeanBackward")
 
 
@@ -71,7 +72,7 @@ def test_a_snapshot_puts_the_batch_inside_back() -> None:
 def test_the_weight_decides_nothing_about_a_plan_but_that_there_is_one() -> None:
     watch = ModelWatch(nn.Linear(4, 1))
     batches = (BATCH, Microbatch(BATCH), Microbatch(BATCH, 0.5), Microbatch(BATCH, 0.25))
-    plain, whole, half, quarter = (step_shape(watch, batch) for batch in batches)
+    plain, whole, half, quarter = (step_key(watch, batch) for batch in batches)
     assert plain == whole
     assert half == quarter
     assert whole != half
@@ -83,6 +84,6 @@ def test_fit_plans_one_shape_for_all_microbatches() -> None:
     with tightfit.fit(model, Microbatch(BATCH, 0.5), loss=loss_of, budget="1GiB") as applied:
         assert applied.verdict is not None
         assert applied.verdict.gradients_equal
-        plain = StepSpec(loss=loss_of).run_loss(model, BATCH)
+        plain = Step(loss=loss_of).run_loss(model, BATCH)
         assert torch.equal(applied.loss(model, Microbatch(BATCH, 0.25)), plain * 0.25)
-        assert len(applied.shapes) == 1  # type: ignore[arg-type]  # what `fit` puts there has a length
+        assert len(applied.plans) == 1  # type: ignore[arg-type]  # what `fit` puts there has a length

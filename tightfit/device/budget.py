@@ -23,13 +23,20 @@ class Budget:
 
     A part of it may be reserved for what is held beside the step, such as a moving average of the weights: plans are
     made for the rest, and errors and reports speak of the total.
+
+        budget = tightfit.Budget(total_bytes=8 * 2**30, beside_step_bytes=2**28)
+        applied = tightfit.fit(model, batch, budget=budget)
+
+    Attributes:
+        total_bytes: all that the process may hold.
+        beside_step_bytes: reserved for what the process holds beside the step, and neither the model, the optimizer nor
+            the batch is.
+        text: the budget as it was given; empty where that was in bytes.
     """
 
     total_bytes: int
     beside_step_bytes: int = 0
-    """Reserved for what the process holds beside the step, and neither the model, the optimizer nor the batch is."""
     text: str = ""
-    """As it was given; empty: in bytes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.beside_step_bytes < self.total_bytes:
@@ -77,7 +84,7 @@ class Budget:
         return self.text == _AUTO
 
     def reserving(self, nbytes: int) -> Budget:
-        """The same budget with so many bytes more reserved beside the step."""
+        """Return the same budget with `nbytes` more reserved beside the step."""
         return replace(self, beside_step_bytes=self.beside_step_bytes + nbytes)
 
     @contextmanager

@@ -140,7 +140,7 @@ def measure_costs(
 
 
 def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Mapping[int, Cost]) -> Cost:
-    """What an operation that cannot be run alone may cost, by its size and what others cost for theirs."""
+    """Estimate what an operation that cannot be run alone costs, by its size and what others cost for theirs."""
     alike = [other for other in known if names[other] == names[index] and sizes[other]]
     rivals = alike or [other for other in known if sizes[other]]
     if not rivals:
@@ -186,7 +186,7 @@ def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _cold_code_ms() -> float:
-    """What an operation without data takes longer when the caches are full of other things."""
+    """Measure how much longer an operation without data takes when the caches are full of other things."""
     x = torch.ones(1)
     times_ms: dict[bool, list[float]] = {False: [], True: []}
     for cold in (False, True) * _COLD_ROUNDS:

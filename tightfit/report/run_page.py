@@ -133,7 +133,7 @@ def _subtitle(run: RunFiles) -> str:
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
-    """(what, figure, where it comes from)"""
+    """Return rows of (what, figure, where it comes from)."""
     plan, summary = run.plan, run.summary or {}
     measured = summary.get("measured_peak_bytes") or max((line["peak_bytes"] for line in run.metrics), default=0)
     budget = summary.get("budget_bytes", plan.budget_bytes)

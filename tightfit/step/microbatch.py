@@ -24,7 +24,7 @@ class Microbatch:
     multiplied."""
 
     def weighted(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss on `batch`, as it counts in the loss of the whole batch."""
+        """Weigh the loss on `batch`, as it counts in the loss of the whole batch."""
         return loss if self.weight is None else loss * self.weight
 
 

@@ -80,6 +80,6 @@ class CheckpointWriter:
 
 
 def _disk_trouble(problem: RuntimeError) -> str | None:
-    """What PyTorch's file writer says when the disk is full; None if the error is another."""
+    """Return what PyTorch's file writer says when the disk is full; None if the error is another."""
     text = str(problem)
     return text.splitlines()[0] if "PytorchStreamWriter" in text or "unexpected pos" in text else None

@@ -50,6 +50,6 @@ def find_unused_parameters(model: nn.Module, batch: Any, applied: Applied, spec:
 
 
 def _random_state() -> tuple[object, ...]:
-    """The states of the generators that measuring does not watch."""
+    """Copy the states of the generators that measuring does not watch."""
     state = np.random.get_state(legacy=False)["state"]
     return random.getstate(), state["key"].tobytes(), state["pos"]
