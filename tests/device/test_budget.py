@@ -8,10 +8,10 @@ from torch import nn
 
 import tightfit
 from tightfit import Budget, BudgetInfeasible, UnsupportedInput
-from tightfit.device.memory import device_memory_bytes
+from tightfit.device import device_for
 
 CPU = torch.device("cpu")
-WHOLE_BYTES = device_memory_bytes(CPU)
+WHOLE_BYTES = device_for(CPU).capacity_bytes()
 
 
 @pytest.mark.parametrize(

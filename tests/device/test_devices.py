@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tightfit.device import device_for
-from tightfit.device.budget import resolve_budget
+from tightfit.device.budget import Budget
 from tightfit.device.cpu import CpuDevice
 from tightfit.device.cuda import CudaDevice
 from tightfit.device.memory import measure_peak
@@ -142,9 +142,8 @@ def test_gpus_are_listed_and_preferred() -> None:
 def test_cuda_memory_is_what_the_allocator_reserved_and_the_driver_counts(cuda: dict[str, Any]) -> None:
     device = device_for("cuda:1")
     assert (device.capacity_bytes(), device.free_bytes(), device.reserved_bytes()) == (100, 30, 60)
-    assert resolve_budget("auto", device.torch_device) == 90
-    assert resolve_budget("auto", device.torch_device, held_bytes=5) == 35
-    assert resolve_budget("50%", device.torch_device) == 50
+    assert Budget.of("auto", device.torch_device).total_bytes == 90
+    assert Budget.of("50%", device.torch_device).total_bytes == 50
     assert measure_peak(lambda: "result", 0, "cuda:1") == ("result", 80 + 5)
     assert cuda["calls"] == ["synchronize", "empty_cache", "reset", "synchronize"]
     assert [device.round_up(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]

@@ -141,7 +141,7 @@ def test_the_command_line_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     table = lines[first:last]
     assert recomputed
     assert all(any(path in " ".join(line) for line in table) for path in recomputed)
-    assert ["left", "alone", str(len(plan.regions) - len(recomputed))] in table
+    assert ["nothing", "dropped", str(len(plan.regions) - len(recomputed))] in table
     # The lines add up to the plan's own figures.
     (whole,) = (line for line in table if line[0] == "all")
     assert whole[1] == str(len(recomputed))

@@ -161,7 +161,6 @@ def test_100_steps_of_a_loop_in_one_region() -> None:
     check_step(model, batch, solver.solve(solver.minimum_budget()[0]))
 
 
-@pytest.mark.usefixtures("_cheap_measuring")
 def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans for other shapes share self-checks: its first region may have had one, and the others not."""
     model, batch = ResidualMLP(6), torch.randn(64, 8)

@@ -38,23 +38,23 @@ def test_each_sample_once_an_epoch(world_size: int) -> None:
     for epoch in range(2):
         seen: list[int] = []
         for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
-            parts = [loader.microbatches(step) for loader in ranks]
-            assert all(len(of_rank) > 0 for of_rank in parts)
-            assert [number for of_rank in parts if not of_rank.is_filler for batch in of_rank for number in batch] == (
-                order.indices(step)
-            )
-            seen += [int(number) for of_rank in parts if not of_rank.is_filler for batch in of_rank for number in batch]
+            batches = [loader.batch(step) for loader in ranks]
+            assert all(len(batch.parts) > 0 for batch in batches)
+            own = [part for batch in batches if not batch.is_duplicate for part in batch.parts]
+            numbers = [int(number) for part in own for number in part]
+            assert numbers == order.indices(step)
+            seen += numbers
         assert sorted(seen) == list(range(101))
         epochs.append(seen)
     assert epochs[0] != epochs[1]
 
 
-def test_only_a_process_without_samples_is_a_filler() -> None:
+def test_only_a_process_without_samples_runs_a_duplicate() -> None:
     order, ranks = loaders(8)
     last = order.steps_per_epoch - 1
     assert len(order.indices(last)) == 5
-    assert sum(loader.microbatches(last).is_filler for loader in ranks) == 3
-    assert not any(loader.microbatches(0).is_filler for loader in ranks)
+    assert sum(loader.batch(last).is_duplicate for loader in ranks) == 3
+    assert not any(loader.batch(0).is_duplicate for loader in ranks)
 
 
 def test_an_evaluation_that_needs_all_processes_has_as_many_batches_in_each() -> None:

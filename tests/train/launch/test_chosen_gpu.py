@@ -14,7 +14,7 @@ from tightfit.train.launch.devices import take_device
 from tightfit.train.launch.roles import Alone, Member
 from tightfit.train.launch.settings import DistributedSettings
 
-SECOND = Member(rank=1, world_size=2, local_rank=1, shares_machine=True, meeting="tcp://127.0.0.1:1")
+SECOND = Member(rank=1, world_size=2, local_rank=1, shares_node=True, rendezvous="tcp://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("role", [Alone(), SECOND])
@@ -32,5 +32,5 @@ def test_that_gpu_and_no_word(
 
 
 def test_the_same_gpu_for_all_is_an_error(gpus: list[torch.device]) -> None:
-    with pytest.raises(UnsupportedInput, match=r"would put all processes of this machine on one GPU; this one's is 1"):
+    with pytest.raises(UnsupportedInput, match=r"would put all processes of this node on one GPU; this one's is 1"):
         take_device(SECOND, DistributedSettings(gpu=0), "auto")

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 WAIT_S = 3.0
 
 
-def what_they_say(ranks: list[int], world_size: int, meeting: str) -> list[str]:
+def what_they_say(ranks: list[int], world_size: int, rendezvous: str) -> list[str]:
     """What each of these ranks is refused with, all of them coming at once; empty where it is not."""
 
     def come(rank: int) -> str:
-        member = Member(rank=rank, world_size=world_size, local_rank=rank, shares_machine=True, meeting=meeting)
+        member = Member(rank=rank, world_size=world_size, local_rank=rank, shares_node=True, rendezvous=rendezvous)
         try:
             sign_in(member, WAIT_S)
         except UnsupportedInput as refused:
@@ -36,20 +36,20 @@ def what_they_say(ranks: list[int], world_size: int, meeting: str) -> list[str]:
         return list(threads.map(come, ranks))
 
 
-def meeting_of(kind: str) -> str:
+def rendezvous_of(kind: str) -> str:
     return f"tcp://127.0.0.1:{free_port()}" if kind == "tcp" else f"file://{Path('meet').absolute()}"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "file"])
 def test_two_of_four_say_which_are_missing(kind: str) -> None:
-    for said in what_they_say([0, 2], 4, meeting_of(kind)):
-        assert "2 of 4 processes did not come" in said
+    for said in what_they_say([0, 2], 4, rendezvous_of(kind)):
+        assert "2 of 4 processes did not reach the rendezvous" in said
         assert "ranks 1, 3" in said
 
 
 def test_a_rank_that_came_twice() -> None:
-    first, *twice = what_they_say([0, 1, 1], 3, meeting_of("tcp"))
-    assert "1 of 3 processes did not come" in first
+    first, *twice = what_they_say([0, 1, 1], 3, rendezvous_of("tcp"))
+    assert "1 of 3 processes did not reach the rendezvous" in first
     assert "rank 2" in first
     assert sum("rank 1 is there twice" in said for said in twice) == 1
 
@@ -58,9 +58,9 @@ def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        meeting = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        ended = finish(start(*GPT, "--world-size", "2", "--rank", "0", "--dist-url", meeting, "--dist-timeout", "5"))
+        rendezvous = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        ended = finish(start(*GPT, "--world-size", "2", "--rank", "0", "--dist-url", rendezvous, "--dist-timeout", "5"))
     assert ended.code == 2
-    assert f"the port of {meeting} is in use" in ended.err
+    assert f"the port of {rendezvous} is in use" in ended.err
     assert "Traceback" not in ended.err
     assert not Path("runs").exists()
