@@ -68,7 +68,6 @@ def plans(draw: st.DrawFn) -> Plan:
         batch=draw(texts),
         device=draw(texts),
         optimizer=draw(texts),
-        exactness=draw(st.sampled_from(["bitwise", "rounding"])),
     )
 
 

@@ -13,8 +13,9 @@ from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
-from tightfit.planning.search import GradCheckpoint, search
+from tightfit.planning.search import search
 from tightfit.records import Profile
+from tightfit.records.decision import GradCheckpoint
 from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.model import check_model, device_of
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step

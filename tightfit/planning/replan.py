@@ -29,10 +29,11 @@ from tightfit.errors import BudgetInfeasible
 from tightfit.installation.applied import Applied
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.planning.reuse import plans_like
-from tightfit.planning.search import FoundPlan, GradCheckpoint, find_plan
+from tightfit.planning.search import FoundPlan, find_plan
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
+from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.executors import executor_of
 from tightfit.solver.solver import Solver
 from tightfit.step.key import StepKey

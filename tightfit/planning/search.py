@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from tightfit.installation.applied import Applied, apply
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
+from tightfit.records.decision import GradCheckpoint
 from tightfit.solver.solver import full_plan, plain_plan, solve
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
@@ -27,8 +28,6 @@ from tightfit.units import format_bytes
 from tightfit.verification.trial import Outcome, Trial
 
 _log = logging.getLogger(__name__)
-
-GradCheckpoint = Literal["auto", "full", "off"]
 
 #: A trial run and a new solve for each; the first one usually holds.
 _MOST_ROUNDS = 6

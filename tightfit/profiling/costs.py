@@ -59,7 +59,7 @@ _OPAQUE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class RunAlone:
     """What running one operation alone showed."""
 
     workspace_bytes: int
@@ -215,7 +215,7 @@ def _time_ms(call: Call, device: Device, repeats: int, *, cold: bool = False) ->
         return None
 
 
-def _run_each(calls: Sequence[Call], device: Device) -> dict[int, Alone]:
+def _run_each(calls: Sequence[Call], device: Device) -> dict[int, RunAlone]:
     """Run each call once, for its workspace and the layouts of its results; calls that cannot be run have none."""
     layouts: dict[int, Layouts] = {}
     args: Any
@@ -233,7 +233,7 @@ def _run_each(calls: Sequence[Call], device: Device) -> dict[int, Alone]:
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made
     workspace_bytes = meter.workspace_bytes()
-    return {index: Alone(workspace_bytes[index], found) for index, found in layouts.items()}
+    return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}
 
 
 def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:

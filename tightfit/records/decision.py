@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 #: A value's name inside its region: (operation's position, output's index).
 ValueName = tuple[int, int]
+
+#: How much a plan drops: as little as the budget needs, all that can be recomputed, or nothing.
+GradCheckpoint = Literal["auto", "full", "off"]
 
 
 class Action(Enum):

@@ -133,13 +133,13 @@ class Plan:
     optimizer: str
     """Empty when the optimizer was not measured: its state and step are then not in the figures."""
     exactness: str = "bitwise"
-    """"bitwise": gradients are bit for bit those of the plain step. "rounding": summation order may differ."""
+    """"bitwise": gradients are bit for bit those of the plain step. No plan promises less."""
 
     def check(self) -> None:
         """Raise ValueError where an index or a size cannot be right."""
         for name, size in (("budget_bytes", self.budget_bytes), ("baseline_bytes", self.baseline_bytes)):
             require(size >= 0, f"{name} is negative")
-        require(self.exactness in ("bitwise", "rounding"), f"exactness is {self.exactness!r}")
+        require(self.exactness == "bitwise", f"exactness is {self.exactness!r}")
         require(
             sum(self.breakdown.values()) == self.predicted_peak_bytes,
             "breakdown does not add up to predicted_peak_bytes",

@@ -24,12 +24,12 @@ from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import changed_error, modified_error
-from tightfit.simulation.schedule import Op, Value
+from tightfit.simulation.schedule import ScheduledOp, ScheduledValue
 
 _Tensor = torch.Tensor
 
 
-class TapedValue(Value):
+class TapedValue(ScheduledValue):
     """What one storage holds between two writes."""
 
     __slots__ = ("__weakref__", "address", "handles", "live", "mark", "nbytes", "output", "uninitialised", "version")
@@ -92,7 +92,7 @@ class TapedRegion:
         return self.on_plan and value.op is not None and (value.op.position, value.output) in names
 
 
-class TapedOp(Op):
+class TapedOp(ScheduledOp):
     """One operation that can be replayed."""
 
     __slots__ = ("args", "func", "generator", "grad", "info", "kwargs", "position", "random_state", "region")

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from tightfit.records.recompute_tree import RecomputeTree
 
 
-class Value:
+class ScheduledValue:
     """What one storage holds between two writes."""
 
     __slots__ = ("last_leaf", "memo", "op", "refs", "source")
@@ -37,7 +37,7 @@ class Value:
     """The last leaf of the tree that uses it."""
 
 
-class Op:
+class ScheduledOp:
     """One operation that can be recomputed."""
 
     __slots__ = ("demanded", "done", "inputs", "leaf", "order", "outputs")
@@ -55,8 +55,8 @@ class Op:
     """It will not run (again), and has given its references back."""
 
 
-ValueT = TypeVar("ValueT", bound=Value)
-OpT = TypeVar("OpT", bound=Op)
+ValueT = TypeVar("ValueT", bound=ScheduledValue)
+OpT = TypeVar("OpT", bound=ScheduledOp)
 
 
 class Pass(Generic[ValueT]):

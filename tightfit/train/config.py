@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from tightfit.records.decision import GradCheckpoint
 from tightfit.train.launch.settings import DistributedSettings
 from tightfit.train.settings import (
     DataSettings,
     DeviceSettings,
     EvaluationSettings,
-    GradCheckpoint,
     LengthSettings,
     MemorySettings,
     ModelSettings,

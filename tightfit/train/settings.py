@@ -12,8 +12,6 @@ from tightfit.train.optimizers import OptimizerName
 from tightfit.train.precision import Precision
 from tightfit.train.schedules import ScheduleName
 
-GradCheckpoint = Literal["auto", "full", "off"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -35,7 +35,7 @@ from tightfit.train.tasks.choose import check_fit
 #: The loss of the microbatch before, and the sum so far.
 _LOSSES_BYTES = 16
 
-Config = TypeVar("Config", bound=WorkConfig)
+ConfigT = TypeVar("ConfigT", bound=WorkConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Workload:
         )
 
 
-def resolve(config: Config) -> tuple[Config, ModelSource]:
+def resolve(config: ConfigT) -> tuple[ConfigT, ModelSource]:
     """Fill in the model's usual dataset and sequence length, and find the model."""
     source = find_model(config.model, config.task)
     dataset = config.dataset or source.default_dataset

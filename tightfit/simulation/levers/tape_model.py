@@ -8,10 +8,10 @@ from tightfit.records import Decision, EventKind
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.simulation.levers.lever import NOTHING, Moment
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.schedule import Op, Pass, Schedule, Value
+from tightfit.simulation.schedule import Pass, Schedule, ScheduledOp, ScheduledValue
 
 
-class _Value(Value):
+class _Value(ScheduledValue):
     __slots__ = ("is_held", "nbytes", "storage")
 
     def __init__(self, storage: int, nbytes: int, op: _Op | None, is_source: bool) -> None:
@@ -25,7 +25,7 @@ class _Value(Value):
         self.is_held = False  # as a source
 
 
-class _Op(Op):
+class _Op(ScheduledOp):
     __slots__ = ("made_bytes", "random_bytes", "workspace_bytes", "written")
 
     def __init__(self, order: int, random_bytes: int, workspace_bytes: int) -> None:

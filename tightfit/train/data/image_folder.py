@@ -15,7 +15,7 @@ from tightfit.errors import UnsupportedInput
 from tightfit.train.data.dataset_info import DataFacts, TrainingData
 from tightfit.train.data.split import split_by_hash
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 HELD_OUT_SHARE = 0.1
 #: Height and width in pixels, if nothing else is asked for.
 USUAL_SIZE = 224
@@ -40,7 +40,7 @@ class ImageFiles:
 def is_image_folder(path: Path) -> bool:
     """Return whether there are images in folders below ``path``."""
     return path.is_dir() and any(
-        file.suffix.lower() in SUFFIXES for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*")
+        file.suffix.lower() in _SUFFIXES for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*")
     )
 
 
@@ -114,7 +114,7 @@ def read_image(file: Path, size: int) -> Tensor:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(
-        (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")),
+        (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")),
         key=lambda file: file.relative_to(folder).as_posix(),
     )
 

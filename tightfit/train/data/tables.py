@@ -12,7 +12,7 @@ from typing import Any
 from tightfit.errors import UnsupportedInput
 from tightfit.train.registry import did_you_mean
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 
 #: What columns are usually called.
 TEXT_NAMES = ("text", "sentence", "content", "document", "review", "article", "question")
@@ -78,7 +78,7 @@ class Table:
 
 def is_table(path: Path) -> bool:
     """Return whether the file is read as a table, by its name."""
-    return path.is_file() and path.suffix.lower() in SUFFIXES
+    return path.is_file() and path.suffix.lower() in _SUFFIXES
 
 
 def read_table(path: Path) -> Table:

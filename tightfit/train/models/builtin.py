@@ -14,12 +14,12 @@ from tightfit.train.models.resnet import Resnet, ResnetConfig
 from tightfit.train.models.source import BuiltModel, ModelSource
 from tightfit.train.registry import Registry, did_you_mean
 
-Config = TypeVar("Config", GptConfig, LstmConfig, ResnetConfig)
+ConfigT = TypeVar("ConfigT", GptConfig, LstmConfig, ResnetConfig)
 
 
 def _configure(
-    name: str, kind: type[Config], settings: Mapping[str, object], arguments: Mapping[str, object]
-) -> Config:
+    name: str, kind: type[ConfigT], settings: Mapping[str, object], arguments: Mapping[str, object]
+) -> ConfigT:
     """Make the config from the preset and the data's facts, overridden by the user's arguments."""
     types = {field.name: {"int": int, "float": float}[str(field.type)] for field in fields(kind)}
     for key, value in arguments.items():
