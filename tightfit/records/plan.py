@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.records import json_codec
 from tightfit.records.checks import require
 from tightfit.records.decision import Decision
+from tightfit.records.notebook import html_table
 from tightfit.records.recompute_tree import RecomputeTree
+from tightfit.units import format_bytes
 
 #: Python objects in host memory that a planned step holds: for each operation that may be replayed, and for each value
 #: that is dropped. Upper estimates, measured with tracemalloc; not part of the budget.
@@ -171,6 +174,20 @@ class Plan:
     def is_plain(self) -> bool:
         """True when nothing is dropped: applying the plan installs nothing."""
         return all(region.recipe < 0 for region in self.regions)
+
+    def _repr_html_(self) -> str:
+        planned = [self.recipes[region.recipe] for region in self.regions if region.recipe >= 0]
+        dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)
+        rows = [
+            ("budget", format_bytes(self.budget_bytes)),
+            ("peak", f"{format_bytes(self.predicted_peak_bytes)} predicted, at {self.peak_where}"),
+            ("plain peak", f"{format_bytes(self.plain_peak_bytes)} predicted"),
+            ("recomputed", f"{format_bytes(dropped_bytes)} in {len(planned)} of {len(self.regions)} regions"),
+            ("time", f"{self.predicted_step_ms:.1f} ms, plain {self.plain_step_ms:.1f} ms: {self.overhead_ratio:+.1%}"),
+            ("at the peak", format_parts(parts_of_peak(self.breakdown, self.peak_where))),
+            ("batch", self.batch),
+        ]
+        return html_table(f"Plan for {self.model} on {self.device}", rows)
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file, as JSON."""
