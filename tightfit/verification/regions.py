@@ -23,6 +23,7 @@ import torch
 
 from tightfit._torch_private import tree_leaves, tree_map, version_of
 from tightfit.device.process_state import deterministic_libraries
+from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathered
 from tightfit.installation.applied import Applied, RegionForward
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
@@ -56,20 +57,26 @@ def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Compariso
     """Compare calls of the planned regions, from inputs of a planned step of the trial.
 
     If `whole`, the model's own call comes first, which takes the plain step's memory; the others only if that gives no
-    answer.
+    answer.  The processes that share a sharded model make the same calls together, each with its own inputs.
     """
-    model = trial.model
+    model, group = trial.model, trial.group
     found = Comparison()
     recipe_of = {region.key: region.recipe for region in applied.plan.regions if region.recipe >= 0}
     calls: dict[str, _Call] = {}
     capturing = _capturing(model, {_WHOLE} if whole else set(), _to_compare(recipe_of), calls)
     trial.run_planned(applied, inside=capturing)
+    everyones = group.all_gather(sorted(calls))
+    keys = [key for key in sorted(calls) if all(key in one for one in everyones)]
+    ensure_sharded(model)
     state = TrainingState(model, ())
-    call = calls.pop(_WHOLE, None)
-    if call is not None and _compare(call, applied, found) and found.equal("gradient of", "output") is not None:
+    if _WHOLE in keys and _compare(calls[_WHOLE], applied, trial, found):
+        is_answer = found.equal("gradient of", "output") is not None
+    else:
+        is_answer = False
+    if all(group.all_gather(is_answer)):
         found.unverified += [key for key in recipe_of if key.startswith(LOSS)]
     else:
-        compared = {key: _compare(call, applied, found) for key, call in sorted(calls.items())}
+        compared = {key: _compare(calls[key], applied, trial, found) for key in keys if key != _WHOLE}
         done = {recipe_of[key] for key, was_possible in compared.items() if was_possible}
         rest = {recipe: key for key, recipe in reversed(recipe_of.items()) if recipe not in done}
         failed = [key for key, was_possible in compared.items() if not was_possible]
@@ -145,33 +152,37 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
     )
 
 
-def _compare(call: _Call, applied: Applied, found: Comparison) -> bool:
-    """Compare one call; return whether that was possible."""
+def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> bool:
+    """Compare one call; return whether that was possible.  All processes that share the model do so together."""
+    group = trial.group
     state = TrainingState(call.module, ())
 
     def run(around: AbstractContextManager[None]) -> Results:
         try:
-            with around:
+            with around, gathered(trial.model, call.module):
                 return _run(call)
         finally:
             state.restore()
 
-    def run_all(key: str) -> Comparison:
-        plain, again = run(applied.paused()), run(applied.paused())
+    def attempt(key: str) -> Comparison | None:
         here = Comparison()
         path = "" if call.path == ROOT else call.path
-        here.add(plain, again, run(applied.following(call.key)), key, path)
+        try:
+            plain, again = run(applied.paused()), run(applied.paused())
+            here.add(plain, again, run(applied.following(call.key)), key, path)
+        except (RuntimeError, TypeError):
+            return None
         return here
 
-    try:
-        here = run_all(call.key)
-        if here.not_reproducible:
-            with _deterministic_kernels():
-                other = run_all(f"{call.key} with deterministic kernels")
-            if len(other.not_reproducible) < len(here.not_reproducible):
-                here.include(other)
-    except (RuntimeError, TypeError):
+    here = attempt(call.key) if can_be_called_alone(call.module) else None
+    was_possible = all(group.all_gather(here is not None))
+    if here is None or not was_possible:
         return False
+    if any(group.all_gather(bool(here.not_reproducible))):
+        with _deterministic_kernels():
+            other = attempt(f"{call.key} with deterministic kernels")
+        if other is not None and len(other.not_reproducible) < len(here.not_reproducible):
+            here.include(other)
     found.include(here)
     return True
 
