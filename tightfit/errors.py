@@ -5,7 +5,7 @@ Every layer raises them, so this module imports only `peak_breakdown` and `units
     TightfitError
     |-- BudgetInfeasible      no plan fits the budget; carries the smallest one that would
     |-- PlanMismatch          a plan or profile belongs to another model, or its file is damaged
-    |-- VerificationFailed    a planned step did not equal the plain step
+    |-- VerificationFailed    a planned step did not equal the plain step; carries the verdict
     `-- UnsupportedInput      a model, batch, loss or budget that tightfit cannot work with (also a ValueError)
 
 Every message says what was found, why the work cannot go on, and what to do.
@@ -14,6 +14,7 @@ Every message says what was found, why the work cannot go on, and what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.units import format_bytes
@@ -57,7 +58,30 @@ class PlanMismatch(TightfitError):
 
 
 class VerificationFailed(TightfitError):
-    """A planned step gave another loss, gradient, buffer or random state than the plain step."""
+    """A planned step gave another loss, gradient, buffer or random state than the plain step, or exceeded the budget.
+
+    Attributes:
+        verdict: the `Verdict`, which names all that differs; None where the planned step raised an error and the plain
+            one did not, so that there was nothing to compare.
+    """
+
+    def __init__(self, found: str, verdict: Any = None) -> None:
+        self.found = found
+        self.verdict = verdict
+        super().__init__(
+            f"the planned step is not the plain step within its budget: {found}. Training under such a plan would be "
+            "another training, so no plan is installed, and the model is as it was. If allow_recompute was given a "
+            "class whose forward does more than compute (counts its calls, keeps a cache), take that back; if only the "
+            "peak is too high, give a larger budget. Anything else is a fault of tightfit: please report it. "
+            "on_failure='warn' goes on all the same."
+        )
+
+    def __reduce__(self) -> tuple[type[VerificationFailed], tuple[str, Any]]:
+        return type(self), (self.found, self.verdict)
+
+
+class ProofWarning(UserWarning):
+    """A plan was installed though it was not proven equal to the plain step; the message says why not."""
 
 
 class UnsupportedInput(TightfitError, ValueError):

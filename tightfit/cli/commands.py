@@ -182,7 +182,7 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
         reference_budget_bytes=Budget.of(options.reference_memory, work.device, name="--reference-memory").total_bytes,
     )
     if options.json:
-        print(json.dumps({entry.name: getattr(verdict, entry.name) for entry in fields(verdict)}))
+        print(json.dumps({name: getattr(verdict, name) for name in (*(e.name for e in fields(verdict)), "reason")}))
     else:
         print(format_plan(solved))
         print(format_verdict(verdict))

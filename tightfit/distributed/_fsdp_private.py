@@ -33,6 +33,11 @@ def sharded_modules(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if _is_fsdp_class(type(module))] if _PACKAGE in sys.modules else []
 
 
+def modules_of_unit(module: Any) -> list[torch.nn.Module]:
+    """Return the modules that were given to the same call of `fully_shard` as this one."""
+    return list(module._get_fsdp_state()._modules)
+
+
 def unsharded_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """Return the module's class from before `fully_shard`, which replaces it by a subclass."""
     cls = type(module)

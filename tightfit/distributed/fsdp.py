@@ -7,11 +7,14 @@ all ranks, and they have to make the same decisions: measure, fit and verify suc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
 from tightfit.distributed._fsdp_private import ensure_sharded as ensure_sharded
-from tightfit.distributed._fsdp_private import mesh_process_group, sharded_modules
+from tightfit.distributed._fsdp_private import mesh_process_group, modules_of_unit, sharded_modules
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -26,3 +29,32 @@ def process_group_of(model: torch.nn.Module) -> ProcessGroup:
     if control is None:
         return SINGLE_PROCESS
     return ProcessGroup(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)
+
+
+def can_be_called_alone(module: torch.nn.Module) -> bool:
+    """Tell whether FSDP2 gathers and frees weights rightly when only this module is called.
+
+    Not where a unit of several modules is partly outside: its weights are freed after the last of them.
+    """
+    inside = {id(below) for below in module.modules()}
+    return all(id(part) in inside for unit in sharded_modules(module) for part in modules_of_unit(unit))
+
+
+@contextmanager
+def gathered(model: torch.nn.Module, module: torch.nn.Module) -> Iterator[None]:
+    """Gather the weights that `module` needs when it is called alone, inside the context.
+
+    Of units, FSDP2 does so itself.  A module within a unit has its gradients in the gathered weights, on each rank its
+    own; they are dropped at the end.  All ranks have to call this.
+    """
+    units = [unit for unit in sharded_modules(model) if any(below is module for below in unit.modules())]
+    if not units or units[-1] is module:
+        yield
+        return
+    units[-1].unshard()
+    try:
+        yield
+    finally:
+        for parameter in module.parameters():
+            parameter.grad = None
+        units[-1].reshard()

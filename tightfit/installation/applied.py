@@ -257,6 +257,19 @@ class Applied:
             self._installed.enabled = before
 
     @contextmanager
+    def following(self, key: str) -> Iterator[None]:
+        """Open a context in which a module's next call on its own follows the decision for the region `key`."""
+        first = f"{key.rpartition('#')[0]}#0"
+        recipes, was_known = self._installed.recipes, self._batch_is_known
+        if key in recipes:
+            self._installed.recipes = {**recipes, first: recipes[key]}
+        self._batch_is_known = True
+        try:
+            yield
+        finally:
+            self._installed.recipes, self._batch_is_known = recipes, was_known
+
+    @contextmanager
     def removed(self) -> Iterator[None]:
         """Open a context in which nothing is installed, so that another plan can be."""
         self._uninstall()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import torch
 
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import ProofWarning, UnsupportedInput, VerificationFailed
 from tightfit.installation.applied import Applied
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
 from tightfit.planning.search import search
-from tightfit.records import Profile
+from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
 from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.model import check_model, device_of
@@ -37,6 +38,7 @@ def fit(
     grad_checkpoint: GradCheckpoint = "auto",
     reference_budget_bytes: int | None = None,
     profile: Profile | None = None,
+    on_failure: Literal["raise", "warn"] = "raise",
 ) -> Applied:
     """Make training steps of `model` on batches like `batch` fit `budget`, and prove it.
 
@@ -71,18 +73,24 @@ def fit(
         profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
             that several processes solve the same problem. Ignored if it is of another model, batch, optimizer, device,
             number of accumulation steps or PyTorch.
+        on_failure: what to do where the planned step is not the plain one: "raise", or "warn" (a `ProofWarning`) and
+            leave the plan installed.
 
     Of a model that is sharded by `fully_shard`, all its processes have to call this, and afterwards to take their steps
     together, as FSDP2 itself demands.  The budget is each process's.
 
     Returns:
-        `Applied`, with `plan`, `profile` and `verdict`.
+        `Applied`, with `plan`, `profile` and `verdict`. Where the verdict's `ok` is None, a `ProofWarning` says why.
 
     Raises:
         BudgetInfeasible: not even the smallest plan (or, with "off", the plain step) fits. It names the smallest budget
             that works, and what sets it.
+        VerificationFailed: the planned step gave another loss, gradient, buffer or random state than the plain one, or
+            its peak is over the budget. No plan is installed, and the model is as it was, bit for bit.
         UnsupportedInput: as `measure`; an unreadable budget; or both `step` and single keywords.
     """
+    if on_failure not in ("raise", "warn"):
+        raise UnsupportedInput(f"on_failure={on_failure!r} is not a choice. Give 'raise' or 'warn'.")
     if grad_checkpoint not in ("auto", "full", "off"):
         raise UnsupportedInput(f"grad_checkpoint={grad_checkpoint!r} is not a choice. Give 'auto', 'full' or 'off'.")
     check_model(model)
@@ -101,8 +109,23 @@ def fit(
             cache = PlanCache(replanner, watch, step.optimizers, planning_ms)
             cache.add(key, found)
             applied.follow(cache)
-            applied.verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
+            verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
+            applied.verdict = verdict
+            if verdict.ok is False and on_failure == "raise":
+                raise VerificationFailed(verdict.reason, verdict)
+            if not verdict.ok and trial.group.is_main_process:
+                _warn(verdict)
         except BaseException:
             applied.remove()
             raise
     return applied
+
+
+def _warn(verdict: Verdict) -> None:
+    if verdict.ok is None:
+        what = "the planned step was not wholly compared with the plain one"
+        rest = "Give reference_budget_bytes= to let the plain step take more memory; the verdict names the rest."
+    else:
+        what = "the planned step is not the plain step within its budget"
+        rest = "The plan is installed all the same, as on_failure='warn' asks: expect another training."
+    warnings.warn(f"{what}: {verdict.reason}. {rest}", ProofWarning, stacklevel=3)

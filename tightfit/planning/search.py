@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointError
 
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
-from tightfit.errors import BudgetInfeasible
+from tightfit.errors import BudgetInfeasible, VerificationFailed
 from tightfit.installation.applied import Applied, apply
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
+from tightfit.replay.refusals import CannotRebuild
 from tightfit.solver.solver import full_plan, plain_plan, solve
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
@@ -82,6 +84,7 @@ def search(
 
     Raises:
         BudgetInfeasible, UnsupportedInput: as `fit`. No plan is installed.
+        VerificationFailed: what a trial run recomputes is not what there was. No plan is installed.
     """
     group = trial.group  # its processes take each step, and so each decision about one, together
     is_known = all(group.all_gather(profile is not None and _is_of(profile, trial)))
@@ -166,6 +169,9 @@ def _try(trial: Trial, applied: Applied, profile: Profile) -> tuple[Outcome | No
             measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
         elif applied.refused:  # replay would have been wrong, and a self-check said where
             measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
+        elif isinstance(error, CannotRebuild | CheckpointError):
+            what = str(error).strip().splitlines()[0]
+            raise VerificationFailed(f"it raises {type(error).__name__} where it recomputes ({what})") from error
         else:
             raise
     if mismatches and profile.is_sharded:  # such a model cannot be measured by running it; its tapes keep it right

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.records import json_codec
+from tightfit.units import format_bytes
+
+_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,17 +20,21 @@ class Verdict:
         assert verdict.ok, verdict.differing
 
     Attributes:
-        ok: everything that was compared is bit-for-bit equal and the measured peak is within the budget; None when a
-            part could not be compared.
-        method: "whole-step": plain and planned steps were compared. "per-region": plain does not fit, so each class of
-            equal regions was, plain and planned, from identical inputs.
+        ok: gradients were compared, all that was compared is bit-for-bit equal, and the measured peak is within the
+            budget. None where it is not known: no gradient or not every planned region could be compared; `reason` says
+            why.
+        method: "whole-step": plain and planned steps were compared. "per-region": plain does not fit, or gives other
+            bits each time, so calls of regions were, plain and planned, from identical inputs.
         loss_equal, gradients_equal, buffers_equal, rng_equal: the losses, the gradients (and the parameters after the
-            optimizer's step), the buffers, the random state afterwards are bit-for-bit equal.
+            optimizer's step), the buffers (and what else modules hold in attributes, such as counters), the random
+            state afterwards are bit-for-bit equal.
         max_abs_difference: largest absolute difference in any compared tensor.
-        differing: names of tensors that differ from the plain step.
+        compared_share: share of the gradients, by bytes, that was compared. Where regions were compared: of the
+            parameters of these regions. 0 in files of versions that did not tell.
+        differing: names of what differs from the plain step; of a region's own, after the region's key.
         plain_reproducible: two plain steps from the same state gave the same bits.
-        not_reproducible: names of tensors that differ between two plain steps: never blamed on the plan.
-        unverified: regions that were not compared, because they did not fit.
+        not_reproducible: names of what differs between two plain steps: never blamed on the plan.
+        unverified: regions that were not compared, because they cannot be run on their own.
         steps: optimizer steps (or forward-backward passes without an optimizer) that were compared.
         budget_bytes: the budget that the plan was solved for.
         plain_peak_bytes, plain_peak_source: peak of the plain step, and whether it was "measured" or "predicted".
@@ -64,6 +72,38 @@ class Verdict:
     replayed_ops: int
     mismatches: int
     tape_host_bytes: int = 0
+    compared_share: float = 0.0
+
+    @property
+    def reason(self) -> str:
+        """Why `ok` is not True: what differs, or what could not be compared; empty where it is True."""
+        if self.ok:
+            return ""
+        return "; ".join(self._failures() if self.ok is False else self._gaps())
+
+    def _failures(self) -> list[str]:
+        found = []
+        if self.differing:
+            of_step = [name for name in self.differing if ": " not in name] or self.differing
+            regions = sorted({name.partition(": ")[0] for name in self.differing if ": " in name})
+            names = listed(sorted(of_step, key=lambda name: (not name.startswith("gradient"), name)))
+            size = f", by {self.max_abs_difference:.3g} at most" if self.max_abs_difference else ""
+            where = f" (in {listed(regions)})" if regions else ""
+            found.append(f"{names} differ from the plain step's{size}{where}")
+        if self.measured_peak_bytes > self.budget_bytes:
+            found.append(
+                f"the measured peak of {format_bytes(self.measured_peak_bytes)} is over the budget of "
+                f"{format_bytes(self.budget_bytes)}"
+            )
+        return found or ["in another process a result differs, or the measured peak is over the budget"]
+
+    def _gaps(self) -> list[str]:
+        found = []
+        if self.not_reproducible and not self.compared_share:
+            found.append(f"two plain steps from one state differ in {listed(self.not_reproducible)}")
+        if self.unverified:
+            found.append(f"{listed(self.unverified)} cannot be compared alone, and the plain step does not fit")
+        return [*found, f"{self.compared_share:.0%} of the gradients (by bytes) were compared"]
 
     def save(self, path: str | Path) -> None:
         """Write the verdict to a file, as JSON."""
@@ -73,3 +113,9 @@ class Verdict:
     def load(cls, path: str | Path) -> Verdict:
         """Read a verdict from a file. Raises `PlanMismatch` if the file is not one."""
         return json_codec.load(cls, path)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 
+class CannotRebuild(RuntimeError):
+    """A saved tensor cannot be recomputed: what it is recomputed from has changed."""
+
+
 def modified_error(dtype: torch.dtype, shape: torch.Size, version: int, expected: int) -> RuntimeError:
     """Return what plain autograd raises when a saved tensor was written afterwards."""
     return RuntimeError(
@@ -14,9 +18,9 @@ def modified_error(dtype: torch.dtype, shape: torch.Size, version: int, expected
     )
 
 
-def changed_error(source: torch.Tensor, how: str) -> RuntimeError:
+def changed_error(source: torch.Tensor, how: str) -> CannotRebuild:
     """Return what to raise when a tensor that recomputation reads is not what it was; `how` it was modified."""
-    return RuntimeError(
+    return CannotRebuild(
         "tightfit cannot rebuild a saved tensor: a tensor that its recomputation reads "
         f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
         "Do not modify it before backward, or keep this region out of the plan."

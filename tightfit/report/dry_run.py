@@ -7,8 +7,9 @@ from typing import Any
 
 from tightfit.device.budget import Budget
 from tightfit.peak_breakdown import format_parts, parts_of_peak
-from tightfit.records import Plan
+from tightfit.records import Plan, Verdict
 from tightfit.report.plan_table import format_plan
+from tightfit.report.text import format_gaps
 from tightfit.units import format_bytes
 
 
@@ -32,8 +33,13 @@ class DryRun:
     run_folder: str
     budget: Budget
     plan: Plan
-    step_ms: float
-    """Measured, of one planned step."""
+    verdict: Verdict
+    """Of one planned step."""
+
+    @property
+    def step_ms(self) -> float:
+        """Measured time of a planned step."""
+        return self.verdict.step_ms
 
     @property
     def estimated_seconds(self) -> float:
@@ -54,6 +60,8 @@ class DryRun:
             "predicted_peak_bytes": plan.predicted_peak_bytes + self.budget.beside_step_bytes,
             "plain_peak_bytes": plan.plain_peak_bytes + self.budget.beside_step_bytes,
             "overhead_ratio": plan.overhead_ratio,
+            "ok": self.verdict.ok,
+            "compared_share": self.verdict.compared_share,
             "parts_of_peak": parts_of_peak(plan.breakdown, plan.peak_where),
         }
 
@@ -74,6 +82,7 @@ def format_dry_run(found: DryRun) -> str:
             f"batch   {found.microbatch}{split}",
             format_plan(plan),
             f"        peak at {plan.peak_where}: {parts}{beside}",
+            *format_gaps(found.verdict),
             f"steps   {found.first_step} of {found.steps} done, {found.steps_per_epoch} an epoch; "
             f"{found.step_ms:.0f} ms each, about {format_seconds(found.estimated_seconds)} in all",
             f"run     {found.run_folder}; nothing was written",

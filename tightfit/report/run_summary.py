@@ -79,6 +79,8 @@ class RunSummary:
             "gradients_equal": verdict.gradients_equal,
             "buffers_equal": verdict.buffers_equal,
             "rng_equal": verdict.rng_equal,
+            "ok": verdict.ok,
+            "compared_share": verdict.compared_share,
         }
 
 
@@ -154,4 +156,5 @@ def _equal(verdict: Verdict, equal: bool | None) -> str:
     if equal is None:
         return "not compared: the plain step does not fit; allow it more with --reference-memory"
     how = ", compared region by region" if verdict.method == "per-region" else ""
+    how += f", {verdict.compared_share:.0%} of the gradients" if verdict.compared_share < 1 else ""
     return f"bit for bit those of the plain step{how}" if equal else f"NOT EQUAL to those of the plain step{how}"

@@ -46,7 +46,7 @@ def format_verdict(verdict: Verdict) -> str:
     rows = [
         ("verdict", f"{proven}: {verdict.method}, {verdict.steps} steps"),
         ("loss", _equal(verdict.loss_equal)),
-        ("gradients", _equal(verdict.gradients_equal)),
+        ("gradients", f"{_equal(verdict.gradients_equal)}; {verdict.compared_share:.0%} of their bytes were compared"),
         ("buffers", _equal(verdict.buffers_equal)),
         ("random", _equal(verdict.rng_equal)),
         ("peak", f"{format_bytes(verdict.measured_peak_bytes)} measured, "
@@ -56,6 +56,8 @@ def format_verdict(verdict: Verdict) -> str:
         ("time", f"{verdict.step_ms:.1f} ms, plain {verdict.plain_step_ms:.1f} ms ({verdict.plain_step_source}): "
                  f"{verdict.overhead_ratio:+.1%}"),
     ]  # fmt: skip
+    if verdict.reason:
+        rows.append(("because", verdict.reason))
     for label, names in (
         ("differs", verdict.differing),
         ("unstable", verdict.not_reproducible),
@@ -65,6 +67,13 @@ def format_verdict(verdict: Verdict) -> str:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             rows.append((label, shown))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def format_gaps(verdict: Verdict) -> list[str]:
+    """Return a line that says what the proof leaves open; none where it leaves nothing."""
+    if verdict.ok is not None:
+        return []
+    return [f"proof   not complete: {verdict.reason}; --reference-memory lets the plain step take more"]
 
 
 def _equal(equal: bool | None) -> str:

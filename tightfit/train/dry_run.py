@@ -46,5 +46,5 @@ def rehearse(config: TrainConfig) -> DryRun:
             run_folder=str(folder.path),
             budget=budget,
             plan=applied.plan,
-            step_ms=applied.verdict.step_ms,
+            verdict=applied.verdict,
         )

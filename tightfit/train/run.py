@@ -13,6 +13,7 @@ from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
 from tightfit.report.run_summary import RunSummary
+from tightfit.report.text import format_gaps
 from tightfit.train.checkpoint import Checkpoint
 from tightfit.train.checkpoint_writer import CheckpointWriter
 from tightfit.train.config import TrainConfig
@@ -118,7 +119,10 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
     try:
         unused = unused_parameters_of(config, work, applied)
         model = data_parallel(work.model, group, work.device, unused=unused, accumulation_steps=work.accumulation_steps)
+        assert applied.verdict is not None  # fit has verified what it returns
         reporter.say(format_plan(applied.plan))
+        for line in format_gaps(applied.verdict):
+            reporter.say(line, important=True)
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
         progress = Progress(loss_before=loss_of_first_batch(work)) if checkpoint is None else progress_of(checkpoint)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import tightfit
 from tightfit.device.budget import Budget
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import RankFailed
-from tightfit.errors import BudgetInfeasible, UnsupportedInput
+from tightfit.errors import BudgetInfeasible, ProofWarning, UnsupportedInput, VerificationFailed
 from tightfit.records import Profile
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.config import TrainConfig
@@ -31,6 +32,7 @@ def plan_run(
 
     Raises:
         BudgetInfeasible: a batch does not fit; it is named.
+        VerificationFailed: the planned step is not the plain one.
     """
     largest = largest_microbatch(work.data, work.loader, first_step, total_steps)
     microbatches = work.microbatches(largest.step)
@@ -76,7 +78,8 @@ def _fit_together(
     )
 
     def fitted(profile: Profile | None) -> tightfit.Applied:
-        with naming_batch(batch, largest):
+        with naming_batch(batch, largest), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ProofWarning)  # the run says it in a line of its own
             return tightfit.fit(
                 work.model,
                 batch,
@@ -95,9 +98,10 @@ def _fit_together(
     if is_sharded(work.model):  # no step without all of them
         try:
             return fitted(None)
-        except BudgetInfeasible as problem:  # all have found it: said once
+        except (BudgetInfeasible, VerificationFailed) as problem:  # all have found it: said once
             if not group.is_main_process:
-                raise RankFailed(0, str(problem), is_bad_input=True) from None
+                is_bad_input = isinstance(problem, BudgetInfeasible)
+                raise RankFailed(0, str(problem), is_bad_input=is_bad_input) from None
             raise
     # Rank 0 measures, alone on its node's cores; where all have batches of the same sizes, all then solve the same.
     mine = group.run_on_all(lambda: fitted(None) if group.is_main_process else None)

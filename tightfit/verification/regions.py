@@ -1,33 +1,38 @@
-"""Compare one call of each region class, plain and replayed, from identical inputs.
+"""Compare calls of regions, plain and replayed, from identical inputs.
 
-For when the plain step does not fit the budget: one region's plain backward does.  Inputs are taken from a real planned
-step; output gradients are made up, the same for both runs.  Segments and `<loss>` cannot be called on their own and are
-listed as unverified.
+For when the plain step does not fit the budget: one region's plain backward does.  And for when the plain step is not
+reproducible: from the same inputs, most of its regions are; what a region does not reproduce either is compared with
+PyTorch's deterministic kernels.  Inputs are taken from a real planned step; output gradients are made up, the same for
+all runs.
+
+One call of each module is compared for each recipe that it follows.  Segments and `<loss>` cannot be called on their
+own; those of a recipe that no compared call follows are listed as unverified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import tree_leaves, tree_map
+from tightfit._torch_private import tree_leaves, tree_map, version_of
+from tightfit.device.process_state import deterministic_libraries
+from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathered
 from tightfit.installation.applied import Applied, RegionForward
-from tightfit.step.host_copy import CopyFile, HostCopy, difference, same_contents
+from tightfit.operators.region_names import LOSS, ROOT
+from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, TrainingState
+from tightfit.verification.comparison import Comparison
+from tightfit.verification.results import Results, results_of
+from tightfit.verification.trial import Trial
 
-
-@dataclass(kw_only=True)
-class RegionComparison:
-    """What was found, over all region classes."""
-
-    compared: int = 0
-    differing: dict[str, float] = field(default_factory=dict)
-    not_reproducible: list[str] = field(default_factory=list)
-    unverified: list[str] = field(default_factory=list)
+_WHOLE = f"{ROOT}#0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,54 +46,82 @@ class _OnHost:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
+    key: str
+    path: str
     module: torch.nn.Module
     arguments: Any
     random_state: RandomState
 
 
-def compare_regions(
-    model: torch.nn.Module, applied: Applied, run_step: Callable[[AbstractContextManager[None]], object]
-) -> RegionComparison:
-    """Compare the first call of each recipe.
+def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Comparison:
+    """Compare calls of the planned regions, from inputs of a planned step of the trial.
 
-    The inputs come from a planned step, which `run_step` takes inside the given context after it restored the model.
+    If `whole`, the model's own call comes first, which takes the plain step's memory; the others only if that gives no
+    answer.  The processes that share a sharded model make the same calls together, each with its own inputs.
     """
-    plan = applied.plan
-    first_of_recipe: dict[int, str] = {}
-    for region in plan.regions:
-        if region.recipe >= 0:
-            first_of_recipe.setdefault(region.recipe, region.key)
-            if "/" in first_of_recipe[region.recipe] and "/" not in region.key:
-                first_of_recipe[region.recipe] = region.key
-    wanted = set(first_of_recipe.values())
+    model, group = trial.model, trial.group
+    found = Comparison()
+    recipe_of = {region.key: region.recipe for region in applied.plan.regions if region.recipe >= 0}
     calls: dict[str, _Call] = {}
-    run_step(_capturing(model, wanted, calls))
-    result = RegionComparison()
+    capturing = _capturing(model, {_WHOLE} if whole else set(), _to_compare(recipe_of), calls)
+    trial.run_planned(applied, inside=capturing)
+    everyones = group.all_gather(sorted(calls))
+    keys = [key for key in sorted(calls) if all(key in one for one in everyones)]
+    ensure_sharded(model)
     state = TrainingState(model, ())
-    for key in sorted(wanted):
-        call = calls.get(key)
-        outcome = None if call is None else _compare(key, call, applied, state, result)
-        if outcome is None:
-            result.unverified.append(key)
-        else:
-            result.compared += 1
+    if _WHOLE in keys and _compare(calls[_WHOLE], applied, trial, found):
+        is_answer = found.equal("gradient of", "output") is not None
+    else:
+        is_answer = False
+    if all(group.all_gather(is_answer)):
+        found.unverified += [key for key in recipe_of if key.startswith(LOSS)]
+    else:
+        compared = {key: _compare(calls[key], applied, trial, found) for key in keys if key != _WHOLE}
+        done = {recipe_of[key] for key, was_possible in compared.items() if was_possible}
+        rest = {recipe: key for key, recipe in reversed(recipe_of.items()) if recipe not in done}
+        failed = [key for key, was_possible in compared.items() if not was_possible]
+        found.unverified += dict.fromkeys((*reversed(rest.values()), *failed))
     state.restore()
-    return result
+    return found
+
+
+def _to_compare(recipe_of: Mapping[str, int]) -> set[str]:
+    """Return the keys of the first call of each module for each recipe that it follows."""
+    first: dict[tuple[str, int], str] = {}
+    for key, recipe in recipe_of.items():
+        if "/" not in key and not key.startswith("<"):
+            first.setdefault((_path_of(key), recipe), key)
+    return set(first.values())
+
+
+def _path_of(key: str) -> str:
+    return key.rpartition("#")[0]
 
 
 @contextmanager
-def _capturing(model: torch.nn.Module, wanted: set[str], calls: dict[str, _Call]) -> Iterator[None]:
-    """Note the inputs of the wanted whole-module calls, outside the device's memory."""
+def _capturing(
+    model: torch.nn.Module, whole: AbstractSet[str], leaves: AbstractSet[str], calls: dict[str, _Call]
+) -> Iterator[None]:
+    """Note the inputs of the wanted calls, outside the device's memory; of `leaves`, if they have no regions inside."""
     counts: dict[str, int] = {}
     handles = []
     file = CopyFile()
+    copied: dict[int, tuple[weakref.ref[torch.Tensor], int, HostCopy]] = {}
+
+    def copy_of(tensor: torch.Tensor) -> HostCopy:
+        """Copy a tensor that goes to many regions (a mask) once."""
+        version = -1 if tensor.is_inference() else version_of(tensor)
+        known = copied.get(id(tensor))
+        if known is None or known[0]() is not tensor or known[1] != version:
+            known = copied[id(tensor)] = weakref.ref(tensor), version, HostCopy(tensor, file)
+        return known[2]
 
     def save(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return _OnHost(contents=HostCopy(leaf, file), device=leaf.device, requires_grad=leaf.requires_grad)
+        return _OnHost(contents=copy_of(leaf), device=leaf.device, requires_grad=leaf.requires_grad)
 
-    paths = {key.rsplit("#", 1)[0] for key in wanted if "/" not in key and not key.startswith("<")}
+    paths = {_path_of(key) for key in whole | leaves}
 
     def watch(path: str, module: torch.nn.Module) -> None:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -96,15 +129,15 @@ def _capturing(model: torch.nn.Module, wanted: set[str], calls: dict[str, _Call]
                 return
             key = f"{path}#{counts.get(path, 0)}"
             counts[path] = counts.get(path, 0) + 1
-            if key in wanted and _is_leaf_region(module):
+            if key in whole or (key in leaves and _is_leaf_region(module)):
                 arguments = tree_map(save, (args, kwargs))
-                calls[key] = _Call(module=module, arguments=arguments, random_state=RandomState())
+                calls[key] = _Call(key=key, path=path, module=module, arguments=arguments, random_state=RandomState())
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     for path, module in model.named_modules():
-        if path in paths:
-            watch(path, module)
+        if (path or ROOT) in paths:
+            watch(path or ROOT, module)
     try:
         yield
     finally:
@@ -119,23 +152,55 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
     )
 
 
-def _compare(key: str, call: _Call, applied: Applied, state: TrainingState, result: RegionComparison) -> bool | None:
-    try:
-        plain = _run(call, applied, state, planned=False)
-        again = _run(call, applied, state, planned=False)
-        planned = _run(call, applied, state, planned=True)
-    except (RuntimeError, TypeError):
-        return None
-    for name, contents in plain.items():
-        if not same_contents(contents, again.get(name)):
-            result.not_reproducible.append(f"{key}: {name}")
-        elif not same_contents(contents, planned.get(name)):
-            result.differing[f"{key}: {name}"] = difference(contents, planned.get(name))
+def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> bool:
+    """Compare one call; return whether that was possible.  All processes that share the model do so together."""
+    group = trial.group
+    state = TrainingState(call.module, ())
+
+    def run(around: AbstractContextManager[None]) -> Results:
+        try:
+            with around, gathered(trial.model, call.module):
+                return _run(call)
+        finally:
+            state.restore()
+
+    def attempt(key: str) -> Comparison | None:
+        here = Comparison()
+        path = "" if call.path == ROOT else call.path
+        try:
+            plain, again = run(applied.paused()), run(applied.paused())
+            here.add(plain, again, run(applied.following(call.key)), key, path)
+        except (RuntimeError, TypeError):
+            return None
+        return here
+
+    here = attempt(call.key) if can_be_called_alone(call.module) else None
+    was_possible = all(group.all_gather(here is not None))
+    if here is None or not was_possible:
+        return False
+    if any(group.all_gather(bool(here.not_reproducible))):
+        with _deterministic_kernels():
+            other = attempt(f"{call.key} with deterministic kernels")
+        if other is not None and len(other.not_reproducible) < len(here.not_reproducible):
+            here.include(other)
+    found.include(here)
     return True
 
 
-def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) -> dict[str, HostCopy]:
-    state.restore()
+@contextmanager
+def _deterministic_kernels() -> Iterator[None]:
+    """Use deterministic kernels inside, where there are any."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with deterministic_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _run(call: _Call) -> Results:
     call.random_state.restore()
     inputs: list[torch.Tensor] = []
 
@@ -153,26 +218,16 @@ def _run(call: _Call, applied: Applied, state: TrainingState, *, planned: bool) 
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None
-    if planned:
-        output = module(*args, **kwargs)
-    else:
-        with applied.paused():
-            output = module(*args, **kwargs)
-    file = CopyFile()
-    found: dict[str, HostCopy] = {}
+    output = module(*args, **kwargs)
+    copies = CopyFile()
+    found: dict[str, object] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
     for index, tensor in enumerate(outputs):
-        found[f"output {index}"] = HostCopy(tensor, file)
+        found[f"output {index}"] = HostCopy(tensor, copies)
     torch.autograd.backward(outputs, gradients)
     for index, tensor in enumerate(inputs):
         if tensor.grad is not None:
-            found[f"gradient of input {index}"] = HostCopy(tensor.grad, file)
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None:
-            found[f"gradient of {name}"] = HostCopy(parameter.grad, file)
-    for name, buffer in module.named_buffers():
-        found[f"buffer {name}"] = HostCopy(buffer, file)
-    found["random state"] = HostCopy(torch.get_rng_state(), file)
-    return found
+            found[f"gradient of input {index}"] = HostCopy(tensor.grad, copies)
+    return found | results_of(module, copies)

@@ -18,8 +18,9 @@ from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.model import device_of, give_gradients
-from tightfit.step.snapshot import RandomState, TrainingState
+from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
+from tightfit.verification.results import Results, results_of
 
 _TIMING_ROUNDS = 3
 
@@ -30,9 +31,8 @@ class Outcome:
 
     steps: int
     """How many steps were run."""
-    tensors: dict[str, HostCopy]
-    """Losses, parameters, gradients and buffers by name."""
-    random_state: RandomState
+    results: Results
+    """Losses, parameters, gradients, buffers, attributes and the random state by name."""
     peak_bytes: int
     replayed_ops: int
     mismatches: int
@@ -129,7 +129,7 @@ class Trial:
     def _run(self, step: Step, applied: Applied, steps: int, inside: AbstractContextManager[None]) -> Outcome:
         self._go_to_start()  # outside the context, or it would take back what that does to the model
         counts = applied.statistics
-        tensors: dict[str, HostCopy] = {}
+        results: dict[str, object] = {}
         copies = CopyFile()
         peak_bytes = 0
         with inside:
@@ -138,21 +138,16 @@ class Trial:
                 resident = meter.resident_bytes(self.model, self.batch, step.optimizers)
                 step_loss, peak = meter.measure_peak(lambda: step.run(self.model, self.batch), resident, self.device)
                 peak_bytes = max(peak_bytes, peak)
-                tensors[f"loss of step {number}"] = HostCopy(step_loss, copies)
+                results[f"loss of step {number}"] = HostCopy(step_loss, copies)
                 if number < steps:
                     for parameter in self.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.zero_()
         for name, parameter in self.model.named_parameters():
-            tensors[f"parameter {name}"] = HostCopy(local_shard(parameter), copies)
-            if parameter.grad is not None:
-                tensors[f"gradient of {name}"] = HostCopy(local_shard(parameter.grad), copies)
-        for name, buffer in self.model.named_buffers():
-            tensors[f"buffer {name}"] = HostCopy(buffer, copies)
+            results[f"parameter {name}"] = HostCopy(local_shard(parameter), copies)
         return Outcome(
             steps=steps,
-            tensors=tensors,
-            random_state=RandomState(),
+            results=results | results_of(self.model, copies),
             peak_bytes=peak_bytes,
             replayed_ops=counts.replayed_ops,
             mismatches=counts.mismatches + counts.unplanned_calls,

@@ -1,8 +1,8 @@
 """`verify`: is a planned step the plain step, bit for bit, and does its peak stay within the budget?
 
 The plain run and the planned run start from the same state and see the same batch.  Plain runs twice: what differs
-between its two runs is listed and never blamed on the plan.  The peak is measured by a meter that knows nothing of the
-prediction.  Afterwards everything is as it was, bit for bit.
+between its two runs is listed and never blamed on the plan; regions are compared instead.  The peak is measured by a
+meter that knows nothing of the prediction.  Afterwards everything is as it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied, apply
 from tightfit.records import Plan, Verdict
-from tightfit.step.host_copy import difference, same_contents
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
-from tightfit.verification.regions import RegionComparison, compare_regions
+from tightfit.verification.comparison import Comparison
+from tightfit.verification.regions import compare_regions
+from tightfit.verification.results import GRADIENT
 from tightfit.verification.trial import Outcome, Trial
 
 
@@ -36,9 +37,10 @@ def verify(
 ) -> Verdict:
     """Run plain and planned steps from the same state, and compare their results bit by bit and the peak to the budget.
 
-    Losses, gradients, parameters after the optimizer's step, buffers and random state are compared.  Where plain needs
-    more memory than allowed, one call of each class of equal regions is compared instead, plain and planned, from
-    inputs taken from a planned step.  The model is afterwards what it was, bit for bit, and unplanned.
+    Losses, gradients, parameters after the optimizer's step, buffers, attributes of modules and random state are
+    compared.  Where plain needs more memory than allowed, or two plain steps give other gradients, calls of the planned
+    regions are compared instead, plain and planned, from inputs taken from a planned step.  The model is afterwards
+    what it was, bit for bit, and unplanned.
 
         plan = tightfit.Plan.load("plan.json")
         verdict = tightfit.verify(model, batch, plan, loss=loss_fn, optimizer=optimizer)
@@ -61,8 +63,9 @@ def verify(
     Of a model that is sharded by `fully_shard`, all its processes have to call this.
 
     Returns:
-        `Verdict`. Its `ok` is True where all was compared and is equal, and the measured peak is within the budget;
-        None where a part could not be compared; else False.
+        `Verdict`. Its `ok` is True where gradients were compared, all that was compared is equal, and the measured peak
+        is within the budget; None where no gradient or not every planned region could be compared, as `reason` says;
+        else False.
 
     Raises:
         PlanMismatch: the plan is of another model.
@@ -77,103 +80,56 @@ def verify(
 
 
 def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_bytes: int | None = None) -> Verdict:
-    """Compare the outcome of an installed plan with plain runs, or regions, of the same trial."""
-    plan = applied.plan
+    """Compare the outcome of an installed plan with plain runs of the same trial, and regions where those do not do.
+
+    Regions are compared where plain does not fit, where it does not reproduce a gradient, and where something differs,
+    to say in which of them that arises.
+    """
+    plan, group = applied.plan, trial.group
     allowed_bytes = max(plan.budget_bytes, reference_budget_bytes or 0)
-    if all(trial.group.all_gather(plan.plain_peak_bytes <= allowed_bytes)):
-        return _whole_step(trial, applied, planned)
-    return _per_region(trial, applied, planned)
-
-
-def _whole_step(trial: Trial, applied: Applied, planned: Outcome) -> Verdict:
-    first = trial.run_plain(applied, planned.steps)
-    second = trial.run_plain(applied, planned.steps)
-    not_reproducible = {name for name, t in first.tensors.items() if not same_contents(t, second.tensors[name])}
-    differing = {
-        name: difference(t, planned.tensors.get(name))
-        for name, t in first.tensors.items()
-        if name not in not_reproducible and not same_contents(t, planned.tensors.get(name))
-    }
-    rng_equal = first.random_state.equals(planned.random_state)
-    if not trial.group.is_single_process:  # each has compared its part
-        everyones = trial.group.all_gather((differing, not_reproducible, rng_equal))
-        not_reproducible = {name for _, names, _ in everyones for name in names}
-        differing = {}
-        for found, _, _ in everyones:
-            for name, value in found.items():
-                if name not in not_reproducible:
-                    differing[name] = max(value, differing.get(name, 0.0))
-        rng_equal = all(equal for _, _, equal in everyones)
-    step_ms, plain_ms = trial.times_ms(applied, plain=True)
-    plan = applied.plan
-    equal = not differing and rng_equal
+    plain_fits = all(group.all_gather(plan.plain_peak_bytes <= allowed_bytes))
+    plain_peak_bytes = plan.plain_peak_bytes
+    found = Comparison()
+    if plain_fits:
+        first, again = (trial.run_plain(applied, planned.steps) for _ in range(2))
+        plain_peak_bytes = max(first.peak_bytes, again.peak_bytes)
+        found.add(first.results, again.results, planned.results)
+        found = found.together(group)
+    is_whole_step = bool(found.parameters)
+    if not plain_fits or found.differing or any(name.startswith(GRADIENT) for name in found.not_reproducible):
+        by_region = compare_regions(trial, applied, whole=plain_fits and not found.differing)
+        found.include(by_region.together(group))
+    unverified = () if is_whole_step else tuple(found.unverified)
+    within = all(group.all_gather(planned.peak_bytes <= plan.budget_bytes))
+    share = found.share(trial.model, group)
+    ok = not found.differing and within
+    step_ms, plain_ms = trial.times_ms(applied, plain=plain_fits)
+    plain_step_ms = plain_ms if plain_fits else plan.plain_step_ms
+    plain_source = "measured" if plain_fits else "predicted"
     return Verdict(
-        ok=equal and planned.peak_bytes <= plan.budget_bytes,
-        method="whole-step",
-        loss_equal=_none_of(differing, "loss"),
-        gradients_equal=_none_of(differing, "gradient", "parameter"),
-        buffers_equal=_none_of(differing, "buffer"),
-        rng_equal=rng_equal,
-        max_abs_difference=max(differing.values(), default=0.0),
-        differing=tuple(sorted(differing)),
-        plain_reproducible=not not_reproducible,
-        not_reproducible=tuple(sorted(not_reproducible)),
-        unverified=(),
-        steps=planned.steps,
-        budget_bytes=plan.budget_bytes,
-        plain_peak_bytes=max(first.peak_bytes, second.peak_bytes),
-        plain_peak_source="measured",
-        predicted_peak_bytes=plan.predicted_peak_bytes,
-        measured_peak_bytes=planned.peak_bytes,
-        plain_step_ms=plain_ms,
-        plain_step_source="measured",
-        step_ms=step_ms,
-        overhead_ratio=step_ms / plain_ms - 1 if plain_ms else 0.0,
-        replayed_ops=planned.replayed_ops,
-        mismatches=planned.mismatches,
-        tape_host_bytes=planned.tape_host_bytes,
-    )
-
-
-def _per_region(trial: Trial, applied: Applied, planned: Outcome) -> Verdict:
-    plan = applied.plan
-    if trial.group.is_single_process:
-        found = compare_regions(trial.model, applied, lambda inside: trial.run_planned(applied, inside=inside))
-    else:  # a region's weights are there only within a step
-        found = RegionComparison(unverified=[region.key for region in plan.regions if region.recipe >= 0])
-    step_ms, _ = trial.times_ms(applied, plain=False)
-    within = planned.peak_bytes <= plan.budget_bytes
-    ok: bool | None = not found.differing and within
-    if ok and found.unverified:
-        ok = None
-    plain_ms = plan.plain_step_ms
-    return Verdict(
-        ok=ok,
-        method="per-region",
-        loss_equal=None,
-        gradients_equal=_none_of(found.differing, "gradient", "output") if found.compared else None,
-        buffers_equal=_none_of(found.differing, "buffer") if found.compared else None,
-        rng_equal=_none_of(found.differing, "random") if found.compared else None,
-        max_abs_difference=max(found.differing.values(), default=0.0) if found.compared else None,
+        ok=None if ok and (unverified or not share) else ok,
+        method="whole-step" if is_whole_step else "per-region",
+        loss_equal=found.equal("loss") if plain_fits else None,
+        gradients_equal=found.equal("gradient", "parameter", "output"),
+        buffers_equal=found.equal("buffer", "attribute"),
+        rng_equal=found.equal("random"),
+        max_abs_difference=max(found.differing.values(), default=0.0) if found.names else None,
+        compared_share=share,
         differing=tuple(sorted(found.differing)),
-        plain_reproducible=not found.not_reproducible if found.compared else None,
+        plain_reproducible=not found.not_reproducible if found.names else None,
         not_reproducible=tuple(sorted(found.not_reproducible)),
-        unverified=tuple(found.unverified),
+        unverified=unverified,
         steps=planned.steps,
         budget_bytes=plan.budget_bytes,
-        plain_peak_bytes=plan.plain_peak_bytes,
-        plain_peak_source="predicted",
+        plain_peak_bytes=plain_peak_bytes,
+        plain_peak_source=plain_source,
         predicted_peak_bytes=plan.predicted_peak_bytes,
         measured_peak_bytes=planned.peak_bytes,
-        plain_step_ms=plain_ms,
-        plain_step_source="predicted",
+        plain_step_ms=plain_step_ms,
+        plain_step_source=plain_source,
         step_ms=step_ms,
-        overhead_ratio=step_ms / plain_ms - 1 if plain_ms else 0.0,
+        overhead_ratio=step_ms / plain_step_ms - 1 if plain_step_ms else 0.0,
         replayed_ops=planned.replayed_ops,
         mismatches=planned.mismatches,
         tape_host_bytes=planned.tape_host_bytes,
     )
-
-
-def _none_of(differing: dict[str, float], *kinds: str) -> bool:
-    return not any(name.startswith(kinds) or f": {kind}" in name for name in differing for kind in kinds)

@@ -156,7 +156,11 @@ def look(width: int, blocks: int, sequences: int, precision: str) -> dict[str, A
             torch.equal(parameter.grad.to_local(), wanted)
             for parameter, wanted in zip(model.parameters(), expected, strict=True)
         )
+    with tightfit.fit(model, batch, budget=planned.plan.budget_bytes, profile=profile, **settings) as unaided:
+        by_region = unaided.verdict
+        assert by_region is not None
     return {
+        "by_region": (by_region.method, by_region.ok, by_region.gradients_equal, by_region.compared_share),
         "plain": (plain_verdict.predicted_peak_bytes, plain_verdict.measured_peak_bytes),
         "planned": (verdict.predicted_peak_bytes, verdict.measured_peak_bytes),
         "budget_bytes": planned.plan.budget_bytes,

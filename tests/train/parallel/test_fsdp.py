@@ -34,6 +34,10 @@ def test_each_process_holds_what_was_predicted() -> None:
         assert found["equal"] == [True] * 4
         assert found["equal_inside"]
         assert found["unchanged"]
+        # Where the plain step may not take more than the budget.
+        method, ok, gradients_equal, share = found["by_region"]
+        assert (method, ok, gradients_equal) == ("per-region", True, True)
+        assert 0.2 < share < 1
 
 
 @pytest.mark.slow

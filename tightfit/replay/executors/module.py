@@ -24,7 +24,7 @@ from tightfit.device.placement import generators_of
 from tightfit.operators.pure_modules import can_call_again
 from tightfit.records import Action, Recipe
 from tightfit.replay.executors.executor import RegionCall
-from tightfit.replay.refusals import changed_error
+from tightfit.replay.refusals import CannotRebuild, changed_error
 
 
 class ModuleExecutor:
@@ -108,7 +108,7 @@ class ModuleCall:
             if version_of(tensor) != version:
                 raise changed_error(tensor, "in place after the region that used it ended")
         if tuple([below.training for below in self._modules]) != self._modes:
-            raise RuntimeError(
+            raise CannotRebuild(
                 "tightfit cannot rebuild saved tensors: model.train() or model.eval() was called between forward and "
                 "backward, and a block that is recomputed in backward would now compute something else. Call them "
                 "before forward or after backward."
