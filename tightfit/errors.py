@@ -61,6 +61,7 @@ class VerificationFailed(TightfitError):
     """A planned step gave another loss, gradient, buffer or random state than the plain step, or exceeded the budget.
 
     Attributes:
+        found: what differs, or how far the peak is over, in words.
         verdict: the `Verdict`, which names all that differs; None where the planned step raised an error and the plain
             one did not, so that there was nothing to compare.
     """

@@ -96,6 +96,13 @@ def test_full_and_off(grad_checkpoint: Any, peaks: tuple[int, int]) -> None:
     assert grad_checkpoint == "full" or caught.value.required_bytes == peaks[1]
 
 
+def test_a_notebook_shows_plan_and_verdict() -> None:
+    with tightfit.fit(Net(), BATCH) as applied:
+        shown = applied._repr_html_()
+    assert applied.verdict is not None
+    assert shown == applied.plan._repr_html_() + applied.verdict._repr_html_()
+
+
 def test_a_share_of_the_device_s_memory() -> None:
     whole = device_for(torch.device("cpu")).capacity_bytes()
     with tightfit.fit(Net(), BATCH, budget="75%") as applied:

@@ -296,6 +296,10 @@ class Applied:
             self._leave_machinery()
             self._leave_machinery = None
 
+    def _repr_html_(self) -> str:
+        shown = (record for record in (self.plan, self.verdict) if record is not None)
+        return "".join(record._repr_html_() for record in shown)
+
     def __enter__(self) -> Applied:
         return self
 

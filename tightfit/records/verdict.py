@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.records import json_codec
+from tightfit.records.notebook import html_table
 from tightfit.units import format_bytes
 
 _NAMED = 3
@@ -105,6 +106,31 @@ class Verdict:
             found.append(f"{listed(self.unverified)} cannot be compared alone, and the plain step does not fit")
         return [*found, f"{self.compared_share:.0%} of the gradients (by bytes) were compared"]
 
+    def summary(self) -> list[tuple[str, str]]:
+        """Return what was found as labels and texts, as the command line and notebooks show them."""
+        proven = {True: "proven", False: "FAILED", None: "not fully proven"}[self.ok]
+        kept = "kept" if self.measured_peak_bytes <= self.budget_bytes else "EXCEEDED"
+        rows = [
+            ("verdict", f"{proven}: {self.method}, {self.steps} steps"),
+            ("loss", _equal(self.loss_equal)),
+            ("gradients", f"{_equal(self.gradients_equal)}; {self.compared_share:.0%} of their bytes were compared"),
+            ("buffers", _equal(self.buffers_equal)),
+            ("random", _equal(self.rng_equal)),
+            ("peak", f"{format_bytes(self.measured_peak_bytes)} measured, "
+                     f"{format_bytes(self.predicted_peak_bytes)} predicted, budget "
+                     f"{format_bytes(self.budget_bytes)} {kept}"),
+            ("plain peak", f"{format_bytes(self.plain_peak_bytes)} ({self.plain_peak_source})"),
+            ("time", f"{self.step_ms:.1f} ms, plain {self.plain_step_ms:.1f} ms ({self.plain_step_source}): "
+                     f"{self.overhead_ratio:+.1%}"),
+        ]  # fmt: skip
+        if self.reason:
+            rows.append(("because", self.reason))
+        lists = (("differs", self.differing), ("unstable", self.not_reproducible), ("unverified", self.unverified))
+        return rows + [(label, listed(names)) for label, names in lists if names]
+
+    def _repr_html_(self) -> str:
+        return html_table("Verdict", self.summary())
+
     def save(self, path: str | Path) -> None:
         """Write the verdict to a file, as JSON."""
         json_codec.save(self, path)
@@ -119,3 +145,7 @@ def listed(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _equal(equal: bool | None) -> str:
+    return {True: "bit for bit equal to plain", False: "NOT EQUAL to plain", None: "not compared"}[equal]

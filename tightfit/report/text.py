@@ -41,32 +41,7 @@ def batch_note(solved: Plan, batch: str) -> str:
 
 def format_verdict(verdict: Verdict) -> str:
     """Format a verdict as a table."""
-    proven = {True: "proven", False: "FAILED", None: "not fully proven"}[verdict.ok]
-    kept = "kept" if verdict.measured_peak_bytes <= verdict.budget_bytes else "EXCEEDED"
-    rows = [
-        ("verdict", f"{proven}: {verdict.method}, {verdict.steps} steps"),
-        ("loss", _equal(verdict.loss_equal)),
-        ("gradients", f"{_equal(verdict.gradients_equal)}; {verdict.compared_share:.0%} of their bytes were compared"),
-        ("buffers", _equal(verdict.buffers_equal)),
-        ("random", _equal(verdict.rng_equal)),
-        ("peak", f"{format_bytes(verdict.measured_peak_bytes)} measured, "
-                 f"{format_bytes(verdict.predicted_peak_bytes)} predicted, budget "
-                 f"{format_bytes(verdict.budget_bytes)} {kept}"),
-        ("plain peak", f"{format_bytes(verdict.plain_peak_bytes)} ({verdict.plain_peak_source})"),
-        ("time", f"{verdict.step_ms:.1f} ms, plain {verdict.plain_step_ms:.1f} ms ({verdict.plain_step_source}): "
-                 f"{verdict.overhead_ratio:+.1%}"),
-    ]  # fmt: skip
-    if verdict.reason:
-        rows.append(("because", verdict.reason))
-    for label, names in (
-        ("differs", verdict.differing),
-        ("unstable", verdict.not_reproducible),
-        ("unverified", verdict.unverified),
-    ):
-        if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            rows.append((label, shown))
-    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+    return "\n".join(f"  {label:<11} {text}" for label, text in verdict.summary())
 
 
 def format_gaps(verdict: Verdict) -> list[str]:
@@ -74,10 +49,6 @@ def format_gaps(verdict: Verdict) -> list[str]:
     if verdict.ok is not None:
         return []
     return [f"proof   not complete: {verdict.reason}; --reference-memory lets the plain step take more"]
-
-
-def _equal(equal: bool | None) -> str:
-    return {True: "bit for bit equal to plain", False: "NOT EQUAL to plain", None: "not compared"}[equal]
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
