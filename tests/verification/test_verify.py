@@ -81,18 +81,27 @@ def test_per_region_when_plain_does_not_fit(plan: Plan) -> None:
     assert verdict.gradients_equal is True
     assert (verdict.plain_peak_source, verdict.plain_step_source) == ("predicted", "predicted")
     assert verdict.loss_equal is None
-    # What runs outside any module cannot be called on its own: the verdict does not claim it.
-    assert any(name.startswith("<") for name in verdict.unverified)
-    assert verdict.ok is None
+    assert verdict.compared_share == 1.0
+    assert verdict.unverified == ()
+    assert verdict.ok is True
 
 
-def perturb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_compared_where_plain_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(region.key.startswith("<loss>") and region.recipe >= 0 for region in plan.regions)
+    perturb(monkeypatch, only_shape=(256, 16))
+    verdict = verify(plan)
+    assert verdict.method == "per-region"
+    assert "<loss>#0: gradient of input 0" in verdict.differing
+
+
+def perturb(monkeypatch: pytest.MonkeyPatch, only_shape: tuple[int, ...] | None = None) -> None:
     """Every replayed tensor comes out a little wrong."""
     right = Tape.read
 
     def wrong(self: Tape, handle: Any) -> Tensor:
         tensor = right(self, handle)
-        return tensor * (1 + 2**-20) if tensor.is_floating_point() else tensor
+        is_meant = tensor.is_floating_point() and only_shape in (None, tensor.shape)
+        return tensor * (1 + 2**-20) if is_meant else tensor
 
     monkeypatch.setattr(Tape, "read", wrong)
 

@@ -6,8 +6,8 @@ Nothing but an instance-level `forward` is installed, on the modules that are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -258,16 +258,32 @@ class Applied:
 
     @contextmanager
     def following(self, key: str) -> Iterator[None]:
-        """Open a context in which a module's next call on its own follows the decision for the region `key`."""
-        first = f"{key.rpartition('#')[0]}#0"
-        recipes, was_known = self._installed.recipes, self._batch_is_known
-        if key in recipes:
-            self._installed.recipes = {**recipes, first: recipes[key]}
-        self._batch_is_known = True
+        """Open a context for one call of a region's module alone, which follows the decision for the region `key`.
+
+        For the loss's, the context is the region, and the other regions are left untouched.
+        """
+        recipes, plans = self._installed.recipes, self.plans
+        if key.startswith(LOSS):
+            self._installed.recipes = {k: recipe if k.startswith(LOSS) else None for k, recipe in recipes.items()}
+        elif key in recipes:
+            self._installed.recipes = {**recipes, f"{key.rpartition('#')[0]}#0": recipes[key]}
+        self.plans = None  # they are not asked for such a call, nor told of it
+        try:
+            with self._installed.region(LOSS) if key.startswith(LOSS) else nullcontext():
+                yield
+        finally:
+            self._installed.recipes, self.plans = recipes, plans
+
+    @contextmanager
+    def returning(self, results: Iterable[Any]) -> Iterator[None]:
+        """Open a context in which each call of the model returns the next of `results` instead of running."""
+        forward = vars(self._model)["forward"]
+        original, rest = forward.original, iter(results)
+        forward.original = lambda *args, **kwargs: next(rest)
         try:
             yield
         finally:
-            self._installed.recipes, self._batch_is_known = recipes, was_known
+            forward.original = original
 
     @contextmanager
     def removed(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ class Verdict:
             budget. None where it is not known: no gradient or not every planned region could be compared; `reason` says
             why.
         method: "whole-step": plain and planned steps were compared. "per-region": plain does not fit, or gives other
-            bits each time, so calls of regions were, plain and planned, from identical inputs.
+            bits each time, so calls of regions and of the loss function were, plain and planned, from identical inputs.
         loss_equal, gradients_equal, buffers_equal, rng_equal: the losses, the gradients (and the parameters after the
             optimizer's step), the buffers (and what else modules hold in attributes, such as counters), the random
             state afterwards are bit-for-bit equal.

@@ -5,18 +5,19 @@ reproducible: from the same inputs, most of its regions are; what a region does 
 PyTorch's deterministic kernels.  Inputs are taken from a real planned step; output gradients are made up, the same for
 all runs.
 
-One call of each module is compared for each recipe that it follows.  Segments and `<loss>` cannot be called on their
-own; those of a recipe that no compared call follows are listed as unverified.
+One call of each module is compared for each recipe that it follows, and the loss function on what the model returned.
+Segments cannot be called on their own; those of a recipe that no compared call follows are listed as unverified.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from tightfit._torch_private import tree_leaves, tree_map, version_of
 from tightfit.device.process_state import deterministic_libraries
 from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathered
+from tightfit.distributed.process_group import CommunicationFailed
 from tightfit.installation.applied import Applied, RegionForward
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
@@ -32,7 +34,8 @@ from tightfit.verification.comparison import Comparison
 from tightfit.verification.results import Results, results_of
 from tightfit.verification.trial import Trial
 
-_WHOLE = f"{ROOT}#0"
+#: Keys of the model's own call, and of the loss function's.
+_WHOLE, _LOSS = f"{ROOT}#0", f"{LOSS}#0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,14 @@ class _OnHost:
     requires_grad: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Call:
+    """A call of a region's module, or of the loss function, that can be made again."""
+
     key: str
-    path: str
     module: torch.nn.Module
+    """What it may change, and the parameters that it uses."""
+    run: Callable[..., Any]
     arguments: Any
     random_state: RandomState
 
@@ -62,34 +68,39 @@ def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Compariso
     model, group = trial.model, trial.group
     found = Comparison()
     recipe_of = {region.key: region.recipe for region in applied.plan.regions if region.recipe >= 0}
+    wanted = _to_compare(recipe_of) | ({_WHOLE} if whole else set())
     calls: dict[str, _Call] = {}
-    capturing = _capturing(model, {_WHOLE} if whole else set(), _to_compare(recipe_of), calls)
-    trial.run_planned(applied, inside=capturing)
+    trial.run_planned(applied, inside=_capturing(trial, applied, wanted, calls))
     everyones = group.all_gather(sorted(calls))
     keys = [key for key in sorted(calls) if all(key in one for one in everyones)]
     ensure_sharded(model)
     state = TrainingState(model, ())
-    if _WHOLE in keys and _compare(calls[_WHOLE], applied, trial, found):
-        is_answer = found.equal("gradient of", "output") is not None
-    else:
-        is_answer = False
-    if all(group.all_gather(is_answer)):
-        found.unverified += [key for key in recipe_of if key.startswith(LOSS)]
-    else:
-        compared = {key: _compare(calls[key], applied, trial, found) for key in keys if key != _WHOLE}
-        done = {recipe_of[key] for key, was_possible in compared.items() if was_possible}
-        rest = {recipe: key for key, recipe in reversed(recipe_of.items()) if recipe not in done}
-        failed = [key for key, was_possible in compared.items() if not was_possible]
-        found.unverified += dict.fromkeys((*reversed(rest.values()), *failed))
+    was_compared: dict[str, bool] = {}
+    if _WHOLE in keys:
+        keys.remove(_WHOLE)
+        was_compared[_WHOLE] = _compare(calls[_WHOLE], applied, trial, found)
+    if was_compared.get(_WHOLE):
+        keys = [key for key in keys if key == _LOSS]
+    was_compared |= {key: _compare(calls[key], applied, trial, found) for key in keys}
     state.restore()
+    by_recipe: dict[int, str] = {}
+    covered = {recipe_of[key] for key, was in was_compared.items() if was and key in recipe_of}
+    for key, recipe in recipe_of.items():
+        unit = _LOSS if key.startswith(LOSS) else _WHOLE
+        if recipe not in covered and not was_compared.get(unit):
+            by_recipe.setdefault(recipe, key)
+    failed = [key for key in keys if not was_compared[key]]
+    found.unverified += dict.fromkeys((*by_recipe.values(), *failed))
     return found
 
 
 def _to_compare(recipe_of: Mapping[str, int]) -> set[str]:
-    """Return the keys of the first call of each module for each recipe that it follows."""
+    """Return the keys of the first call of each module for each recipe that it follows, and of the loss."""
     first: dict[tuple[str, int], str] = {}
     for key, recipe in recipe_of.items():
-        if "/" not in key and not key.startswith("<"):
+        if key.startswith(LOSS):
+            first[LOSS, -1] = _LOSS
+        elif "/" not in key and not key.startswith(ROOT):
             first.setdefault((_path_of(key), recipe), key)
     return set(first.values())
 
@@ -99,10 +110,9 @@ def _path_of(key: str) -> str:
 
 
 @contextmanager
-def _capturing(
-    model: torch.nn.Module, whole: AbstractSet[str], leaves: AbstractSet[str], calls: dict[str, _Call]
-) -> Iterator[None]:
-    """Note the inputs of the wanted calls, outside the device's memory; of `leaves`, if they have no regions inside."""
+def _capturing(trial: Trial, applied: Applied, wanted: AbstractSet[str], calls: dict[str, _Call]) -> Iterator[None]:
+    """Note the inputs of the wanted calls, outside the device's memory; not of modules with regions inside."""
+    model = trial.model
     counts: dict[str, int] = {}
     handles = []
     file = CopyFile()
@@ -121,7 +131,12 @@ def _capturing(
             return leaf
         return _OnHost(contents=copy_of(leaf), device=leaf.device, requires_grad=leaf.requires_grad)
 
-    paths = {_path_of(key) for key in whole | leaves}
+    paths = {_path_of(key) for key in wanted}
+    results: list[Any] = []
+
+    def note(key: str, module: torch.nn.Module, call: Callable[..., Any], arguments: Any) -> None:
+        random_state = RandomState()
+        calls[key] = _Call(key, module, call, tree_map(save, arguments), random_state)
 
     def watch(path: str, module: torch.nn.Module) -> None:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -129,20 +144,30 @@ def _capturing(
                 return
             key = f"{path}#{counts.get(path, 0)}"
             counts[path] = counts.get(path, 0) + 1
-            if key in whole or (key in leaves and _is_leaf_region(module)):
-                arguments = tree_map(save, (args, kwargs))
-                calls[key] = _Call(key=key, path=path, module=module, arguments=arguments, random_state=RandomState())
+            if key in wanted and (key == _WHOLE or _is_leaf_region(module)):
+                note(key, module, module, (args, kwargs))
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     for path, module in model.named_modules():
         if (path or ROOT) in paths:
             watch(path or ROOT, module)
+    if _LOSS in wanted:
+        handles.append(model.register_forward_hook(lambda _, __, result: results.append(tree_map(save, result))))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    if results:
+        count = len(results) // trial.step.accumulation_steps
+        note(_LOSS, model, partial(_run_loss, trial, applied), (results[:count], {}))
+
+
+def _run_loss(trial: Trial, applied: Applied, *results: Any) -> torch.Tensor:
+    """Run the loss function on what calls of the model returned."""
+    with applied.returning(results):
+        return trial.step.run_loss(trial.model, trial.batch)
 
 
 def _is_leaf_region(module: torch.nn.Module) -> bool:
@@ -153,9 +178,9 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
 
 
 def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> bool:
-    """Compare one call; return whether that was possible.  All processes that share the model do so together."""
+    """Compare one call; return whether some of its results could be.  Processes that share the model do so together."""
     group = trial.group
-    state = TrainingState(call.module, ())
+    state = TrainingState(call.module, (), also=(trial.batch,) if call.key == _LOSS else ())
 
     def run(around: AbstractContextManager[None]) -> Results:
         try:
@@ -166,11 +191,13 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
 
     def attempt(key: str) -> Comparison | None:
         here = Comparison()
-        path = "" if call.path == ROOT else call.path
+        path = "" if call.module is trial.model else _path_of(call.key)
         try:
             plain, again = run(applied.paused()), run(applied.paused())
             here.add(plain, again, run(applied.following(call.key)), key, path)
-        except (RuntimeError, TypeError):
+        except CommunicationFailed:
+            raise
+        except Exception:  # of whatever kind: not all that a step may call can be called alone
             return None
         return here
 
@@ -184,7 +211,7 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
         if other is not None and len(other.not_reproducible) < len(here.not_reproducible):
             here.include(other)
     found.include(here)
-    return True
+    return all(group.all_gather(here.equal("gradient of", "output") is not None))
 
 
 @contextmanager
@@ -218,7 +245,7 @@ def _run(call: _Call) -> Results:
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None
-    output = module(*args, **kwargs)
+    output = call.run(*args, **kwargs)
     copies = CopyFile()
     found: dict[str, object] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
