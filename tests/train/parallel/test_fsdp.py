@@ -96,6 +96,20 @@ def test_what_cannot_be_is_said_once(words: list[str], message: str) -> None:
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.usefixtures("own_folder")
+def test_a_proof_that_fails_in_one_process_stops_all_before_the_first_step(strategy: str) -> None:
+    corrupted = "tests.train.parallel.corrupted"
+    words = ["train", "--model", f"{corrupted}:model", "--dataset", f"{corrupted}:data", "--grad-checkpoint", "full"]
+    several = [*FSDP[:1], "--strategy", strategy, "--nproc-per-node", "2"]
+    ended = finish(start(*words, *several, "--batch-size", "8", "--steps", "2", WRONG_RANK="1"))
+    assert ended.code == 1
+    assert ended.err.count("the planned step is not the plain step") == 1
+    assert "Traceback" not in ended.err
+    assert not Path("runs").exists()
+
+
 def test_units_are_repeated_blocks_that_share_nothing() -> None:
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict(
