@@ -13,6 +13,8 @@ import tightfit
 from tightfit import Plan, UnsupportedInput, Verdict
 from tightfit.replay.tape import Tape
 from tightfit.solver.solver import full_plan
+from tightfit.step.host_copy import CopyFile
+from tightfit.verification.results import results_of
 
 Tensor = torch.Tensor
 
@@ -212,3 +214,15 @@ def test_onednn_lstm_is_replayed_with_equal_gradients(options: dict[str, Any]) -
     verdict = tightfit.verify(model, x, plan, steps=3)
     assert verdict.ok, verdict
     assert verdict.mismatches == 0
+
+
+def test_what_modules_keep_in_attributes_is_looked_at() -> None:
+    model = Net()
+    layer = model.layers[1]
+    layer.calls, layer.cache, layer.address = 3, {"keys": [torch.ones(2), "text"]}, layer.up.weight.data_ptr() | 2**46
+    layer.weights = [layer.up.weight]  # compared as a parameter
+    found = results_of(model, CopyFile())
+    names = {name.removeprefix("attribute layers.1.") for name in found if name.startswith("attribute layers.1.")}
+    kept = {"calls", "cache (length)", "cache['keys'] (length)", "cache['keys'][0]", "cache['keys'][1]"}
+    assert kept <= names
+    assert not {name for name in names if name.startswith(("address", "weights[", "_"))}

@@ -23,14 +23,16 @@ _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 #: What every module holds, and the forward that an installed plan puts there.
 _MACHINERY = {*vars(torch.nn.Module()), "forward"} - {"training"}
 _MOST_ENTRIES = 256
+#: Integers from here on are taken for addresses, which may be others in each run and mean nothing.
+_ADDRESSES = 2**40
 _MOST_DEPTH = 4
 
 
 def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
     """Return what a run left behind in a module, and in the random generators.
 
-    Attributes are looked at for numbers, strings and tensors, in containers too.  Objects of other classes are passed
-    over, and so is what lies deep inside containers or far behind in them.
+    Attributes are looked at for numbers, strings and tensors, in containers too.  Passed over are addresses, objects of
+    other classes, and what lies deep inside containers or far behind in them.
     """
     found: dict[str, object] = {}
     for name, parameter in model.named_parameters():
@@ -55,7 +57,8 @@ def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
 
 def _values(name: str, thing: Any, depth: int = _MOST_DEPTH) -> Iterator[tuple[str, Any]]:
     if isinstance(thing, torch.Tensor) or type(thing) in _VALUES:
-        yield name, thing
+        if type(thing) is not int or abs(thing) < _ADDRESSES:
+            yield name, thing
     elif depth and isinstance(thing, dict):
         yield f"{name} (length)", len(thing)
         for key, value in islice(thing.items(), _MOST_ENTRIES):
