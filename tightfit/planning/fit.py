@@ -118,6 +118,7 @@ def fit(
         except BaseException:
             applied.remove()
             raise
+    applied.keep_promises(budget.beside_step_bytes)
     return applied
 
 

@@ -16,7 +16,7 @@ from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible, VerificationFailed
-from tightfit.installation.applied import Applied, apply
+from tightfit.installation.applied import Applied, install
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
@@ -99,7 +99,7 @@ def search(
             chosen = _choose(profile, infeasible.required_bytes, grad_checkpoint)
         assert chosen is not None  # either there is a plan, or it is said why not
         plan = chosen
-        applied = apply(trial.model, plan, step=trial.step, profile=profile)
+        applied = install(trial.model, plan, step=trial.step, profile=profile)
         try:
             outcome, repaired = _try(trial, applied, profile)
         except BaseException:

@@ -243,6 +243,20 @@ class Profile:
                 passes = 1
         return total_ms
 
+    def saved_bytes(self, *, only: str = "") -> int:
+        """Return the bytes of all storages that autograd saves, resident ones left out; in the regions of one path only.
+
+        Args:
+            only: a module path, or ``<loss>``; empty for all.
+        """
+        kept = {
+            self.values[slot.value].storage
+            for slot in self.slots
+            if not only or self.regions[slot.region].key.rpartition("#")[0] == only
+        }
+        storages = [self.storages[storage] for storage in kept]
+        return sum(storage.nbytes for storage in storages if storage.component == "activation")
+
     def with_unit_times(self) -> Profile:
         """Return the profile with every operation taking one millisecond and no lever costing anything beside.
 

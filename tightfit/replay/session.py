@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -37,16 +37,30 @@ from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
 from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
-from tightfit.operators.region_names import LOSS, RegionCursor
+from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.replayer import Handle
+from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.tape import Tape
 from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import WriteWatch
+
+
+class Listener(Protocol):
+    """Hears where a forward leaves what its plan promises."""
+
+    def hooks_around(self, key: str) -> None:
+        """Saved-tensor hooks of others are active around a region in which something would be dropped."""
+
+    def region_alone(self, path: str) -> None:
+        """A region was called, and neither the model nor a step is open around it."""
+
+    def other_loss(self) -> None:
+        """What ran as the loss is not what was planned."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +85,11 @@ class Installed:
     """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
     sessions: dict[int, Session] = field(default_factory=dict)
     """Open sessions by thread."""
+    listener: Listener | None = None
+    loss_saves: SavedBytes | None = None
+    """Counts what an untouched loss saves, in a step in which that is asked for."""
+    loss_is_own: bool = False
+    """The loss that runs now is the planned one, whichever operations it runs."""
 
     @contextmanager
     def region(self, path: str, call: RegionCall | None = None) -> Iterator[Callable[[RegionCall], Any]]:
@@ -87,6 +106,8 @@ class Installed:
                     "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
                     "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
                 )
+            if self.listener is not None and path not in (ROOT, LOSS) and current_graph_task() < 0:
+                self.listener.region_alone(path)
             session = self.sessions[thread] = Session(self)
         try:
             session.enter(path, call)
@@ -174,6 +195,10 @@ class Session(DispatchMode):
 
     def exit(self) -> None:
         """End the innermost region call (also on an exception)."""
+        installed, tape = self._installed, self._tape
+        if self._cursor.path == LOSS and tape is not None and tape.left_its_plan and not installed.loss_is_own:
+            if installed.listener is not None:
+                installed.listener.other_loss()
         self._cursor.pop()
         self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
         was_active, _ = self._frames.pop()
@@ -188,7 +213,12 @@ class Session(DispatchMode):
         key = self._cursor.key
         recipe = installed.recipes.get(key)
         untouched = recipe is None and key in installed.recipes
-        elsewhere = self._has_foreign_hooks() or torch.compiler.is_compiling() or is_capturing()
+        foreign = self._has_foreign_hooks()
+        if foreign and installed.listener is not None and current_graph_task() < 0:
+            drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched
+            if drops:
+                installed.listener.hooks_around(key)
+        elsewhere = foreign or torch.compiler.is_compiling() or is_capturing()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
         if recipe is not None and on_tape:
@@ -200,7 +230,7 @@ class Session(DispatchMode):
         if not on_tape:
             self._end_tape()
             if self._frames[-1][1] == self._beneath():
-                self._switch(False)
+                self._switch(self._counts_saved_tensors() and not elsewhere)
             return
         if self._frames[-1][1] == self._beneath():
             self._switch(True)
@@ -222,6 +252,9 @@ class Session(DispatchMode):
         installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
+
+    def _counts_saved_tensors(self) -> bool:
+        return self._installed.loss_saves is not None and self._cursor.path == LOSS
 
     def _has_foreign_hooks(self) -> bool:
         """Return whether somebody else's saved-tensor hooks are active, or such hooks forbidden (`torch.func.grad`).
@@ -294,6 +327,8 @@ class Session(DispatchMode):
         tape = self._tape
         was_busy, self._busy = self._busy, True
         try:
+            if tape is None and self._counts_saved_tensors():
+                self._installed.loss_saves.note(tensor)  # type: ignore[union-attr]  # asked for just before
             return Kept(tensor) if tape is None or self.aside or self._is_ddps() else tape.pack(tensor)
         finally:
             self._busy = was_busy

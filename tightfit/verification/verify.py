@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tightfit.errors import UnsupportedInput
-from tightfit.installation.applied import Applied, apply
+from tightfit.installation.applied import Applied, install
 from tightfit.records import Plan, Verdict
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 from tightfit.verification.comparison import Comparison
@@ -74,7 +74,7 @@ def verify(
     if steps < 1:
         raise UnsupportedInput(f"steps={steps} compares nothing. Give steps=1 or more.")
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
-    with apply(model, plan, step=step) as applied, Trial(model, batch, step) as trial:
+    with install(model, plan, step=step) as applied, Trial(model, batch, step) as trial:
         planned = trial.run_self_checked(applied, steps)
         return prove(trial, applied, planned, reference_budget_bytes=reference_budget_bytes)
 
