@@ -77,7 +77,7 @@ def test_measuring_shows_the_model_its_own_signature() -> None:
         assert all(parameters == ["x", "scale", "shift"] for parameters in seen)
 
 
-def test_generate_and_the_columns_of_a_dataset(tmp_path: Any) -> None:
+def test_transformers_generates_the_same_tokens() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained("tests/configs/llama.json", pad_token_id=0)
     torch.manual_seed(0)
@@ -94,10 +94,7 @@ def test_generate_and_the_columns_of_a_dataset(tmp_path: Any) -> None:
     with tightfit.fit(model.train(), {"input_ids": ids, "labels": ids}, grad_checkpoint="full") as applied:
         assert applied.installed
         assert torch.equal(tokens(), plain)
-        trainer = object.__new__(transformers.Trainer)
-        trainer.__dict__.update(_signature_columns=None, model=model, label_names=["labels"])
-        trainer._set_signature_columns_if_needed()
-        assert {"input_ids", "attention_mask", "labels"} <= set(trainer._signature_columns)
+        assert {"input_ids", "attention_mask", "labels"} <= set(inspect.signature(model.forward).parameters)  # Trainer's
 
 
 def accelerate_wraps(model: nn.Module) -> None:
@@ -154,7 +151,7 @@ def ways_round(model: Net) -> dict[str, Callable[[Tensor], Any]]:
 @pytest.mark.parametrize("way", ["__wrapped__", "the class's own", "export", "trace", "compile"])
 def test_a_step_that_goes_round_is_right_and_told_once(way: str, model: Net, applied: tightfit.Applied) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with applied.paused():
+    with torch.no_grad():
         plain = model(BATCH)
     forward = ways_round(model)[way]
     with pytest.warns(PromiseWarning, match=r"right, but .*fit\.") as told:
@@ -162,7 +159,7 @@ def test_a_step_that_goes_round_is_right_and_told_once(way: str, model: Net, app
         result.backward()
         optimizer.step()
     assert torch.equal(result, plain)
-    assert len(told) == 1
+    assert len([one for one in told if one.category is PromiseWarning]) == 1
     optimizer.zero_grad()
     forward(BATCH).backward()
     optimizer.step()
@@ -183,5 +180,5 @@ def test_planned_training_is_silent(model: Net, applied: tightfit.Applied) -> No
         model.blocks[0](BATCH)
         model.train()
     with applied.paused():
-        model.forward.__wrapped__(BATCH).backward()  # type: ignore[attr-defined]
-        first.step()
+        model(BATCH).backward()
+    first.step()

@@ -6,7 +6,7 @@ Nothing but an instance-level `forward` is installed, on the modules that are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -44,6 +44,8 @@ class RootForward(RegionForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward."""
         if self._running or not self._is_planned_now():
+            if not self._installed.enabled and torch.is_grad_enabled():
+                self._applied._watch.planned_forward()  # plain, as the user asked for
             return super().__call__(*args, **kwargs)
         self._running = True
         try:
@@ -85,6 +87,7 @@ class Applied:
         self._step = step
         self._own = self._resolved = ResolvedPlan.of(plan)
         self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
+        self._installed.around_excluded = self._around(plan.excluded)
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None
         """Removes the hooks that hide FSDP2's own operations from the tape."""
@@ -299,6 +302,7 @@ class Applied:
                 yield
         finally:
             self._activate(self._resolved)
+            self._watch.planned_forward()
 
     def remove(self) -> None:
         """Uninstall the plan: the model is as it was before. Graphs that were built under the plan stay valid."""
@@ -322,7 +326,6 @@ class Applied:
             yield
         finally:
             self._watch.is_idle = before
-            self._watch.planned_forward()
 
     def _uninstall(self) -> None:
         for installed in self._forwards:
@@ -376,6 +379,15 @@ class Applied:
         self._installed.recipes = resolved.recipes
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
+
+    def _around(self, excluded: Sequence[str]) -> frozenset[str]:
+        """Return the paths of all modules around the excluded ones, and the loss, which may call any."""
+        if not excluded:
+            return frozenset()
+        inner = {self._module(path) for path in excluded}
+        modules = self._model.named_modules(remove_duplicate=False)
+        around = {path or ROOT for path, module in modules if not inner.isdisjoint(module.modules())}
+        return frozenset({*around, LOSS})
 
     def _module(self, path: str) -> torch.nn.Module:
         try:

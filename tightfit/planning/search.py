@@ -126,6 +126,7 @@ def _is_of(profile: Profile, trial: Trial) -> bool:
         profile.fingerprint == fingerprint(trial.model)
         and profile.batch == describe_batch(trial.batch)
         and profile.optimizer == ", ".join(type(optimizer).__name__ for optimizer in trial.step.optimizers)
+        and profile.excluded == trial.step.excluded
         and profile.accumulation_steps == trial.step.accumulation_steps
         and device_for(profile.device).kind == device_for(trial.device).kind
         and profile.torch_version == torch.__version__

@@ -214,6 +214,8 @@ class Profile:
     is_sharded: bool = False
     """Each process holds a part of every parameter (FSDP2), so that nothing is replayed outside its own region's
     backward: the weights would not be there."""
+    excluded: tuple[str, ...] = ()
+    """Paths of the modules that are left untouched: nothing that runs inside them is recomputed."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "workspace" and the "times" of operations that ran
     alone (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""

@@ -70,6 +70,8 @@ class Installed:
     recipes: Mapping[str, ResolvedRecipe | None]
     """By region key; None leaves the region untouched. A key that is missing has no decision: all that is provably
     replayable is dropped."""
+    around_excluded: frozenset[str] = frozenset()
+    """Paths of the regions that run excluded modules among their own operations: what no plan decides about is kept."""
     enabled: bool = True
     """Off: regions run as plain PyTorch."""
     self_check: bool = True
@@ -212,7 +214,8 @@ class Session(DispatchMode):
         installed = self._installed
         key = self._cursor.key
         recipe = installed.recipes.get(key)
-        untouched = recipe is None and key in installed.recipes
+        around_excluded = self._cursor.path in installed.around_excluded
+        untouched = recipe is None and (around_excluded or key in installed.recipes)
         foreign = self._has_foreign_hooks()
         if foreign and installed.listener is not None and current_graph_task() < 0:
             drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched
@@ -251,7 +254,7 @@ class Session(DispatchMode):
             self._tape = Tape(installed.statistics, installed.writes, tree, check)
         installed.checked.add(key)
         self._next = shared, place + 1
-        self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
+        self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
 
     def _counts_saved_tensors(self) -> bool:
         return self._installed.loss_saves is not None and self._cursor.path == LOSS
