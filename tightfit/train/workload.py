@@ -17,6 +17,7 @@ from tightfit.errors import UnsupportedInput
 from tightfit.step.batch import batch_tensors
 from tightfit.step.microbatch import Microbatch
 from tightfit.step.step import Step
+from tightfit.step.exclude import excluded_paths
 from tightfit.train.config import WorkConfig
 from tightfit.train.data import DataOptions, TrainingData, data_name, load_data
 from tightfit.train.data.loader import BatchLoader, SplitBatch, to_device
@@ -52,6 +53,8 @@ class Workload:
     autocast: torch.dtype | None
     clip_norm: float | None
     budget: Budget
+    excluded: tuple[str, ...] = ()
+    """Paths of the modules that no plan touches."""
     group: ProcessGroup = SINGLE_PROCESS
     """The processes of the run."""
 
@@ -114,6 +117,7 @@ class Workload:
             accumulation_steps=self.accumulation_steps,
             autocast=self.autocast,
             clip_norm=self.clip_norm,
+            excluded=self.excluded,
         )
 
 
@@ -227,5 +231,6 @@ def build(
         autocast=autocast,
         clip_norm=config.clip_norm,
         budget=budget,
+        excluded=excluded_paths(model, config.exclude),
         group=group,
     )
