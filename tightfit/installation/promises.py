@@ -5,6 +5,8 @@ Nothing is said while `fit` runs its own steps, under no_grad, in eval mode, or 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,8 +17,11 @@ from tightfit.errors import PromiseWarning
 from tightfit.operators.region_names import LOSS
 from tightfit.units import format_bytes
 
-#: Frames of these folders are not the user's.
-_NOT_THE_USERS = tuple(f"{Path(str(module.__file__)).parent}/" for module in (torch, sys.modules["tightfit"]))
+#: Frames of these files are not the user's.
+_NOT_THE_USERS = (
+    *(f"{Path(str(package.__file__)).parent}{os.sep}" for package in (torch, sys.modules["tightfit"])),
+    str(contextlib.__file__),
+)
 
 
 class Promises:
