@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -81,11 +82,17 @@ def telling(*words: str) -> Iterator[None]:
     assert all(one.filename == __file__ for one in caught if one.category is PromiseWarning)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[nn.Module, Batch], torch.Tensor]) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[nn.Module, Batch], torch.Tensor],
+    beside: Callable[[], object] = lambda: None,
+) -> None:
     for _ in range(2):
         optimizer.zero_grad()
         loss(model, BATCH).backward()
         optimizer.step()
+        beside()
 
 
 def test_what_the_plan_holds_for_is_silent() -> None:
@@ -169,22 +176,26 @@ def test_an_optimizer_that_no_plan_counts() -> None:
         train(applied._model, adamw(applied._model), applied.loss)  # there is room
 
 
-def test_a_second_model() -> None:
-    _, applied = planned(COUNTED, adamw, beside_bytes=1 << 20)
-    with telling():  # its memory is reserved
-        second = Classifier()
-        train(second, adamw(second), loss_of)
-    applied.remove()
-    _, applied = planned(COUNTED, adamw)
-    with telling("AdamW trains parameters outside the planned model"):
-        second = Classifier()
-        train(second, adamw(second), loss_of)
-        third = Classifier()
-        train(third, adamw(third), loss_of)
-    applied.remove()
-    second = Classifier()
+def test_a_second_model_trained_in_turn() -> None:
+    second, third = Classifier(), Classifier()
+    steps = [partial(train, model, adamw(model), loss_of) for model in (second, third)]
+    for beside_bytes, told in ((1 << 20, ()), (0, ("AdamW trains parameters outside the planned model",))):
+        model, applied = planned(COUNTED, adamw, beside_bytes=beside_bytes)
+        (own,) = applied._step.optimizers
+        with telling(*told):
+            for step in steps:
+                train(model, own, applied.loss, beside=step)
+        applied.remove()
+
+
+def test_another_model_trained_before_or_after() -> None:
+    """As in a search, or where a plain twin is compared."""
     with telling():
-        train(second, adamw(second), loss_of)
+        for _ in range(3):
+            model, applied = planned(COUNTED, adamw)  # never uninstalled
+            train(model, applied._step.optimizers[0], applied.loss)
+            twin = Classifier()
+            train(twin, adamw(twin), loss_of)
 
 
 def test_a_block_by_itself_and_each_plan_anew() -> None:

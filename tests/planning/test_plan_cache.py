@@ -16,8 +16,8 @@ from tests.replay.helpers import differences
 from tests.support.shape_models import Block, Tensor, Transformer, batch_of, gradients, next_word_loss, peak_of
 from tightfit import BudgetInfeasible
 from tightfit.errors import PromiseWarning
-from tightfit.installation.region_forward import RegionForward
 from tightfit.installation.plans import PlanStatistics
+from tightfit.installation.region_forward import RegionForward
 from tightfit.planning import plan_cache, replan
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.profiling.measure import measure_step

@@ -40,6 +40,8 @@ class OptimizerWatch:
         self._sizes: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._own: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._gradients: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._others: weakref.WeakKeyDictionary[torch.optim.Optimizer, None] = weakref.WeakKeyDictionary()
+        """Optimizers of other parameters that stepped between two steps of the model's own."""
         self._stepped: set[int] | None = None
         """Optimizers that stepped since the last planned forward; None: none ran yet."""
 
@@ -81,7 +83,11 @@ class OptimizerWatch:
             self._sizes[optimizer] = sizes
             self._look_at_memory(optimizer)
         if optimizer not in self._own:
+            if self._gradients:  # one of the model's own has stepped before
+                self._others[optimizer] = None
             return
+        if self._others:
+            self._look_at_others()
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         if not gradients:
             return
@@ -95,27 +101,34 @@ class OptimizerWatch:
 
     def _look_at_memory(self, optimizer: torch.optim.Optimizer) -> None:
         planned = {id(parameter) for parameter in self._model.parameters()}
-        others = [p for p in _parameters(optimizer) if id(p) not in planned]
-        if any(id(p) in planned for p in _parameters(optimizer)):
-            self._own.add(optimizer)
-        if self.plan is None or is_sharded(self._model):
+        if not any(id(parameter) in planned for parameter in _parameters(optimizer)):
             return
-        spare_bytes = max(0, self.plan.budget_bytes + self._beside_bytes - self.plan.predicted_peak_bytes)
-        name = type(optimizer).__name__
-        if optimizer in self._own:
-            state = [tensor for one in self._own for tensor in _state(one)]
-            more_bytes = self._bytes(state) - self.plan.breakdown.get("optimizer_state", 0)
-            if more_bytes > spare_bytes:
-                self._promises.uncounted_optimizer(name, more_bytes)
-        else:
-            gradients = [p.grad for p in others if p.grad is not None]
-            more_bytes = self._bytes([*others, *gradients, *_state(optimizer)])
-            if more_bytes > spare_bytes:
-                self._promises.uncounted_model(name, more_bytes)
+        self._own.add(optimizer)
+        state = [tensor for one in self._own for tensor in _state(one)]
+        counted_bytes = self.plan.breakdown.get("optimizer_state", 0) if self.plan is not None else 0
+        more_bytes = self._bytes(state) - counted_bytes
+        if self._is_too_much(more_bytes):
+            self._promises.uncounted_optimizer(type(optimizer).__name__, more_bytes)
+
+    def _look_at_others(self) -> None:
+        others = list(self._others)
+        self._others.clear()
+        parameters = [parameter for one in others for parameter in _parameters(one)]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        more_bytes = self._bytes([*parameters, *gradients, *(tensor for one in others for tensor in _state(one))])
+        if self._is_too_much(more_bytes):
+            self._promises.uncounted_model(type(others[0]).__name__, more_bytes)
+
+    def _is_too_much(self, more_bytes: int) -> bool:
+        plan = self.plan
+        if plan is None or is_sharded(self._model):
+            return False
+        return more_bytes > max(0, plan.budget_bytes + self._beside_bytes - plan.predicted_peak_bytes)
 
     def _bytes(self, tensors: list[torch.Tensor]) -> int:
         device = device_for(self._model)
-        return sum({storage_key(t): storage_bytes(t) for t in tensors if device.holds(t) and t.layout is torch.strided}.values())
+        there = [tensor for tensor in tensors if device.holds(tensor) and tensor.layout is torch.strided]
+        return sum({storage_key(tensor): storage_bytes(tensor) for tensor in there}.values())
 
 
 def _optimizer_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

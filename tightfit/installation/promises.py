@@ -35,80 +35,83 @@ class Promises:
         """From the end of `fit` or `apply` on, until the plan is uninstalled."""
 
     def hooks_around(self, key: str) -> None:
-        """Saved-tensor hooks of others are active where the plan drops something."""
+        """Tell that saved-tensor hooks of others are active where the plan drops something."""
         self._tell(
             "hooks",
-            f"saved-tensor hooks that are not tightfit's (save_on_cpu, torch.utils.checkpoint, saved_tensors_hooks), or "
-            f"torch.func, are active around {key}. Tensors that others take cannot be dropped, so this step recomputes "
-            f"nothing there, and may exceed the budget of {self._budget}. Take the hooks off, or open them inside the "
-            f"loss function that fit is given, so that they are planned with it.",
+            f"saved-tensor hooks that are not tightfit's (save_on_cpu, torch.utils.checkpoint, saved_tensors_hooks), "
+            f"or torch.func, are active around {key}. Tensors that others take cannot be dropped, so this step "
+            f"recomputes nothing there, and may exceed the budget of {self._budget}. Take the hooks off, or open them "
+            f"inside the loss function that fit is given, so that they are planned with it.",
         )
 
     def unplanned_call(self, arguments: str) -> None:
-        """The model was called, outside of any step, with arguments that no plan was made for."""
+        """Tell that the model was called, outside of any step, with arguments that no plan was made for."""
         self._tell(
             "arguments",
-            f"the model was called outside applied.loss and applied.step with arguments, or in a state (modes, autocast, "
-            f"parameters that train), that have no plan: {arguments}. All that can be is recomputed in such a step, and whether it keeps the budget of "
-            f"{self._budget} was never tried. Train through applied.loss(model, batch), or open "
-            f"`with applied.step(batch):` around the forward: both make the plan first.",
+            f"the model was called outside applied.loss and applied.step with arguments, or in a state (modes, "
+            f"autocast, parameters that train), that have no plan: {arguments}. All that can be is recomputed in such "
+            f"a step, and whether it keeps the budget of {self._budget} was never tried. Train through "
+            f"applied.loss(model, batch), or open `with applied.step(batch):` around the forward: both "
+            f"make the plan first.",
         )
 
     def region_alone(self, path: str) -> None:
-        """A region runs, but neither the model's forward nor a step is open around it."""
+        """Tell that a region runs with neither the model's forward nor a step open around it."""
         if path != LOSS and self._model.training:
             self._tell(
                 "forward",
-                f"the planned module {path!r} runs outside the model's planned forward: either it was called by itself, "
-                f"or the model's forward was replaced or gone round (unwrapped, exported, scripted). Results are "
+                f"the planned module {path!r} runs outside the model's planned forward: it was called by itself, or "
+                f"the model's forward was replaced or gone round (unwrapped, exported, scripted). Results are "
                 f"right, but this step follows no plan as a whole and may exceed the budget of {self._budget}. "
                 f"Call the model itself, or open `with applied.step(batch):` around the step; wrap a model before fit.",
             )
 
     def forward_gone_round(self) -> None:
-        """An optimizer stepped with new gradients, and no planned forward ran."""
+        """Tell that an optimizer stepped with new gradients, and no planned forward had run."""
         self._tell(
             "forward",
-            f"an optimizer step used gradients that no planned forward of {type(self._model).__name__} made: the forward "
-            f"was replaced or gone round (unwrapped, compiled, exported, scripted, or called through __wrapped__). "
-            f"Results are right, but nothing was recomputed, so the budget of {self._budget} is not kept. Train "
-            f"through the model itself or applied.loss(model, batch); wrap or unwrap a model before fit.",
+            f"an optimizer step used gradients that no planned forward of {type(self._model).__name__} made: the "
+            f"forward was replaced or gone round (unwrapped, compiled, exported, scripted, called through "
+            f"__wrapped__). Results are right, but nothing was recomputed, so the budget of {self._budget} is not kept. "
+            f"Train through the model itself or applied.loss(model, batch); wrap or unwrap a model before fit.",
         )
 
     def loss_outside(self, loss_bytes: int) -> None:
-        """The plan drops saved tensors of the loss, but the loss is computed where no plan reaches it."""
+        """Tell that the loss, of which the plan drops saved tensors, is computed where no plan reaches it."""
         self._tell(
             "loss",
-            f"the plan recomputes {format_bytes(loss_bytes)} of the loss, but the model was called outside applied.loss "
-            f"and applied.step, where the loss keeps them. Such a step exceeds the budget of {self._budget}. Train "
-            f"through applied.loss(model, batch), or open `with applied.step(batch):` around forward and loss.",
+            f"the plan recomputes {format_bytes(loss_bytes)} of the loss, but the model was called outside "
+            f"applied.loss and applied.step, where the loss keeps them. Such a step exceeds the budget of "
+            f"{self._budget}. Train through applied.loss(model, batch), or open `with applied.step(batch):` around forward and loss.",
         )
 
     def other_loss(self, more_bytes: int = 0) -> None:
-        """The loss that ran in a step is not the one that was planned."""
+        """Tell that the loss of a step is not the one that was planned."""
         found = f"saves {format_bytes(more_bytes)} more than" if more_bytes else "runs other operations than"
         self._tell(
             "loss",
             f"the loss of this step {found} the one that the plan was made for, so the budget of {self._budget} is not "
-            f"kept. A plan holds for one loss. Give fit the loss that training uses: loss=, called with (model, batch).",
+            f"kept. A plan holds for one loss. Give fit the loss that training uses: loss=, called with "
+            f"(model, batch).",
         )
 
     def uncounted_optimizer(self, name: str, more_bytes: int) -> None:
-        """An optimizer of the model's parameters holds state that the plan does not count."""
+        """Tell that an optimizer of the model's parameters holds state that the plan does not count."""
         self._tell(
             "optimizer",
-            f"{name} holds {format_bytes(more_bytes)} of state for the model's parameters that the plan does not count, "
-            f"so the budget of {self._budget} is not kept. A plan counts the optimizers that fit was given. "
+            f"{name} holds {format_bytes(more_bytes)} of state for the model's parameters that the plan does not "
+            f"count, so the budget of {self._budget} is not kept. A plan counts the optimizers that fit was given. "
             f"Give fit the optimizer that training uses: optimizer=.",
         )
 
     def uncounted_model(self, name: str, more_bytes: int) -> None:
-        """An optimizer trains parameters that are not the model's."""
+        """Tell that parameters outside the model are trained beside it."""
         self._tell(
             "model",
-            f"{name} trains parameters outside the planned model: with gradients and state they take "
-            f"{format_bytes(more_bytes)}, so the process exceeds the budget of {self._budget}, which counts the planned "
-            f"model alone. Reserve their memory: budget=tightfit.Budget(total_bytes=..., beside_step_bytes=...).",
+            f"{name} trains parameters outside the planned model, in turn with it: with gradients and state they take "
+            f"{format_bytes(more_bytes)}, so the process exceeds the budget of {self._budget}, which counts the "
+            f"planned model alone. Reserve their memory: "
+            f"budget=tightfit.Budget(total_bytes=..., beside_step_bytes=...).",
         )
 
     def _tell(self, promise: str, message: str) -> None:

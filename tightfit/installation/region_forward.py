@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tightfit._torch_private import is_traced
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.session import Installed
 
@@ -54,7 +55,7 @@ class RegionForward:
             torch.is_grad_enabled()
             and self.is_attached
             and self._installed.enabled
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+            and not (torch.compiler.is_compiling() or is_traced())
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -37,9 +37,7 @@ class _Call:
     children: list[_Call] = field(default_factory=list)
 
 
-def choose_regions(
-    observation: Observation, class_of: dict[str, str], excluded: Sequence[str] = ()
-) -> tuple[str, ...]:
+def choose_regions(observation: Observation, class_of: dict[str, str], excluded: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the paths of the modules that become regions, the model's own (`<model>`) first.
 
     Args:

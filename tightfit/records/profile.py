@@ -246,7 +246,7 @@ class Profile:
         return total_ms
 
     def saved_bytes(self, *, only: str = "") -> int:
-        """Return the bytes of all storages that autograd saves, resident ones left out; in the regions of one path only.
+        """Return the bytes of the storages that autograd saves, resident ones left out.
 
         Args:
             only: a module path, or ``<loss>``; empty for all.

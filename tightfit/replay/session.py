@@ -54,13 +54,13 @@ class Listener(Protocol):
     """Hears where a forward leaves what its plan promises."""
 
     def hooks_around(self, key: str) -> None:
-        """Saved-tensor hooks of others are active around a region in which something would be dropped."""
+        """Hear that saved-tensor hooks of others are active around a region in which something would be dropped."""
 
     def region_alone(self, path: str) -> None:
-        """A region was called, and neither the model nor a step is open around it."""
+        """Hear that a region was called with neither the model nor a step open around it."""
 
     def other_loss(self) -> None:
-        """What ran as the loss is not what was planned."""
+        """Hear that what ran as the loss is not what was planned."""
 
 
 @dataclass(kw_only=True)
@@ -197,10 +197,8 @@ class Session(DispatchMode):
 
     def exit(self) -> None:
         """End the innermost region call (also on an exception)."""
-        installed, tape = self._installed, self._tape
-        if self._cursor.path == LOSS and tape is not None and tape.left_its_plan and not installed.loss_is_own:
-            if installed.listener is not None:
-                installed.listener.other_loss()
+        if self._runs_another_loss() and self._installed.listener is not None:
+            self._installed.listener.other_loss()
         self._cursor.pop()
         self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
         was_active, _ = self._frames.pop()
@@ -255,6 +253,10 @@ class Session(DispatchMode):
         installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
+
+    def _runs_another_loss(self) -> bool:
+        tape = self._tape
+        return tape is not None and self._cursor.path == LOSS and tape.left_its_plan and not self._installed.loss_is_own
 
     def _counts_saved_tensors(self) -> bool:
         return self._installed.loss_saves is not None and self._cursor.path == LOSS

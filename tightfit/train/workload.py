@@ -15,9 +15,9 @@ from tightfit.device.budget import Budget
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.step.batch import batch_tensors
+from tightfit.step.exclude import excluded_paths
 from tightfit.step.microbatch import Microbatch
 from tightfit.step.step import Step
-from tightfit.step.exclude import excluded_paths
 from tightfit.train.config import WorkConfig
 from tightfit.train.data import DataOptions, TrainingData, data_name, load_data
 from tightfit.train.data.loader import BatchLoader, SplitBatch, to_device
