@@ -22,16 +22,6 @@ Tensor = torch.Tensor
 BATCH = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 METHOD = ("__self__", "__code__", "__defaults__", "__kwdefaults__")
 NAMES = ("__name__", "__qualname__", "__doc__", "__module__", "__annotations__", *METHOD)
-    "__name__",
-    "__qualname__",
-    "__doc__",
-    "__module__",
-    "__annotations__",
-    "__self__",
-    "__code__",
-    "__defaults__",
-    "__kwdefaults__",
-]
 
 
 class Net(ResidualMLP):

@@ -72,8 +72,8 @@ class Promises:
             "forward",
             f"an optimizer step used gradients that no planned forward of {type(self._model).__name__} made: the "
             f"forward was replaced or gone round (unwrapped, compiled, exported, scripted, called through "
-            f"__wrapped__). Results are right, but nothing was recomputed, so the budget of {self._budget} is not kept. "
-            f"Train through the model itself or applied.loss(model, batch); wrap or unwrap a model before fit.",
+            f"__wrapped__). Results are right, but nothing was recomputed, so the budget of {self._budget} is not "
+            f"kept. Train through the model itself or applied.loss(model, batch); wrap or unwrap a model before fit.",
         )
 
     def loss_outside(self, loss_bytes: int) -> None:
@@ -82,7 +82,8 @@ class Promises:
             "loss",
             f"the plan recomputes {format_bytes(loss_bytes)} of the loss, but the model was called outside "
             f"applied.loss and applied.step, where the loss keeps them. Such a step exceeds the budget of "
-            f"{self._budget}. Train through applied.loss(model, batch), or open `with applied.step(batch):` around forward and loss.",
+            f"{self._budget}. Train through applied.loss(model, batch), or open `with applied.step(batch):` around "
+            f"forward and loss.",
         )
 
     def other_loss(self, more_bytes: int = 0) -> None:
