@@ -41,19 +41,19 @@ class RootForward(RegionForward):
         self._applied = applied
         self._running = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's forward."""
         if self._running or not self._is_planned_now():
             if not self._installed.enabled and torch.is_grad_enabled():
                 self._applied._watch.planned_forward()  # plain, as the user asked for
-            return super().__call__(*args, **kwargs)
+            return super().run(args, kwargs)
         self._running = True
         try:
             self._applied._model_called(args, kwargs)
             if not self._applied.installed:
                 return self.original(*args, **kwargs)
             with self._applied._noticing_mismatches():
-                return super().__call__(*args, **kwargs)
+                return super().run(args, kwargs)
         finally:
             self._running = False
 
@@ -86,8 +86,9 @@ class Applied:
         self._model = model
         self._step = step
         self._own = self._resolved = ResolvedPlan.of(plan)
-        self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
-        self._installed.around_excluded = self._around(plan.excluded)
+        self._installed = Installed(
+            recipes={}, fast_paths=with_fast_paths(model), around_excluded=self._around(plan.excluded)
+        )
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None
         """Removes the hooks that hide FSDP2's own operations from the tape."""

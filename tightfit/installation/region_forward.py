@@ -40,9 +40,13 @@ class RegionForward:
         """Off: the plan was uninstalled, but somebody's wrapper still calls this."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's forward; without gradients, paused, or traced, as if nothing were installed."""
+        """Run the module's forward."""
         if args and args[0] is self._module:  # somebody bound it once more, as accelerate does when it unwraps
             args = args[1:]
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's forward; without gradients, paused, or traced, as if nothing were installed."""
         if not self._is_planned_now():
             return self.original(*args, **kwargs)
         call = RegionCall(self._module, self.original, args, kwargs, self._installed.statistics)
