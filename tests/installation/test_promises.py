@@ -141,6 +141,23 @@ def test_hooks_around_the_loss(hooks: Callable[[], Any]) -> None:
             loss.backward()
 
 
+def test_warnings_that_are_errors_leave_nothing_half_done() -> None:
+    model, applied = planned(UNCOUNTED)
+
+    def hooked() -> None:
+        with torch.autograd.graph.save_on_cpu():
+            applied.loss(model, BATCH)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(PromiseWarning):
+            hooked()
+    applied.statistics.reset()
+    applied.loss(model, BATCH).backward()
+    assert applied.statistics.replayed_ops > 0
+    assert (applied.statistics.mismatches, applied.statistics.unplanned_calls) == (0, 0)
+
+
 @pytest.mark.parametrize("share", [0.6, 1.0])
 def test_another_loss(share: float) -> None:
     """In a step that drops something, and in one that does not."""

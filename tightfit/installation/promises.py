@@ -91,8 +91,8 @@ class Promises:
         found = f"saves {format_bytes(more_bytes)} more than" if more_bytes else "runs other operations than"
         self._tell(
             "loss",
-            f"the loss of this step {found} the one that the plan was made for, so the budget of {self._budget} is not "
-            f"kept. A plan holds for one loss. Give fit the loss that training uses: loss=, called with "
+            f"the loss of this step {found} the one that the plan was made for, so the budget of {self._budget} may "
+            f"not be kept. A plan holds for one loss. Give fit the loss that training uses: loss=, called with "
             f"(model, batch).",
         )
 

@@ -121,6 +121,8 @@ class Installed:
             if session.is_over:
                 self.sessions.pop(thread, None)
                 session.close()
+        if session.is_over and self.listener is not None:
+            session.tell(self.listener)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -166,6 +168,9 @@ class Session(DispatchMode):
         self._in_ddp = False
         """Outside the model, and inside DDP's forward. Before it calls what it wraps, it sends buffers around and makes
         buckets; afterwards it may clone results. The step was measured without that, so it is no part of a tape."""
+        self._hooks_around: str | None = None
+        """The first region that would drop something, had nobody else's saved-tensor hooks been active."""
+        self._ran_another_loss = False
         self.run: Callable[[RegionCall], Any] = RegionCall.run_forward
         """What makes the call of the region that runs now."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
@@ -188,6 +193,13 @@ class Session(DispatchMode):
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
+    def tell(self, listener: Listener) -> None:
+        """Tell what the forward met; at its end, as a warning may be an error, and nothing must be left half done."""
+        if self._hooks_around is not None:
+            listener.hooks_around(self._hooks_around)
+        if self._ran_another_loss:
+            listener.other_loss()
+
     def enter(self, path: str, call: RegionCall | None) -> None:
         """Begin a region call; `call` as for `Installed.region`."""
         self._in_ddp = False
@@ -197,8 +209,7 @@ class Session(DispatchMode):
 
     def exit(self) -> None:
         """End the innermost region call (also on an exception)."""
-        if self._runs_another_loss() and self._installed.listener is not None:
-            self._installed.listener.other_loss()
+        self._ran_another_loss |= self._runs_another_loss()
         self._cursor.pop()
         self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
         was_active, _ = self._frames.pop()
@@ -215,10 +226,10 @@ class Session(DispatchMode):
         around_excluded = self._cursor.path in installed.around_excluded
         untouched = recipe is None and (around_excluded or key in installed.recipes)
         foreign = self._has_foreign_hooks()
-        if foreign and installed.listener is not None and current_graph_task() < 0:
+        if foreign and current_graph_task() < 0:
             drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched
-            if drops:
-                installed.listener.hooks_around(key)
+            if drops and self._hooks_around is None:
+                self._hooks_around = key
         elsewhere = foreign or torch.compiler.is_compiling() or is_capturing()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
