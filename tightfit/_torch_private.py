@@ -269,6 +269,11 @@ def _kineto_events(profile: torch.profiler.profile) -> list[Any]:
     return list(profiler.kineto_results.events())
 
 
+def is_traced() -> bool:
+    """Tell whether `torch.jit.trace` records what runs now."""
+    return torch._C._is_tracing()
+
+
 def profiler_is_running() -> bool:
     """Tell whether a profiler records in this process: only one can."""
     return bool(torch._C._autograd._profiler_enabled())

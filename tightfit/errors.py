@@ -87,3 +87,7 @@ class ProofWarning(UserWarning):
 
 class UnsupportedInput(TightfitError, ValueError):
     """A model, batch, loss, budget or setting that tightfit cannot work with; the message says what to change."""
+
+
+class PromiseWarning(UserWarning):
+    """Training went where an installed plan cannot keep its promise; the message says how, and what to do."""

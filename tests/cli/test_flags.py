@@ -44,7 +44,7 @@ def snapshot() -> str:
         for setting in settings_of(command.options):
             default = defaults[setting.name]
             values = "" if setting.type is bool else f" {setting.metavar}"
-            shown = "" if default is MISSING or default is None or default is False else f" = {default}"
+            shown = "" if default is MISSING or default in (None, False, ()) else f" = {default}"
             lines.append(f"  {setting.flag}{values}{shown}  [{setting.group}]")
     return "\n".join(lines) + "\n"
 

@@ -22,7 +22,7 @@ import tightfit
 from tests.promises.training import adamw, differences, train
 from tightfit import Applied, Plan, UnsupportedInput
 from tightfit.cli.main import main
-from tightfit.installation.applied import RegionForward
+from tightfit.installation.region_forward import RegionForward
 
 BATCHES = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 

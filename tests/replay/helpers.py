@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tightfit.installation.applied import RegionForward
+from tightfit.installation.region_forward import RegionForward
 from tightfit.replay.self_check import same_bits
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics

@@ -18,6 +18,9 @@ from tests.replay.scenario import BATCH, Left, Net, Stage, assert_equal, copied,
 
 Tensor = torch.Tensor
 
+#: Much of this goes past the plan, which is told; here the bits count.
+pytestmark = pytest.mark.filterwarnings("ignore::tightfit.errors.PromiseWarning")
+
 
 def first_first(stage: Stage) -> Left:
     """Forward A, forward B, backward A, backward B."""

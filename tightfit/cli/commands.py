@@ -237,6 +237,7 @@ def _keywords(work: Workload) -> dict[str, Any]:
         "accumulation_steps": work.accumulation_steps,
         "autocast": work.autocast,
         "clip_norm": work.clip_norm,
+        "exclude": work.excluded,
     }
 
 

@@ -57,6 +57,7 @@ class Command(Generic[Options]):
                 continue
             group.add_argument(
                 setting.flag,
+                action="append" if setting.is_repeatable else "store",
                 metavar=setting.metavar,
                 nargs="+" if setting.is_mapping else "?" if setting.name in self.bare else None,
                 const=self.bare.get(setting.name),

@@ -46,12 +46,19 @@ class Setting:
         return typing.get_origin(self.type) is Mapping or typing.get_origin(self.type) is MAPPING_ORIGIN
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether its flag may be given several times, each for one more value."""
+        return typing.get_origin(self.type) is tuple
+
+    @property
     def metavar(self) -> str:
         """How the value is shown in help."""
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
         if self.is_mapping:
             return "KEY=VALUE"
+        if self.is_repeatable:
+            return "PATTERN"
         return {int: "N", float: "X"}.get(self.type, self.name.split("_")[-1].upper())
 
     def convert(self, value: Any, where: str) -> Any:
@@ -62,6 +69,8 @@ class Setting:
             if not isinstance(value, Mapping):
                 raise UnsupportedInput(f"{where} is {value!r}, but it takes key: value pairs. Write them as a mapping.")
             return dict(value)
+        if self.is_repeatable:
+            return tuple(str(one) for one in (value if isinstance(value, list | tuple) else [value]))
         if self.choices:
             # YAML reads a bare `off` as False.
             text = "off" if value is False and "off" in self.choices else str(value)
@@ -157,4 +166,4 @@ def _without_none(hint: Any) -> Any:
 
 
 def _default_note(default: object) -> str:
-    return "" if default is MISSING or default is None or default is False else f" (default: {default})"
+    return "" if default is MISSING or default in (None, False, ()) else f" (default: {default})"

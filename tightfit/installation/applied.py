@@ -6,7 +6,7 @@ Nothing but an instance-level `forward` is installed, on the modules that are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -15,54 +15,22 @@ import torch
 
 from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch, UnsupportedInput
+from tightfit.installation.optimizer_watch import OptimizerWatch
 from tightfit.installation.plans import Plans
+from tightfit.installation.promises import Promises
+from tightfit.installation.region_forward import RegionForward
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.replay.executors import RegionCall
+from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
-from tightfit.step.batch import describe_batch
+from tightfit.replay.values import Kept
+from tightfit.step.batch import batch_tensors, describe_batch
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.model import check_model
 from tightfit.step.step import Step
-
-
-class RegionForward:
-    """The forward of a region module: runs the module's own forward inside the plan's session."""
-
-    def __init__(self, module: torch.nn.Module, path: str, installed: Installed) -> None:
-        self.had_own = "forward" in vars(module)
-        self.original: Callable[..., Any] = module.forward
-        self._module = module
-        self._path = path
-        self._installed = installed
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's forward; without gradients, or when paused, as if nothing were installed."""
-        if not (torch.is_grad_enabled() and self._installed.enabled):
-            return self.original(*args, **kwargs)
-        call = RegionCall(self._module, self.original, args, kwargs, self._installed.statistics)
-        with self._installed.region(self._path, call) as run:
-            return run(call)
-
-    # A copied or unpickled model is unplanned and uses its own weights: what is copied is the forward that was there
-    # before, bound to the copy.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
-        return copy.deepcopy(self.original, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.had_own:
-            return _identity, (self.original,)
-        return getattr, (self.original.__self__, "forward")  # type: ignore[attr-defined]  # a bound method
-
-
-def _identity(thing: Any) -> Any:
-    return thing
 
 
 class RootForward(RegionForward):
@@ -73,17 +41,19 @@ class RootForward(RegionForward):
         self._applied = applied
         self._running = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's forward."""
-        if self._running or not (torch.is_grad_enabled() and self._installed.enabled):
-            return super().__call__(*args, **kwargs)
+        if self._running or not self._is_planned_now():
+            if not self._installed.enabled and torch.is_grad_enabled():
+                self._applied._watch.planned_forward()  # plain, as the user asked for
+            return super().run(args, kwargs)
         self._running = True
         try:
             self._applied._model_called(args, kwargs)
             if not self._applied.installed:
                 return self.original(*args, **kwargs)
             with self._applied._noticing_mismatches():
-                return super().__call__(*args, **kwargs)
+                return super().run(args, kwargs)
         finally:
             self._running = False
 
@@ -116,11 +86,18 @@ class Applied:
         self._model = model
         self._step = step
         self._own = self._resolved = ResolvedPlan.of(plan)
-        self._installed = Installed(recipes={}, fast_paths=with_fast_paths(model))
+        self._installed = Installed(
+            recipes={}, fast_paths=with_fast_paths(model), around_excluded=self._around(plan.excluded)
+        )
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None
         """Removes the hooks that hide FSDP2's own operations from the tape."""
         self._batch_is_known = False
+        self._in_step = False
+        self._loss_was_seen = False
+        self._promises = Promises(model, plan.budget_bytes)
+        self._watch = OptimizerWatch(model, self._promises)
+        self._forwards: list[RegionForward] = []
         self._activate(self._own)
 
     @property
@@ -170,8 +147,13 @@ class Applied:
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
-        with self.step(batch):
-            return self._step.run_loss(model, batch)
+        before = self._installed.loss_is_own
+        self._installed.loss_is_own = True
+        try:
+            with self.step(batch):
+                return self._step.run_loss(model, batch)
+        finally:
+            self._installed.loss_is_own = before
 
     def prepare(self, batch: Any) -> None:
         """Make the plan for batches of this shape now, if there is none yet (after `fit`; else this does nothing).
@@ -201,18 +183,52 @@ class Applied:
         if not self._is_active():
             yield
             return
-        before = self._batch_is_known
+        self._watch.planned_forward()
+        before = self._batch_is_known, self._in_step
+        self._in_step = True
         if batch is not None:
             self._activate(self._plan_for(batch))
             self._batch_is_known = True
         try:
-            if self.installed:
-                with self._noticing_mismatches(), self._installed.region(LOSS):
+            with self._looking_at_the_loss(batch):
+                if self.installed:
+                    with self._noticing_mismatches(), self._installed.region(LOSS):
+                        yield
+                else:
                     yield
-            else:
-                yield
         finally:
-            self._batch_is_known = before
+            self._batch_is_known, self._in_step = before
+
+    @contextmanager
+    def _looking_at_the_loss(self, batch: Any) -> Iterator[None]:
+        """Compare, in the first step that somebody computes himself, what loss and model save with the profile."""
+        resolved = self._resolved
+        if (
+            self._loss_was_seen
+            or self.profile is None
+            or resolved.plan is not self.plan
+            or resolved.drops_in_loss
+            or self._installed.loss_is_own
+            or not self._promises.are_watched
+        ):
+            yield
+            return
+        self._loss_was_seen = True
+        saved = SavedBytes([*self._model.parameters(), *self._model.buffers(), *batch_tensors(batch)])
+        if self.installed:
+            planned_bytes = self.profile.saved_bytes(only=LOSS)
+            self._installed.loss_saves = saved
+            try:
+                yield
+            finally:
+                self._installed.loss_saves = None
+        else:
+            planned_bytes = self.profile.saved_bytes()
+            with torch.autograd.graph.saved_tensors_hooks(saved.pack, Kept.read):
+                yield
+        more_bytes = saved.nbytes - planned_bytes
+        if self.plan.predicted_peak_bytes + more_bytes > self.plan.budget_bytes:
+            self._promises.other_loss(more_bytes)
 
     def follow(self, plans: Plans) -> None:
         """Take the plan for each batch from `plans` from now on."""
@@ -239,12 +255,20 @@ class Applied:
             self.plans.note_mismatch()
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
-        if self.plans is None:
-            return
-        if self._batch_is_known:
-            self.plans.note_call(args, kwargs)
-        else:
-            self._activate(self.plans.plan_for_call(args, kwargs))
+        self._watch.planned_forward()
+        if self.plans is not None:
+            if self._batch_is_known:
+                self.plans.note_call(args, kwargs)
+            else:
+                counts = self.plans.statistics
+                before = counts.unplanned_calls
+                self._activate(self.plans.plan_for_call(args, kwargs))
+                if counts.unplanned_calls > before and self._model.training:
+                    self._promises.unplanned_call(describe_batch((args, kwargs)))
+        if not self._in_step and self._model.training:
+            plan, loss_bytes = self._resolved.plan, self._resolved.loss_bytes
+            if plan is not None and plan.predicted_peak_bytes + loss_bytes > plan.budget_bytes:
+                self._promises.loss_outside(loss_bytes)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -252,7 +276,8 @@ class Applied:
         before = self._installed.enabled
         self._installed.enabled = False
         try:
-            yield
+            with self._unwatched():
+                yield
         finally:
             self._installed.enabled = before
 
@@ -290,16 +315,39 @@ class Applied:
         """Open a context in which nothing is installed, so that another plan can be."""
         self._uninstall()
         try:
-            yield
+            with self._unwatched():
+                yield
         finally:
             self._activate(self._resolved)
+            self._watch.planned_forward()
 
     def remove(self) -> None:
         """Uninstall the plan: the model is as it was before. Graphs that were built under the plan stay valid."""
         self._uninstall()
         self.plans = None
+        self._promises.are_watched = False
+        self._watch.end()
+
+    def keep_promises(self, beside_step_bytes: int = 0) -> None:
+        """Warn from now on, once each, where training leaves what the plan promises (see `Promises`)."""
+        self._promises.are_watched = True
+        self._installed.listener = self._promises
+        self._watch.begin(self._step.optimizers, beside_step_bytes)
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        """Open a context in which steps are plain on purpose, or not the user's."""
+        before = self._watch.is_idle
+        self._watch.is_idle = True
+        try:
+            yield
+        finally:
+            self._watch.is_idle = before
 
     def _uninstall(self) -> None:
+        for installed in self._forwards:
+            installed.is_attached = False
+        self._forwards = []
         for module in self._modules:
             forward = vars(module).get("forward")
             if isinstance(forward, RegionForward):
@@ -338,13 +386,25 @@ class Applied:
                 forward = RootForward(module, self) if root else RegionForward(module, path, self._installed)
                 module.__dict__["forward"] = forward
                 self._modules.append(module)
+                self._forwards.append(forward)
             self._installed.fast_paths = with_fast_paths(self._model)
             if wanted:
                 self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
         self._resolved = resolved
+        self._watch.expects_forward = self.installed
+        self._watch.plan = resolved.plan or self._watch.plan
         self._installed.recipes = resolved.recipes
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
+
+    def _around(self, excluded: Sequence[str]) -> frozenset[str]:
+        """Return the paths of all modules around the excluded ones, and the loss, which may call any."""
+        if not excluded:
+            return frozenset()
+        inner = {self._module(path) for path in excluded}
+        modules = self._model.named_modules(remove_duplicate=False)
+        around = {path or ROOT for path, module in modules if not inner.isdisjoint(module.modules())}
+        return frozenset({*around, LOSS})
 
     def _module(self, path: str) -> torch.nn.Module:
         try:
@@ -379,6 +439,13 @@ def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profi
         PlanMismatch: the plan is of another model.
         UnsupportedInput: a plan is installed already, or the model cannot be planned.
     """
+    applied = install(model, plan, step=step, profile=profile)
+    applied.keep_promises()
+    return applied
+
+
+def install(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
+    """Install `plan` as `apply` does, with nobody watching how the model is used: for steps of tightfit's own."""
     check_model(model)
     if any(isinstance(vars(module).get("forward"), RegionForward) for module in model.modules()):
         raise UnsupportedInput(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from tightfit.operators.region_names import LOSS
 from tightfit.records import Plan
 from tightfit.replay.recipe import ResolvedRecipe
 
@@ -23,6 +25,20 @@ class ResolvedPlan:
     """Positions of operations, by region key, that a self-check refused. Shared by plans of equal operations."""
     checked: set[str] = field(default_factory=set)
     """Keys of regions whose self-check is done. Shared likewise."""
+
+    @cached_property
+    def loss_bytes(self) -> int:
+        """Bytes that the plan drops outside the model, in the loss."""
+        return sum(
+            recipe.recipe.dropped_bytes
+            for key, recipe in self.recipes.items()
+            if recipe is not None and key.startswith(f"{LOSS}#")
+        )
+
+    @cached_property
+    def drops_in_loss(self) -> bool:
+        """Whether the loss runs on a tape, which sees by itself that it is another one."""
+        return any(recipe is not None and key.startswith(f"{LOSS}#") for key, recipe in self.recipes.items())
 
     @classmethod
     def of(cls, plan: Plan, like: ResolvedPlan | None = None) -> ResolvedPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from tightfit.planning.replan import Replanner
 from tightfit.planning.search import search
 from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
+from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.model import check_model, device_of
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
@@ -35,6 +37,7 @@ def fit(
     accumulation_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_norm: float | None = None,
+    exclude: Exclude = (),
     grad_checkpoint: GradCheckpoint = "auto",
     reference_budget_bytes: int | None = None,
     profile: Profile | None = None,
@@ -66,13 +69,15 @@ def fit(
         accumulation_steps: forward and backward passes for each optimizer step.
         autocast: dtype for torch.autocast around forward.
         clip_norm: total gradient norm to clip to before the optimizer step.
+        exclude: modules that are left untouched, or patterns of their paths such as ``layers.*.attn``: nothing inside
+            them is recomputed, and no forward of theirs is replaced.
         grad_checkpoint: "auto" drops as little as the budget needs; "full" drops everything that can be recomputed;
             "off" installs nothing.
         reference_budget_bytes: memory that the plain step, to which the planned one is compared, may take; by default
             the budget.
         profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
             that several processes solve the same problem. Ignored if it is of another model, batch, optimizer, device,
-            number of accumulation steps or PyTorch.
+            number of accumulation steps, `exclude` or PyTorch.
         on_failure: what to do where the planned step is not the plain one: "raise", or "warn" (a `ProofWarning`) and
             leave the plan installed.
 
@@ -95,6 +100,7 @@ def fit(
         raise UnsupportedInput(f"grad_checkpoint={grad_checkpoint!r} is not a choice. Give 'auto', 'full' or 'off'.")
     check_model(model)
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
+    step = replace(step, excluded=excluded_paths(model, exclude))
     device = device_of(model)
     budget = Budget.of(device_for(device).capacity_bytes() if budget is None else budget, device)
     begin = time.perf_counter()
@@ -118,6 +124,7 @@ def fit(
         except BaseException:
             applied.remove()
             raise
+    applied.keep_promises(budget.beside_step_bytes)
     return applied
 
 

@@ -16,7 +16,7 @@ from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible, VerificationFailed
-from tightfit.installation.applied import Applied, apply
+from tightfit.installation.applied import Applied, install
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
@@ -99,7 +99,7 @@ def search(
             chosen = _choose(profile, infeasible.required_bytes, grad_checkpoint)
         assert chosen is not None  # either there is a plan, or it is said why not
         plan = chosen
-        applied = apply(trial.model, plan, step=trial.step, profile=profile)
+        applied = install(trial.model, plan, step=trial.step, profile=profile)
         try:
             outcome, repaired = _try(trial, applied, profile)
         except BaseException:
@@ -126,6 +126,7 @@ def _is_of(profile: Profile, trial: Trial) -> bool:
         profile.fingerprint == fingerprint(trial.model)
         and profile.batch == describe_batch(trial.batch)
         and profile.optimizer == ", ".join(type(optimizer).__name__ for optimizer in trial.step.optimizers)
+        and profile.excluded == trial.step.excluded
         and profile.accumulation_steps == trial.step.accumulation_steps
         and device_for(profile.device).kind == device_for(trial.device).kind
         and profile.torch_version == torch.__version__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
+from tightfit.profiling.excluded import keep_excluded
 from tightfit.profiling.fsdp_collectives import collective_workspace
 from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
 from tightfit.profiling.observation import Observation
@@ -21,6 +23,7 @@ from tightfit.profiling.profile_tables import build_tables
 from tightfit.profiling.regions import choose_regions
 from tightfit.records import COMPONENTS, Profile
 from tightfit.step.batch import describe_batch
+from tightfit.step.exclude import Exclude, excluded_paths, is_inside
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.model import check_model, device_of
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
@@ -39,6 +42,7 @@ def measure(
     accumulation_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_norm: float | None = None,
+    exclude: Exclude = (),
     cost_cache: bool = True,
 ) -> Profile:
     """Measure one training step: its storages, operations, saved tensors and their times, as `solve` needs them.
@@ -60,6 +64,7 @@ def measure(
         accumulation_steps: forward and backward passes for each optimizer step.
         autocast: dtype for torch.autocast around forward.
         clip_norm: total gradient norm to clip to before the optimizer step.
+        exclude: modules that are left untouched, or patterns of their paths such as ``layers.*.attn``.
         cost_cache: use, and add to, the costs of single operations that this machine has measured before. The
             environment variable TIGHTFIT_COST_CACHE=off turns that off everywhere; TIGHTFIT_CACHE_DIR names the
             folder.
@@ -71,9 +76,11 @@ def measure(
 
     Raises:
         UnsupportedInput: nothing to train, no scalar loss, a compiled model, several devices; or both `step` and single
-            keywords.
+            keywords; or `exclude` names no module.
     """
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
+    check_model(model)
+    step = replace(step, excluded=excluded_paths(model, exclude))
     return measure_together(model, batch, step, cost_cache=cost_cache)
 
 
@@ -125,7 +132,8 @@ def measure_step(
     observer, signatures = observed.observer, observed.costs.signatures
     seen = observer.observation
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
-    region_paths = choose_regions(seen, class_of)
+    keep_excluded(seen, step.excluded)
+    region_paths = choose_regions(seen, class_of, step.excluded)
     tables = build_tables(seen, region_paths, signatures, _pure_paths(model, step, region_paths))
     with clock.part("mechanism"):
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
@@ -155,6 +163,7 @@ def measure_step(
         module_ms_per_call=overhead.module_ms_per_call,
         random_state_bytes=observer.random_state_bytes,
         is_sharded=is_sharded(model),
+        excluded=step.excluded,
         measuring_ms=clock.measuring_ms(),
         **tables,
     )
@@ -164,7 +173,8 @@ def _pure_paths(model: torch.nn.Module, step: Step, region_paths: Sequence[str])
     """Return the regions whose whole forward may be recomputed."""
     if step.autocast is not None or device_for(model).ambient_autocast() is not None:
         return set()  # whether a weight is found cast already differs between the first and a second forward
-    return {path for path in region_paths if path != ROOT and is_pure(model.get_submodule(path))}
+    around = {path for path in region_paths if any(is_inside(one, [path]) for one in step.excluded)}
+    return {path for path in region_paths if path != ROOT and path not in around and is_pure(model.get_submodule(path))}
 
 
 def _bytes_by_component(seen: Observation) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import traceback
@@ -32,6 +33,7 @@ from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_opti
 from tightfit.step.batch import batch_tensors
 from tightfit.step.host_copy import CopyFile, memory_of
 from tightfit.step.model import give_gradients
+from tightfit.step.own_steps import own_steps
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -156,7 +158,7 @@ def _observe(
     observer: Observer,
 ) -> None:
     """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
-    with torch.enable_grad():
+    with torch.enable_grad(), own_steps():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one
             for optimizer in optimizers:
@@ -200,6 +202,7 @@ def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[No
         original = module.forward
         replaced.append((module, "forward" in vars(module), original))
 
+        @functools.wraps(original)  # a model may look at its own forward
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return original(*args, **kwargs)

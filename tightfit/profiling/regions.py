@@ -10,17 +10,21 @@ or classes of particular libraries:
 * So is a call with more than `_MAX_OPS` ops that has children with at least `_MIN_OPS`.
 * Any other call with at least `_MIN_OPS` ops is a region.
 
+A module that is to be left untouched is no region, and neither is any module inside it.
+
 The model itself is always a region: its own ops between other regions are its segments.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind
+from tightfit.step.exclude import is_inside
 
 _MIN_OPS = 4
 _MAX_OPS = 120
@@ -33,18 +37,19 @@ class _Call:
     children: list[_Call] = field(default_factory=list)
 
 
-def choose_regions(observation: Observation, class_of: dict[str, str]) -> tuple[str, ...]:
+def choose_regions(observation: Observation, class_of: dict[str, str], excluded: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the paths of the modules that become regions, the model's own (`<model>`) first.
 
     Args:
         observation: what was recorded of a step.
         class_of: the name of the module's class, by path.
+        excluded: paths of the modules that are to be left untouched.
     """
     chosen: set[str] = set()
     for call in _calls(observation):
         _choose(call, class_of, chosen)
     chosen.discard(ROOT)
-    return (ROOT, *sorted(chosen))
+    return (ROOT, *sorted(path for path in chosen if not is_inside(path, excluded)))
 
 
 def _calls(observation: Observation) -> list[_Call]:

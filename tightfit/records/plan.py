@@ -135,6 +135,8 @@ class Plan:
     device: str
     optimizer: str
     """Empty when the optimizer was not measured: its state and step are then not in the figures."""
+    excluded: tuple[str, ...] = ()
+    """Paths of the modules that are left untouched, as ``exclude=`` named them."""
     exactness: str = "bitwise"
     """"bitwise": gradients are bit for bit those of the plain step. No plan promises less."""
 

@@ -214,6 +214,8 @@ class Profile:
     is_sharded: bool = False
     """Each process holds a part of every parameter (FSDP2), so that nothing is replayed outside its own region's
     backward: the weights would not be there."""
+    excluded: tuple[str, ...] = ()
+    """Paths of the modules that are left untouched: nothing that runs inside them is recomputed."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "workspace" and the "times" of operations that ran
     alone (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""
@@ -242,6 +244,20 @@ class Profile:
             elif event.kind == EventKind.OPTIMIZER:
                 passes = 1
         return total_ms
+
+    def saved_bytes(self, *, only: str = "") -> int:
+        """Return the bytes of the storages that autograd saves, resident ones left out.
+
+        Args:
+            only: a module path, or ``<loss>``; empty for all.
+        """
+        kept = {
+            self.values[slot.value].storage
+            for slot in self.slots
+            if not only or self.regions[slot.region].key.rpartition("#")[0] == only
+        }
+        storages = [self.storages[storage] for storage in kept]
+        return sum(storage.nbytes for storage in storages if storage.component == "activation")
 
     def with_unit_times(self) -> Profile:
         """Return the profile with every operation taking one millisecond and no lever costing anything beside.

@@ -23,5 +23,6 @@ def changed_error(source: torch.Tensor, how: str) -> CannotRebuild:
     return CannotRebuild(
         "tightfit cannot rebuild a saved tensor: a tensor that its recomputation reads "
         f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
-        "Do not modify it before backward, or keep this region out of the plan."
+        "Do not modify it before backward, or leave the module that modifies or reads it untouched: "
+        "fit(..., exclude=module), or a pattern of its path."
     )

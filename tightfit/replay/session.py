@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -37,16 +37,30 @@ from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
 from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
-from tightfit.operators.region_names import LOSS, RegionCursor
+from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.replayer import Handle
+from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.tape import Tape
 from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import WriteWatch
+
+
+class Listener(Protocol):
+    """Hears where a forward leaves what its plan promises."""
+
+    def hooks_around(self, key: str) -> None:
+        """Hear that saved-tensor hooks of others are active around a region in which something would be dropped."""
+
+    def region_alone(self, path: str) -> None:
+        """Hear that a region was called with neither the model nor a step open around it."""
+
+    def other_loss(self) -> None:
+        """Hear that what ran as the loss is not what was planned."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +70,8 @@ class Installed:
     recipes: Mapping[str, ResolvedRecipe | None]
     """By region key; None leaves the region untouched. A key that is missing has no decision: all that is provably
     replayable is dropped."""
+    around_excluded: frozenset[str] = frozenset()
+    """Paths of the regions that run excluded modules among their own operations: what no plan decides about is kept."""
     enabled: bool = True
     """Off: regions run as plain PyTorch."""
     self_check: bool = True
@@ -71,6 +87,11 @@ class Installed:
     """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
     sessions: dict[int, Session] = field(default_factory=dict)
     """Open sessions by thread."""
+    listener: Listener | None = None
+    loss_saves: SavedBytes | None = None
+    """Counts what an untouched loss saves, in a step in which that is asked for."""
+    loss_is_own: bool = False
+    """The loss that runs now is the planned one, whichever operations it runs."""
 
     @contextmanager
     def region(self, path: str, call: RegionCall | None = None) -> Iterator[Callable[[RegionCall], Any]]:
@@ -87,6 +108,8 @@ class Installed:
                     "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
                     "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
                 )
+            if self.listener is not None and path not in (ROOT, LOSS) and current_graph_task() < 0:
+                self.listener.region_alone(path)
             session = self.sessions[thread] = Session(self)
         try:
             session.enter(path, call)
@@ -98,6 +121,8 @@ class Installed:
             if session.is_over:
                 self.sessions.pop(thread, None)
                 session.close()
+        if session.is_over and self.listener is not None:
+            session.tell(self.listener)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -143,6 +168,9 @@ class Session(DispatchMode):
         self._in_ddp = False
         """Outside the model, and inside DDP's forward. Before it calls what it wraps, it sends buffers around and makes
         buckets; afterwards it may clone results. The step was measured without that, so it is no part of a tape."""
+        self._hooks_around: str | None = None
+        """The first region that would drop something, had nobody else's saved-tensor hooks been active."""
+        self._ran_another_loss = False
         self.run: Callable[[RegionCall], Any] = RegionCall.run_forward
         """What makes the call of the region that runs now."""
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
@@ -165,6 +193,13 @@ class Session(DispatchMode):
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
+    def tell(self, listener: Listener) -> None:
+        """Tell what the forward met; at its end, as a warning may be an error, and nothing must be left half done."""
+        if self._hooks_around is not None:
+            listener.hooks_around(self._hooks_around)
+        if self._ran_another_loss:
+            listener.other_loss()
+
     def enter(self, path: str, call: RegionCall | None) -> None:
         """Begin a region call; `call` as for `Installed.region`."""
         self._in_ddp = False
@@ -174,6 +209,7 @@ class Session(DispatchMode):
 
     def exit(self) -> None:
         """End the innermost region call (also on an exception)."""
+        self._ran_another_loss |= self._runs_another_loss()
         self._cursor.pop()
         self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
         was_active, _ = self._frames.pop()
@@ -187,8 +223,14 @@ class Session(DispatchMode):
         installed = self._installed
         key = self._cursor.key
         recipe = installed.recipes.get(key)
-        untouched = recipe is None and key in installed.recipes
-        elsewhere = self._has_foreign_hooks() or torch.compiler.is_compiling() or is_capturing()
+        around_excluded = self._cursor.path in installed.around_excluded
+        untouched = recipe is None and (around_excluded or key in installed.recipes)
+        foreign = self._has_foreign_hooks()
+        if foreign and current_graph_task() < 0:
+            drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched
+            if drops and self._hooks_around is None:
+                self._hooks_around = key
+        elsewhere = foreign or torch.compiler.is_compiling() or is_capturing()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
         if recipe is not None and on_tape:
@@ -200,7 +242,7 @@ class Session(DispatchMode):
         if not on_tape:
             self._end_tape()
             if self._frames[-1][1] == self._beneath():
-                self._switch(False)
+                self._switch(self._counts_saved_tensors() and not elsewhere)
             return
         if self._frames[-1][1] == self._beneath():
             self._switch(True)
@@ -221,7 +263,14 @@ class Session(DispatchMode):
             self._tape = Tape(installed.statistics, installed.writes, tree, check)
         installed.checked.add(key)
         self._next = shared, place + 1
-        self._tape.begin_region(recipe, installed.refused.setdefault(key, set()))
+        self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
+
+    def _runs_another_loss(self) -> bool:
+        tape = self._tape
+        return tape is not None and self._cursor.path == LOSS and tape.left_its_plan and not self._installed.loss_is_own
+
+    def _counts_saved_tensors(self) -> bool:
+        return self._installed.loss_saves is not None and self._cursor.path == LOSS
 
     def _has_foreign_hooks(self) -> bool:
         """Return whether somebody else's saved-tensor hooks are active, or such hooks forbidden (`torch.func.grad`).
@@ -294,6 +343,8 @@ class Session(DispatchMode):
         tape = self._tape
         was_busy, self._busy = self._busy, True
         try:
+            if tape is None and self._counts_saved_tensors():
+                self._installed.loss_saves.note(tensor)  # type: ignore[union-attr]  # asked for just before
             return Kept(tensor) if tape is None or self.aside or self._is_ddps() else tape.pack(tensor)
         finally:
             self._busy = was_busy

@@ -96,9 +96,18 @@ class Tape(Replayer):
         """Whether its operations are checked as they run."""
         return self._check is not None
 
-    def begin_region(self, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
-        """Begin a region call that follows a recipe (None: what is provably replayable is dropped)."""
-        self._region = TapedRegion(recipe, refused)
+    @property
+    def left_its_plan(self) -> bool:
+        """Whether the running region has a plan and ran other operations."""
+        region = self._region
+        return region is not None and region.recipe is not None and not region.on_plan
+
+    def begin_region(self, recipe: ResolvedRecipe | None, refused: set[int], *, keeps_rest: bool = False) -> None:
+        """Begin a region call that follows a recipe (None: what is provably replayable is dropped).
+
+        `keeps_rest`: once its operations are not the recipe's, everything is kept.
+        """
+        self._region = TapedRegion(recipe, refused, keeps_rest)
         self._place = recipe.place if recipe is not None else 0
         self._go_to(0)
 

@@ -73,11 +73,12 @@ class Ref:
 class TapedRegion:
     """One region call on a tape."""
 
-    __slots__ = ("on_plan", "recipe", "refused")
+    __slots__ = ("keeps_rest", "on_plan", "recipe", "refused")
 
-    def __init__(self, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
+    def __init__(self, recipe: ResolvedRecipe | None, refused: set[int], keeps_rest: bool = False) -> None:
         self.recipe = recipe
         self.on_plan = recipe is not None  # its operations have been the plan's so far
+        self.keeps_rest = keeps_rest  # nothing is dropped off the plan
         self.refused = refused  # positions of operations that a self-check found unfit, in any call of this region
 
     def keeps(self, value: TapedValue) -> bool:
@@ -86,7 +87,9 @@ class TapedRegion:
 
     def drops(self, value: TapedValue) -> bool:
         """Return whether the plan has it dropped; without a plan, everything is."""
-        return not self.on_plan or self._is_in(self.recipe.drop if self.recipe is not None else (), value)
+        if not self.on_plan:
+            return not self.keeps_rest
+        return self._is_in(self.recipe.drop if self.recipe is not None else (), value)
 
     def _is_in(self, names: Collection[tuple[int, int]], value: TapedValue) -> bool:
         return self.on_plan and value.op is not None and (value.op.position, value.output) in names

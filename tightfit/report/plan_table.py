@@ -37,7 +37,7 @@ def plan_figures(solved: Plan) -> dict[str, Any]:
     names = (
         "model", "batch", "device", "optimizer", "budget_bytes", "predicted_peak_bytes", "peak_where",
         "baseline_bytes", "plain_peak_bytes", "predicted_step_ms", "plain_step_ms", "overhead_ratio",
-        "lower_bound_ms", "exactness",
+        "lower_bound_ms", "exactness", "excluded",
     )  # fmt: skip
     return {
         **{name: getattr(solved, name) for name in names},
@@ -58,6 +58,8 @@ def format_plan(plan: Plan) -> str:
         f"(plain {format_bytes(plan.plain_peak_bytes)}; {format_bytes(plan.baseline_bytes)} of it are parameters, "
         f"gradients, optimizer state and batch)"
     )
+    if plan.excluded:
+        peaks += f"\n        left untouched, as asked: {', '.join(plan.excluded)}"
     if not planned:
         return f"plan    nothing is recomputed: the plain step fits\n        {peaks}"
     dropped_bytes = sum(recipe.dropped_bytes for recipe in planned)

@@ -112,7 +112,8 @@ class Schedule(ABC, Generic[ValueT, OpT]):
                     raise RuntimeError(
                         "tightfit cannot rebuild a saved tensor: it, or what it is recomputed from, was changed after "
                         "autograd saved it (for example through .data or NumPy), which the plan did not know. Measure "
-                        "the model again, or keep this part out of the plan."
+                        "the model again, or leave the module that uses it untouched: fit(..., exclude=module), or a "
+                        "pattern of its path."
                     )
                 if op.order not in todo:
                     todo[op.order] = op

@@ -49,6 +49,7 @@ def build_plan(
         batch=profile.batch,
         device=profile.device,
         optimizer=profile.optimizer,
+        excluded=profile.excluded,
     )
 
 

@@ -50,6 +50,8 @@ class Step:
     autocast: torch.dtype | None = None
     clip_norm: float | None = None
     around_loss: Callable[[], Any] = field(default=nullcontext, repr=False)
+    excluded: tuple[str, ...] = field(default=(), repr=False)
+    """Paths of the modules that plans leave untouched, as `exclude=` names them."""
     optimizers: tuple[torch.optim.Optimizer, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -54,6 +54,7 @@ def to_yaml(config: TrainConfig) -> str:
     for entry in fields(config):
         value = getattr(config, entry.name)
         if entry.name not in PER_CALL:
+            value = list(value) if isinstance(value, tuple) else value
             settings[entry.name] = dict(value) if isinstance(value, Mapping) else value
     text: str = yaml.safe_dump(settings, sort_keys=False)
     return text

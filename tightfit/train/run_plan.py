@@ -89,6 +89,7 @@ def _fit_together(
                 accumulation_steps=work.accumulation_steps,
                 autocast=work.autocast,
                 clip_norm=work.clip_norm,
+                exclude=work.excluded,
                 grad_checkpoint=config.grad_checkpoint,
                 reference_budget_bytes=reference_bytes,
                 profile=profile,

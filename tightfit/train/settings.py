@@ -156,6 +156,8 @@ class MemorySettings(Settings):
 
     memory: str = "auto"
     """Memory budget: 8GiB, 8GB, 75% of the device's memory, or auto: what the device has free"""
+    exclude: tuple[str, ...] = ()
+    """Leave the modules whose path matches untouched, e.g. layers.*.attn; may be given several times"""
 
 
 @dataclass(frozen=True, kw_only=True)

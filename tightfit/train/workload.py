@@ -15,6 +15,7 @@ from tightfit.device.budget import Budget
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.step.batch import batch_tensors
+from tightfit.step.exclude import excluded_paths
 from tightfit.step.microbatch import Microbatch
 from tightfit.step.step import Step
 from tightfit.train.config import WorkConfig
@@ -52,6 +53,8 @@ class Workload:
     autocast: torch.dtype | None
     clip_norm: float | None
     budget: Budget
+    excluded: tuple[str, ...] = ()
+    """Paths of the modules that no plan touches."""
     group: ProcessGroup = SINGLE_PROCESS
     """The processes of the run."""
 
@@ -114,6 +117,7 @@ class Workload:
             accumulation_steps=self.accumulation_steps,
             autocast=self.autocast,
             clip_norm=self.clip_norm,
+            excluded=self.excluded,
         )
 
 
@@ -227,5 +231,6 @@ def build(
         autocast=autocast,
         clip_norm=config.clip_norm,
         budget=budget,
+        excluded=excluded_paths(model, config.exclude),
         group=group,
     )

@@ -26,7 +26,8 @@ from tightfit._torch_private import tree_leaves, tree_map, version_of
 from tightfit.device.process_state import deterministic_libraries
 from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathered
 from tightfit.distributed.process_group import CommunicationFailed
-from tightfit.installation.applied import Applied, RegionForward
+from tightfit.installation.applied import Applied
+from tightfit.installation.region_forward import RegionForward
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, TrainingState

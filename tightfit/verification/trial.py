@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.model import device_of, give_gradients
+from tightfit.step.own_steps import own_steps
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 from tightfit.verification.results import Results, results_of
@@ -53,16 +54,19 @@ class Trial:
         self.device = device_of(model)
         self.group = process_group_of(model)
         """Those who have to take each step together."""
+        self._contexts = ExitStack()
         self._given: TrainingState | None = None
         self._start: TrainingState | None = None
 
     def __enter__(self) -> Trial:
+        self._contexts.enter_context(own_steps())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.restore()
+        with self._contexts:
+            self.restore()
 
     def restore(self) -> None:
         """Put the model back as it was given, and hold no memory for further runs; the next one notes its own state."""

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from tightfit.errors import UnsupportedInput
-from tightfit.installation.applied import Applied, apply
+from tightfit.errors import PlanMismatch, UnsupportedInput
+from tightfit.installation.applied import Applied, install
 from tightfit.records import Plan, Verdict
+from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 from tightfit.verification.comparison import Comparison
 from tightfit.verification.regions import compare_regions
@@ -32,6 +33,7 @@ def verify(
     accumulation_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_norm: float | None = None,
+    exclude: Exclude = (),
     steps: int = 1,
     reference_budget_bytes: int | None = None,
 ) -> Verdict:
@@ -56,6 +58,7 @@ def verify(
         accumulation_steps: forward and backward passes for each optimizer step.
         autocast: dtype for torch.autocast around forward.
         clip_norm: total gradient norm to clip to before the optimizer step.
+        exclude: modules that the plan was made to leave untouched, or patterns of their paths; by default the plan's.
         steps: optimizer steps to compare.
         reference_budget_bytes: memory that the *plain* run may take; by default the plan's budget. If plain needs more,
             regions are compared instead of whole steps.
@@ -68,13 +71,20 @@ def verify(
         else False.
 
     Raises:
-        PlanMismatch: the plan is of another model.
+        PlanMismatch: the plan is of another model, or was made with other modules excluded.
         UnsupportedInput: as `measure`; both `step` and single keywords; `steps` below 1; or a plan is installed.
     """
     if steps < 1:
         raise UnsupportedInput(f"steps={steps} compares nothing. Give steps=1 or more.")
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
-    with apply(model, plan, step=step) as applied, Trial(model, batch, step) as trial:
+    excluded = excluded_paths(model, exclude)
+    if excluded and excluded != plan.excluded:
+        raise PlanMismatch(
+            f"the plan was made with {', '.join(plan.excluded) or 'nothing'} excluded, and exclude names "
+            f"{', '.join(excluded)}. What would be verified is not what was asked for. Measure and solve with this "
+            "exclude=, or leave it out: a plan knows what it excludes."
+        )
+    with install(model, plan, step=step) as applied, Trial(model, batch, step) as trial:
         planned = trial.run_self_checked(applied, steps)
         return prove(trial, applied, planned, reference_budget_bytes=reference_budget_bytes)
 
