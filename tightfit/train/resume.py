@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+from torch.amp import GradScaler
+
 from tightfit.errors import UnsupportedInput
+from tightfit.step.snapshot import TrainingState
 from tightfit.train.checkpoint import Checkpoint, load_checkpoint
 from tightfit.train.config import TrainConfig
+from tightfit.train.parallel.ddp import settling_steps
 from tightfit.train.progress import Progress
 from tightfit.train.random_state import random_state, restore_random_state, seed_everything, seed_of
+from tightfit.train.step_meter import TakesSteps
 from tightfit.train.workload import Workload
 
 
@@ -64,6 +70,24 @@ def restore(config: TrainConfig, work: Workload, checkpoint: Checkpoint, identit
         seed_everything(seed_of(config.seed, group.rank, checkpoint.step))
         states = random_state()
     return Restored(extra=extra, random_state=states)
+
+
+def settle_sums(steps: TakesSteps, model: nn.Module, work: Workload, scaler: GradScaler, steps_done: int) -> None:
+    """Let DDP sum gradients as it does in the uninterrupted run, by its first steps; all but that is put back."""
+    count = settling_steps(model, work.group, steps_done)
+    if not count:
+        return
+    parameters = list(work.model.parameters())
+    state, scaler_state = TrainingState(work.model, [work.optimizer]), scaler.state_dict()
+    try:
+        for step in range(count):
+            steps.take(work.microbatches(step))
+        gradients = [parameter.grad for parameter in parameters]
+    finally:
+        state.restore()
+    scaler.load_state_dict(scaler_state)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient  # a part of a bucket: a later step zeroes it
 
 
 def end_of_run(config: TrainConfig, work: Workload, checkpoint: Checkpoint, total_steps: int) -> str | None:

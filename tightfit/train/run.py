@@ -27,7 +27,7 @@ from tightfit.train.parallel.ddp import data_parallel
 from tightfit.train.parallel.fsdp import unsharded
 from tightfit.train.precision import make_scaler
 from tightfit.train.progress import Progress
-from tightfit.train.resume import Restored, end_of_run, identity_of, progress_of, restore
+from tightfit.train.resume import Restored, end_of_run, identity_of, progress_of, restore, settle_sums
 from tightfit.train.run_folder import RunFolder
 from tightfit.train.run_metrics import MetricsFile, import_tensorboard
 from tightfit.train.run_plan import plan_run, unused_parameters_of
@@ -159,6 +159,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
                 total_steps=total_steps,
                 steps_done=first_step,
             )
+            settle_sums(loop.steps, model, work, scaler, first_step)
             restored.restore_random_state()
             loop.run()
         mismatched_steps = 0 if applied.plans is None else applied.plans.statistics.mismatched_steps
