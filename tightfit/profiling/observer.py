@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, storage_key
+from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, never_compiled, storage_key
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
@@ -277,6 +277,7 @@ class Observer(DispatchMode):
         self._ledger.emit(EventKind.OP, op_index)
         return result
 
+    @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not self._ledger.is_open or self._memory_only_depth:
             return tensor
