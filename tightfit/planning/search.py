@@ -17,6 +17,7 @@ from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible
 from tightfit.installation.applied import Applied, apply
 from tightfit.installation.resolved_plan import ResolvedPlan
+from tightfit.interrupts import waiting_interrupts
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.solver.solver import full_plan, plain_plan, solve
@@ -47,6 +48,7 @@ class FoundPlan:
     """What the trial run left behind, its measured peak among it."""
 
 
+@waiting_interrupts()
 def find_plan(
     model: torch.nn.Module,
     batch: Any,

@@ -11,6 +11,7 @@ import torch
 from tightfit.device import device_for
 from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
+from tightfit.interrupts import waiting_interrupts
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.fsdp_collectives import collective_workspace
@@ -29,6 +30,7 @@ from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 _DATA_DEPENDENT_MARGIN = 0.05
 
 
+@waiting_interrupts()
 def measure(
     model: torch.nn.Module,
     batch: Any,
@@ -99,6 +101,7 @@ def measure_together(
     return group.run_on_all(lambda: measured if measured is not None and described == firsts else mine())
 
 
+@waiting_interrupts()
 def measure_step(
     model: torch.nn.Module,
     batch: Any,

@@ -10,6 +10,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from tightfit.errors import UnsupportedInput
+from tightfit.interrupts import waiting_interrupts
 from tightfit.step.snapshot import TrainingState
 from tightfit.train.checkpoint import Checkpoint, load_checkpoint
 from tightfit.train.config import TrainConfig
@@ -72,6 +73,7 @@ def restore(config: TrainConfig, work: Workload, checkpoint: Checkpoint, identit
     return Restored(extra=extra, random_state=states)
 
 
+@waiting_interrupts()
 def settle_sums(steps: TakesSteps, model: nn.Module, work: Workload, scaler: GradScaler, steps_done: int) -> None:
     """Let DDP sum gradients as it does in the uninterrupted run, by its first steps; all but that is put back."""
     count = settling_steps(model, work.group, steps_done)

@@ -13,6 +13,7 @@ import torch
 
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied, apply
+from tightfit.interrupts import waiting_interrupts
 from tightfit.records import Plan, Verdict
 from tightfit.step.host_copy import difference, same_contents
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
@@ -20,6 +21,7 @@ from tightfit.verification.regions import RegionComparison, compare_regions
 from tightfit.verification.trial import Outcome, Trial
 
 
+@waiting_interrupts()
 def verify(
     model: torch.nn.Module,
     batch: Any,
