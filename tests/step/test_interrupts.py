@@ -1,4 +1,4 @@
-"""An interrupted `measure`, `fit` or `verify` leaves everything as it was, bit for bit, whenever the interrupt comes."""
+"""An interrupted `measure`, `fit` or `verify` leaves everything as it was, bit for bit, whenever that comes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tightfit import _torch_private as private
 from tightfit import interrupts
 from tightfit.interrupts import safe_point, waiting_interrupts
 from tightfit.profiling.measure import measure_step
+from tightfit.step.snapshot import TrainingState
 
 
 class Block(nn.Module):
@@ -127,11 +128,11 @@ def require_untouched(run: Callable[[Setting], None], expected: type[BaseExcepti
 
 
 def count_calls(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int | None = None, raised: Any = None) -> Any:
-    """Count the calls of a function, and raise at one of them."""
+    """Count the calls of a function, and raise at one of them and all later ones."""
     original, counter = getattr(owner, name), itertools.count()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        if next(counter) == at:
+        if next(counter) >= (float("inf") if at is None else at):
             raise raised
         return original(*args, **kwargs)
 
@@ -140,17 +141,12 @@ def count_calls(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int | None
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("share", [0.3, 0.9])
 def test_an_interrupt_at_a_safe_point(
     run: Callable[[Setting], None], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal is noted before the n-th safe point, whose handler runs there."""
-    modules = [
-        "tightfit.step.step",
-        "tightfit.step.snapshot",
-        "tightfit.profiling.observer",
-        "tightfit.profiling.costs",
-    ]
+    modules = [f"tightfit.{name}" for name in ("step.step", "step.snapshot", "profiling.observer", "profiling.costs")]
 
     def counting(at: int | None) -> Any:
         counter = itertools.count()
@@ -171,7 +167,7 @@ def test_an_interrupt_at_a_safe_point(
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("place", [0, -1])
 def test_an_exception_in_a_step_of_the_optimizer(
     run: Callable[[Setting], None], place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +176,7 @@ def test_an_exception_in_a_step_of_the_optimizer(
         run(Setting())
     steps = next(counter) - 1  # one is the setting's own
     at = 1 + place % steps
-    count_calls(monkeypatch, torch.optim.AdamW, "step", at, ZeroDivisionError("in the optimizer"))
+    count_calls(monkeypatch, torch.optim.AdamW, "step", at, ZeroDivisionError)
     require_untouched(run, ZeroDivisionError)
 
 
@@ -188,8 +184,6 @@ def test_an_exception_in_a_step_of_the_optimizer(
 def test_a_signal_while_the_model_is_put_back_waits(
     run: Callable[[Setting], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tightfit.step.snapshot import RandomState, TrainingState
-
     restore = TrainingState.restore
 
     def signalled(self: TrainingState) -> None:
@@ -197,28 +191,31 @@ def test_a_signal_while_the_model_is_put_back_waits(
         monkeypatch.setattr(TrainingState, "restore", restore)
         restore(self)
 
-    assert RandomState  # what restore ends with
     monkeypatch.setattr(TrainingState, "restore", signalled)
     require_untouched(run, KeyboardInterrupt)
 
 
-def test_signals_wait_for_a_safe_point_and_a_second_one_does_not() -> None:
+def test_a_signal_waits_for_a_safe_point_and_a_second_one_does_not() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), waiting_interrupts(), waiting_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        assert interrupts._pending == [signal.SIGINT]
-        safe_point()
-    with pytest.raises(KeyboardInterrupt), waiting_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("the second one does not wait")
-    assert interrupts._pending == []
     reached = []
-    with pytest.raises(KeyboardInterrupt), waiting_interrupts():
-        os.kill(os.getpid(), signal.SIGINT)
-        reached.append("the end")
-    assert reached
-    assert signal.getsignal(signal.SIGINT) is before
+
+    @waiting_interrupts()
+    def interrupted(what: str) -> None:
+        with waiting_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+        reached.append(f"{what} waits")
+        if what == "a safe point":
+            safe_point()
+        elif what == "a second one":
+            signal.raise_signal(signal.SIGINT)
+        reached.append(f"{what} ends")
+
+    for what in ("a safe point", "a second one", "the end"):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(what)
+        assert signal.getsignal(signal.SIGINT) is before
+        assert interrupts._pending == []
+    assert reached == ["a safe point waits", "a second one waits", "the end waits", "the end ends"]
 
 
 def test_other_threads_have_no_signals_to_wait_for() -> None:
