@@ -60,7 +60,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow and not thorough" $(FAST) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
-	KINETO_LOG_LEVEL=5 OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.side_by_side $(if $(QUICK),--quick) --output $(BENCH_OUTPUT) $(ARGS)

@@ -35,7 +35,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ["TIGHTFIT_COST_CACHE"] = "off"
 # Models here are so small that a second thread costs more than it brings; and workspaces grow with threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler's library reads it when torch is imported
 
 # The same examples at every run, however long one takes on a busy machine.
 hypothesis.settings.register_profile(

@@ -6,10 +6,13 @@ package may touch `torch._*`, or an underscore attribute of an object that PyTor
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import OpOverload as OpOverload
@@ -56,8 +59,33 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def never_compiled(function: Function) -> Function:
+    """Keep `torch.compile` out of a function and of all that it calls, at no cost to its calls.
+
+    Beneath a dispatch mode a compiled callable runs eagerly, with the compiler still looking at every frame: it would
+    compile the mode's own code, hundreds of frames, with objects made past their ``__init__``.
+    `torch.compiler.disable` does the same by a wrapper, which each operation would pay for.
+    """
+    compiler = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    code: Any = getattr(function, "__code__")  # noqa: B009  # callables in general have none
+    compiler.set_code_exec_strategy(code, compiler._FrameExecStrategy(skip, skip))
+    return function
+
+
 class DispatchMode(TorchDispatchMode):
-    """A dispatch mode with annotated methods. Subclasses define `__torch_dispatch__`."""
+    """A dispatch mode with annotated methods. Subclasses define `__torch_dispatch__`, which is never compiled."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
+        never_compiled(cls.__torch_dispatch__)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch's own wrapper around `__torch_dispatch__`, which costs each operation: see above
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
@@ -87,7 +115,8 @@ class WeakStorage:
         self._pointer = tensor.untyped_storage()._weak_ref()
 
     def __del__(self, free: Callable[[Any], None] = torch.UntypedStorage._free_weak_ref) -> None:
-        free(self._pointer)
+        if hasattr(self, "_pointer"):  # not in an object whose `__init__` has failed, or was never called
+            free(self._pointer)
 
 
 #: A detached alias of a strided tensor that shares its version counter, made without a dispatch: `detach()` would go
@@ -272,6 +301,48 @@ def _kineto_events(profile: torch.profiler.profile) -> list[Any]:
 def is_traced() -> bool:
     """Tell whether `torch.jit.trace` records what runs now."""
     return torch._C._is_tracing()
+
+
+@contextmanager
+def quiet_profiler() -> Iterator[None]:
+    """Keep the profiler's library (libkineto) from printing inside: it announces starts and stops, and missing GPUs.
+
+    Whoever has set ``KINETO_LOG_LEVEL`` has chosen what it prints.  Else its level is changed where it lies, and put
+    back, so that other profilers print what they always print; where a platform does not show it, nothing is silenced.
+    """
+    kineto = None if _KINETO_VARIABLE in os.environ else _kineto()
+    if kineto is None:
+        yield
+        return
+    library, level = kineto
+    before = level.value
+    try:
+        level.value = _KINETO_SILENT
+        if not before:  # the library will be initialised, which sets the level from the variable
+            os.environ[_KINETO_VARIABLE] = str(_KINETO_SILENT)
+        yield
+    finally:
+        if before:
+            level.value = before
+        else:
+            os.environ.pop(_KINETO_VARIABLE, None)
+            library.suppressLibkinetoLogMessages()  # the level that PyTorch chooses after initialising it
+
+
+_KINETO_VARIABLE = "KINETO_LOG_LEVEL"
+#: Above all that libkineto prints.
+_KINETO_SILENT = 99
+
+
+@cache
+def _kineto() -> tuple[ctypes.CDLL, ctypes.c_int] | None:
+    """Return libkineto, and the lowest level that it prints; 0 before it is initialised."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        library.suppressLibkinetoLogMessages  # noqa: B018  # AttributeError if there is none
+        return library, ctypes.c_int.in_dll(library, "_ZN9libkineto6Logger14severityLevel_E")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def profiler_is_running() -> bool:

@@ -210,3 +210,49 @@ class RunsOut(OwnLoss):
 
 def runs_out() -> nn.Module:
     return RunsOut(8)
+
+
+class NoisyRagged(Ragged):
+    """Samples that draw random numbers and differ in length."""
+
+    def __getitem__(self, index: Any) -> Any:
+        row = super().__getitem__(index)
+        return row + 0.1 * torch.rand(row.shape) + random.random() + float(np.random.rand())
+
+
+def noisy_ragged_numbers(count: int = 24) -> NoisyRagged:
+    return NoisyRagged(torch.arange(1.0, 4 + number % 5) for number in range(count))
+
+
+class DrawsEverywhere(nn.Module):
+    """Dropout, a random operation, and decisions that Python's and NumPy's generators take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.dropout, self.down = nn.Linear(1, 16), nn.Dropout(0.3), nn.Linear(16, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.dropout(self.up(inputs).tanh())
+        if self.training and random.random() < 0.5:
+            hidden = hidden + torch.randn_like(hidden) * float(np.random.rand())
+        output: Tensor = self.down(hidden)
+        return output
+
+
+def draws_everywhere() -> tuple[nn.Module, Any]:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return ((model(batch.unsqueeze(-1)).squeeze(-1) - batch) ** 2).mean()
+
+    return DrawsEverywhere(), loss
+
+
+class Masked(OwnLoss):
+    """Holds infinity on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+
+def masked_model() -> nn.Module:
+    return Masked()

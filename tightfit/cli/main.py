@@ -90,8 +90,6 @@ _OTHERS_ERROR_S = 2.0
 
 def console() -> NoReturn:
     """Run the `tightfit` program."""
-    # The profiler, which meters memory on a CPU, else announces each of its starts on stderr.
-    os.environ["KINETO_LOG_LEVEL"] = "99"
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     exit_code = main(sys.argv[1:])
     if was_in_a_group():

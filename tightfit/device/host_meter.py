@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from tightfit._torch_private import profiler_is_running, profiler_memory_events, profiler_ranges
+from tightfit._torch_private import profiler_is_running, profiler_memory_events, profiler_ranges, quiet_profiler
 from tightfit.errors import UnsupportedInput
 
 Result = TypeVar("Result")
@@ -22,11 +22,8 @@ _PREFIX = "tightfit-op-"
 
 def measure_host_peak(fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
     """Run `fn` and return its result and the peak in bytes, `resident_bytes` of it alive before."""
-    _refuse_second_profiler()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _profiler() as profile:
-            result = fn()
+    with _profiling() as profile:
+        result = fn()
     level = peak = 0
     for _, nbytes in profiler_memory_events(profile):
         level += nbytes
@@ -37,10 +34,8 @@ def measure_host_peak(fn: Callable[[], Result], resident_bytes: int) -> tuple[Re
 @contextmanager
 def host_workspace_meter() -> Iterator[HostWorkspaceMeter]:
     """Meter the workspace of operations that run one after another inside, on the processor."""
-    _refuse_second_profiler()
-    with _profiler() as profile:
-        meter = HostWorkspaceMeter(profile)
-        yield meter
+    with _profiling() as profile:
+        yield HostWorkspaceMeter(profile)
 
 
 class HostWorkspaceMeter:
@@ -72,8 +67,25 @@ class HostWorkspaceMeter:
         return found
 
 
-def _profiler() -> torch.profiler.profile:
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+@contextmanager
+def _profiling() -> Iterator[torch.profiler.profile]:
+    """Profile memory inside.  Only what the profiler itself says is silenced, not what runs inside."""
+    _refuse_second_profiler()
+    with _silent():
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        profile.__enter__()
+    try:
+        yield profile
+    finally:
+        with _silent():
+            profile.__exit__(None, None, None)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with quiet_profiler(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _refuse_second_profiler() -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tightfit._torch_private import never_compiled
+
 _HANDS_OUT_MEMORY = frozenset(
     {
         torch.Tensor.numpy,
@@ -52,6 +54,7 @@ class MemoryWatch(TorchFunctionMode):
         """Pop it from the stack; it must be on top."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
+    @never_compiled
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

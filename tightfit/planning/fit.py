@@ -13,6 +13,7 @@ from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.errors import ProofWarning, UnsupportedInput, VerificationFailed
 from tightfit.installation.applied import Applied
+from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
 from tightfit.planning.search import search
@@ -26,6 +27,7 @@ from tightfit.verification.trial import Trial
 from tightfit.verification.verify import prove
 
 
+@waiting_interrupts()
 def fit(
     model: torch.nn.Module,
     batch: Any,

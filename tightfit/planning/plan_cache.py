@@ -21,6 +21,7 @@ import torch
 
 from tightfit.installation.plans import PlanStatistics
 from tightfit.installation.resolved_plan import ResolvedPlan
+from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.replan import MOST_KINDS, Replanned, Replanner
 from tightfit.planning.search import FoundPlan
 from tightfit.records import Plan
@@ -94,7 +95,7 @@ class PlanCache:
         entry = self._entries.get(key)
         if entry is None or self._is_due(entry):
             if self._replanner.can_measure:
-                with self._replanner.budget.in_totals():
+                with waiting_interrupts(), self._replanner.budget.in_totals():
                     entry = self._keep(self._planned(key, batch, entry))
             elif entry is None:
                 return self._unplanned()

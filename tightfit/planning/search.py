@@ -18,6 +18,7 @@ from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible, VerificationFailed
 from tightfit.installation.applied import Applied, install
 from tightfit.installation.resolved_plan import ResolvedPlan
+from tightfit.interrupts import waiting_interrupts
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
@@ -48,6 +49,7 @@ class FoundPlan:
     """What the trial run left behind, its measured peak among it."""
 
 
+@waiting_interrupts()
 def find_plan(
     model: torch.nn.Module,
     batch: Any,

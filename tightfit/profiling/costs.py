@@ -32,6 +32,7 @@ import torch
 
 from tightfit._torch_private import below_autograd, set_grad_mode
 from tightfit.device import Device, device_for
+from tightfit.interrupts import safe_point
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, layouts_of
 from tightfit.profiling.partial_call import argument_bytes, fit_call
@@ -162,6 +163,7 @@ def _measure(calls: Sequence[Call], device: Device, result: Costs, timed: bool) 
         for index, call in enumerate(calls):
             if index not in alone or (round_number > 0 and best.get(index, 0.0) > _LONG_RUN_MS):
                 continue
+            safe_point()
             repeats = 1 if round_number == 0 else 2
             elapsed = _time_ms(call, device, repeats)
             if elapsed is not None and cold and argument_bytes(call) >= _MUCH_DATA_BYTES and elapsed < _LONG_RUN_MS:
@@ -223,6 +225,7 @@ def _run_each(calls: Sequence[Call], device: Device) -> dict[int, RunAlone]:
     result: Any
     with device.workspace_meter() as meter:
         for index, call in enumerate(calls):
+            safe_point()
             try:
                 args, kwargs = _make_up(call)
                 with meter.watch(index):

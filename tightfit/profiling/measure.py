@@ -12,6 +12,7 @@ import torch
 from tightfit.device import device_for
 from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
+from tightfit.interrupts import waiting_interrupts
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.excluded import keep_excluded
@@ -32,6 +33,7 @@ from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 _DATA_DEPENDENT_MARGIN = 0.05
 
 
+@waiting_interrupts()
 def measure(
     model: torch.nn.Module,
     batch: Any,
@@ -106,6 +108,7 @@ def measure_together(
     return group.run_on_all(lambda: measured if measured is not None and described == firsts else mine())
 
 
+@waiting_interrupts()
 def measure_step(
     model: torch.nn.Module,
     batch: Any,

@@ -56,8 +56,8 @@ def observe_fake(
         The observer, None if the run failed; and whether it failed because shapes depend on the data.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    surroundings = NamespaceSnapshot(step.loss)
     observer = Observer(signatures, device_for(model), layouts=layouts)
+    surroundings = NamespaceSnapshot(step.loss)
     try:
         _observe_copy(model, batch, step, observer, mode)
     except BaseException as error:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, storage_key
+from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, never_compiled, storage_key
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
+from tightfit.interrupts import safe_point
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.profiling.gradient_sums import GradientSums
@@ -164,6 +165,7 @@ class Observer(DispatchMode):
             return 1.0  # `item()`: an optimizer reads its step counter, and a fake tensor has no number
         if self._unrecorded_depth or not self._ledger.is_open:
             return func(*args, **kwargs)
+        safe_point()
         was_in_observer, self._in_observer = self._in_observer, True
         try:
             if self._memory_only_depth:
@@ -277,6 +279,7 @@ class Observer(DispatchMode):
         self._ledger.emit(EventKind.OP, op_index)
         return result
 
+    @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not self._ledger.is_open or self._memory_only_depth:
             return tensor

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import is_conj_or_neg
+from tightfit._torch_private import is_conj_or_neg, never_compiled
 from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
 
@@ -79,6 +79,7 @@ class SavedTensors:
                 contents = self._spill(tensor)
         return _Placeholder(slot, tensor, contents, self._release)
 
+    @never_compiled
     def unpack(self, packed: Any) -> Any:
         """Return the saved tensor, or on fake tensors an empty one of the same geometry."""
         if not isinstance(packed, _Placeholder):

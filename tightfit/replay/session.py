@@ -28,6 +28,7 @@ from tightfit._torch_private import (
     ddp_runs_its_module,
     dispatch_depth,
     function_mode_depth,
+    never_compiled,
     saved_tensor_hooks_allowed,
     top_dispatch_mode,
     top_function_mode,
@@ -138,6 +139,7 @@ class Installed:
             session.aside -= 1
 
 
+@never_compiled
 def unpack(packed: Any) -> Any:
     """Return the tensor for what `Tape.pack` gave autograd."""
     if type(packed) is Handle:
@@ -176,12 +178,6 @@ class Session(DispatchMode):
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # PyTorch's own switch: without it every operation pays for a wrapper that only torch.compile needs, and a
-        # compiled model is never planned.
-        return False
 
     @property
     def is_over(self) -> bool:
@@ -339,6 +335,7 @@ class Session(DispatchMode):
             self._tape.about_to_write(tensor)
         self._writes.expose(tensor)
 
+    @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
         tape = self._tape
         was_busy, self._busy = self._busy, True

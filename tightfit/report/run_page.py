@@ -147,7 +147,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
         ("Added time", f"{plan.overhead_ratio:+.1%}", "predicted, of the plain step"),
         ("Gradients", *_proof(summary.get("gradients_equal"))),
     ]
-    losses = [line["loss"] for line in run.metrics]
+    losses = [loss for _, loss in _points(run, "loss")]
     if losses:
         tiles.append(("Loss", f"{losses[-1]:.4f}", f"at the last logged step; {losses[0]:.4f} at the first"))
     if summary.get("best") is not None:
@@ -168,15 +168,15 @@ def _tile(what: str, figure: str, source: str) -> str:
 
 
 def _charts(run: RunFiles) -> list[tuple[str, str]]:
-    evaluated = [(line["step"], line["eval"]) for line in run.metrics if "eval" in line]
     losses = [
         Line(name="training loss", points=_points(run, "loss"), of_many=statistics.fmean),
-        Line(name="held-out loss", points=[(step, e["loss"]) for step, e in evaluated if "loss" in e]),
+        Line(name="held-out loss", points=_evaluations(run, "loss")),
     ]
     charts = [("Loss", line_chart(losses, x_name="step"))]
-    others = sorted({name for _, e in evaluated for name in e if name not in ("loss", "samples", "peak_bytes")})
+    names = {name for line in run.metrics for name in line.get("eval", ())}
+    others = sorted(names - {"loss", "samples", "peak_bytes"})
     for name in others:
-        line = Line(name=name.replace("_", " "), points=[(step, e[name]) for step, e in evaluated if name in e])
+        line = Line(name=name.replace("_", " "), points=_evaluations(run, name))
         charts.append((f"Held out: {line.name}", line_chart([line], x_name="step")))
     charts.append(("Memory", _memory_chart(run)))
     times = [Line(name="step", points=_points(run, "step_ms"), of_many=statistics.fmean)]
@@ -198,7 +198,12 @@ def _memory_chart(run: RunFiles) -> str:
 
 
 def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in run.metrics if name in line]
+    return [(line["step"], line[name]) for line in run.metrics if line.get(name) is not None]
+
+
+def _evaluations(run: RunFiles, name: str) -> list[tuple[float, float]]:
+    evaluated = [(line["step"], line["eval"].get(name)) for line in run.metrics if "eval" in line]
+    return [(step, value) for step, value in evaluated if value is not None]
 
 
 def _metrics(path: Path) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tightfit.device.budget import Budget
 from tightfit.records import Plan, Verdict
-from tightfit.report.text import format_metrics
+from tightfit.report.text import finite_or_none, format_metrics
 from tightfit.units import format_bytes
 
 
@@ -26,6 +26,8 @@ class RunSummary:
     """Steps in which a region ran other operations than planned."""
     first_step: int
     """Steps that were done before this process began."""
+    skipped_steps: int
+    """Steps of this process that left the weights alone, because something in them was not finite."""
     steps: int
     stopped_early: bool
     """Before all steps were done, because evaluations no longer improved."""
@@ -62,13 +64,14 @@ class RunSummary:
             "best_metric": None if self.best is None else self.best_metric,
             "best": self.best,
             "best_step": self.best_step,
-            "loss_before": self.loss_before,
-            "loss_after": self.loss_after,
+            "loss_before": finite_or_none(self.loss_before),
+            "loss_after": finite_or_none(self.loss_after),
             "processes": self.processes,
             "budget_bytes": self.budget.total_bytes,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
             "mismatched_steps": self.mismatched_steps,
+            "skipped_steps": self.skipped_steps,
             "plain_peak_bytes": verdict.plain_peak_bytes,
             "plain_peak_source": verdict.plain_peak_source,
             "plain_step_ms": verdict.plain_step_ms,
@@ -105,6 +108,7 @@ def format_summary(summary: RunSummary) -> str:
             f"{'kept' if summary.measured_peak_bytes <= budget_bytes else 'EXCEEDED'}",
         ),
         *_off_plan(summary),
+        *_skipped(summary),
         ("slowdown", _slowdown(plan, verdict)),
         ("gradients", _equal(verdict, verdict.gradients_equal)),
         ("buffers", _equal(verdict, verdict.buffers_equal)),
@@ -125,6 +129,14 @@ def _off_plan(summary: RunSummary) -> list[tuple[str, str]]:
         return []
     steps = "step" if count == 1 else "steps"
     return [("off plan", f"{count} {steps} ran other operations than planned, and recomputed all that is safe there")]
+
+
+def _skipped(summary: RunSummary) -> list[tuple[str, str]]:
+    count = summary.skipped_steps
+    if not count:
+        return []
+    taken = summary.steps - summary.first_step
+    return [("skipped", f"{count} of {taken} steps, whose loss or gradients were not finite; see log.txt")]
 
 
 def _evaluated(summary: RunSummary) -> list[tuple[str, str]]:

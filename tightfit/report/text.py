@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
@@ -54,3 +55,8 @@ def format_gaps(verdict: Verdict) -> list[str]:
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Format the metrics of an evaluation."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+
+
+def finite_or_none(number: float) -> float | None:
+    """Return what JSON can hold of a number: it has no infinity and no NaN."""
+    return number if math.isfinite(number) else None

@@ -24,6 +24,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 
+from tightfit.interrupts import safe_point
 from tightfit.records import Decision
 from tightfit.simulation.levers import BY_VALUE, LEVERS
 from tightfit.solver.columns import Column, ColumnSource, keeping, useful_values
@@ -284,6 +285,7 @@ class ColumnPool:
     def _generate(self, budget_bytes: int | None) -> None:
         """Generate columns at one budget, or for the smallest peak."""
         for _ in range(_ROUNDS):
+            safe_point()
             relaxation = self.master.relaxed(budget_bytes)
             if relaxation is None or not self._price_all(relaxation):
                 return

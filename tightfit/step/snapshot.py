@@ -29,6 +29,7 @@ from tightfit._torch_private import (
 from tightfit.device.process_state import device_random_states, set_device_random_states
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.errors import UnsupportedInput
+from tightfit.interrupts import safe_point
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.microbatch import Microbatch
 
@@ -123,6 +124,7 @@ class TrainingState:
     def _walk(self, roots: list[Any]) -> None:
         pending = deque(roots)
         while pending and len(self._seen) < _MOST_THINGS:
+            safe_point()
             thing = pending.popleft()
             if isinstance(thing, _ATOMS) or id(thing) in self._seen:
                 continue

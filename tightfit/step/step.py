@@ -11,6 +11,7 @@ import torch
 
 from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
+from tightfit.interrupts import safe_point
 from tightfit.step.microbatch import Microbatch
 
 LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -84,7 +85,9 @@ class Step:
     def run(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Run the whole step and return the last loss, detached. Gradients are added to those that are there."""
         for _ in range(self.accumulation_steps):
+            safe_point()
             loss = self.run_loss(model, batch)
+            safe_point()
             (loss / self.accumulation_steps if self.accumulation_steps > 1 else loss).backward()
             loss = loss.detach()
         self.run_optimizers(model)
@@ -95,6 +98,7 @@ class Step:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
         for optimizer in self.optimizers:
+            safe_point()
             optimizer.step()
 
     @contextmanager

@@ -27,7 +27,6 @@ from torch import nn
 from tightfit.errors import UnsupportedInput
 from tightfit.train.files import flush_to_disk
 from tightfit.train.parallel.fsdp import shards_of_model, shards_of_optimizer
-from tightfit.train.random_state import restore_random_state
 
 FORMAT_VERSION = 4
 _RECOLLECT_FORMATS = (1, 2, 3)
@@ -165,12 +164,12 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 def load_checkpoint(
     checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0, world_size: int = 1
-) -> tuple[Mapping[str, Any], bool]:
-    """Restore model, optimizer and random generators.
+) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """Load model and optimizer.
 
     Returns:
-        What was given as ``extra``, and whether the random generators of this process were among what was saved: they
-        are not where the run had another number of processes.
+        What was given as ``extra``, and the state of this process's random generators; None where the run had another
+        number of processes.
     """
     saved = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
     try:
@@ -182,10 +181,7 @@ def load_checkpoint(
             f"Resume with the model that wrote it."
         ) from None
     states = saved["random"]
-    known = len(states) == world_size
-    if known:
-        restore_random_state(states[rank])
-    return saved["extra"], known
+    return saved["extra"], states[rank] if len(states) == world_size else None
 
 
 def _incomplete(folder: Path, why: str) -> UnsupportedInput:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
@@ -47,12 +45,3 @@ def explaining_step_failures(
             f"has less than that to give, or something else took it. Go on from the last checkpoint with --resume auto "
             f"and a smaller --memory."
         ) from error
-
-
-def require_finite(loss: float, step: int, checkpoints: Path) -> None:
-    """Raise `TrainingFailed` if the loss is not a number any more."""
-    if not math.isfinite(loss):
-        raise TrainingFailed(
-            f"the loss is {loss} at step {step}, so the weights are no longer of use. "
-            f"The last checkpoint in {checkpoints} is from before. Try a smaller --lr."
-        )

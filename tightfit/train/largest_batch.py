@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tightfit.errors import BudgetInfeasible
-from tightfit.step.batch import batch_tensors, describe_batch
+from tightfit.step.batch import describe_batch
 from tightfit.train.data.dataset_info import TrainingData
 from tightfit.train.data.loader import BatchLoader
 
@@ -48,7 +48,7 @@ def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int,
         place, step = 0, max(steps[:2], key=lambda step: len(loader.numbers(step)[0]))
         return LargestMicrobatch(step=step, place=place, numbers=loader.numbers(step)[0], is_bound=True)
     stride = -(-len(data.samples) // MOST_SAMPLES)
-    sizes = {number: _size(data, number) for number in range(0, len(data.samples), stride)}
+    sizes = loader.elements(range(0, len(data.samples), stride))
     best: tuple[int, LargestMicrobatch] | None = None
     unseen = set(sizes)
     for step in steps:
@@ -61,11 +61,6 @@ def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int,
             break
     assert best is not None
     return best[1]
-
-
-def _size(data: TrainingData, number: int) -> int:
-    """Count the elements of a sample."""
-    return sum(tensor.numel() for tensor in batch_tensors(data.samples[number]))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ step, by early stopping or by a signal.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -22,7 +23,8 @@ from tightfit.train.config import TrainConfig
 from tightfit.train.data.loader import to_device
 from tightfit.train.ema import MovingAverage
 from tightfit.train.evaluation import Evaluation, Evaluator
-from tightfit.train.failures import explaining_step_failures, require_finite
+from tightfit.train.failures import explaining_step_failures
+from tightfit.train.finiteness import FiniteGuard, gradients_are_finite
 from tightfit.train.optimizers import set_lr
 from tightfit.train.parallel.ddp import all_reducing, require_all_reduced
 from tightfit.train.parallel.fsdp import unsharded
@@ -30,7 +32,7 @@ from tightfit.train.progress import Progress
 from tightfit.train.schedules import lr_at
 from tightfit.train.signals import Interrupted, StopRequest
 from tightfit.train.step_log import StepLog
-from tightfit.train.step_meter import StepMeter, StepResult
+from tightfit.train.step_meter import MeasuredStep, StepMeter, StepResult
 from tightfit.train.workload import Workload
 
 
@@ -43,6 +45,8 @@ class OptimizerStep:
     model: nn.Module
     """What is called: the workload's model, or that wrapped for several processes."""
     scaler: torch.amp.GradScaler
+    skips_nonfinite: bool = False
+    """Leave the weights alone in a step whose loss or gradients are not finite."""
 
     def prepare(self, microbatches: Sequence[Microbatch]) -> None:
         """Plan batches of these shapes now, if there is no plan for them yet."""
@@ -73,9 +77,18 @@ class OptimizerStep:
             if work.clip_norm is not None:
                 self.scaler.unscale_(work.optimizer)
                 norm = unsharded(torch.nn.utils.clip_grad_norm_(work.model.parameters(), work.clip_norm))
+            if self.skips_nonfinite and not self._is_finite(total, norm):
+                return StepResult(loss=total, gradient_norm=norm, skipped=True)
             self.scaler.step(work.optimizer)
             self.scaler.update()
             return StepResult(loss=total, gradient_norm=norm)
+
+    def _is_finite(self, loss: Tensor, norm: Tensor | None) -> bool:
+        """Tell whether loss and gradients are finite in all processes.  A loss scaler looks at them by itself."""
+        if self.scaler.is_enabled():
+            return True
+        is_finite = math.isfinite(loss.item()) and (norm is None or math.isfinite(norm.item()))
+        return all(self.work.group.all_gather(is_finite and gradients_are_finite(self.work.model.parameters())))
 
 
 @dataclass(kw_only=True)
@@ -91,15 +104,18 @@ class TrainingLoop:
     progress: Progress
     log: StepLog
     checkpoints: CheckpointWriter
+    guard: FiniteGuard
     total_steps: int
     steps_done: int
+    skipped_steps: int = 0
+    """Of this process's, because something in them was not finite."""
     last_evaluation: Evaluation | None = None
 
     def run(self) -> None:
         """Take the steps that are left.
 
         Raises:
-            TrainingFailed: the loss is no longer a number, or the memory or the disk is at an end.
+            TrainingFailed: a loss or weights are no numbers, or the memory or the disk is at an end.
             Interrupted: a signal came; the checkpoint is written.
         """
         first_step = self.steps_done
@@ -118,15 +134,16 @@ class TrainingLoop:
                 evaluation, is_best = None, False
 
                 if not is_logged:
-                    self.steps.take(microbatches)
+                    result = self.steps.take(microbatches)
+                    self._note(step, result)
                     self.average.update(step)
                     self.meter.add(time.perf_counter() - started)
                     self.log.reporter.advance(step)
                 else:
                     measured = self.meter.measure(self.steps, microbatches)
+                    self._note(step, measured)
                     self.average.update(step)
                     stop.expect_steps_of(measured.step_ms)
-                    require_finite(measured.loss, step, self.checkpoints.folder)
                     if is_evaluated:
                         evaluation = self._evaluate()
                         is_best = self.progress.note(evaluation, step, self.work.task)
@@ -136,24 +153,41 @@ class TrainingLoop:
                 is_finished = is_last or stops_early
                 is_saved = is_finished or is_best or step % self.config.save_every == 0
                 if is_saved:
-                    self.checkpoints.save(step, is_best=is_best)
+                    self._save(step, is_best=is_best)
                 self.steps_done = step
 
                 signal_number = stop.after_step(step)
                 if signal_number is not None:
                     if not is_saved:
-                        self.checkpoints.save(step, is_best=False)
+                        self._save(step, is_best=False)
+                    rest = (
+                        "The run is done but for its model, which --resume auto writes."
+                        if is_finished
+                        else ("Go on with --resume auto.")
+                    )
                     raise Interrupted(
-                        signal_number,
-                        f"stopped by a signal after step {step}; the checkpoint is written. Go on with --resume auto.",
+                        signal_number, f"stopped by a signal after step {step}; the checkpoint is written. {rest}"
                     )
                 if is_finished:
                     break
         if self.steps_done < self.total_steps:
-            self.log.reporter.say(
-                f"stopped early: {self.work.task.best.replace('_', ' ')} has not improved in "
-                f"{self.progress.evaluations_since_best} evaluations, since step {self.progress.best_step}"
-            )
+            self.log.reporter.say(self.progress.why_stopped(self.work.task))
+
+    def _note(self, step: int, taken: StepResult | MeasuredStep) -> None:
+        """Look at whether a step's numbers are finite."""
+        if taken.skipped:
+            self.skipped_steps += 1
+            self.log.reporter.say(f"step {step} is skipped: its loss or gradients are not finite; the weights stay")
+        elif isinstance(taken, MeasuredStep):
+            # A loss scaler meets infinite gradients in the ordinary course of things, and skips their step.
+            norm = None if self.steps.scaler.is_enabled() else taken.gradient_norm
+            self.guard.require_finite_step(step, taken.loss, norm)
+        elif not self.steps.scaler.is_enabled():
+            self.guard.note(taken.loss)
+
+    def _save(self, step: int, *, is_best: bool) -> None:
+        self.guard.require_finite_state(step)
+        self.checkpoints.save(step, is_best=is_best)
 
     def _set_lr(self, step: int) -> float:
         config = self.config

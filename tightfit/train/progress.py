@@ -35,6 +35,13 @@ class Progress:
         """Whether so many evaluations in a row were no better; None: never."""
         return patience is not None and self.evaluations_since_best >= patience
 
+    def why_stopped(self, task: Task) -> str:
+        """Say why early stopping has ended the run."""
+        return (
+            f"stopped early: {task.best.replace('_', ' ')} has not improved in {self.evaluations_since_best} "
+            f"evaluations, since step {self.best_step}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the state as plain data."""
         return asdict(self)

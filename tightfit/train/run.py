@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,19 +15,20 @@ from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
 from tightfit.report.run_summary import RunSummary
 from tightfit.report.text import format_gaps
-from tightfit.train.checkpoint import Checkpoint
+from tightfit.train.checkpoint import LATEST, Checkpoint
 from tightfit.train.checkpoint_writer import CheckpointWriter
 from tightfit.train.config import TrainConfig
 from tightfit.train.determinism import deterministic_algorithms
 from tightfit.train.ema import MovingAverage
 from tightfit.train.evaluation import Evaluator, loss_of_first_batch, make_evaluator
+from tightfit.train.finiteness import FiniteGuard
 from tightfit.train.loop import OptimizerStep, TrainingLoop
 from tightfit.train.models import ModelSource
 from tightfit.train.parallel.ddp import data_parallel
 from tightfit.train.parallel.fsdp import unsharded
 from tightfit.train.precision import make_scaler
 from tightfit.train.progress import Progress
-from tightfit.train.resume import identity_of, progress_of, restore
+from tightfit.train.resume import Restored, end_of_run, identity_of, progress_of, restore, settle_sums
 from tightfit.train.run_folder import RunFolder
 from tightfit.train.run_metrics import MetricsFile, import_tensorboard
 from tightfit.train.run_plan import plan_run, unused_parameters_of
@@ -60,13 +62,15 @@ def run(
     group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
 ) -> RunSummary | None:
-    """Train as ``config`` says, noting ``command`` in the run's folder.  Returns None if a resumed run is already done.
+    """Train as ``config`` says, noting ``command`` in the run's folder.
+
+    Returns None if a resumed run has ended already; its model is then written, if it was not.
 
     Of several processes each calls this, with its `group` and its `device`; rank 0 writes the run's folder.
 
     Raises:
         UnsupportedInput, BudgetInfeasible: before anything was written.
-        TrainingFailed: the loss is no longer a number.
+        TrainingFailed: a loss or weights are no numbers.
         Interrupted: a signal came; the checkpoint is written.
     """
     with deterministic_algorithms(config.deterministic):
@@ -98,20 +102,19 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
     config, work, folder, checkpoint = prepared.config, prepared.work, prepared.folder, prepared.checkpoint
     group, total_steps = work.group, prepared.total_steps
     identity = identity_of(config, work, total_steps)
-    extra = {} if checkpoint is None else group.run_on_all(lambda: restore(config, work, checkpoint, identity))
+    restored = Restored()
+    if checkpoint is not None:
+        restored = group.run_on_all(lambda: restore(config, work, checkpoint, identity))
     average = MovingAverage(work.model, config.ema_decay)
-    if "average" in extra:
-        average.load_state_dict(extra["average"])
+    if "average" in restored.extra:
+        average.load_state_dict(restored.extra["average"])
     scaler = make_scaler(config.precision, work.device)
-    if "scaler" in extra:
-        scaler.load_state_dict(extra["scaler"])
+    if "scaler" in restored.extra:
+        scaler.load_state_dict(restored.extra["scaler"])
     first_step = 0 if checkpoint is None else checkpoint.step
-    if checkpoint is not None and first_step >= total_steps:
-        reporter.say(
-            f"nothing to do: the run in {folder.path} has done {first_step} steps, and {total_steps} were asked for. "
-            f"Train longer with --steps {2 * first_step}, or begin another run with --mark NAME.",
-            important=True,
-        )
+    if checkpoint is not None and (end := end_of_run(config, work, checkpoint, total_steps)) is not None:
+        reporter.say(f"nothing to do: the run in {folder.path} {end}", important=True)
+        _finish_ended(prepared, checkpoint, average, reporter)
         return None
     _introduce(prepared, reporter)
     applied, budget = plan_run(config, work, average, first_step, total_steps)
@@ -136,7 +139,13 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
             loop = TrainingLoop(
                 config=config,
                 work=work,
-                steps=OptimizerStep(work=work, applied=applied, model=model, scaler=scaler),
+                steps=OptimizerStep(
+                    work=work,
+                    applied=applied,
+                    model=model,
+                    scaler=scaler,
+                    skips_nonfinite=config.on_nonfinite == "skip",
+                ),
                 meter=meter,
                 evaluator=prepared.evaluator,
                 average=average,
@@ -150,23 +159,53 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
                     progress=progress,
                     identity=identity,
                 ),
+                guard=FiniteGuard(work, average, folder.checkpoints),
                 total_steps=total_steps,
                 steps_done=first_step,
             )
+            settle_sums(loop.steps, model, work, scaler, first_step)
+            restored.restore_random_state()
             loop.run()
         mismatched_steps = 0 if applied.plans is None else applied.plans.statistics.mismatched_steps
     finally:
         applied.remove()
     summary = _summarise(prepared, loop, applied, meter, mismatched_steps, first_step)
-    with average.in_place():
-        weights = unsharded(work.model.state_dict(), keep=group.is_main_process)
-
-        def finish() -> None:
-            folder.save_model(weights)
-            folder.save_summary(summary.to_json())
-
-        _on_first(group, finish)
+    _finish(folder, work, average, loop.steps_done, summary.to_json())
     return summary
+
+
+def _finish(folder: RunFolder, work: Workload, average: MovingAverage, step: int, summary: Mapping[str, Any]) -> None:
+    """Write the model and the page of a run that has ended after `step` steps."""
+    with average.in_place():
+        weights = unsharded(work.model.state_dict(), keep=work.group.is_main_process)
+
+        def write() -> None:
+            folder.save_model(weights, step)
+            folder.save_summary(summary)
+
+        _on_first(work.group, write)
+
+
+def _finish_ended(prepared: _Prepared, checkpoint: Checkpoint, average: MovingAverage, reporter: Reporter) -> None:
+    """Write the model of a run that was ended between its last checkpoint and that."""
+    folder, work, step = prepared.folder, prepared.work, checkpoint.step
+    is_last = checkpoint.folder == (folder.checkpoints / LATEST).resolve()
+    if work.group.broadcast(not is_last or (work.group.is_main_process and folder.is_finished(step))):
+        return
+    FiniteGuard(work, average, folder.checkpoints).require_finite_state(step)
+    progress = progress_of(checkpoint)
+    summary = {
+        "run_folder": str(folder.path),
+        "model_file": str(folder.model),
+        "steps": step,
+        "stopped_early": step < prepared.total_steps,
+        "best_metric": None if progress.best is None else work.task.best,
+        "best": progress.best,
+        "best_step": progress.best_step,
+    }
+    _on_first(work.group, lambda: reporter.open_log(folder.log))
+    _finish(folder, work, average, step, summary)
+    reporter.say(f"its model was not written when it ended: it is now, in {folder.model}", important=True)
 
 
 def _summarise(
@@ -190,6 +229,7 @@ def _summarise(
         mismatched_steps=max(steps for _, steps in everyones),
         processes=work.group.world_size,
         first_step=first_step,
+        skipped_steps=loop.skipped_steps,
         steps=loop.steps_done,
         stopped_early=loop.steps_done < loop.total_steps,
         loss_before=progress.loss_before,

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tightfit.device.registry import devices
@@ -24,6 +26,7 @@ from tightfit.report.run_page import PAGE, read_run, refuse_recollect, render
 from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from tightfit.train.config import TrainConfig, to_yaml
 from tightfit.train.data import data_name
+from tightfit.train.failures import TrainingFailed
 from tightfit.train.files import replacing, write_text
 from tightfit.train.registry import folder_name
 
@@ -100,10 +103,20 @@ class RunFolder:
         kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
-    def save_model(self, state: Mapping[str, Any]) -> None:
-        """Write ``model.safetensors``, with each key of the state dict, also of tied weights."""
-        from safetensors.torch import save_file
+    def is_finished(self, step: int) -> bool:
+        """Tell whether the model of a run that ended after `step` steps is written, or that of a later end.
 
+        The page is written after the model, and dropped when the run goes on.
+        """
+        summary = read_run(self.path).summary if self.model.exists() else None
+        return summary is not None and summary["steps"] >= step
+
+    def save_model(self, state: Mapping[str, Any], step: int) -> None:
+        """Write ``model.safetensors``, with each key of the state dict, also of tied weights.
+
+        Raises:
+            TrainingFailed: there is no room on the disk.
+        """
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in state.items():
@@ -113,9 +126,15 @@ class RunFolder:
             shared = host.untyped_storage().data_ptr() in seen
             tensors[name] = host.clone() if shared else host
             seen.add(host.untyped_storage().data_ptr())
-        with replacing(self.model) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
+        try:
+            with replacing(self.model) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+                shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
+        except (OSError, SafetensorError) as problem:
+            raise TrainingFailed(
+                f"the model could not be written to {self.model} ({problem}). The checkpoint of step {step} is "
+                f"complete. Make room there and give the same command with --resume auto, which writes the model."
+            ) from problem
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's HTML page, with its summary."""

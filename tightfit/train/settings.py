@@ -183,7 +183,7 @@ class DeviceSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LengthSettings(Settings):
-    """How long, and how the learning rate moves."""
+    """How long, how the learning rate moves, and what becomes of bad steps."""
 
     TITLE = "training"
 
@@ -199,6 +199,9 @@ class LengthSettings(Settings):
     """Learning rate at the end of the schedule, as a fraction of its peak"""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate and save that; e.g. 0.999"""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """On a loss or gradients of NaN: stop before saving them, or skip the step"""
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of the whole run."""

@@ -8,6 +8,7 @@ from typing import Any
 from tightfit.installation.applied import Applied
 from tightfit.report.reporter import Reporter
 from tightfit.report.step_report import StepReport
+from tightfit.report.text import finite_or_none
 from tightfit.train.evaluation import Evaluation
 from tightfit.train.run_metrics import MetricsFile
 from tightfit.train.step_meter import MeasuredStep
@@ -53,9 +54,10 @@ def _metrics_line(report: StepReport, evaluation: Evaluation | None) -> dict[str
         "step", "epoch", "loss", "lr", "step_ms", "peak_bytes", "budget_bytes", "samples_per_second",
         "memory_now_bytes", "recompute_ratio",
     )  # fmt: skip
-    line: dict[str, Any] = {name: getattr(report, name) for name in names}
+    line: dict[str, Any] = {name: finite_or_none(getattr(report, name)) for name in names}
     if report.gradient_norm is not None:
-        line["gradient_norm"] = report.gradient_norm
+        line["gradient_norm"] = finite_or_none(report.gradient_norm)
     if evaluation is not None:
-        line["eval"] = {**evaluation.metrics, "samples": evaluation.samples, "peak_bytes": evaluation.peak_bytes}
+        metrics = {name: finite_or_none(value) for name, value in evaluation.metrics.items()}
+        line["eval"] = {**metrics, "samples": evaluation.samples, "peak_bytes": evaluation.peak_bytes}
     return line

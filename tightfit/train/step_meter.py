@@ -25,6 +25,8 @@ class StepResult:
     """Mean over the whole batch; of several processes, the part of this one, times their number."""
     gradient_norm: Tensor | None
     """Before clipping; None: gradients are not clipped."""
+    skipped: bool = False
+    """The weights are as before, because the loss or a gradient was not finite in one of the processes."""
 
 
 class TakesSteps(Protocol):
@@ -50,6 +52,8 @@ class MeasuredStep:
     """Of the process that needs most."""
     resident_bytes: int
     """Held after the step: parameters, gradients, optimizer state, batch, moving average."""
+    skipped: bool
+    """See `StepResult`."""
 
 
 class StepMeter:
@@ -88,6 +92,7 @@ class StepMeter:
             step_ms=1e3 * max(seconds for _, seconds, _ in everyones),
             peak_bytes=max(peak for _, _, peak in everyones),
             resident_bytes=self._resident_bytes(microbatches),
+            skipped=result.skipped,
         )
         self.highest_peak_bytes = max(self.highest_peak_bytes, measured.peak_bytes)
         return measured

@@ -13,6 +13,7 @@ import torch
 
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.applied import Applied, install
+from tightfit.interrupts import waiting_interrupts
 from tightfit.records import Plan, Verdict
 from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
@@ -22,6 +23,7 @@ from tightfit.verification.results import GRADIENT
 from tightfit.verification.trial import Outcome, Trial
 
 
+@waiting_interrupts()
 def verify(
     model: torch.nn.Module,
     batch: Any,

@@ -40,7 +40,7 @@ def environment(**variables: str) -> dict[str, str]:
     """This process's, without any launcher's variables, and with one thread, like this process."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-    return {**kept, "OMP_NUM_THREADS": str(torch.get_num_threads()), "KINETO_LOG_LEVEL": "99", **variables}
+    return {**kept, "OMP_NUM_THREADS": str(torch.get_num_threads()), **variables}
 
 
 def free_port() -> int:

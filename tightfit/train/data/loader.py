@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tightfit.device.process_state import may_fork
 from tightfit.errors import UnsupportedInput
+from tightfit.step.batch import batch_tensors
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.order import BatchOrder
@@ -68,6 +69,12 @@ class _Requests(Dataset[Any]):
         with _seeded_by(f"{self._seed}:{request.step}:{request.place}", self._data.is_random):
             return _batch_of(self._data.name, self._data.samples, request.numbers, self._data.collate)
 
+    def elements(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Count the elements of samples, by their numbers."""
+        with _seeded_by(f"{self._seed}:sizes", self._data.is_random):
+            samples = self._data.samples
+            return {n: sum(tensor.numel() for tensor in batch_tensors(samples[n])) for n in numbers}
+
 
 def _as_it_is(batch: Any) -> Any:
     return batch
@@ -113,6 +120,10 @@ class BatchLoader:
         numbers = numbers[begin:end] or numbers[:1]
         size = self._samples_at_a_time
         return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+    def elements(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Count the elements of samples, by their numbers."""
+        return self._loaded.elements(numbers)
 
     def _sizes(self, step: int) -> tuple[tuple[int, ...], int]:
         """Count the samples of each microbatch of step ``step`` that are this process's own, and those of the step."""

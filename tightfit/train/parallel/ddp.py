@@ -77,6 +77,16 @@ def require_all_reduced(model: nn.Module) -> None:
         )
 
 
+def settling_steps(model: nn.Module, group: ProcessGroup, steps_done: int) -> int:
+    """Count the steps until DDP sums as it does after `steps_done` steps.
+
+    It lays out its buckets anew after the first step, and divides by the number of processes otherwise in the first two
+    than later.  Both move the last bits of a sum of three or more.
+    """
+    is_wrapped = isinstance(model, DistributedDataParallel)
+    return min(steps_done, 2) if is_wrapped and group.world_size > 2 else 0
+
+
 def bucket_bytes(model: nn.Module, group: ProcessGroup) -> int:
     """Bytes held beside a step: after the first one, DDP makes its buckets anew while it still has the old ones."""
     if group.is_single_process or is_sharded(model):

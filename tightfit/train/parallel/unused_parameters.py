@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from tightfit.installation.applied import Applied
+from tightfit.interrupts import waiting_interrupts
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -25,6 +26,7 @@ class UnusedParameters(IntEnum):
     """Every step may leave out others."""
 
 
+@waiting_interrupts()
 def find_unused_parameters(model: nn.Module, batch: Any, applied: Applied, spec: Step) -> UnusedParameters:
     """Find which parameters steps like the one on `batch` leave out; everything is put back afterwards.
 
