@@ -19,7 +19,7 @@ from tightfit.installation.applied import Applied, apply
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
-from tightfit.solver.solver import full_plan, plain_plan, solve
+from tightfit.solver.solver import Solver, full_plan, plain_plan, solve
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.step import Step
@@ -32,6 +32,8 @@ GradCheckpoint = Literal["auto", "full", "off"]
 
 #: A trial run and a new solve for each; the first one usually holds.
 _MOST_ROUNDS = 6
+#: The memory model's own bar for its largest error: within it, the smallest plan's measured peak decides.
+_NEAR = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,30 +90,155 @@ def search(
     is_known = all(group.all_gather(profile is not None and _is_of(profile, trial)))
     if profile is None or not is_known:
         profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=budget_bytes)
+    return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
+
+
+def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
+    """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs."""
     for _ in range(_MOST_ROUNDS):
-        chosen, infeasible = _choose_together(profile, budget_bytes, grad_checkpoint, group)
-        if infeasible is not None:
-            # Check that the budget which the error suggests works, if the device has that much memory.
-            if within_budget or not all(group.all_gather(_has_room(trial, infeasible.required_bytes))):
-                raise infeasible
-            chosen = _choose(profile, infeasible.required_bytes, grad_checkpoint)
-        assert chosen is not None  # either there is a plan, or it is said why not
-        plan = chosen
+        plan = Solver(profile).smallest_plan()
+        if not _has_room(trial, plan.predicted_peak_bytes):
+            break
         applied = apply(trial.model, plan, step=trial.step, profile=profile)
         try:
-            outcome, repaired = _try(trial, applied, profile)
+            outcome, profile = _try(trial, applied, profile)
+        finally:
+            applied.remove()
+        if outcome is not None:
+            break
+    return profile
+
+
+class _Search:
+    """Choose, try and repair until a plan holds, or it is known what the smallest one needs.
+
+    Near its limit a budget is judged by the smallest plan alone, run under the meter: that plan follows from sizes, not
+    from measured times, so that every search judges alike, and the budget that one names is accepted by all others.
+    """
+
+    def __init__(
+        self, trial: Trial, profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, within_budget: bool
+    ) -> None:
+        self._trial = trial
+        self._group = trial.group
+        self._budget_bytes = budget_bytes
+        self._grad_checkpoint: GradCheckpoint = grad_checkpoint
+        self._within_budget = within_budget
+        self._profile = profile
+        self._given_correction_bytes = profile.correction_bytes
+        self._measured_for_bytes = budget_bytes
+        self._smallest_runs = False
+        """The smallest plan of this profile was run, and keeps the budget."""
+
+    def run(self) -> tuple[Applied, FoundPlan]:
+        """Return the plan that held, installed."""
+        for _ in range(_MOST_ROUNDS):
+            chosen, infeasible = _choose_together(
+                self._profile, self._budget_bytes, self._grad_checkpoint, self._group
+            )
+            is_near = infeasible is None and not self._smallest_runs and self._is_near_the_limit(chosen)
+            if infeasible is not None or is_near:
+                smallest = self._try_smallest()
+                if smallest is None:
+                    continue
+                if chosen is None or _decisions(chosen) == _decisions(smallest[1].plan):
+                    return smallest
+                smallest[0].remove()
+                self._smallest_runs = True
+            assert chosen is not None  # or there would be a smallest plan that runs
+            found = self._try(chosen, self._profile)
+            if found is not None:
+                return found
+        for _ in range(_MOST_ROUNDS):
+            smallest = self._try_smallest()
+            if smallest is not None:
+                return smallest
+        raise self._infeasible(self._smallest_plan(), self._budget_bytes + 1)
+
+    def _try(self, plan: Plan, profile: Profile) -> tuple[Applied, FoundPlan] | None:
+        """Run a plan, and leave it installed if it keeps its budget; else learn from it."""
+        applied = apply(self._trial.model, plan, step=self._trial.step, profile=profile)
+        try:
+            outcome, repaired = _try(self._trial, applied, profile)
         except BaseException:
             applied.remove()
             raise
-        if outcome is not None and infeasible is None:
+        if outcome is not None:
             return applied, FoundPlan(plan=plan, profile=profile, resolved=applied.resolved, outcome=outcome)
         applied.remove()
-        if outcome is not None:
-            break
-        profile = repaired
-    raise infeasible or BudgetInfeasible(
-        plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
-    )
+        if repaired.ops is not profile.ops:
+            self._smallest_runs = False
+        self._profile = repaired
+        return None
+
+    def _is_near_the_limit(self, plan: Plan | None) -> bool:
+        near = False
+        if plan is not None and self._grad_checkpoint == "auto" and not plan.is_plain:
+            near = self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
+        return any(self._group.all_gather(near))
+
+    def _uncorrected(self) -> Profile:
+        """Return the profile without what was added because of other plans than the smallest."""
+        return replace(self._profile, correction_bytes=min(self._profile.correction_bytes, self._given_correction_bytes))
+
+    def _smallest_plan(self) -> Plan:
+        solver = Solver(self._uncorrected())
+        if self._grad_checkpoint == "auto":
+            return solver.smallest_plan()
+        plan = solver.full(0) if self._grad_checkpoint == "full" else solver.plain(0)
+        return replace(plan, budget_bytes=plan.predicted_peak_bytes)
+
+    def _try_smallest(self) -> tuple[Applied, FoundPlan] | None:
+        """Run the smallest plan, and leave it installed if it keeps the budget; None where the profile has changed.
+
+        Raises:
+            BudgetInfeasible: it does not. The error names what it needs.
+        """
+        plan = self._smallest_plan()
+        required_bytes = max(self._group.all_gather(plan.predicted_peak_bytes))
+        fits = required_bytes <= self._budget_bytes
+        # Beyond the budget it is run only to learn which budget would be enough, if the device has that much memory.
+        if not fits and (
+            self._within_budget or not all(self._group.all_gather(_has_room(self._trial, required_bytes)))
+        ):
+            raise self._infeasible(plan, required_bytes)
+        is_estimated = any(self._group.all_gather(_is_estimated(self._profile)))
+        if not fits and is_estimated and self._measured_for_bytes < required_bytes:
+            # What could not be run alone within the budget can be within the one that would be named.
+            self._measured_for_bytes = required_bytes
+            trial = self._trial
+            trial.restore()
+            self._profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=required_bytes)
+            return None
+        before = self._uncorrected()
+        found = self._try(replace(plan, budget_bytes=self._budget_bytes) if fits else plan, before)
+        if found is not None and fits:
+            return found
+        if found is not None:
+            found[0].remove()
+            peak_bytes = max(self._group.all_gather(found[1].outcome.peak_bytes))
+            if not is_estimated or peak_bytes > self._budget_bytes:
+                raise self._infeasible(plan, peak_bytes if is_estimated else required_bytes)
+            self._given_correction_bytes = before.correction_bytes + peak_bytes - required_bytes
+            self._profile = self._uncorrected()
+            return None
+        if self._profile.ops is not before.ops:
+            return None
+        more_bytes = self._profile.correction_bytes - before.correction_bytes
+        raise self._infeasible(plan, required_bytes + more_bytes)
+
+    def _infeasible(self, plan: Plan, required_bytes: int) -> BudgetInfeasible:
+        added_bytes = required_bytes - sum(plan.breakdown.values())
+        breakdown = {**plan.breakdown, "correction": plan.breakdown["correction"] + added_bytes}
+        return BudgetInfeasible(required_bytes, self._budget_bytes, plan.peak_where, breakdown)
+
+
+def _decisions(plan: Plan) -> tuple[object, ...]:
+    return plan.regions, plan.recipes, plan.shared_tapes
+
+
+def _is_estimated(profile: Profile) -> bool:
+    return any(signature.note for signature in profile.signatures)
 
 
 def _has_room(trial: Trial, required_bytes: int) -> bool:

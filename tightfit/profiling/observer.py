@@ -22,6 +22,7 @@ from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_t
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
+from tightfit.profiling.saved_scalars import saved_scalar_bytes
 from tightfit.profiling.saved_tensors import SavedTensors
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.storage_ledger import StorageLedger
@@ -61,6 +62,7 @@ class Observer(DispatchMode):
         self._signatures = signatures
         self.random_state_bytes = device.random_state_bytes()
         """What a copy of the default generator's state takes of the memory that counts."""
+        self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
@@ -144,6 +146,7 @@ class Observer(DispatchMode):
     def begin_optimizer(self) -> None:
         """Mark the start of the optimizer step."""
         self.in_optimizer = True
+        self._ledger.free_unseen()
         self._ledger.emit(EventKind.OPTIMIZER)
 
     def enter_module(self, path: str, has_plain_arguments: bool) -> None:
@@ -275,6 +278,8 @@ class Observer(DispatchMode):
             op.outputs.append(value)
         observation.ops.append(op)
         self._ledger.emit(EventKind.OP, op_index)
+        if self._numbers_count:
+            self._ledger.hold_unseen(saved_scalar_bytes(func, args, tensors))
         return result
 
     def _pack(self, tensor: torch.Tensor) -> Any:

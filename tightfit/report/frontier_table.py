@@ -36,7 +36,7 @@ class Curve:
             plans=tuple(plans),
             smallest_bytes=smallest_bytes,
             smallest_where=where,
-            one_level_bytes=solver.smallest_at_one_level().peak_bytes,
+            one_level_bytes=solver.least_budget(solver.smallest_at_one_level().peak_bytes),
             marked_bytes=marked_bytes,
             solving_ms=solving_ms,
         )

@@ -40,7 +40,7 @@ def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -
     plain_bytes = solver.plain(0).plain_peak_bytes
     span_bytes = plain_bytes - least_bytes
     budgets = {least_bytes + span_bytes * place // (points - 1) for place in range(points)}
-    budgets.add(solver.smallest_at_one_level().peak_bytes)
+    budgets.add(solver.least_budget(solver.smallest_at_one_level().peak_bytes))
     budgets.update(budget for budget in also if budget >= least_bytes)
     # In rising order, so that the solver can use a plan for a smaller budget where its search finds only slower ones.
     return _with_tightest_bounds([solver.solve(budget) for budget in sorted(budgets)])
