@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tightfit.installation.applied import Applied, apply
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
-from tightfit.solver.solver import Solver, full_plan, plain_plan, solve
+from tightfit.solver.solver import Solver
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.step import Step
@@ -99,12 +100,13 @@ def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
         plan = Solver(profile).smallest_plan()
         if not _has_room(trial, plan.predicted_peak_bytes):
             break
+        known = profile
         applied = apply(trial.model, plan, step=trial.step, profile=profile)
         try:
-            outcome, profile = _try(trial, applied, profile)
+            _, profile = _try(trial, applied, profile)
         finally:
             applied.remove()
-        if outcome is not None:
+        if profile.ops is known.ops:  # it held, or what it took beyond the prediction has been added
             break
     return profile
 
@@ -127,25 +129,30 @@ class _Search:
         self._profile = profile
         self._given_correction_bytes = profile.correction_bytes
         self._measured_for_bytes = budget_bytes
+        self._solver: Solver | None = None  # of the profile that was last solved
         self._smallest_runs = False
         """The smallest plan of this profile was run, and keeps the budget."""
 
     def run(self) -> tuple[Applied, FoundPlan]:
         """Return the plan that held, installed."""
         for _ in range(_MOST_ROUNDS):
-            chosen, infeasible = _choose_together(
-                self._profile, self._budget_bytes, self._grad_checkpoint, self._group
-            )
-            is_near = infeasible is None and not self._smallest_runs and self._is_near_the_limit(chosen)
-            if infeasible is not None or is_near:
+            smallest = None
+            if not self._smallest_runs and self._is_near_the_limit():
                 smallest = self._try_smallest()
                 if smallest is None:
                     continue
-                if chosen is None or _decisions(chosen) == _decisions(smallest[1].plan):
+            solver = self._solver_of(self._profile)
+            chosen = _choose_together(solver, self._budget_bytes, self._grad_checkpoint, self._group)
+            if chosen is None:
+                smallest = smallest or self._try_smallest()
+                if smallest is None:
+                    continue
+                return smallest
+            if smallest is not None:
+                if all(self._group.all_gather(_decisions(chosen) == _decisions(smallest[1].plan))):
                     return smallest
                 smallest[0].remove()
                 self._smallest_runs = True
-            assert chosen is not None  # or there would be a smallest plan that runs
             found = self._try(chosen, self._profile)
             if found is not None:
                 return found
@@ -171,18 +178,27 @@ class _Search:
         self._profile = repaired
         return None
 
-    def _is_near_the_limit(self, plan: Plan | None) -> bool:
-        near = False
-        if plan is not None and self._grad_checkpoint == "auto" and not plan.is_plain:
-            near = self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
+    def _is_near_the_limit(self) -> bool:
+        near = self._grad_checkpoint == "auto"
+        if near:
+            plain = self._solver_of(self._uncorrected()).plain(0)
+            near = plain.predicted_peak_bytes > self._budget_bytes
+        near = near and self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
         return any(self._group.all_gather(near))
 
     def _uncorrected(self) -> Profile:
         """Return the profile without what was added because of other plans than the smallest."""
-        return replace(self._profile, correction_bytes=min(self._profile.correction_bytes, self._given_correction_bytes))
+        if self._profile.correction_bytes <= self._given_correction_bytes:
+            return self._profile
+        return replace(self._profile, correction_bytes=self._given_correction_bytes)
+
+    def _solver_of(self, profile: Profile) -> Solver:
+        if self._solver is None or self._solver.profile is not profile:
+            self._solver = Solver(profile)
+        return self._solver
 
     def _smallest_plan(self) -> Plan:
-        solver = Solver(self._uncorrected())
+        solver = self._solver_of(self._uncorrected())
         if self._grad_checkpoint == "auto":
             return solver.smallest_plan()
         plan = solver.full(0) if self._grad_checkpoint == "full" else solver.plain(0)
@@ -195,7 +211,7 @@ class _Search:
             BudgetInfeasible: it does not. The error names what it needs.
         """
         plan = self._smallest_plan()
-        required_bytes = max(self._group.all_gather(plan.predicted_peak_bytes))
+        needed_bytes = required_bytes = max(self._group.all_gather(plan.predicted_peak_bytes))
         fits = required_bytes <= self._budget_bytes
         # Beyond the budget it is run only to learn which budget would be enough, if the device has that much memory.
         if not fits and (
@@ -203,34 +219,55 @@ class _Search:
         ):
             raise self._infeasible(plan, required_bytes)
         is_estimated = any(self._group.all_gather(_is_estimated(self._profile)))
-        if not fits and is_estimated and self._measured_for_bytes < required_bytes:
-            # What could not be run alone within the budget can be within the one that would be named.
-            self._measured_for_bytes = required_bytes
-            trial = self._trial
-            trial.restore()
-            self._profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=required_bytes)
-            return None
         before = self._uncorrected()
-        found = self._try(replace(plan, budget_bytes=self._budget_bytes) if fits else plan, before)
+        found = self._try(replace(plan, budget_bytes=max(self._budget_bytes, required_bytes)), before)
         if found is not None and fits:
             return found
         if found is not None:
             found[0].remove()
-            peak_bytes = max(self._group.all_gather(found[1].outcome.peak_bytes))
-            if not is_estimated or peak_bytes > self._budget_bytes:
-                raise self._infeasible(plan, peak_bytes if is_estimated else required_bytes)
-            self._given_correction_bytes = before.correction_bytes + peak_bytes - required_bytes
+            if is_estimated:  # too much, perhaps: what was measured counts
+                needed_bytes = max(self._group.all_gather(found[1].outcome.peak_bytes))
+        elif self._profile.ops is not before.ops:
+            return None
+        else:
+            needed_bytes += self._profile.correction_bytes - before.correction_bytes
+        if needed_bytes <= self._budget_bytes:
+            self._given_correction_bytes = before.correction_bytes + needed_bytes - required_bytes
             self._profile = self._uncorrected()
             return None
-        if self._profile.ops is not before.ops:
+        if is_estimated and self._measured_for_bytes < needed_bytes:
+            # What could not be run alone within the budget can be within the one that would be named.
+            self._measured_for_bytes = needed_bytes
+            trial = self._trial
+            trial.restore()
+            self._profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=needed_bytes)
             return None
-        more_bytes = self._profile.correction_bytes - before.correction_bytes
-        raise self._infeasible(plan, required_bytes + more_bytes)
+        return self._try_plain_instead(plan, needed_bytes, before)
+
+    def _try_plain_instead(self, smallest: Plan, needed_bytes: int, profile: Profile) -> tuple[Applied, FoundPlan]:
+        """Run the plain step where the smallest plan needs more than it, for no budget above plain's may be named."""
+        plain = self._solver_of(profile).plain(self._budget_bytes)
+        plain_bytes = max(self._group.all_gather(plain.predicted_peak_bytes))
+        if plain_bytes >= needed_bytes or _decisions(plain) == _decisions(smallest):
+            raise self._infeasible(smallest, needed_bytes)
+        found = self._try(replace(plain, budget_bytes=max(self._budget_bytes, plain_bytes)), profile)
+        if found is not None and plain_bytes <= self._budget_bytes:
+            return found
+        if found is not None:
+            found[0].remove()
+        else:
+            plain_bytes += max(0, self._profile.correction_bytes - profile.correction_bytes)
+        if plain_bytes >= needed_bytes:
+            raise self._infeasible(smallest, needed_bytes)
+        raise self._infeasible(plain, plain_bytes)
 
     def _infeasible(self, plan: Plan, required_bytes: int) -> BudgetInfeasible:
         added_bytes = required_bytes - sum(plan.breakdown.values())
         breakdown = {**plan.breakdown, "correction": plan.breakdown["correction"] + added_bytes}
-        return BudgetInfeasible(required_bytes, self._budget_bytes, plan.peak_where, breakdown)
+        switched_off = self._profile.switched_off
+        return BudgetInfeasible(
+            required_bytes, self._budget_bytes, plan.peak_where, breakdown, switched_off=switched_off
+        )
 
 
 def _decisions(plan: Plan) -> tuple[object, ...]:
@@ -258,25 +295,19 @@ def _is_of(profile: Profile, trial: Trial) -> bool:
 
 
 def _choose_together(
-    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: ProcessGroup
-) -> tuple[Plan | None, BudgetInfeasible | None]:
-    """Return the plan; else, where one of the processes has none, what the neediest of them needs."""
+    solver: Solver, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: ProcessGroup
+) -> Plan | None:
+    """Return the plan; None where one of the processes has none."""
     plan: Plan | None = None
-    problem: BudgetInfeasible | None = None
-    try:
-        plan = _choose(profile, budget_bytes, grad_checkpoint)
-    except BudgetInfeasible as infeasible:
-        problem = infeasible
-    problems = [one for one in group.all_gather(problem) if one is not None]
-    if problems:
-        return None, max(problems, key=lambda one: one.required_bytes)
-    return plan, None
+    with suppress(BudgetInfeasible):
+        plan = _choose(solver.profile, budget_bytes, grad_checkpoint, solver)
+    return plan if all(group.all_gather(plan is not None)) else None
 
 
-def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint) -> Plan:
+def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, solver: Solver) -> Plan:
     if grad_checkpoint == "auto":
-        return solve(profile, budget_bytes)
-    plan = (full_plan if grad_checkpoint == "full" else plain_plan)(profile, budget_bytes)
+        return solver.solve(budget_bytes)
+    plan = (solver.full if grad_checkpoint == "full" else solver.plain)(budget_bytes)
     if plan.predicted_peak_bytes > budget_bytes:
         raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where, plan.breakdown)
     return plan

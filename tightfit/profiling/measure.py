@@ -142,6 +142,7 @@ def measure_step(
         accumulation_steps=step.accumulation_steps,
         method=observed.method,
         data_dependent=observed.data_dependent,
+        switched_off=tuple(sorted(observer.switched_off)),
         margin_bytes=observer.margin_bytes,
         mode_ms_per_op=overhead.mode_ms_per_op,
         tape_ms_per_op=overhead.tape_ms_per_op,

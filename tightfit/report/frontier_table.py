@@ -9,7 +9,7 @@ from typing import Any
 from tightfit.records import Plan, Profile
 from tightfit.report.frontier_plot import bound_ratio
 from tightfit.solver.solver import Solver
-from tightfit.units import format_bytes
+from tightfit.units import format_budget, format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def format_curve(curve: Curve) -> str:
     lines.insert(0, f"model   {first.model}, batch {first.batch}, {first.optimizer}, on {first.device}")
     if too_small:
         lines.append(
-            f"  your budget is too small: the smallest is {format_bytes(curve.smallest_bytes)} "
+            f"  your budget is too small: the smallest is {format_budget(curve.smallest_bytes)} "
             f"({curve.smallest_bytes} bytes), set by {curve.smallest_where}"
         )
     lines.append(
@@ -120,7 +120,7 @@ def format_curve(curve: Curve) -> str:
 def _row(plan: Plan, notes: list[str]) -> tuple[str, str, str, str, str, str]:
     bound = bound_ratio(plan)
     return (
-        format_bytes(plan.budget_bytes),
+        format_budget(plan.budget_bytes),
         f"{plan.budget_bytes / plan.plain_peak_bytes:.1%}",
         f"{plan.predicted_step_ms:.2f} ms",
         f"{plan.overhead_ratio:+.1%}",

@@ -10,8 +10,8 @@ def next_useful_bytes(solver: Solver, plan: Plan, *, most_solves: int = 24) -> i
     """Return the smallest budget above the plan's at which there is a faster plan; None if nothing is faster.
 
     Bisection over budgets, as time never increases with the budget; where a faster plan is found, the smallest budget
-    for its own peak is the next upper end, so few solves are needed.  With more than `most_solves`, the answer is the smallest budget found so
-    far that buys time: at most that much too large.
+    for its own peak is the next upper end, so few solves are needed.  With more than `most_solves`, the answer is the
+    smallest budget found so far that buys time: at most that much too large.
     """
     plain = solver.plain(plan.budget_bytes)
     if plan.predicted_step_ms <= plain.predicted_step_ms:

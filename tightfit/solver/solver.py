@@ -21,8 +21,9 @@ from tightfit.solver.single_region import refine
 
 #: Recursive recomputation is looked at where a plan without it adds at least this share of what the smallest such adds.
 _RECURSIVE_SHARE = 0.9
-#: Part of the budget above what is resident that a plan leaves free where what runs depends on the data: so much more may
-#: another batch hold at the plan's own peak. The plain step, and the smallest plan, are taken where they fit as measured.
+#: Part of the budget above what is resident that a plan leaves free where what runs depends on the data: so much more
+#: may another batch hold at the plan's own peak. The plain step and the smallest plan are taken where they fit as
+#: measured: no budget is refused because of the margin.
 DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
@@ -151,7 +152,8 @@ class Solver:
         found = self._fastest_recursive(budget_bytes)
         if found is None:
             required, where = self.minimum_budget()
-            raise BudgetInfeasible(required, budget_bytes, where, self.smallest().breakdown)
+            breakdown, switched_off = self.smallest().breakdown, self.profile.switched_off
+            raise BudgetInfeasible(required, budget_bytes, where, breakdown, switched_off=switched_off)
         return found
 
     def _fastest_recursive(self, budget_bytes: int) -> Plan | None:
