@@ -11,6 +11,8 @@ from tightfit.report.frontier_plot import bound_ratio
 from tightfit.solver.solver import Solver
 from tightfit.units import format_budget, format_bytes
 
+_YOURS = "your budget"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
@@ -52,7 +54,7 @@ class Curve:
             "smallest": self.smallest_bytes,
             "smallest without recursion": self.one_level_bytes,
             "plain": plan.plain_peak_bytes,
-            "your budget": self.marked_bytes,
+            _YOURS: self.marked_bytes,
         }
         return [note for note, budget_bytes in named.items() if budget_bytes == plan.budget_bytes]
 
@@ -119,8 +121,9 @@ def format_curve(curve: Curve) -> str:
 
 def _row(plan: Plan, notes: list[str]) -> tuple[str, str, str, str, str, str]:
     bound = bound_ratio(plan)
+    formatted = format_bytes if notes == [_YOURS] else format_budget
     return (
-        format_budget(plan.budget_bytes),
+        formatted(plan.budget_bytes),
         f"{plan.budget_bytes / plan.plain_peak_bytes:.1%}",
         f"{plan.predicted_step_ms:.2f} ms",
         f"{plan.overhead_ratio:+.1%}",

@@ -16,7 +16,8 @@ def frontier(profile: Profile, points: int = 20) -> list[Plan]:
         for plan in tightfit.frontier(profile, points=20):
             print(plan.budget_bytes, plan.predicted_peak_bytes, plan.predicted_step_ms)
 
-    Needs no PyTorch.
+    Needs no PyTorch.  What a run of a plan shows beyond the prediction is in the profile of a `fit`
+    (`Applied.profile`): its smallest budget ran.
 
     Args:
         profile: a measured step.
