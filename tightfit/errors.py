@@ -13,11 +13,11 @@ Every message says what was found, why the work cannot go on, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
-from tightfit.units import format_bytes
+from tightfit.units import format_budget, format_bytes
 
 
 class TightfitError(Exception):
@@ -32,25 +32,45 @@ class BudgetInfeasible(TightfitError):
         budget_bytes: the budget that was asked for.
         where: the moment that sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
         breakdown: bytes by component at that moment, as in `Plan.breakdown`; empty if unknown.
+        switched_off: who keeps tightfit from recomputing a part of the step, as in `Profile.switched_off`.
     """
 
     def __init__(
-        self, required_bytes: int, budget_bytes: int, where: str, breakdown: Mapping[str, int] | None = None
+        self,
+        required_bytes: int,
+        budget_bytes: int,
+        where: str,
+        breakdown: Mapping[str, int] | None = None,
+        *,
+        switched_off: Sequence[str] = (),
     ) -> None:
         self.breakdown = dict(breakdown or {})
         parts = format_parts(parts_of_peak(self.breakdown, where))
         self.required_bytes = required_bytes
         self.budget_bytes = budget_bytes
         self.where = where
+        self.switched_off = tuple(switched_off)
+        obstacle = (
+            f" A part of the step is beyond tightfit's reach because of {', '.join(self.switched_off)}: what is saved "
+            f"there can be neither seen nor dropped. Switch that off (tightfit drops at least as much), or give more."
+        )
         super().__init__(
             f"the budget of {format_bytes(budget_bytes)} is too small: even with everything recomputed that can be, "
-            f"this step needs {format_bytes(required_bytes)} ({required_bytes} bytes), set by {where}"
+            f"this step needs {format_budget(required_bytes)} ({required_bytes} bytes), set by {where}"
             f"{f': {parts}' if self.breakdown else ''}. "
             f"Give at least {required_bytes} bytes, or use a smaller batch or model."
+            f"{obstacle if self.switched_off else ''}"
         )
 
-    def __reduce__(self) -> tuple[type[BudgetInfeasible], tuple[int, int, str, dict[str, int]]]:
-        return type(self), (self.required_bytes, self.budget_bytes, self.where, self.breakdown)
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = self.required_bytes, self.budget_bytes, self.where, self.breakdown
+        return _budget_infeasible, (type(self), arguments, self.switched_off)
+
+
+def _budget_infeasible(
+    kind: type[BudgetInfeasible], arguments: tuple[int, int, str, dict[str, int]], switched_off: tuple[str, ...]
+) -> BudgetInfeasible:
+    return kind(*arguments, switched_off=switched_off)
 
 
 class PlanMismatch(TightfitError):

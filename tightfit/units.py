@@ -44,6 +44,20 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
+def format_budget(size_bytes: int) -> str:
+    """Format a budget that is named to be given again: as `format_bytes`, rounded up, so that the text is enough.
+
+    >>> format_bytes(73_100_000), format_budget(73_100_000)
+    ('69.7 MiB', '69.8 MiB')
+    """
+    power = 0
+    while size_bytes >= 1024 ** (power + 1) and power < 4:
+        power += 1
+    tenth_bytes = 1024**power / 10
+    rounded_bytes = math.ceil(math.ceil(size_bytes / tenth_bytes) * tenth_bytes) if power else size_bytes
+    return format_bytes(rounded_bytes)
+
+
 def format_bytes(size_bytes: int) -> str:
     """Format bytes in binary units with one decimal: ``512 B``, ``1.5 KiB``, ``182.4 MiB``.
 

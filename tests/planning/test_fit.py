@@ -20,7 +20,7 @@ from tightfit.planning import search as planner
 from tightfit.records import Plan, Profile
 from tightfit.replay.tape import Tape
 from tightfit.replay.write_watch import WriteWatch
-from tightfit.solver.solver import Solver, plain_plan
+from tightfit.solver.solver import Solver, full_plan, plain_plan
 from tightfit.verification.trial import Outcome, Trial
 
 Tensor = torch.Tensor
@@ -311,7 +311,7 @@ def test_refusals_on_an_operation_sequence_that_was_not_measured_are_not_noted(m
     model = Net()
     step = planner.Step()
     profile = planner.measure_together(model, BATCH, step)
-    plan = planner.full_plan(profile, 2**40)
+    plan = full_plan(profile, 2**40)
     key = profile.regions[2].key
     beyond = profile.regions[2].op_count
     right = Trial.run_self_checked

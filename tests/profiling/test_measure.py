@@ -254,12 +254,11 @@ def test_the_baseline_counts_every_storage_once() -> None:
     }
 
 
-def test_a_data_dependent_model_is_measured_with_a_real_step_and_a_margin() -> None:
+def test_a_data_dependent_model_is_measured_with_a_real_step() -> None:
     profile = tightfit.measure(Net(), TOKENS, loss=data_dependent_loss)
     assert (profile.method, profile.data_dependent) == ("real", True)
-    assert profile.margin_bytes > 0
     plain = tightfit.measure(Net(), TOKENS, loss=loss_of)
-    assert (plain.data_dependent, plain.margin_bytes) == (False, 0)
+    assert (plain.method, plain.data_dependent) == ("fake", False)
 
 
 def test_memory_of_a_real_step_stays_below_plain() -> None:

@@ -23,7 +23,7 @@ from tightfit.device.budget import Budget
 from tightfit.device.registry import accelerator_kind
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
-from tightfit.planning.search import find_plan
+from tightfit.planning.search import confirm_smallest, find_plan
 from tightfit.records import Plan
 from tightfit.report.dry_run import format_dry_run
 from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
@@ -48,6 +48,7 @@ from tightfit.train.launch.rendezvous import process_group
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
 from tightfit.train.run import run
+from tightfit.verification.trial import Trial
 
 
 def train(options: TrainOptions, command: Sequence[str]) -> int:
@@ -144,7 +145,10 @@ def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
         check_output(output)
     peers = None if options.peers is None else load_peers(Path(options.peers))
     work = build(options, source)
-    profile = tightfit.measure(work.model, work.microbatch(0), **_keywords(work))
+    batch = work.microbatch(0)
+    profile = tightfit.measure(work.model, batch, **_keywords(work))
+    with Trial(work.model, batch, work.spec()) as trial:
+        profile = confirm_smallest(trial, profile)
     marked_bytes = work.budget.total_bytes if options.marks_budget else None
     begin = time.perf_counter()
     solver = Solver(profile)

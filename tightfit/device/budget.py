@@ -98,7 +98,9 @@ class Budget:
             required_bytes, budget_bytes = (
                 nbytes + self.beside_step_bytes for nbytes in (problem.required_bytes, problem.budget_bytes)
             )
-            raise BudgetInfeasible(required_bytes, budget_bytes, problem.where, problem.breakdown) from None
+            raise BudgetInfeasible(
+                required_bytes, budget_bytes, problem.where, problem.breakdown, switched_off=problem.switched_off
+            ) from None
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.refusals import CannotRebuild
-from tightfit.solver.solver import full_plan, plain_plan, solve
+from tightfit.solver.solver import Solver
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.step import Step
@@ -34,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 #: A trial run and a new solve for each; the first one usually holds.
 _MOST_ROUNDS = 6
+#: The memory model's own bar for its largest error: within it, the smallest plan's measured peak decides.
+_NEAR = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,30 +95,191 @@ def search(
     is_known = all(group.all_gather(profile is not None and _is_of(profile, trial)))
     if profile is None or not is_known:
         profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=budget_bytes)
+    return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
+
+
+def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
+    """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs."""
     for _ in range(_MOST_ROUNDS):
-        chosen, infeasible = _choose_together(profile, budget_bytes, grad_checkpoint, group)
-        if infeasible is not None:
-            # Check that the budget which the error suggests works, if the device has that much memory.
-            if within_budget or not all(group.all_gather(_has_room(trial, infeasible.required_bytes))):
-                raise infeasible
-            chosen = _choose(profile, infeasible.required_bytes, grad_checkpoint)
-        assert chosen is not None  # either there is a plan, or it is said why not
-        plan = chosen
+        plan = Solver(profile).smallest_plan()
+        if not _has_room(trial, plan.predicted_peak_bytes):
+            break
+        known = profile
         applied = install(trial.model, plan, step=trial.step, profile=profile)
         try:
-            outcome, repaired = _try(trial, applied, profile)
+            _, profile = _try(trial, applied, profile)
+        finally:
+            applied.remove()
+        if profile.ops is known.ops:  # it held, or what it took beyond the prediction has been added
+            break
+    return profile
+
+
+class _Search:
+    """Choose, try and repair until a plan holds, or it is known what the smallest one needs.
+
+    Near its limit a budget is judged by the smallest plan alone, run under the meter: that plan follows from sizes, not
+    from measured times, so that every search judges alike, and the budget that one names is accepted by all others.
+    """
+
+    def __init__(
+        self, trial: Trial, profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, within_budget: bool
+    ) -> None:
+        self._trial = trial
+        self._group = trial.group
+        self._budget_bytes = budget_bytes
+        self._grad_checkpoint: GradCheckpoint = grad_checkpoint
+        self._within_budget = within_budget
+        self._profile = profile
+        self._given_correction_bytes = profile.correction_bytes
+        self._measured_for_bytes = budget_bytes
+        self._solver: Solver | None = None  # of the profile that was last solved
+        self._smallest_runs = False
+        """The smallest plan of this profile was run, and keeps the budget."""
+
+    def run(self) -> tuple[Applied, FoundPlan]:
+        """Return the plan that held, installed."""
+        for _ in range(_MOST_ROUNDS):
+            smallest = None
+            if not self._smallest_runs and self._is_near_the_limit():
+                smallest = self._try_smallest()
+                if smallest is None:
+                    continue
+            solver = self._solver_of(self._profile)
+            chosen = _choose_together(solver, self._budget_bytes, self._grad_checkpoint, self._group)
+            if chosen is None:
+                smallest = smallest or self._try_smallest()
+                if smallest is None:
+                    continue
+                return smallest
+            if smallest is not None:
+                if all(self._group.all_gather(_decisions(chosen) == _decisions(smallest[1].plan))):
+                    return smallest
+                smallest[0].remove()
+                self._smallest_runs = True
+            found = self._try(chosen, self._profile)
+            if found is not None:
+                return found
+        for _ in range(_MOST_ROUNDS):
+            smallest = self._try_smallest()
+            if smallest is not None:
+                return smallest
+        raise self._infeasible(self._smallest_plan(), self._budget_bytes + 1)
+
+    def _try(self, plan: Plan, profile: Profile) -> tuple[Applied, FoundPlan] | None:
+        """Run a plan, and leave it installed if it keeps its budget; else learn from it."""
+        applied = install(self._trial.model, plan, step=self._trial.step, profile=profile)
+        try:
+            outcome, repaired = _try(self._trial, applied, profile)
         except BaseException:
             applied.remove()
             raise
-        if outcome is not None and infeasible is None:
+        if outcome is not None:
             return applied, FoundPlan(plan=plan, profile=profile, resolved=applied.resolved, outcome=outcome)
         applied.remove()
-        if outcome is not None:
-            break
-        profile = repaired
-    raise infeasible or BudgetInfeasible(
-        plan.predicted_peak_bytes + profile.correction_bytes, budget_bytes, plan.peak_where
-    )
+        if repaired.ops is not profile.ops:
+            self._smallest_runs = False
+        self._profile = repaired
+        return None
+
+    def _is_near_the_limit(self) -> bool:
+        near = self._grad_checkpoint == "auto"
+        if near:
+            plain = self._solver_of(self._uncorrected()).plain(0)
+            near = plain.predicted_peak_bytes > self._budget_bytes
+        near = near and self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
+        return any(self._group.all_gather(near))
+
+    def _uncorrected(self) -> Profile:
+        """Return the profile without what was added because of other plans than the smallest."""
+        if self._profile.correction_bytes <= self._given_correction_bytes:
+            return self._profile
+        return replace(self._profile, correction_bytes=self._given_correction_bytes)
+
+    def _solver_of(self, profile: Profile) -> Solver:
+        if self._solver is None or self._solver.profile is not profile:
+            self._solver = Solver(profile)
+        return self._solver
+
+    def _smallest_plan(self) -> Plan:
+        solver = self._solver_of(self._uncorrected())
+        if self._grad_checkpoint == "auto":
+            return solver.smallest_plan()
+        plan = solver.full(0) if self._grad_checkpoint == "full" else solver.plain(0)
+        return replace(plan, budget_bytes=plan.predicted_peak_bytes)
+
+    def _try_smallest(self) -> tuple[Applied, FoundPlan] | None:
+        """Run the smallest plan, and leave it installed if it keeps the budget; None where the profile has changed.
+
+        Raises:
+            BudgetInfeasible: it does not. The error names what it needs.
+        """
+        plan = self._smallest_plan()
+        needed_bytes = required_bytes = max(self._group.all_gather(plan.predicted_peak_bytes))
+        fits = required_bytes <= self._budget_bytes
+        # Beyond the budget it is run only to learn which budget would be enough, if the device has that much memory.
+        if not fits and (
+            self._within_budget or not all(self._group.all_gather(_has_room(self._trial, required_bytes)))
+        ):
+            raise self._infeasible(plan, required_bytes)
+        is_estimated = any(self._group.all_gather(_is_estimated(self._profile)))
+        before = self._uncorrected()
+        found = self._try(replace(plan, budget_bytes=max(self._budget_bytes, required_bytes)), before)
+        if found is not None and fits:
+            return found
+        if found is not None:
+            found[0].remove()
+            if is_estimated:  # too much, perhaps: what was measured counts
+                needed_bytes = max(self._group.all_gather(found[1].outcome.peak_bytes))
+        elif self._profile.ops is not before.ops:
+            return None
+        else:
+            needed_bytes += self._profile.correction_bytes - before.correction_bytes
+        if needed_bytes <= self._budget_bytes:
+            self._given_correction_bytes = before.correction_bytes + needed_bytes - required_bytes
+            self._profile = self._uncorrected()
+            return None
+        if is_estimated and self._measured_for_bytes < needed_bytes:
+            # What could not be run alone within the budget can be within the one that would be named.
+            self._measured_for_bytes = needed_bytes
+            trial = self._trial
+            trial.restore()
+            self._profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=needed_bytes)
+            return None
+        return self._try_plain_instead(plan, needed_bytes, before)
+
+    def _try_plain_instead(self, smallest: Plan, needed_bytes: int, profile: Profile) -> tuple[Applied, FoundPlan]:
+        """Run the plain step where the smallest plan needs more than it, for no budget above plain's may be named."""
+        plain = self._solver_of(profile).plain(self._budget_bytes)
+        plain_bytes = max(self._group.all_gather(plain.predicted_peak_bytes))
+        if plain_bytes >= needed_bytes or _decisions(plain) == _decisions(smallest):
+            raise self._infeasible(smallest, needed_bytes)
+        found = self._try(replace(plain, budget_bytes=max(self._budget_bytes, plain_bytes)), profile)
+        if found is not None and plain_bytes <= self._budget_bytes:
+            return found
+        if found is not None:
+            found[0].remove()
+        else:
+            plain_bytes += max(0, self._profile.correction_bytes - profile.correction_bytes)
+        if plain_bytes >= needed_bytes:
+            raise self._infeasible(smallest, needed_bytes)
+        raise self._infeasible(plain, plain_bytes)
+
+    def _infeasible(self, plan: Plan, required_bytes: int) -> BudgetInfeasible:
+        added_bytes = required_bytes - sum(plan.breakdown.values())
+        breakdown = {**plan.breakdown, "correction": plan.breakdown["correction"] + added_bytes}
+        switched_off = self._profile.switched_off
+        return BudgetInfeasible(
+            required_bytes, self._budget_bytes, plan.peak_where, breakdown, switched_off=switched_off
+        )
+
+
+def _decisions(plan: Plan) -> tuple[object, ...]:
+    return plan.regions, plan.recipes, plan.shared_tapes
+
+
+def _is_estimated(profile: Profile) -> bool:
+    return any(signature.note for signature in profile.signatures)
 
 
 def _has_room(trial: Trial, required_bytes: int) -> bool:
@@ -136,25 +300,19 @@ def _is_of(profile: Profile, trial: Trial) -> bool:
 
 
 def _choose_together(
-    profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: ProcessGroup
-) -> tuple[Plan | None, BudgetInfeasible | None]:
-    """Return the plan; else, where one of the processes has none, what the neediest of them needs."""
+    solver: Solver, budget_bytes: int, grad_checkpoint: GradCheckpoint, group: ProcessGroup
+) -> Plan | None:
+    """Return the plan; None where one of the processes has none."""
     plan: Plan | None = None
-    problem: BudgetInfeasible | None = None
-    try:
-        plan = _choose(profile, budget_bytes, grad_checkpoint)
-    except BudgetInfeasible as infeasible:
-        problem = infeasible
-    problems = [one for one in group.all_gather(problem) if one is not None]
-    if problems:
-        return None, max(problems, key=lambda one: one.required_bytes)
-    return plan, None
+    with suppress(BudgetInfeasible):
+        plan = _choose(solver.profile, budget_bytes, grad_checkpoint, solver)
+    return plan if all(group.all_gather(plan is not None)) else None
 
 
-def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint) -> Plan:
+def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, solver: Solver) -> Plan:
     if grad_checkpoint == "auto":
-        return solve(profile, budget_bytes)
-    plan = (full_plan if grad_checkpoint == "full" else plain_plan)(profile, budget_bytes)
+        return solver.solve(budget_bytes)
+    plan = (solver.full if grad_checkpoint == "full" else solver.plain)(budget_bytes)
     if plan.predicted_peak_bytes > budget_bytes:
         raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where, plan.breakdown)
     return plan

@@ -14,13 +14,16 @@ one).
 What a machine has measured once is remembered by `cost_cache`.
 
 Within the budget: made-up arguments are copies beside the model.  An optimizer's foreach operation over all parameters
-would double its state; where that does not fit, it is run on the first of its tensors and the figures scaled.  What
-does not fit at all is estimated from operations of the same name, else from all.  Such figures carry a note and are
-not cached.
+would double its state; where that does not fit, it is run on the largest of its tensors that do and the figures scaled.
+What does not fit at all is estimated: its time from operations of the same name, else from all; its workspace from the
+operation of the same name that is nearest in size, and never above the operation's own arguments and results.  Tiny
+operations say little of large ones, and a trial run finds what is missing, but nothing finds a budget that was refused
+for too much.  Such figures carry a note and are not cached.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -147,8 +150,12 @@ def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Map
     if not rivals:
         return Cost(0.0, 0, ())
     ms = statistics.median(known[other].ms / sizes[other] for other in rivals) * sizes[index]
-    workspace = max((known[other].workspace_bytes / sizes[other] for other in alike), default=0.0) * sizes[index]
-    return Cost(round(ms, 6), int(workspace), ())
+    workspace_bytes = 0
+    if alike:
+        nearest = min(alike, key=lambda other: abs(math.log(max(1, sizes[index]) / sizes[other])))
+        scaled_bytes = known[nearest].workspace_bytes * sizes[index] // sizes[nearest]
+        workspace_bytes = min(scaled_bytes, max(sizes[index], known[nearest].workspace_bytes))
+    return Cost(round(ms, 6), workspace_bytes, ())
 
 
 def _measure(calls: Sequence[Call], device: Device, result: Costs, timed: bool) -> dict[int, Cost]:

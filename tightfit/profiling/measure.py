@@ -29,9 +29,6 @@ from tightfit.step.fingerprint import fingerprint
 from tightfit.step.model import check_model, device_of
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 
-#: A profile whose shapes depend on the data states this margin: another batch may need that much more.
-_DATA_DEPENDENT_MARGIN = 0.05
-
 
 @waiting_interrupts()
 def measure(
@@ -142,9 +139,6 @@ def measure_step(
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
         overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
     component_bytes = _bytes_by_component(seen)
-    margin_bytes = observer.margin_bytes
-    if observed.data_dependent:
-        margin_bytes = int(component_bytes["activation"] * _DATA_DEPENDENT_MARGIN)
     return Profile(
         model=unsharded_class(model).__name__,
         fingerprint=fingerprint(model),
@@ -159,7 +153,8 @@ def measure_step(
         accumulation_steps=step.accumulation_steps,
         method=observed.method,
         data_dependent=observed.data_dependent,
-        margin_bytes=margin_bytes,
+        switched_off=tuple(sorted(observer.switched_off)),
+        margin_bytes=observer.margin_bytes,
         mode_ms_per_op=overhead.mode_ms_per_op,
         tape_ms_per_op=overhead.tape_ms_per_op,
         module_ms_per_op=overhead.module_ms_per_op,

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import LOCAL_SCALAR, DispatchMode, current_graph_task, never_compiled, storage_key
+from tightfit._torch_private import (
+    LOCAL_SCALAR,
+    DispatchMode,
+    current_graph_task,
+    never_compiled,
+    storage_key,
+    top_saved_tensor_hooks,
+)
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
@@ -23,7 +30,8 @@ from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_t
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
-from tightfit.profiling.saved_tensors import SavedTensors
+from tightfit.profiling.saved_scalars import saved_scalar_bytes
+from tightfit.profiling.saved_tensors import CHECKPOINTING, SavedTensors, owner_of_hook
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
@@ -62,6 +70,9 @@ class Observer(DispatchMode):
         self._signatures = signatures
         self.random_state_bytes = device.random_state_bytes()
         """What a copy of the default generator's state takes of the memory that counts."""
+        self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
+        self.switched_off: set[str] = set()
+        """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
@@ -145,10 +156,13 @@ class Observer(DispatchMode):
     def begin_optimizer(self) -> None:
         """Mark the start of the optimizer step."""
         self.in_optimizer = True
+        self._ledger.free_unseen()
         self._ledger.emit(EventKind.OPTIMIZER)
 
     def enter_module(self, path: str, has_plain_arguments: bool) -> None:
         """Mark the start of a module call."""
+        if current_graph_task() >= 0:  # made again in backward
+            self.switched_off.add(CHECKPOINTING)
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
@@ -229,6 +243,9 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
+        hooks = top_saved_tensor_hooks()
+        if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook:
+            self.switched_off.add(owner_of_hook(hooks[0]))
         device = device_of_call(tensors, kwargs)
         reason = safety.blocker(info, types, tensors, device)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
@@ -277,6 +294,8 @@ class Observer(DispatchMode):
             op.outputs.append(value)
         observation.ops.append(op)
         self._ledger.emit(EventKind.OP, op_index)
+        if self._numbers_count:
+            self._ledger.hold_unseen(saved_scalar_bytes(func, args, tensors))
         return result
 
     @never_compiled

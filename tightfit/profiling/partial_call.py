@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 from tightfit.profiling.cost_cache import Cost
@@ -15,11 +14,13 @@ _USABLE = 31 / 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartialCall:
-    """A call that fits: the full call, one on the first tensors of its lists, or none."""
+    """A call that fits: the full call, one on the largest tensors of its lists that do, or none."""
 
     call: Call | None
     scale: float = 1.0
     """Bytes of the full call's arguments divided by those of this one."""
+    workspace_scale: float = 1.0
+    """The same of the largest tensors alone: an op takes the tensors of its lists one after another."""
     note: str = ""
     """Why the full call was not run; empty if it is."""
 
@@ -27,7 +28,7 @@ class PartialCall:
         """Scale this call's cost to that of the full call."""
         if not self.note:
             return cost
-        return Cost(round(cost.ms * self.scale, 6), int(cost.workspace_bytes * self.scale), ())
+        return Cost(round(cost.ms * self.scale, 6), int(cost.workspace_bytes * self.workspace_scale), ())
 
 
 def argument_bytes(call: Call) -> int:
@@ -53,18 +54,31 @@ def fit_call(call: Call, result_bytes: int, room_bytes: int | None) -> PartialCa
     if len(lengths) == 1:
         (length,) = lengths
         fixed_bytes = full_bytes - sum(_nbytes(tensors) for tensors in lists)
-        bytes_by_index = [sum(_nbytes((tensors[index],)) for tensors in lists) for index in range(length)]
-        with_results = 1 + result_bytes / max(1, sum(bytes_by_index))
-        count = sum(fixed_bytes + nbytes * with_results <= room_bytes for nbytes in accumulate(bytes_by_index))
-        if count:
+        bytes_of = [sum(_nbytes((tensors[index],)) for tensors in lists) for index in range(length)]
+        with_results = 1 + result_bytes / max(1, sum(bytes_of))
+        chosen: set[int] = set()
+        taken_bytes = float(fixed_bytes)
+        for index in sorted(range(length), key=lambda index: -bytes_of[index]):  # the largest say the most
+            if taken_bytes + bytes_of[index] * with_results <= room_bytes:
+                chosen.add(index)
+                taken_bytes += bytes_of[index] * with_results
+        if chosen:
             # Lists of scalars beside lists of tensors have one for each.
             part = replace(
-                call, args=tuple(a[:count] if isinstance(a, tuple) and len(a) == length else a for a in call.args)
+                call,
+                args=tuple(
+                    tuple(entry for index, entry in enumerate(a) if index in chosen)
+                    if isinstance(a, tuple) and len(a) == length
+                    else a
+                    for a in call.args
+                ),
             )
             return PartialCall(
                 call=part,
                 scale=full_bytes / max(1, argument_bytes(part)),
-                note=f"measured on {count} of {length} tensors and scaled: all of them do not fit beside the model",
+                workspace_scale=max(bytes_of) / max(1, *(bytes_of[index] for index in chosen)),
+                note=f"measured on {len(chosen)} of {length} tensors and scaled: all of them do not fit beside the "
+                f"model",
             )
     return PartialCall(call=None, note="estimated from other operations: alone it does not fit beside the model")
 

@@ -38,6 +38,19 @@ class _Placeholder:
         self.on_release(self.slot)
 
 
+#: How an error names `torch.utils.checkpoint`.
+CHECKPOINTING = "gradient checkpointing that is on in the model (torch.utils.checkpoint)"
+
+
+def owner_of_hook(hook: Any) -> str:
+    """Name for people whose saved-tensor hook it is."""
+    module = str(getattr(hook, "__module__", ""))
+    if module == "torch.utils.checkpoint":
+        return CHECKPOINTING
+    name = str(getattr(hook, "__qualname__", type(hook).__qualname__)).partition(".<locals>")[0]
+    return f"saved-tensor hooks of {module}.{name.removesuffix('.__init__')}"
+
+
 class SavedTensors:
     """The pack and unpack hooks, which record a SAVE, UNPACK and RELEASE event for each slot.
 

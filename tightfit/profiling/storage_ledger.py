@@ -32,6 +32,7 @@ class StorageLedger:
         self._watches: dict[int, tuple[weakref.ref[Any], WeakStorage]] = {}
         self._resizable: dict[int, int] = {}  # by the key of a resizable tensor: its storage now
         self._merged_into: dict[int, int] = {}  # by storage, see `merge`
+        self._unseen: list[int] = []  # storages, see `hold_unseen`
 
     def emit(self, kind: EventKind, index: int = 0) -> None:
         """Record an event; `index` names its op, slot, storage or signature."""
@@ -116,11 +117,27 @@ class StorageLedger:
         if self._storage_of.get(key) == new:
             self._storage_of[key] = old
 
+    def hold_unseen(self, nbytes: int) -> None:
+        """Record memory that autograd holds until backward, of which it shows nobody a tensor."""
+        if nbytes:
+            index = self._add_bytes(nbytes, "activation")
+            self._unseen.append(index)
+            self.emit(EventKind.ALLOC, index)
+
+    def free_unseen(self) -> None:
+        """Record that backward is over, with which all that goes which `hold_unseen` recorded."""
+        for index in self._unseen:
+            self.emit(EventKind.FREE, index)
+        self._unseen = []
+
     def _add_storage(self, tensor: torch.Tensor, component: str) -> int:
+        return self._add_bytes(tensor.untyped_storage().nbytes(), component)
+
+    def _add_bytes(self, nbytes: int, component: str) -> int:
         observation = self.observation
         index = len(observation.storages)
         observation.values.append(RawValue(storage=index))
-        nbytes = self._device.round_up(tensor.untyped_storage().nbytes())
+        nbytes = self._device.round_up(nbytes)
         observation.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(observation.values) - 1))
         return index
 

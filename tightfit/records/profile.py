@@ -196,9 +196,12 @@ class Profile:
     method: str = "fake"
     """"fake": from a run on fake tensors. "real": from a real step, because the fake run failed or differed from it."""
     data_dependent: bool = False
-    """Shapes depend on the data, so another batch may need more."""
+    """What runs depends on the data, so another batch may need more: a plan leaves a part of the budget free."""
+    switched_off: tuple[str, ...] = ()
+    """Who keeps a part of the step from being recomputed: checkpointing that is on in the model, saved-tensor hooks of
+    somebody else's."""
     margin_bytes: int = 0
-    """Added to every moment: the stated margin of a data-dependent profile, or of exchanges between processes."""
+    """Added to every moment: what collectives between processes may take, or what no trial run will confirm."""
     correction_bytes: int = 0
     """Added to every moment: what a trial run measured beyond (or below) the prediction."""
     mode_ms_per_op: float = 0.0

@@ -9,7 +9,9 @@ from typing import Any
 from tightfit.records import Plan, Profile
 from tightfit.report.frontier_plot import bound_ratio
 from tightfit.solver.solver import Solver
-from tightfit.units import format_bytes
+from tightfit.units import format_budget, format_bytes
+
+_YOURS = "your budget"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Curve:
             plans=tuple(plans),
             smallest_bytes=smallest_bytes,
             smallest_where=where,
-            one_level_bytes=solver.smallest_at_one_level().peak_bytes,
+            one_level_bytes=solver.least_budget(solver.smallest_at_one_level().peak_bytes),
             marked_bytes=marked_bytes,
             solving_ms=solving_ms,
         )
@@ -52,7 +54,7 @@ class Curve:
             "smallest": self.smallest_bytes,
             "smallest without recursion": self.one_level_bytes,
             "plain": plan.plain_peak_bytes,
-            "your budget": self.marked_bytes,
+            _YOURS: self.marked_bytes,
         }
         return [note for note, budget_bytes in named.items() if budget_bytes == plan.budget_bytes]
 
@@ -108,7 +110,7 @@ def format_curve(curve: Curve) -> str:
     lines.insert(0, f"model   {first.model}, batch {first.batch}, {first.optimizer}, on {first.device}")
     if too_small:
         lines.append(
-            f"  your budget is too small: the smallest is {format_bytes(curve.smallest_bytes)} "
+            f"  your budget is too small: the smallest is {format_budget(curve.smallest_bytes)} "
             f"({curve.smallest_bytes} bytes), set by {curve.smallest_where}"
         )
     lines.append(
@@ -119,8 +121,9 @@ def format_curve(curve: Curve) -> str:
 
 def _row(plan: Plan, notes: list[str]) -> tuple[str, str, str, str, str, str]:
     bound = bound_ratio(plan)
+    formatted = format_bytes if notes == [_YOURS] else format_budget
     return (
-        format_bytes(plan.budget_bytes),
+        formatted(plan.budget_bytes),
         f"{plan.budget_bytes / plan.plain_peak_bytes:.1%}",
         f"{plan.predicted_step_ms:.2f} ms",
         f"{plan.overhead_ratio:+.1%}",

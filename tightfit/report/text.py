@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.units import format_bytes
+from tightfit.units import format_budget, format_bytes
 
 
 def format_peak(solved: Plan, more_bytes: int | None) -> str:
@@ -19,8 +19,8 @@ def format_peak(solved: Plan, more_bytes: int | None) -> str:
             f"        beside it, up to {format_bytes(solved.tape_host_bytes)} of Python objects in host memory"
         )
     if more_bytes is not None:
-        added = format_bytes(more_bytes - solved.budget_bytes)
-        lines.append(f"        more memory saves time from {format_bytes(more_bytes)} on ({added} more)")
+        added = format_budget(more_bytes - solved.budget_bytes)
+        lines.append(f"        more memory saves time from {format_budget(more_bytes)} on ({added} more)")
     elif not solved.is_plain:
         lines.append("        more memory saves no time")
     return "\n".join(lines)

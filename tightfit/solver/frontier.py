@@ -16,7 +16,8 @@ def frontier(profile: Profile, points: int = 20) -> list[Plan]:
         for plan in tightfit.frontier(profile, points=20):
             print(plan.budget_bytes, plan.predicted_peak_bytes, plan.predicted_step_ms)
 
-    Needs no PyTorch.
+    Needs no PyTorch.  What a run of a plan shows beyond the prediction is in the profile of a `fit`
+    (`Applied.profile`): its smallest budget ran.
 
     Args:
         profile: a measured step.
@@ -40,7 +41,7 @@ def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -
     plain_bytes = solver.plain(0).plain_peak_bytes
     span_bytes = plain_bytes - least_bytes
     budgets = {least_bytes + span_bytes * place // (points - 1) for place in range(points)}
-    budgets.add(solver.smallest_at_one_level().peak_bytes)
+    budgets.add(solver.least_budget(solver.smallest_at_one_level().peak_bytes))
     budgets.update(budget for budget in also if budget >= least_bytes)
     # In rising order, so that the solver can use a plan for a smaller budget where its search finds only slower ones.
     return _with_tightest_bounds([solver.solve(budget) for budget in sorted(budgets)])

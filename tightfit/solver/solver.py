@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -20,6 +21,10 @@ from tightfit.solver.single_region import refine
 
 #: Recursive recomputation is looked at where a plan without it adds at least this share of what the smallest such adds.
 _RECURSIVE_SHARE = 0.9
+#: Part of the budget above what is resident that a plan leaves free where what runs depends on the data: so much more
+#: may another batch hold at the plan's own peak. The plain step and the smallest plan are taken where they fit as
+#: measured: no budget is refused because of the margin.
+DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
 
@@ -67,6 +72,15 @@ class Solver:
         found = self.smallest_at_one_level()
         return min([found, *(c.simulation for c in self._recursive)], key=lambda walked: walked.peak_bytes)
 
+    def smallest_plan(self) -> Plan:
+        """Return the plan with the smallest peak, which is its budget.  It follows from sizes, not from times."""
+        found = self.smallest()
+        for candidate in self._recursive:
+            if candidate.simulation is found:
+                decisions, shared = candidate.decisions, candidate.shared_tapes
+                return build_plan(self.index, decisions, found.peak_bytes, 0.0, self._plain, shared)
+        return build_plan(self.index, self._structure.smallest[1], found.peak_bytes, plain=self._plain)
+
     def smallest_at_one_level(self) -> Simulation:
         """Return the step with the smallest peak without recursive recomputation."""
         return self._smallest
@@ -99,9 +113,32 @@ class Solver:
         """
         if self._plain.peak_bytes <= budget_bytes:
             return self.plain(budget_bytes)
-        if budget_bytes not in self._solved:
-            self._solved[budget_bytes] = self._not_slower(self._solve(budget_bytes))
-        return self._solved[budget_bytes]
+        usable_bytes = self._usable_bytes(budget_bytes)
+        if usable_bytes not in self._solved:
+            self._solved[usable_bytes] = self._not_slower(self._solve(usable_bytes))
+        return replace(self._solved[usable_bytes], budget_bytes=budget_bytes)
+
+    def _usable_bytes(self, budget_bytes: int) -> int:
+        """Return what a plan may use of the budget: all but the margin, and enough for the smallest plan if it fits."""
+        if not self.profile.data_dependent:
+            return budget_bytes
+        spare_bytes = max(0, budget_bytes - self.profile.baseline_bytes)
+        return max(
+            budget_bytes - math.ceil(DATA_DEPENDENT_MARGIN * spare_bytes),
+            min(budget_bytes, self.smallest().peak_bytes),
+        )
+
+    def least_budget(self, peak_bytes: int) -> int:
+        """Return the smallest budget of which a plan may use that much."""
+        if not self.profile.data_dependent or peak_bytes in (self._plain.peak_bytes, self.smallest().peak_bytes):
+            return peak_bytes
+        resident_bytes = self.profile.baseline_bytes
+        budget_bytes = resident_bytes + int((peak_bytes - resident_bytes) / (1 - DATA_DEPENDENT_MARGIN))
+        while self._usable_bytes(budget_bytes) < peak_bytes:
+            budget_bytes += 1
+        while self._usable_bytes(budget_bytes - 1) >= peak_bytes:
+            budget_bytes -= 1
+        return min(budget_bytes, self._plain.peak_bytes)
 
     def _solve(self, budget_bytes: int) -> Plan:
         one_level = self.smallest_at_one_level()
@@ -115,7 +152,8 @@ class Solver:
         found = self._fastest_recursive(budget_bytes)
         if found is None:
             required, where = self.minimum_budget()
-            raise BudgetInfeasible(required, budget_bytes, where, self.smallest().breakdown)
+            breakdown, switched_off = self.smallest().breakdown, self.profile.switched_off
+            raise BudgetInfeasible(required, budget_bytes, where, breakdown, switched_off=switched_off)
         return found
 
     def _fastest_recursive(self, budget_bytes: int) -> Plan | None:

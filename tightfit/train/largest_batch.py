@@ -34,7 +34,13 @@ class BatchDoesNotFit(BudgetInfeasible):
     """A batch of the run has no plan within the budget; the message names it."""
 
     def __init__(self, problem: BudgetInfeasible, what: str) -> None:
-        super().__init__(problem.required_bytes, problem.budget_bytes, problem.where, problem.breakdown)
+        super().__init__(
+            problem.required_bytes,
+            problem.budget_bytes,
+            problem.where,
+            problem.breakdown,
+            switched_off=problem.switched_off,
+        )
         self.args = (f"{self.args[0]} {what}",)
 
 
