@@ -137,4 +137,4 @@ def _warn(verdict: Verdict) -> None:
     else:
         what = "the planned step is not the plain step within its budget"
         rest = "The plan is installed all the same, as on_failure='warn' asks: expect another training."
-    warnings.warn(f"{what}: {verdict.reason}. {rest}", ProofWarning, stacklevel=3)
+    warnings.warn(f"{what}: {verdict.reason}. {rest}", ProofWarning, stacklevel=4)  # who called `fit`
