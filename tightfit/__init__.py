@@ -22,7 +22,8 @@ except ValueError:  # sys.modules["torch"] is None: its import is blocked
 
 if _has_torch:
     from tightfit.device.budget import Budget
-    from tightfit.installation.applied import Applied, apply
+    from tightfit.installation.applied import Applied
+    from tightfit.installation.install import apply
     from tightfit.operators.pure_modules import allow_recompute
     from tightfit.planning.fit import fit
     from tightfit.profiling.measure import measure

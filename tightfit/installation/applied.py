@@ -1,4 +1,4 @@
-"""`apply`: install a plan on a model, and uninstall it again.
+"""A plan that is installed on a model, and how it is uninstalled again.
 
 Nothing but an instance-level `forward` is installed, on the modules that are regions: classes, `state_dict` keys,
 `isinstance`, repr and user hooks (which run around forward) are untouched.  A plan that drops nothing installs nothing.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
-from tightfit.errors import PlanMismatch, UnsupportedInput
+from tightfit.errors import PlanMismatch
 from tightfit.installation.optimizer_watch import OptimizerWatch
 from tightfit.installation.plans import Plans
 from tightfit.installation.promises import Promises
@@ -28,8 +28,6 @@ from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import Kept
 from tightfit.step.batch import batch_tensors, describe_batch
-from tightfit.step.fingerprint import fingerprint
-from tightfit.step.model import check_model
 from tightfit.step.step import Step
 
 
@@ -414,49 +412,3 @@ class Applied:
                 f"the plan has a region {path!r}, but {type(self._model).__name__} has no module of that name. "
                 "The plan is of another model. Measure and solve for this one."
             ) from None
-
-
-def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
-    """Install `plan` on `model`: from now on, its training steps drop and recompute as the plan says.
-
-    Only an instance-level ``forward`` is installed on the modules that the plan names.  Batches of another shape than
-    the plan's run with all dropped that is provably replayable; `fit` plans them, too.
-
-        plan = tightfit.Plan.load("plan.json")
-        with tightfit.apply(model, plan) as applied:
-            model(**batch).loss.backward()
-
-    Args:
-        model: the model that the plan was solved for.
-        plan: from `solve`, `fit` or `Plan.load`.
-        step: how `Applied.loss` computes the loss; by default from the model's own result.
-        profile: what the plan was solved from, to be found in the result.
-
-    Returns:
-        `Applied`: a context that uninstalls the plan when it is left, as its `remove` does.
-
-    Raises:
-        PlanMismatch: the plan is of another model.
-        UnsupportedInput: a plan is installed already, or the model cannot be planned.
-    """
-    applied = install(model, plan, step=step, profile=profile)
-    applied.keep_promises()
-    return applied
-
-
-def install(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
-    """Install `plan` as `apply` does, with nobody watching how the model is used: for steps of tightfit's own."""
-    check_model(model)
-    if any(isinstance(vars(module).get("forward"), RegionForward) for module in model.modules()):
-        raise UnsupportedInput(
-            "the model has a plan installed already. Two plans would both replay the same operations. "
-            "Call remove() on what apply() or fit() returned, then apply the new plan."
-        )
-    found = fingerprint(model)
-    if found != plan.fingerprint:
-        raise PlanMismatch(
-            f"the plan is of another model: it was made for {plan.model} with fingerprint {plan.fingerprint}, and this "
-            f"{type(model).__name__} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
-            "Measure and solve for this model."
-        )
-    return Applied(model, plan, step or Step(), profile)

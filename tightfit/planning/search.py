@@ -17,7 +17,8 @@ from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible, VerificationFailed
-from tightfit.installation.applied import Applied, install
+from tightfit.installation.applied import Applied
+from tightfit.installation.install import install
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.interrupts import waiting_interrupts
 from tightfit.profiling.measure import measure_step, measure_together

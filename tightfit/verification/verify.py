@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tightfit.errors import PlanMismatch, UnsupportedInput
-from tightfit.installation.applied import Applied, install
+from tightfit.installation.applied import Applied
+from tightfit.installation.install import install
 from tightfit.interrupts import waiting_interrupts
 from tightfit.records import Plan, Verdict
 from tightfit.step.exclude import Exclude, excluded_paths
