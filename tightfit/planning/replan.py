@@ -217,7 +217,12 @@ class Replanner:
         profile = self._with_margin(profile, same)
         try:
             plan, way = self._choose(profile, neighbours, may_reuse)
-        except BudgetInfeasible:  # perhaps only with the margin: a search knows, and names what is enough
+        except BudgetInfeasible as error:
+            required_bytes = error.required_bytes - profile.margin_bytes
+            if required_bytes - profile.correction_bytes > self._budget_bytes:
+                raise BudgetInfeasible(
+                    required_bytes, self._budget_bytes, error.where, switched_off=error.switched_off
+                ) from None
             return None
         if _estimated(profile) - _estimated(same.profile):  # they could not be run alone within the budget
             return None
