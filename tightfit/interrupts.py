@@ -3,8 +3,8 @@
 A signal's handler runs between any two bytecodes: in the middle of what puts a model back, between a context's entry
 and what guards it, or in a finalizer, where Python drops the exception that it raises.  Inside `waiting_interrupts`, a
 signal is noted, and its handler runs at the next `safe_point`: between forward, backward and optimizer, between two
-operations that are observed, timed or solved for.  What it raises there is like any exception of the step.  A second
-signal does not wait.
+operations that are timed, between rounds of the solver.  What it raises there is like any exception of the step.  A
+second signal does not wait.
 """
 
 from __future__ import annotations

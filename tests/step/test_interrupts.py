@@ -146,7 +146,9 @@ def test_an_interrupt_at_a_safe_point(
     run: Callable[[Setting], None], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal is noted before the n-th safe point, whose handler runs there."""
-    modules = [f"tightfit.{name}" for name in ("step.step", "step.snapshot", "profiling.observer", "profiling.costs")]
+    modules = [
+        f"tightfit.{name}" for name in ("step.step", "step.snapshot", "profiling.observed_run", "profiling.costs")
+    ]
 
     def counting(at: int | None) -> Any:
         counter = itertools.count()

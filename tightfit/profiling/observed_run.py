@@ -21,6 +21,7 @@ from tightfit._torch_private import (
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
+from tightfit.interrupts import safe_point
 from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
@@ -182,8 +183,10 @@ def _observe(
             try:
                 with watching_memory(with_fast_paths(model), observer.mark_escaped):
                     loss = step.run_loss(model, batch)
+                safe_point()
                 observer.begin_backward()
                 loss.backward()
+                safe_point()
                 observer.begin_optimizer()
                 if step.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)

@@ -24,7 +24,6 @@ from tightfit._torch_private import (
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
-from tightfit.interrupts import safe_point
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.profiling.gradient_sums import GradientSums
@@ -179,7 +178,6 @@ class Observer(DispatchMode):
             return 1.0  # `item()`: an optimizer reads its step counter, and a fake tensor has no number
         if self._unrecorded_depth or not self._ledger.is_open:
             return func(*args, **kwargs)
-        safe_point()
         was_in_observer, self._in_observer = self._in_observer, True
         try:
             if self._memory_only_depth:
