@@ -31,7 +31,7 @@ from tightfit.installation.region_forward import RegionForward
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, TrainingState
-from tightfit.verification.comparison import Comparison
+from tightfit.verification.comparison import Comparison, paths_called_again
 from tightfit.verification.results import Results, results_of
 from tightfit.verification.trial import Trial
 
@@ -191,7 +191,7 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
             state.restore()
 
     def attempt(key: str) -> Comparison | None:
-        here = Comparison()
+        here = Comparison(called_again=paths_called_again(applied.plan))
         path = "" if call.module is trial.model else _path_of(call.key)
         try:
             plain, again = run(applied.paused()), run(applied.paused())
