@@ -28,6 +28,7 @@ from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathe
 from tightfit.distributed.process_group import CommunicationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.region_forward import RegionForward
+from tightfit.interrupts import pass_on
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, TrainingState
@@ -198,7 +199,8 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
             here.add(plain, again, run(applied.following(call.key)), key, path)
         except CommunicationFailed:
             raise
-        except Exception:  # of whatever kind: not all that a step may call can be called alone
+        except Exception as error:  # of whatever kind: not all that a step may call can be called alone
+            pass_on(error)
             return None
         return here
 
