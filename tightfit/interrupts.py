@@ -25,6 +25,8 @@ Handler = Callable[[int, FrameType | None], Any]
 _pending: list[int] = []
 _handlers: dict[int, Handler] = {}
 _depth = 0
+_raised: list[BaseException] = []
+"""What a handler has raised; it is to reach who called the outermost such context."""
 
 
 class waiting_interrupts(ContextDecorator):  # noqa: N801  (used as a statement, like torch.no_grad)
@@ -58,6 +60,7 @@ class waiting_interrupts(ContextDecorator):  # noqa: N801  (used as a statement,
             return
         _depth -= 1
         if _depth == 0:
+            _raised.clear()
             handlers = dict(_handlers)
             _give_back()
             _deliver(handlers)
@@ -72,6 +75,22 @@ def safe_point() -> None:
         _deliver(_handlers)
 
 
+def is_of_a_handler(error: BaseException) -> bool:
+    """Tell whether a signal's handler raised this, or what it was raised from."""
+    link: BaseException | None = error
+    while link is not None:
+        if any(link is one for one in _raised):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def pass_on(error: Exception) -> None:
+    """Raise what a signal's handler raised, for who would make do without what failed with `error`."""
+    if is_of_a_handler(error):
+        raise error
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     if number in _pending:
         _pending.remove(number)
@@ -83,7 +102,12 @@ def _note(number: int, frame: FrameType | None) -> None:
 def _deliver(handlers: dict[int, Handler]) -> None:
     while _pending:
         number = _pending.pop(0)
-        handlers[number](number, None)
+        try:
+            handlers[number](number, None)
+        except BaseException as error:
+            if _depth:
+                _raised.append(error)
+            raise
 
 
 def _give_back() -> None:

@@ -45,6 +45,8 @@ def test_a_module_counts_wherever_it_is(model: ResidualMLP) -> None:
     assert excluded_paths(model, model.blocks[1].up) == ("again", "blocks.1.up")
     assert excluded_paths(model, "again") == ("again", "blocks.1.up")
     assert excluded_paths(model, [model.head, "blocks.0"]) == ("blocks.0", "head")
+    model.group = nn.ModuleList([model.blocks[2]])
+    assert excluded_paths(model, "group") == ("blocks.2", "group")
 
 
 @pytest.mark.parametrize(

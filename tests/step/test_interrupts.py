@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import os
 import random
@@ -244,3 +245,27 @@ def test_a_handler_that_was_set_meanwhile_stays() -> None:
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("place", ["observed_run.TrainingState", "costs._make_up"])
+def test_an_exception_of_a_handler_is_no_failed_trial(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time limit (`signal.alarm`) raises what is an `Exception`, where those of operations are made do without."""
+    module, name = place.split(".")
+    home = importlib.import_module(f"tightfit.profiling.{module}")
+    real = getattr(home, name)
+
+    def expire(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGALRM)
+        interrupts.safe_point()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(home, name, late)
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        with pytest.raises(TimeoutError):
+            tightfit.fit(nn.Linear(7, 5), torch.randn(3, 7), loss=lambda model, batch: model(batch).sum())
+    finally:
+        signal.signal(signal.SIGALRM, before)

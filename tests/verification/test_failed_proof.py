@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pickle
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,8 +32,15 @@ from tightfit.verification.trial import Outcome, Trial
 BATCH = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 
 
+@dataclasses.dataclass(slots=True)
+class Statistics:
+    calls: int = 0
+
+
 class Counting(nn.Module):
     """Counts its calls, so that it must not run a second time; what it does with the count differs."""
+
+    all_calls = 0
 
     def __init__(self, what_for: str) -> None:
         super().__init__()
@@ -37,9 +48,21 @@ class Counting(nn.Module):
         self.what_for = what_for
         self.calls = 0
         self.seen: list[Any] = []
+        self.statistics = Statistics()
+        self.histogram = numpy.zeros(2)
+        self.generator = torch.Generator()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        if self.what_for == "object":
+            self.statistics.calls += 1
+        elif self.what_for == "array":
+            self.histogram += 1
+        elif self.what_for == "class":
+            Counting.all_calls += 1
+        elif self.what_for == "generator":
+            torch.rand(1, generator=self.generator)
+        else:
+            self.calls += 1
         hidden = torch.tanh(self.up(x))
         if self.what_for == "scaling":
             hidden = torch.tanh(hidden * self.calls)
@@ -99,6 +122,8 @@ def everything(model: nn.Module) -> list[Any]:
         [(name, id(t), t.detach().numpy().tobytes()) for name, t in model.state_dict(keep_vars=True).items()],
         [parameter.grad for parameter in model.parameters()],
         [(sorted(vars(module)), getattr(module, "calls", 0), getattr(module, "seen", 0)) for module in model.modules()],
+        [(m.statistics.calls, m.histogram.tolist()) for m in model.modules() if isinstance(m, Counting)],
+        Counting.all_calls,
     ]
 
 
@@ -109,6 +134,10 @@ def everything(model: nn.Module) -> list[Any]:
         ("counting", r"attribute blocks\.0\.calls, .* differ from the plain step's \(in blocks\.0#0, "),
         ("remembering", r"attribute blocks\.0\.calls, attribute blocks\.0\.seen"),
         ("scaling", r"gradient of blocks\.0\.\S+, .* differ from the plain step's, by \S+ at most \(in blocks\.0#0, "),
+        ("object", r"attribute blocks\.0\.statistics\.calls"),
+        ("array", r"attribute blocks\.0\.histogram"),
+        ("class", r"attribute blocks\.0\.all_calls"),
+        ("generator", r"attribute blocks\.0\.generator"),
         ("branching", "it raises CheckpointError where it recomputes"),
     ],
 )
@@ -305,3 +334,33 @@ def test_a_module_that_is_never_the_same(counter: Any, has_deterministic_kernel:
         assert verdict is not None
         assert (verdict.ok, verdict.gradients_equal, verdict.compared_share) == (None, None, 0.0)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+_numbers = itertools.count()
+
+
+class Diary(nn.Module):
+    """Leaves in attributes what is another in each run, or tells of the step itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+        self.by_number: dict[int, Any] = {}
+        self.by_address: dict[Any, Any] = {}
+        self.packed = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.by_number[next(_numbers)] = x.shape[0]
+        self.by_address[id(x)] = self.by_address[id(x), "text"] = repr(object())
+        self.caller = sys._getframe(1).f_code.co_filename
+        self.depth = len(traceback.extract_stack())
+        return x + self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_what_attributes_tell_of_the_step_itself_is_not_the_plans_doing() -> None:
+    model = nn.Sequential(Diary(), Diary())
+    with tightfit.fit(model, BATCH, loss=lambda model, batch: model(batch).sum(), grad_checkpoint="full") as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok, applied.verdict

@@ -35,7 +35,7 @@ import torch
 
 from tightfit._torch_private import below_autograd, set_grad_mode
 from tightfit.device import Device, device_for
-from tightfit.interrupts import safe_point
+from tightfit.interrupts import pass_on, safe_point
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, layouts_of
 from tightfit.profiling.partial_call import argument_bytes, fit_call
@@ -220,7 +220,8 @@ def _time_ms(call: Call, device: Device, repeats: int, *, cold: bool = False) ->
             device.synchronize()
             best = min(best, (time.perf_counter() - begin) * 1e3)
         return best
-    except Exception:
+    except Exception as error:
+        pass_on(error)
         return None
 
 
@@ -238,7 +239,8 @@ def _run_each(calls: Sequence[Call], device: Device) -> dict[int, RunAlone]:
                 with meter.watch(index):
                     result = _run(call, args, kwargs)
                 layouts[index] = layouts_of(result, (*args, *kwargs.values()))
-            except Exception:
+            except Exception as error:
+                pass_on(error)
                 continue
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made

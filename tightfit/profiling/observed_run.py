@@ -21,7 +21,7 @@ from tightfit._torch_private import (
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
-from tightfit.interrupts import safe_point
+from tightfit.interrupts import is_of_a_handler, safe_point
 from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
@@ -62,7 +62,7 @@ def observe_fake(
     try:
         _observe_copy(model, batch, step, observer, mode)
     except BaseException as error:
-        if isinstance(error, TightfitError) or not isinstance(error, Exception):
+        if isinstance(error, TightfitError) or not isinstance(error, Exception) or is_of_a_handler(error):
             if error.__traceback__ is not None:
                 traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
             raise

@@ -33,7 +33,9 @@ def excluded_paths(model: torch.nn.Module, exclude: Exclude) -> tuple[str, ...]:
             paths = {path for path, module in path_of.items() if module is one}
         if not paths:
             raise _matches_nothing(model, one, list(path_of))
-        found |= {path for path, module in path_of.items() if any(module is path_of[other] for other in paths)}
+        # With all that is inside: it may be a part of something else, too.
+        inside = {module for path in paths for module in path_of[path].modules()}
+        found |= {path for path, module in path_of.items() if module in inside}
     return tuple(sorted(path for path in found if not is_inside(path, found - {path})))
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import random
 import sys
 import types
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ class TrainingState:
         self._tensors: list[_SavedTensor] = []
         self._containers: list[tuple[Any, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._slots: list[tuple[Any, dict[Any, Any]]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._seen: dict[int, Any] = {}
         self._walk([model, *optimizers, *also])
@@ -111,6 +114,10 @@ class TrainingState:
         """
         for container, contents in self._containers:
             _restore_container(container, contents)
+        for kind, attributes in self._classes:
+            _restore_class(kind, attributes)
+        for thing, slots in self._slots:
+            _restore_slots(thing, slots)
         for saved in self._tensors:
             saved.restore()
         tensors, versions = _versions(self._tensors)
@@ -154,13 +161,28 @@ class TrainingState:
             yield from thing
         elif isinstance(thing, Microbatch):
             yield thing.batch
-        elif (state := _generator_state(thing)) is not None:
+        elif (state := generator_state(thing)) is not None:
             self._generators.append((thing, state))
-        elif _is_array(thing):
+        elif is_array(thing):
             if thing.nbytes <= _LARGE_ARRAY_BYTES and thing.flags.writeable:
                 self._arrays.append((thing, thing.copy()))
         elif _has_attributes(thing):
-            yield vars(thing)
+            if isinstance(getattr(thing, "__dict__", None), dict):
+                yield vars(thing)
+            if isinstance(thing, torch.nn.Module):
+                yield from self._note_classes(type(thing))
+            if slots := _slots_of(thing):
+                self._slots.append((thing, slots))
+                yield from slots.values()
+
+    def _note_classes(self, kind: type) -> Iterator[Any]:
+        """Save what a module's classes hold themselves, such as a counter; yield what it leads to."""
+        for one in kind.__mro__:
+            if id(one) not in self._seen and _is_users(one):
+                self._seen[id(one)] = one
+                attributes = _own_class_attributes(one)
+                self._classes.append((one, attributes))
+                yield from attributes.values()
 
 
 class _SavedTensor:
@@ -229,6 +251,25 @@ _ATOMS = (
 )  # fmt: skip
 
 
+#: What a class may hold of a step's state; functions, properties and other classes are what it is.
+_KEPT_IN_CLASSES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    list,
+    dict,
+    set,
+    tuple,
+    deque,
+    Counter,
+    defaultdict,
+)
+
+
 def _restore_container(container: Any, contents: Any) -> None:
     """Make a container hold what it held, if it does not."""
     if isinstance(container, dict):
@@ -261,7 +302,7 @@ def _with_forward_of(module: dict[str, Any], contents: list[tuple[Any, Any]]) ->
     return [forward if pair[0] == "forward" else pair for pair in contents]
 
 
-def _generator_state(thing: Any) -> Any:
+def generator_state(thing: Any) -> Any:
     """Return the state of a random generator; None for anything else."""
     if isinstance(thing, torch.Generator):
         return thing.get_state()
@@ -284,7 +325,8 @@ def _set_generator_state(thing: Any, state: Any) -> None:
         thing.set_state(state)
 
 
-def _is_array(thing: Any) -> bool:
+def is_array(thing: Any) -> bool:
+    """Tell whether a thing is a NumPy array of numbers."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(thing, numpy.ndarray) and thing.dtype != object
 
@@ -293,7 +335,64 @@ def _has_attributes(thing: Any) -> bool:
     """Tell whether an object's attributes are part of the model's or the optimizer's state."""
     if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | types.SimpleNamespace):
         return True
-    home = type(thing).__module__.partition(".")[0]
-    if home in ("torch", "tightfit", "numpy") or (home in sys.stdlib_module_names and home != "__main__"):
-        return False
-    return isinstance(getattr(thing, "__dict__", None), dict)
+    return _is_users(type(thing))
+
+
+def _is_users(kind: type) -> bool:
+    """Tell whether a class is not PyTorch's, NumPy's, this package's, or the standard library's."""
+    home = str(kind.__module__).partition(".")[0]
+    return home == "__main__" or (home not in ("torch", "tightfit", "numpy") and home not in sys.stdlib_module_names)
+
+
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """Return the attributes of an object of the user's classes, in its dictionary and slots; none of any other's."""
+    if not _has_attributes(thing):
+        return {}
+    slots = {slot.__name__: value for slot, value in _slots_of(thing).items()}
+    own = getattr(thing, "__dict__", None)
+    return slots | (own if isinstance(own, dict) else {})
+
+
+def class_attributes_of(kind: type) -> dict[str, Any]:
+    """Return the values and containers that a user's class and those above it hold themselves."""
+    found: dict[str, Any] = {}
+    for one in reversed(kind.__mro__):
+        if _is_users(one):
+            found |= _own_class_attributes(one)
+    return found
+
+
+def _own_class_attributes(kind: type) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if type(value) in _KEPT_IN_CLASSES and not name.startswith(("__", "_abc_"))
+    }
+
+
+def _restore_class(kind: type, attributes: dict[str, Any]) -> None:
+    now = _own_class_attributes(kind)
+    for name in now.keys() - attributes.keys():
+        type.__delattr__(kind, name)
+    for name, value in attributes.items():
+        if now.get(name, kind) is not value:
+            type.__setattr__(kind, name, value)
+
+
+def _slots_of(thing: Any) -> dict[Any, Any]:
+    """Return what an object holds in slots, by their descriptors."""
+    found = {}
+    for kind in type(thing).__mro__:
+        for slot in vars(kind).values():
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):  # an empty slot
+                    found[slot] = slot.__get__(thing)
+    return found
+
+
+def _restore_slots(thing: Any, slots: dict[Any, Any]) -> None:
+    for slot, now in _slots_of(thing).items():
+        if slot not in slots:
+            slot.__delete__(thing)
+        elif now is not slots[slot]:
+            slot.__set__(thing, slots[slot])

@@ -8,9 +8,12 @@ import torch
 
 from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.process_group import ProcessGroup
+from tightfit.operators.region_names import ROOT
+from tightfit.records import Plan
+from tightfit.replay.executors.module import ModuleExecutor
 from tightfit.step.host_copy import HostCopy, difference, same_contents
 from tightfit.step.snapshot import RandomState
-from tightfit.verification.results import GRADIENT, Results
+from tightfit.verification.results import ATTRIBUTE, GRADIENT, Results
 
 _MISSING = object()
 
@@ -29,6 +32,8 @@ class Comparison:
     """Keys of regions that could not be compared."""
     parameters: set[str] = field(default_factory=set)
     """Names of the parameters whose gradients were compared."""
+    called_again: frozenset[str] = frozenset()
+    """Paths of modules whose forward runs a second time under the plan (see `paths_called_again`)."""
 
     def add(self, plain: Results, again: Results, planned: Results, key: str = "", path: str = "") -> None:
         """Compare two plain runs and a planned one: of the whole step, or of the region `key` of the module `path`."""
@@ -41,10 +46,24 @@ class Comparison:
             if own_name.startswith(GRADIENT):
                 parameter = own_name.removeprefix(GRADIENT)
                 self.parameters.add(f"{path}.{parameter}" if path else parameter)
-            if not _same(result, planned.get(own_name, _MISSING)):
+            if not _same(result, planned.get(own_name, _MISSING)) and self._is_blamed(own_name, result, path):
                 self.differing[name] = _difference(result, planned.get(own_name))
         for own_name in planned.keys() - plain.keys() - again.keys():
-            self.differing[f"{key}: {own_name}" if key else own_name] = 0.0
+            # Of what a container holds, its length tells: keys may be of each run alone (times, numbers of a sequence).
+            if not own_name.endswith("]") and self._is_blamed(own_name, planned[own_name], path):
+                self.differing[f"{key}: {own_name}" if key else own_name] = 0.0
+
+    def _is_blamed(self, name: str, result: object, path: str) -> bool:
+        """Tell whether a difference is the plan's doing.
+
+        A value that Python code left in an attribute can only differ by the plan where that code runs again.
+        Elsewhere it tells of the step itself: memory that is in use, callers on the stack, the time of day.
+        """
+        if not name.startswith(ATTRIBUTE) or isinstance(result, HostCopy):
+            return True
+        attribute = name.removeprefix(ATTRIBUTE)
+        whole = f"{path}.{attribute}" if path else attribute
+        return any(not one or whole.startswith(f"{one}.") for one in self.called_again)
 
     def include(self, other: Comparison) -> None:
         """Add what another comparison found."""
@@ -87,6 +106,16 @@ class Comparison:
         compared = sum(nbytes for key, nbytes in trained.items() if not self.parameters.isdisjoint(aliases[key]))
         compared_bytes, all_bytes = group.all_reduce_sum([compared, sum(trained.values())])
         return compared_bytes / all_bytes if all_bytes else 0.0
+
+
+def paths_called_again(plan: Plan) -> frozenset[str]:
+    """Return the paths of the modules whose calls the plan makes again in backward; the model's own is empty."""
+    keys = [
+        region.key
+        for region in plan.regions
+        if region.recipe >= 0 and plan.recipes[region.recipe].executor == ModuleExecutor.name
+    ]
+    return frozenset("" if path == ROOT else path for path in (key.rpartition("#")[0] for key in keys))
 
 
 def _is_of(name: str, kinds: tuple[str, ...]) -> bool:

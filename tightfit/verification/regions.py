@@ -28,10 +28,11 @@ from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathe
 from tightfit.distributed.process_group import CommunicationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.region_forward import RegionForward
+from tightfit.interrupts import pass_on
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, TrainingState
-from tightfit.verification.comparison import Comparison
+from tightfit.verification.comparison import Comparison, paths_called_again
 from tightfit.verification.results import Results, results_of
 from tightfit.verification.trial import Trial
 
@@ -191,14 +192,15 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
             state.restore()
 
     def attempt(key: str) -> Comparison | None:
-        here = Comparison()
+        here = Comparison(called_again=paths_called_again(applied.plan))
         path = "" if call.module is trial.model else _path_of(call.key)
         try:
             plain, again = run(applied.paused()), run(applied.paused())
             here.add(plain, again, run(applied.following(call.key)), key, path)
         except CommunicationFailed:
             raise
-        except Exception:  # of whatever kind: not all that a step may call can be called alone
+        except Exception as error:  # of whatever kind: not all that a step may call can be called alone
+            pass_on(error)
             return None
         return here
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 
 from tightfit.distributed.dtensor import local_shard
 from tightfit.step.host_copy import CopyFile, HostCopy
-from tightfit.step.snapshot import RandomState
+from tightfit.step.snapshot import RandomState, attributes_of, class_attributes_of, generator_state, is_array
 
 #: How the name of a gradient begins; the parameter's follows.
 GRADIENT = "gradient of "
+#: How the name of an attribute begins; the paths of module and attribute follow.
+ATTRIBUTE = "attribute "
 
 Results = Mapping[str, object]
 """What a run left behind, by name: `HostCopy` of tensors, `RandomState`, plain values of attributes."""
@@ -25,14 +29,17 @@ _MACHINERY = {*vars(torch.nn.Module()), "forward"} - {"training"}
 _MOST_ENTRIES = 256
 #: Integers from here on are taken for addresses, which may be others in each run and mean nothing.
 _ADDRESSES = 2**40
-_MOST_DEPTH = 4
+_MOST_DEPTH = 6
+#: A tensor or array of another object than a module is looked at up to this size: it may hold a dataset.
+_MOST_BYTES = 2**20
+_ADDRESS_IN_TEXT = re.compile(r"0x[0-9a-f]{6,}")
 
 
 def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
     """Return what a run left behind in a module, and in the random generators.
 
-    Attributes are looked at for numbers, strings and tensors, in containers too.  Passed over are addresses, objects of
-    other classes, and what lies deep inside containers or far behind in them.
+    Attributes are looked at for numbers, strings, tensors, arrays and random generators, in containers and objects of
+    the user's classes too.  Passed over are addresses, and what lies deep inside containers or far behind in them.
     """
     found: dict[str, object] = {}
     for name, parameter in model.named_parameters():
@@ -41,32 +48,62 @@ def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
     for name, buffer in model.named_buffers():
         found[f"buffer {name}"] = HostCopy(local_shard(buffer), copies)
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    seen: set[int] = set()
     for path, module in model.named_modules():
-        for attribute, thing in vars(module).items():
+        for attribute, thing in (class_attributes_of(type(module)) | vars(module)).items():
             if attribute not in _MACHINERY:
-                for name, value in _values(
-                    f"attribute {path}.{attribute}" if path else f"attribute {attribute}", thing
-                ):
+                for name, value in _values(ATTRIBUTE + (f"{path}.{attribute}" if path else attribute), thing, seen):
                     if not isinstance(value, torch.Tensor):
                         found[name] = value
-                    elif id(value) not in known and not value.is_meta:
+                    elif id(value) not in known and not (value.is_meta or value.is_quantized or value.is_nested):
                         found[name] = HostCopy(local_shard(value), copies)
     found["random state"] = RandomState()
     return found
 
 
-def _values(name: str, thing: Any, depth: int = _MOST_DEPTH) -> Iterator[tuple[str, Any]]:
+def _values(name: str, thing: Any, seen: set[int], depth: int = _MOST_DEPTH) -> Iterator[tuple[str, Any]]:
     if isinstance(thing, torch.Tensor) or type(thing) in _VALUES:
-        if type(thing) is not int or abs(thing) < _ADDRESSES:
+        if not _is_address(thing):
             yield name, thing
-    elif depth and isinstance(thing, dict):
+        return
+    if not depth or id(thing) in seen:
+        return
+    seen.add(id(thing))
+    entries: list[tuple[str, Any]] = []
+    if isinstance(thing, dict):
+        entries = [(f"{name}[{key!r}]", value) for key, value in _first(thing.items()) if _is_key(key)]
+    elif isinstance(thing, list | tuple | deque):
+        entries = [(f"{name}[{place}]", value) for place, value in enumerate(_first(thing))]
+    elif is_array(thing):
+        if thing.nbytes <= _MOST_BYTES:
+            yield name, hashlib.sha256(thing.tobytes()).hexdigest()
+    elif (state := generator_state(thing)) is not None:
+        data = state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state).encode()
+        yield name, hashlib.sha256(data).hexdigest()
+    elif not isinstance(thing, torch.nn.Module | torch.optim.Optimizer):
+        entries = [
+            (f"{name}.{attribute}", value)
+            for attribute, value in _first(attributes_of(thing).items())
+            if not (isinstance(value, torch.Tensor) and value.numel() * value.itemsize > _MOST_BYTES)
+        ]
+    if isinstance(thing, dict | list | tuple | deque | set | frozenset):
         yield f"{name} (length)", len(thing)
-        for key, value in islice(thing.items(), _MOST_ENTRIES):
-            if type(key) in _VALUES:
-                yield from _values(f"{name}[{key!r}]", value, depth - 1)
-    elif depth and isinstance(thing, list | tuple | deque):
-        yield f"{name} (length)", len(thing)
-        for place, value in enumerate(islice(thing, _MOST_ENTRIES)):
-            yield from _values(f"{name}[{place}]", value, depth - 1)
-    elif isinstance(thing, set | frozenset):
-        yield f"{name} (length)", len(thing)
+    for own_name, value in entries:
+        yield from _values(own_name, value, seen, depth - 1)
+
+
+def _first(things: Iterable[Any]) -> list[Any]:
+    return list(islice(things, _MOST_ENTRIES))
+
+
+def _is_key(key: object) -> bool:
+    """Tell whether a key means the same in each run."""
+    if type(key) is tuple:
+        return all(_is_key(part) for part in key)
+    return type(key) in _VALUES and not _is_address(key)
+
+
+def _is_address(thing: object) -> bool:
+    if type(thing) is str:
+        return _ADDRESS_IN_TEXT.search(thing) is not None
+    return type(thing) is int and abs(thing) >= _ADDRESSES

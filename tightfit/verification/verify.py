@@ -18,7 +18,7 @@ from tightfit.interrupts import waiting_interrupts
 from tightfit.records import Plan, Verdict
 from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
-from tightfit.verification.comparison import Comparison
+from tightfit.verification.comparison import Comparison, paths_called_again
 from tightfit.verification.regions import compare_regions
 from tightfit.verification.results import GRADIENT
 from tightfit.verification.trial import Outcome, Trial
@@ -102,7 +102,7 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
     allowed_bytes = max(plan.budget_bytes, reference_budget_bytes or 0)
     plain_fits = all(group.all_gather(plan.plain_peak_bytes <= allowed_bytes))
     plain_peak_bytes = plan.plain_peak_bytes
-    found = Comparison()
+    found = Comparison(called_again=paths_called_again(plan))
     if plain_fits:
         first, again = (trial.run_plain(applied, planned.steps) for _ in range(2))
         plain_peak_bytes = max(first.peak_bytes, again.peak_bytes)
