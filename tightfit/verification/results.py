@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.distributed.dtensor import local_shard
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, attributes_of, class_attributes_of, generator_state, is_array
@@ -55,10 +56,15 @@ def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
                 for name, value in _values(ATTRIBUTE + (f"{path}.{attribute}" if path else attribute), thing, seen):
                     if not isinstance(value, torch.Tensor):
                         found[name] = value
-                    elif id(value) not in known and not (value.is_meta or value.is_quantized or value.is_nested):
+                    elif id(value) not in known and _has_contents(value):
                         found[name] = HostCopy(local_shard(value), copies)
     found["random state"] = RandomState()
     return found
+
+
+def _has_contents(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor can be copied: it is of a device of this machine, which ``meta`` is not."""
+    return device_for(tensor).count() > 0 and not (tensor.is_quantized or tensor.is_nested)
 
 
 def _values(name: str, thing: Any, seen: set[int], depth: int = _MOST_DEPTH) -> Iterator[tuple[str, Any]]:
