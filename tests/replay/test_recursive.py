@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,8 +172,8 @@ def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_checked(monkey
     watched: set[str] = set()
     begin = Tape.begin_region
 
-    def noting(tape: Tape, recipe: ResolvedRecipe | None, refused: set[int]) -> None:
-        begin(tape, recipe, refused)
+    def noting(tape: Tape, recipe: ResolvedRecipe | None, refused: set[int], **options: Any) -> None:
+        begin(tape, recipe, refused, **options)
         if tape.is_self_checking and recipe is not None and recipe.shared is not None:
             watched.add(plan.regions[recipe.shared.first + recipe.place].key)
 

@@ -99,6 +99,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_deterministic")
+@pytest.mark.filterwarnings("ignore:the loss of this step:tightfit.errors.PromiseWarning")
 def test_deterministic_mode() -> None:
     """Uninitialised memory is filled with NaN there: what is computed from it must be the same NaN."""
 

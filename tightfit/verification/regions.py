@@ -186,8 +186,9 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
 
     def run(around: AbstractContextManager[None]) -> Results:
         try:
+            inputs = _Inputs(call)  # before the region begins, which would take loading them for its own operations
             with around, gathered(trial.model, call.module):
-                return _run(call)
+                return _run(call, inputs)
         finally:
             state.restore()
 
@@ -230,25 +231,30 @@ def _deterministic_kernels() -> Iterator[None]:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _run(call: _Call) -> Results:
-    call.random_state.restore()
-    inputs: list[torch.Tensor] = []
+class _Inputs:
+    """A call's arguments, loaded again, and the tensors among them whose gradients are compared."""
 
-    def back(leaf: Any) -> Any:
+    def __init__(self, call: _Call) -> None:
+        self.with_gradients: list[torch.Tensor] = []
+        self.args, self.kwargs = tree_map(self._load, call.arguments)
+
+    def _load(self, leaf: Any) -> Any:
         if not isinstance(leaf, _OnHost):
             return leaf
-        moved = leaf.contents.load().to(leaf.device)
-        moved.requires_grad_(leaf.requires_grad)
+        loaded = leaf.contents.load().to(leaf.device)
+        loaded.requires_grad_(leaf.requires_grad)
         if not leaf.requires_grad:
-            return moved
-        inputs.append(moved)
-        return moved * 1  # as inside a model: an input that is not a leaf may be written in place
+            return loaded
+        self.with_gradients.append(loaded)
+        return loaded * 1  # as inside a model: an input that is not a leaf may be written in place
 
-    args, kwargs = tree_map(back, call.arguments)
+
+def _run(call: _Call, inputs: _Inputs) -> Results:
+    call.random_state.restore()
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None
-    output = call.run(*args, **kwargs)
+    output = call.run(*inputs.args, **inputs.kwargs)
     copies = CopyFile()
     found: dict[str, object] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
@@ -257,7 +263,7 @@ def _run(call: _Call) -> Results:
     for index, tensor in enumerate(outputs):
         found[f"output {index}"] = HostCopy(tensor, copies)
     torch.autograd.backward(outputs, gradients)
-    for index, tensor in enumerate(inputs):
+    for index, tensor in enumerate(inputs.with_gradients):
         if tensor.grad is not None:
             found[f"gradient of input {index}"] = HostCopy(tensor.grad, copies)
     return found | results_of(module, copies)
