@@ -7,6 +7,7 @@ what needs an extra that is not installed is skipped (`extras`).
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -20,8 +21,9 @@ import pytest
 from tests.support import extras, fixed_costs
 from tests.support.subjects import subject_of
 
-if TYPE_CHECKING:
-    import torch  # at run time not here: some tests run where torch is blocked
+if TYPE_CHECKING:  # at run time not here: some tests run where torch is blocked
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,6 +147,20 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone, for `fully_shard`."""
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        gc.collect()  # sharded models hold the group
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ Every message says what was found, why the work cannot go on, and what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
@@ -63,14 +64,8 @@ class BudgetInfeasible(TightfitError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = self.required_bytes, self.budget_bytes, self.where, self.breakdown
-        return _budget_infeasible, (type(self), arguments, self.switched_off)
-
-
-def _budget_infeasible(
-    kind: type[BudgetInfeasible], arguments: tuple[int, int, str, dict[str, int]], switched_off: tuple[str, ...]
-) -> BudgetInfeasible:
-    return kind(*arguments, switched_off=switched_off)
+        make = partial(type(self), switched_off=self.switched_off)
+        return make, (self.required_bytes, self.budget_bytes, self.where, self.breakdown)
 
 
 class PlanMismatch(TightfitError):

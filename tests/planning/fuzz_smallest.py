@@ -7,7 +7,6 @@ python -m tests.planning.fuzz_smallest --replay '{"code": ...}'      # one faili
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import tightfit
-from tests.replay.fuzz import measured_peak, silence, specs
+from tests.replay.fuzz import for_each_module, measured_peak, silence
 from tests.replay.programs import Program, loss_of
 from tests.replay.steps import steps
 from tests.support import fixed_costs
@@ -101,31 +99,17 @@ def _problem(spec: dict[str, Any], found: Found) -> str:
 
 def run(count: int, number: int) -> list[Found]:
     """`count` modules drawn from `number`, in this process."""
-    torch.set_num_threads(1)
-    fixed_costs.install()
-    gc.collect()
-    gc.freeze()  # measuring collects garbage: let it not walk over all that was imported
     results: list[Found] = []
     begin = time.monotonic()
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(specs())
-    def each(spec: dict[str, Any]) -> None:
-        if len(results) < count:
-            results.append(check(spec))
-            if results[-1].problem:
-                print(f"FAILED {json.dumps(spec)}\n  {results[-1].problem}", flush=True)
-            if len(results) % 20 == 0:
-                print(f"{len(results)} modules in {time.monotonic() - begin:.0f} s", flush=True)
+    def look(spec: dict[str, Any]) -> None:
+        results.append(check(spec))
+        if results[-1].problem:
+            print(f"FAILED {json.dumps(spec)}\n  {results[-1].problem}", flush=True)
+        if len(results) % 20 == 0:
+            print(f"{len(results)} modules in {time.monotonic() - begin:.0f} s", flush=True)
 
-    each()
+    for_each_module(number, count, look)
     return results
 
 

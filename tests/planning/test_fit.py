@@ -128,9 +128,9 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Profile, Plan]]:
     found: list[tuple[Profile, Plan]] = []
     right = planner._choose
 
-    def choose(profile: Profile, *rest: Any) -> Plan:
-        plan = right(profile, *rest)
-        found.append((profile, plan))
+    def choose(solver: Solver, *rest: Any) -> Plan:
+        plan = right(solver, *rest)
+        found.append((solver.profile, plan))
         return plan
 
     monkeypatch.setattr(planner, "_choose", choose)

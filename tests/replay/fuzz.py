@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,14 +186,13 @@ def silence() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def work(job: tuple[int, int]) -> list[Outcome]:
-    """`count` modules drawn from `number`."""
-    number, count = job
+def for_each_module(number: int, count: int, look: Callable[[dict[str, Any]], object]) -> None:
+    """Call `look` with the specs of `count` modules drawn from `number`, in this process."""
     torch.set_num_threads(1)
     fixed_costs.install()
     gc.collect()
     gc.freeze()  # measuring collects garbage: let it not walk over all that was imported
-    outcomes: list[Outcome] = []
+    drawn = 0
 
     @seed(number)
     @settings(
@@ -204,10 +204,19 @@ def work(job: tuple[int, int]) -> list[Outcome]:
     )
     @given(specs())
     def run(spec: dict[str, Any]) -> None:
-        if len(outcomes) < count:
-            outcomes.append(check(spec))
+        nonlocal drawn
+        if drawn < count:
+            drawn += 1
+            look(spec)
 
     run()
+
+
+def work(job: tuple[int, int]) -> list[Outcome]:
+    """`count` modules drawn from `number`."""
+    number, count = job
+    outcomes: list[Outcome] = []
+    for_each_module(number, count, lambda spec: outcomes.append(check(spec)))
     return outcomes
 
 

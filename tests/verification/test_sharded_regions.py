@@ -5,15 +5,13 @@ In a group of one process; several ones are in tests/train/parallel/test_fsdp.py
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import tightfit
@@ -21,16 +19,6 @@ from tightfit.errors import VerificationFailed
 from tightfit.replay.tape import Tape
 
 BATCH = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        gc.collect()
-        dist.destroy_process_group()
 
 
 class Block(nn.Module):

@@ -184,7 +184,7 @@ class _Search:
         return None
 
     def _is_near_the_limit(self) -> bool:
-        # A sharded step's measured peak depends on when its collectives end: two runs of one plan do not judge alike.
+        # A sharded step's measured peak is not the same each time its plan is installed: two runs do not judge alike.
         near = self._grad_checkpoint == "auto" and not self._profile.is_sharded
         if near:
             plain = self._solver_of(self._uncorrected()).plain(0)
@@ -307,11 +307,11 @@ def _choose_together(
     """Return the plan; None where one of the processes has none."""
     plan: Plan | None = None
     with suppress(BudgetInfeasible):
-        plan = _choose(solver.profile, budget_bytes, grad_checkpoint, solver)
+        plan = _choose(solver, budget_bytes, grad_checkpoint)
     return plan if all(group.all_gather(plan is not None)) else None
 
 
-def _choose(profile: Profile, budget_bytes: int, grad_checkpoint: GradCheckpoint, solver: Solver) -> Plan:
+def _choose(solver: Solver, budget_bytes: int, grad_checkpoint: GradCheckpoint) -> Plan:
     if grad_checkpoint == "auto":
         return solver.solve(budget_bytes)
     plan = (solver.full if grad_checkpoint == "full" else solver.plain)(budget_bytes)

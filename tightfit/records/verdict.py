@@ -100,10 +100,12 @@ class Verdict:
 
     def _gaps(self) -> list[str]:
         found = []
-        if self.not_reproducible and not self.compared_share:
+        plain_ran = self.plain_peak_source == "measured"
+        if self.not_reproducible and (plain_ran or not self.compared_share):
             found.append(f"two plain steps from one state differ in {listed(self.not_reproducible)}")
         if self.unverified:
-            found.append(f"{listed(self.unverified)} cannot be compared alone, and the plain step does not fit")
+            rest = "" if plain_ran else ", and the plain step does not fit"
+            found.append(f"{listed(self.unverified)} cannot be compared alone{rest}")
         return [*found, f"{self.compared_share:.0%} of the gradients (by bytes) were compared"]
 
     def summary(self) -> list[tuple[str, str]]:

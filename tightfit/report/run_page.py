@@ -81,9 +81,8 @@ def refuse_recollect(folder: Path) -> None:
     except (ValueError, AttributeError):  # damaged: whoever needs the file says so
         return
     if "recollect" in packages:
-        writer = " ".join(
-            filter(None, ("recollect", packages["recollect"]))
-        )  # without a version if it was not installed
+        version = packages["recollect"]  # None: it was not installed
+        writer = f"recollect {version}" if version else "recollect"
         raise UnsupportedInput(
             f"the run in {folder} was written by {writer}, as tightfit was called before, so this version can neither "
             f"resume it nor show it. Keep the folder, and begin another run with --mark NAME."

@@ -163,7 +163,7 @@ class TrainingLoop:
                     rest = (
                         "The run is done but for its model, which --resume auto writes."
                         if is_finished
-                        else ("Go on with --resume auto.")
+                        else "Go on with --resume auto."
                     )
                     raise Interrupted(
                         signal_number, f"stopped by a signal after step {step}; the checkpoint is written. {rest}"

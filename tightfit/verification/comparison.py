@@ -94,6 +94,10 @@ class Comparison:
         names = {name for name in self.names if _is_of(name, (kind,))}
         return None if not self.names or (names and names <= self.not_reproducible) else True
 
+    def reproduces(self, kind: str) -> bool:
+        """Tell whether two plain runs gave the same for all results of this kind."""
+        return not any(_is_of(name, (kind,)) for name in self.not_reproducible)
+
     def share(self, model: torch.nn.Module, group: ProcessGroup) -> float:
         """Return the share of the gradients, by bytes, that was compared, over all ranks."""
         aliases: dict[int, list[str]] = {}

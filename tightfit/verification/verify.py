@@ -109,10 +109,11 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
         found.add(first.results, again.results, planned.results)
         found = found.together(group)
     is_whole_step = bool(found.parameters)
-    if not plain_fits or found.differing or any(name.startswith(GRADIENT) for name in found.not_reproducible):
+    is_reproducible = not any(name.startswith(GRADIENT) for name in found.not_reproducible)
+    if not plain_fits or found.differing or not is_reproducible:
         by_region = compare_regions(trial, applied, whole=plain_fits and not found.differing)
         found.include(by_region.together(group))
-    unverified = () if is_whole_step else tuple(found.unverified)
+    unverified = () if is_whole_step and is_reproducible else tuple(found.unverified)
     within = all(group.all_gather(planned.peak_bytes <= plan.budget_bytes))
     share = found.share(trial.model, group)
     ok = not found.differing and within
