@@ -81,9 +81,22 @@ def changes(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [f"{path}: {before!r:.200} is now {after!r:.200}"]
 
 
+_others: list[Any] = []
+"""Fake tensors of tests that ran before, whose tracebacks pytest keeps if they fail."""
+
+
+@pytest.fixture(autouse=True)
+def _only_own_fakes() -> Iterator[None]:
+    _others.extend(fakes())
+    yield
+    _others.clear()
+
+
 def fakes() -> list[Any]:
+    """The fake tensors that were made in this test and are still alive."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) is FakeTensor]
+    before = {id(thing) for thing in _others}
+    return [thing for thing in gc.get_objects() if type(thing) is FakeTensor and id(thing) not in before]
 
 
 @pytest.fixture
