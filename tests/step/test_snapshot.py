@@ -1,0 +1,38 @@
+"""A snapshot puts back what a step changes, and nothing that others installed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tightfit.replay.session import Installed
+from tightfit.step.snapshot import TrainingState
+
+Tensor = torch.Tensor
+
+
+def test_an_installed_plan_is_not_the_steps_doing() -> None:
+    """`restore` neither takes a plan's forward away nor brings one back."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    state = TrainingState(model, ())
+    forward = Installed(recipes={})
+    model.__dict__["forward"] = forward
+    model.mark = 1  # type: ignore[assignment]  # set by hand
+    state.restore()
+    assert model.__dict__["forward"] is forward
+    assert "mark" not in vars(model)
+
+
+def test_a_sparse_gradient_is_put_back() -> None:
+    embedding = nn.Embedding(6, 3, sparse=True)
+    embedding(torch.tensor([1, 1])).sum().backward()
+    gradient = embedding.weight.grad
+    assert gradient is not None
+    before = gradient.to_dense()
+    state = TrainingState(embedding, ())
+    embedding(torch.tensor([2, 4])).sum().backward()
+    assert not torch.equal(gradient.to_dense(), before)
+    state.restore()
+    assert embedding.weight.grad is gradient
+    assert torch.equal(gradient.to_dense(), before)
+    assert gradient._nnz() == 2
