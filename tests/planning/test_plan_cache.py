@@ -1,9 +1,7 @@
-"""A plan survives other batch shapes, dtypes, branches, modes, and adapters added later."""
+"""A plan survives other batch shapes, whoever tells of them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 import tightfit
+from tests.planning.shape_case import LONG, MIDDLE, SHORT, Case, adamw
 from tests.replay.helpers import differences
 from tests.support.shape_models import Block, Tensor, Transformer, batch_of, gradients, next_word_loss, peak_of
 from tightfit import BudgetInfeasible
@@ -25,80 +24,6 @@ from tightfit.profiling.remeasure import complete, measure_reshaped
 from tightfit.records import Profile
 from tightfit.solver.solver import Solver
 from tightfit.step.step import Step
-
-SHORT, MIDDLE, LONG = 40, 48, 64
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Of few operations, so that measuring a step is quick."""
-    return torch.optim.AdamW(model.parameters(), fused=True)
-
-
-class Case:
-    """A model with a budget that only recomputing keeps, at every length from `SHORT` on."""
-
-    def __init__(self, model: nn.Module, budget_bytes: int, length: int = MIDDLE) -> None:
-        self.model = model
-        self.budget_bytes = budget_bytes
-        self.optimizer = adamw(model)
-        self.applied = tightfit.fit(
-            model, batch_of(length), budget=budget_bytes, loss=next_word_loss, optimizer=self.optimizer,
-            reference_budget_bytes=2**40,
-        )  # fmt: skip
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-
-    @property
-    def plans(self) -> PlanCache:
-        assert isinstance(self.applied.plans, PlanCache)
-        return self.applied.plans
-
-    @property
-    def counts(self) -> PlanStatistics:
-        return self.plans.statistics
-
-    def loss(self, batch: Tensor) -> Tensor:
-        return self.applied.loss(self.model, batch)
-
-    def peak(self, batch: Tensor) -> int:
-        self.applied.prepare(batch)
-        return peak_of(self.model, batch, self.optimizer, lambda: self.loss(batch))
-
-    def assert_gradients_are_plain(self, batch: Tensor) -> None:
-        """And that the step was really planned."""
-        with self.applied.paused():
-            plain = gradients(self.model, lambda: next_word_loss(self.model, batch))
-        self.applied.statistics.reset()
-        planned = gradients(self.model, lambda: self.loss(batch))
-        assert differences(plain, planned) == []
-        assert self.applied.statistics.replayed_ops > 0
-
-
-@pytest.fixture(scope="module")
-def reference() -> Profile:
-    model = Transformer()
-    step = Step(loss=next_word_loss, optimizer=(adamw(model),))
-    return measure_step(model, batch_of(MIDDLE), step)
-
-
-@pytest.fixture(scope="module")
-def budget_bytes(reference: Profile) -> int:
-    """What the longest batch can just do with: 15 % of the way from its smallest peak to its plain one."""
-    model = Transformer()
-    step = Step(loss=next_word_loss, optimizer=(adamw(model),))
-    solver = Solver(measure_reshaped(model, batch_of(LONG), step, reference, 2**40))
-    smallest, plain = solver.minimum_budget()[0], solver.plain(0).plain_peak_bytes
-    return smallest + (plain - smallest) * 15 // 100
-
-
-@pytest.fixture
-def case(budget_bytes: int) -> Iterator[Case]:
-    case = Case(Transformer(), budget_bytes)
-    yield case
-    case.applied.remove()
-    assert not any("forward" in vars(module) for module in case.model.modules())
-
 
 # ---------------------------------------------------------------------------------------------------- sizes
 
@@ -392,142 +317,3 @@ def test_a_plan_applied_without_fit_drops_all_on_another_shape(reference: Profil
             assert differences(plain, planned) == []
             assert (applied.active_plan is plan) is (length == MIDDLE)
         applied.prepare(batch_of(LONG))  # nothing to do
-
-
-# ---------------------------------------------------------------------------------------------------- other steps
-
-
-def test_eval_mode_with_gradients_and_back(case: Case) -> None:
-    case.model.eval()
-    case.assert_gradients_are_plain(batch_of(MIDDLE))
-    assert case.counts.tried == 1
-    assert case.peak(batch_of(MIDDLE)) <= case.budget_bytes
-    case.model.train()
-    case.assert_gradients_are_plain(batch_of(MIDDLE))
-    case.model.eval()
-    case.assert_gradients_are_plain(batch_of(SHORT))
-    assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
-
-
-def test_another_dtype(budget_bytes: int) -> None:
-    case = Case(Transformer(), 2 * budget_bytes, length=2 * LONG)
-    case.model.double()
-    for parameter in case.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    case.optimizer.state.clear()
-    case.optimizer.step()
-    assert case.peak(batch_of(LONG)) <= 2 * budget_bytes
-    case.assert_gradients_are_plain(batch_of(LONG))
-    assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
-    case.applied.remove()
-
-
-def test_autocast_around_the_step(case: Case) -> None:
-    batch = batch_of(MIDDLE)
-
-    def under_autocast(loss: Callable[[], Tensor]) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return loss()
-
-    with case.applied.paused():
-        plain = gradients(case.model, lambda: under_autocast(lambda: next_word_loss(case.model, batch)))
-    planned = gradients(case.model, lambda: under_autocast(lambda: case.loss(batch)))
-    assert differences(plain, planned) == []
-    assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
-    longer = batch_of(LONG)
-    under_autocast(lambda: case.loss(longer)).backward()
-    assert case.counts.tried + case.counts.solved + case.counts.reused + case.counts.plain == 2
-    tried = case.counts.tried
-    case.assert_gradients_are_plain(batch)
-    assert (case.counts.tried, case.counts.mismatched_steps) == (tried, 0)
-
-
-class LowRank(nn.Module):
-    """A trainable low-rank term beside a frozen layer."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
-def test_an_adapter_that_is_added_later(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    case.loss(batch_of(SHORT)).backward()
-    for block in case.model.blocks:
-        block.up = LowRank(block.up)
-    with caplog.at_level(logging.WARNING, logger="tightfit"):
-        case.assert_gradients_are_plain(batch_of(MIDDLE))
-    assert "in none of the optimizers" in caplog.text
-    assert case.counts.tried == 1
-    caplog.clear()
-    case.optimizer.add_param_group({"params": [p for n, p in case.model.named_parameters() if ".up.up" in n]})
-    case.optimizer.add_param_group({"params": [p for n, p in case.model.named_parameters() if ".up.down" in n]})
-    with caplog.at_level(logging.WARNING, logger="tightfit"):
-        case.assert_gradients_are_plain(batch_of(MIDDLE))
-    assert "in none of the optimizers" not in caplog.text
-    for parameter in case.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    case.optimizer.step()
-    assert case.peak(batch_of(MIDDLE)) <= case.budget_bytes
-    assert (case.counts.tried, case.counts.mismatched_steps) == (2, 0)
-
-
-def test_blocks_that_are_replaced_or_frozen_later(case: Case) -> None:
-    torch.manual_seed(3)
-    case.model.blocks[0] = type(case.model.blocks[1])()
-    case.assert_gradients_are_plain(batch_of(MIDDLE))
-    assert isinstance(vars(case.model.blocks[0]).get("forward"), RegionForward)
-    case.model.words.requires_grad_(False)
-    case.model.blocks[1].requires_grad_(False)
-    case.assert_gradients_are_plain(batch_of(MIDDLE))
-    case.model.requires_grad_(True)
-    case.assert_gradients_are_plain(batch_of(MIDDLE))
-    assert case.counts.mismatched_steps == 0
-
-
-class Branching(Transformer):
-    """Goes through its blocks once more where an attribute, or the data, says so."""
-
-    again = False
-    by_data = False
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-            if self.again or (self.by_data and bool(tokens[0, 0] == 1)):
-                x = torch.sin(block(x))
-        return self.head(x)
-
-
-def test_a_branch_that_is_taken_for_good_is_learnt(budget_bytes: int) -> None:
-    case = Case(Branching(), budget_bytes, length=SHORT)
-    case.model.again = True
-    case.assert_gradients_are_plain(batch_of(SHORT))
-    assert (case.counts.mismatched_steps, case.counts.replanned) == (1, 0)
-    for _ in range(3):
-        case.assert_gradients_are_plain(batch_of(SHORT))
-    assert (case.counts.mismatched_steps, case.counts.replanned) == (1, 1)
-    assert case.peak(batch_of(SHORT)) <= case.budget_bytes
-    case.applied.remove()
-
-
-def test_a_branch_that_the_data_decides(budget_bytes: int) -> None:
-    model = Branching()
-    model.by_data = True
-    case = Case(model, budget_bytes, length=SHORT)
-    assert case.applied.profile is not None
-    assert case.applied.profile.data_dependent
-    straight, longer = batch_of(SHORT).clone(), batch_of(SHORT).clone()
-    straight[0, 0], longer[0, 0] = 2, 1
-    for batch in (straight, longer, straight, longer):
-        with case.applied.paused():
-            plain = gradients(model, lambda batch=batch: next_word_loss(model, batch))
-        assert differences(plain, gradients(model, lambda batch=batch: case.loss(batch))) == []
-    assert case.counts.mismatched_steps == 2
-    assert (case.counts.replanned, case.counts.tried) == (0, 0)
-    case.applied.remove()
