@@ -161,6 +161,36 @@ def test_the_simulator_counts_as_the_engine_does() -> None:
         assert (applied.statistics.mismatches, applied.statistics.kept_unsafe) == (0, 0)
 
 
+class Splits(nn.Module):
+    """Splits copies that die at once, unsafely, between saving one value after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        for _ in range(20):
+            x.detach().clone().unsafe_chunk(2)
+            x = x.sin()
+        return x
+
+
+def test_what_lies_where_a_split_storage_lay_is_dropped() -> None:
+    """The parts that `unsafe_chunk` gives have version counters of their own, so their storage alone is kept."""
+    model, batch = Splits(), torch.randn(ROWS, WIDTH)
+    profile = tightfit.measure(model, batch, loss=lambda m, b: m(b).sum())
+    with tightfit.apply(model, full_plan(profile, 2**40)) as applied:
+        dropped = []
+        for _ in range(2):
+            applied.statistics.reset()
+            with applied.step():
+                loss = model(batch).sum()
+            loss.backward()
+            dropped.append(applied.statistics.dropped_slots)
+    assert dropped == [20, 20]
+
+
 def test_an_ample_budget_installs_nothing() -> None:
     model = Chain()
     batch = torch.randn(ROWS, WIDTH)

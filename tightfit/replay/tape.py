@@ -88,7 +88,9 @@ class Tape(Replayer):
         self._held: list[TapedValue] = []  # sources taken while recording
         self._movable: list[TapedValue] = []  # of those, what may be running statistics, not copied yet
         self._ops: list[TapedOp] = []
-        self._split: set[int] = set()  # storages whose parts have version counters of their own
+        # Storages whose parts have version counters of their own. Their addresses stay reserved: what came
+        # to lie at one later would be taken for such a part, and kept.
+        self._split: dict[int, WeakStorage] = {}
         self._streams = StreamWatch()
 
     @property
@@ -166,7 +168,7 @@ class Tape(Replayer):
         if check is not None and watched:
             self._written_unseen(func, check.changed_since(watched))
         if info.splits_silently:
-            self._split.add(storage_key(args[0]))
+            self._split[storage_key(args[0])] = WeakStorage(args[0])
         self._register(op, info, mutated, result)
         if check is not None and op is not None and not check.after(op, args, kwargs, result):
             self._statistics.refused_ops += 1
@@ -362,5 +364,5 @@ class Tape(Replayer):
             self._movable = []
             self._ops = []
             self._current = {}
-            self._split = set()
+            self._split = {}
             self._region = None
