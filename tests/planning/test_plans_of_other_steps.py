@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.planning.shape_case import LONG, MIDDLE, SHORT, Case
 from tests.replay.helpers import differences
-from tests.support.shape_models import Tensor, Transformer, batch_of, gradients, next_word_loss
+from tests.support.shape_models import WIDTH, WORDS, Tensor, Transformer, batch_of, gradients, next_word_loss
 from tightfit.installation.region_forward import RegionForward
 
 
@@ -148,4 +148,32 @@ def test_a_branch_that_the_data_decides(budget_bytes: int) -> None:
         assert differences(plain, gradients(model, lambda batch=batch: case.loss(batch))) == []
     assert case.counts.mismatched_steps == 2
     assert (case.counts.replanned, case.counts.tried) == (0, 0)
+    case.applied.remove()
+
+
+#: How many autocast contexts were open around the model's own; no attribute, as planning puts those back.
+depths: set[int] = set()
+
+
+class HalfHead(nn.Linear):
+    """Computes in bfloat16, in a context of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        depths.add(torch.autocast_increment_nesting() - 1)
+        torch.autocast_decrement_nesting()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+def test_autocast_inside_the_model(budget_bytes: int) -> None:
+    """Inside another context, it would not forget the weights that it casts: a later step would cast none."""
+    model = Transformer()
+    model.head = HalfHead(WIDTH, WORDS)
+    depths.clear()
+    case = Case(model, budget_bytes)
+    model.eval()
+    for length in (MIDDLE, LONG):
+        case.assert_gradients_are_plain(batch_of(length))
+    assert (case.counts.tried, case.counts.mismatched_steps) == (2, 0)
+    assert depths == {0}
     case.applied.remove()

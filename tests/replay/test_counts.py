@@ -16,6 +16,7 @@ from tightfit.replay.session import Installed
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
+from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import full_plan
 
@@ -189,6 +190,44 @@ def test_what_lies_where_a_split_storage_lay_is_dropped() -> None:
             loss.backward()
             dropped.append(applied.statistics.dropped_slots)
     assert dropped == [20, 20]
+
+
+class Tries(nn.Module):
+    """Tries a product that fails before the one that does not: once where the plan has that operation, once not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def attempt(self, x: Tensor) -> Tensor:
+        try:
+            return self.layer(x[:, 1:])
+        except RuntimeError:
+            return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layer(self.attempt(x)).sin()
+            x = self.attempt(x).exp().tanh()
+        return x
+
+
+@pytest.mark.parametrize("decide", ["keep all", "keep some", "drop all"])
+def test_an_operation_that_fails_does_not_end_the_plan(decide: str) -> None:
+    model, batch = Tries(), torch.randn(ROWS, WIDTH)
+    profile = tightfit.measure(model, batch, loss=lambda m, b: m(b).sum())
+    index = ProfileIndex(profile)
+    optional = sorted(index.facts[1].optional)
+    kept = optional[{"keep all": 0, "keep some": len(optional) // 2, "drop all": len(optional)}[decide] :]
+    plan = build_plan(index, [None, keeping(index, kept), None], 2**40)
+    with tightfit.apply(model, plan) as applied:
+        for _ in range(2):
+            applied.statistics.reset()
+            with applied.step():
+                loss = model(batch).sum()
+            loss.backward()
+    assert applied.statistics.mismatches == 0
+    assert applied.statistics.replayed_ops == len(simulate(index, plan.decisions).replayed_ops)
 
 
 def test_an_ample_budget_installs_nothing() -> None:

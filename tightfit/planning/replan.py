@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -314,5 +315,11 @@ def _estimated(profile: Profile) -> set[str]:
     return {signature.name for signature in profile.signatures if signature.note}
 
 
-def _no_ambient_autocast(model: torch.nn.Module) -> torch.autocast:
-    return device_for(model).autocast(None)
+def _no_ambient_autocast(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """Close the autocast context that is open, if one is.
+
+    Only then: inside any open context, be it a disabled one, the model's own contexts do not forget at their end the
+    weights that they have cast, and the step that is measured would run other operations than the user's.
+    """
+    device = device_for(model)
+    return device.autocast(None) if device.ambient_autocast() is not None else nullcontext()

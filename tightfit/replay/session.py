@@ -352,16 +352,24 @@ class Session(DispatchMode):
         if self.aside:
             return func(*args, **(kwargs or {}))
         info = known_facts(id(func)) or describe(func)
-        if info.is_view or (
-            info.is_quiet
+        tape = self._tape
+        passes = (
+            not info.is_view
+            and info.is_quiet
             and not self._in_ddp
-            and self._tape is not None
+            and tape is not None
             and current_graph_task() < 0
-            and self._tape.passes(func)
-        ):
+            and tape.passes(func)
+        )
+        if info.is_view or passes:
             if func is MARK_BEGINS or func is MARK_ENDS:
                 self._note_mark(func, args)
-            return info.call(*args, **kwargs) if kwargs else info.call(*args)
+            try:
+                return info.call(*args, **kwargs) if kwargs else info.call(*args)
+            except BaseException:
+                if passes and tape is not None:
+                    tape.passed_one_that_failed()
+                raise
         kwargs = kwargs or {}
         was_busy, self._busy = self._busy, True
         try:

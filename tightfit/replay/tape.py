@@ -134,6 +134,10 @@ class Tape(Replayer):
         self._position += 1
         return True
 
+    def passed_one_that_failed(self) -> None:
+        """Take back the last `passes`: measuring does not count an operation that fails, either."""
+        self._position -= 1
+
     def dispatch(
         self, func: Any, info: OpInfo, types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -142,7 +146,8 @@ class Tape(Replayer):
         region = self._region
         assert region is not None
         record = True
-        if region.on_plan:
+        was_on_plan = region.on_plan
+        if was_on_plan:
             recipe = region.recipe
             assert recipe is not None
             if position < recipe.length and recipe.funcs[position] is func:
@@ -164,7 +169,11 @@ class Tape(Replayer):
             for tensor in undeclared_writes(info, args):
                 self.about_to_write(tensor)
         watched = check.look_at(info, args) if check is not None and op is None and info.is_foreign else []
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException:
+            self._forget_failed(region, op, left_plan=was_on_plan and not region.on_plan)
+            raise
         if check is not None and watched:
             self._written_unseen(func, check.changed_since(watched))
         if info.splits_silently:
@@ -175,6 +184,15 @@ class Tape(Replayer):
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)
         return result
+
+    def _forget_failed(self, region: TapedRegion, op: TapedOp | None, *, left_plan: bool) -> None:
+        """Go on as if the operation had not been tried: a step that catches the error goes on by its plan."""
+        if left_plan:
+            region.on_plan = True
+            self._statistics.mismatches -= 1
+        if op is not None:
+            self._ops.pop()
+            self._statistics.taped_ops -= 1
 
     def _record(
         self,
