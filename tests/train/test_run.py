@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.support import warm_start
 from tightfit.cli.main import main
 from tightfit.records import Plan
 from tightfit.train.config import TrainConfig
@@ -181,7 +181,7 @@ def test_a_run_folder_of_recollect_is_recognised(words: list[str], capsys: pytes
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tightfit", "train", *words]
+    command = [warm_start.python(), "-m", "tightfit", "train", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.support import warm_start
 from tightfit.cli.main import main
 
 #: How long anything may take on a busy machine; nothing waits for it to pass.
 PATIENCE_S = 600
-TIGHTFIT = [sys.executable, "-m", "tightfit"]
+#: Where it matters how a process is started; elsewhere they come from `warm_start`.
+REAL = [sys.executable, "-m", "tightfit"]
 #: No dropout and no BatchNorm, so that the number of processes must not matter.
 GPT = ["train", "--model", "gpt-tiny", "--model-args", "dropout=0.0", "--log-every", "1", "--eval-samples", "40",
        "--batch-size", "8", "--sequence-length", "32"]  # fmt: skip
@@ -68,9 +70,10 @@ def alone(*words: str) -> None:
 
 def start(*words: str, command: list[str] | None = None, **variables: str) -> subprocess.Popen[str]:
     """``tightfit`` (or another command) with these words, in a session of its own."""
+    command = command or [warm_start.python(), "-m", "tightfit"]
     return subprocess.Popen(
-        [*(command or TIGHTFIT), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(**variables), start_new_session=True,
+        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**variables),
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -92,10 +95,10 @@ def run(*words: str, command: list[str] | None = None, **variables: str) -> Ende
     return ended
 
 
-def torchrun(processes: int) -> list[str]:
+def torchrun(processes: int, python: str | None = None) -> list[str]:
     """The command that starts ``tightfit`` in several processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m",
-            "tightfit"]  # fmt: skip
+    options = ["--standalone", "--nproc-per-node", str(processes)]
+    return [python or warm_start.python(), "-m", "torch.distributed.run", *options, "-m", "tightfit"]
 
 
 def metrics(mark: str, dataset: str = "python-source") -> list[dict[str, Any]]:

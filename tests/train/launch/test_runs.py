@@ -12,6 +12,7 @@ import pytest
 
 from tests.train.launch.launching import (
     GPT,
+    REAL,
     TWO,
     alone,
     equal_bits,
@@ -82,7 +83,7 @@ def test_a_signal_to_the_starter_saves_once_and_ends_all() -> None:
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_and_is_named() -> None:
-    process = start(*GPT, *TWO, "--steps", "100000", "--mark", "killed", "--log-every", "5")
+    process = start(*GPT, *TWO, "--steps", "100000", "--mark", "killed", "--log-every", "5", command=REAL)
     logged(process, "python-source/killed", 2)
     children = subprocess.run(
         ["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True

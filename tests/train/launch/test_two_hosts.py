@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -50,7 +51,7 @@ def test_two_hosts_train_like_one_process(hosts: list[list[str]]) -> None:
     alone(*steps, "--mark", "one")
     running = []
     for number, before in enumerate(hosts):
-        command = [*before, *torchrun(2)]
+        command = [*before, *torchrun(2, sys.executable)]
         place = command.index("--standalone")
         command[place : place + 1] = ["--nnodes", "2", "--node-rank", str(number), *RENDEZVOUS]
         options = ["--mark", "two", "--memory", "950KiB", "--json"]
