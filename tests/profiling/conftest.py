@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tightfit._torch_private import FakeTensor
+from tightfit._torch_private import FakeTensor, FakeTensorMode
 from tightfit.step.snapshot import RandomState
 
 Tensor = torch.Tensor
@@ -67,15 +68,20 @@ def changes(before: Any, after: Any, path: str = "") -> list[str]:
 
 
 @pytest.fixture
-def fakes() -> Callable[[], list[Any]]:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     """Find the fake tensors that were made in this test and are still alive."""
+    modes: weakref.WeakSet[FakeTensorMode] = weakref.WeakSet()  # a fake tensor holds its mode
+    begin = FakeTensorMode.__init__
+
+    def noted(mode: FakeTensorMode, *args: Any, **kwargs: Any) -> None:
+        begin(mode, *args, **kwargs)
+        modes.add(mode)
 
     def alive() -> list[Any]:
         gc.collect()
-        return [thing for thing in gc.get_objects() if type(thing) is FakeTensor and id(thing) not in others]
+        return [o for o in gc.get_objects() if type(o) is FakeTensor and o.fake_mode in modes] if modes else []
 
-    others: dict[int, Any] = {}  # of tests that ran before: pytest keeps the tracebacks of those that fail
-    others.update({id(thing): thing for thing in alive()})
+    monkeypatch.setattr(FakeTensorMode, "__init__", noted)
     return alive
 
 

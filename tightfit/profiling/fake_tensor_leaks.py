@@ -30,6 +30,8 @@ _MAX_DEPTH = 4
 _MAX_HOLDERS = 5000
 _CONTAINERS = (dict, list, tuple, set)
 _ABSENT: Any = object()
+#: Attributes of a module that its import set, and that nobody else changes.
+_OF_IMPORT = frozenset({"__spec__", "__loader__"})
 #: Packages whose globals no model's forward changes.
 _LIBRARIES = frozenset({"torch", "numpy", "tightfit", "_pytest", "pytest", "pluggy", "sympy"})
 
@@ -51,8 +53,9 @@ class NamespaceSnapshot:
                 continue
             if issubclass(type(module), types.ModuleType):
                 self._remember_namespace(module, vars(module))
-                for thing in list(vars(module).values()):
-                    self._remember(thing, name)
+                for attribute, thing in list(vars(module).items()):
+                    if attribute not in _OF_IMPORT:
+                        self._remember(thing, name)
         self._new_ids: set[int] | None = None  # ids of the objects that the run made; None: unknown
         self._frozen = gc.get_freeze_count() == 0  # gc.unfreeze would also undo the user's own gc.freeze
         if self._frozen:
@@ -103,10 +106,14 @@ class NamespaceSnapshot:
             if vars(thing).get("__module__") == module_name:
                 self._remember_namespace(thing, _class_namespace(thing))
                 for member in list(vars(thing).values()):
-                    self._remember_function(member)
-        elif issubclass(kind, types.FunctionType | functools.partial):
+                    if type(member) is not types.FunctionType or member.__closure__:
+                        self._remember_function(member)
+        elif kind is types.FunctionType:
+            if thing.__closure__:
+                self._remember_function(thing)
+        elif issubclass(kind, functools.partial):
             self._remember_function(thing)
-        elif not issubclass(kind, types.ModuleType | torch.nn.Module) and kind.__module__ != "builtins":
+        elif kind.__module__ != "builtins" and not issubclass(kind, (types.ModuleType, torch.nn.Module)):
             namespace = _namespace(thing)
             if namespace is not None:
                 self._remember_namespace(thing, namespace)
