@@ -146,8 +146,9 @@ class Tape(Replayer):
         region = self._region
         assert region is not None
         record = True
-        was_on_plan = region.on_plan
-        if was_on_plan:
+        left_with: list[tuple[TapedValue, _Tensor | None]] | None = None
+        held_count = len(self._held)
+        if region.on_plan:
             recipe = region.recipe
             assert recipe is not None
             if position < recipe.length and recipe.funcs[position] is func:
@@ -155,6 +156,7 @@ class Tape(Replayer):
             else:
                 region.on_plan = False
                 self._statistics.mismatches += 1
+                left_with = [(value, value.source) for value in self._movable]
                 self._copy_movable()
         if position in region.refused:
             record = False
@@ -172,7 +174,7 @@ class Tape(Replayer):
         try:
             result = func(*args, **kwargs)
         except BaseException:
-            self._forget_failed(region, op, left_plan=was_on_plan and not region.on_plan)
+            self._forget_failed(region, op, held_count, left_with)
             raise
         if check is not None and watched:
             self._written_unseen(func, check.changed_since(watched))
@@ -185,14 +187,29 @@ class Tape(Replayer):
         self._go_to(position + 1)
         return result
 
-    def _forget_failed(self, region: TapedRegion, op: TapedOp | None, *, left_plan: bool) -> None:
-        """Go on as if the operation had not been tried: a step that catches the error goes on by its plan."""
-        if left_plan:
-            region.on_plan = True
-            self._statistics.mismatches -= 1
+    def _forget_failed(
+        self,
+        region: TapedRegion,
+        op: TapedOp | None,
+        held_count: int,
+        left_with: list[tuple[TapedValue, _Tensor | None]] | None,
+    ) -> None:
+        """Go on as if the operation had not been tried: a step that catches the error goes on by its plan.
+
+        `held_count`: sources held before it. `left_with`: what may be running statistics, if it was not the plan's.
+        """
         if op is not None:
             self._ops.pop()
             self._statistics.taped_ops -= 1
+            for value in self._held[held_count:]:
+                value.source = None
+            self._movable = [value for value in self._movable if value.source is not None]
+            del self._held[held_count:]
+        if left_with is not None:
+            region.on_plan = True
+            self._statistics.mismatches -= 1
+            for value, value.source in left_with:
+                self._movable.append(value)
 
     def _record(
         self,
