@@ -11,6 +11,8 @@
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
 SHELL := /bin/bash
+# Tests start processes: each would compile the package anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 # The first of these that starts and is new enough; override with PYTHON=/path/to/python.
