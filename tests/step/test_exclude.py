@@ -55,6 +55,7 @@ def test_a_module_counts_wherever_it_is(model: ResidualMLP) -> None:
         ("block.*.up", r"'block\.\*\.up' matches no module of ResidualMLP\. .*paths like it are: .*blocks\.\d\.up"),
         (nn.Linear(1, 1), "a Linear that is no module of ResidualMLP"),
         ("", "the model itself"),
+        (3, "a int that is no module of ResidualMLP"),
     ],
 )
 def test_what_names_nothing_is_an_error(exclude: Any, message: str, model: ResidualMLP) -> None:

@@ -71,12 +71,17 @@ def test_a_step_without_finite_gradients_is_left_out(capsys: pytest.CaptureFixtu
     assert all_finite(weights(f"{BAD_RUN}/m"))
 
 
-def test_a_skipped_step_changes_no_weight_and_is_logged_as_json() -> None:
-    words = [*BAD, "--batch-size", "64", "--steps", "2", "--on-nonfinite", "skip", "--log-every", "1", "--mark", "m"]
-    assert main(["train", *words]) == 0  # the bad sample is in every batch
-    first, last = (saved(f"{BAD_RUN}/m")[name]["model"] for name in (min(saved(f"{BAD_RUN}/m")),) * 2)
-    assert all(torch.equal(first[name], last[name]) for name in first)
-    assert [line["loss"] for line in metrics(f"{BAD_RUN}/m")] == [None, None]
+def test_a_run_of_skipped_steps_only_has_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """They change no weight, and are logged as JSON."""
+    words = [*BAD, "--batch-size", "64", "--steps", "3", "--on-nonfinite", "skip", "--log-every", "1", "--mark", "m"]
+    assert main(["train", *words, "--save-every", "1"]) == 1  # the bad sample is in every batch
+    said = capsys.readouterr().err
+    for beat in ("all 3 steps were skipped", "not saved as its model", "--on-nonfinite stop"):
+        assert beat in said
+    first, second = (state["model"] for state in saved(f"{BAD_RUN}/m").values())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not Path(f"runs/{BAD_RUN}/m/model.safetensors").exists()
+    assert [line["loss"] for line in metrics(f"{BAD_RUN}/m")] == [None] * 3
     text = Path(f"runs/{BAD_RUN}/m/metrics.jsonl").read_text()
     assert all(json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
     assert main(["report", f"runs/{BAD_RUN}/m"]) == 0

@@ -20,7 +20,8 @@ def excluded_paths(model: torch.nn.Module, exclude: Exclude) -> tuple[str, ...]:
     Raises:
         UnsupportedInput: a pattern matches no module, a module is not the model's, or the model itself is named.
     """
-    wanted = [exclude] if isinstance(exclude, str | torch.nn.Module) else list(exclude)
+    several = not isinstance(exclude, str | torch.nn.Module) and isinstance(exclude, Iterable)
+    wanted: list[object] = list(exclude) if several else [exclude]  # type: ignore[arg-type]  # neither: told below
     if not wanted:
         return ()
     # A module that is in several places has several paths.

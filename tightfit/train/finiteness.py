@@ -49,6 +49,15 @@ class FiniteGuard:
         if found:
             raise self._failure(f"{found[0]} after step {step}")
 
+    def require_a_step(self, taken: int, skipped: int) -> None:
+        """Raise `TrainingFailed` if a run ends in which every step was skipped."""
+        if taken and skipped == taken:
+            raise TrainingFailed(
+                f"all {taken} steps were skipped, as the loss or the gradients of none were finite, so the weights are "
+                "those that the run began with, and they are not saved as its model. Look at what the loss is made of "
+                "(--on-nonfinite stop ends at the first such step), or try a smaller --lr in another run (--mark NAME)."
+            )
+
     def _reason(self) -> str | None:
         finite, self._losses_are_finite = self._losses_are_finite, None
         for name, tensor in self._weights():

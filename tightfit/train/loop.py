@@ -151,6 +151,8 @@ class TrainingLoop:
 
                 stops_early = evaluation is not None and self.progress.has_stalled(self.config.early_stop)
                 is_finished = is_last or stops_early
+                if is_finished:
+                    self.guard.require_a_step(step - first_step, self.skipped_steps)
                 is_saved = is_finished or is_best or step % self.config.save_every == 0
                 if is_saved:
                     self._save(step, is_best=is_best)
