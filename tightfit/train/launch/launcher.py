@@ -9,13 +9,20 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tightfit.errors import TightfitError
 from tightfit.train.launch.roles import RUN_ID_PREFIX, Starter
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 #: Exit codes of a process for bad input or a signal: the whole run then ends with the same.
 _EXIT_CODES = (2, 130, 143)
+#: The file in which the first process that fails names itself.
+_FIRST = "first"
 
 
 class ProcessFailed(TightfitError):
@@ -62,10 +69,10 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
     )
     try:
         with notes:
-            elastic_launch(config, sys.executable)("-m", "tightfit", *arguments)
-    except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
-        raise ProcessFailed(_exit_code(first.exitcode), _describe(rank, first)) from None
+            try:
+                elastic_launch(config, sys.executable)("-m", "tightfit", *arguments)
+            except ChildFailedError as failed:
+                raise _process_failed(failed, Path(notes.name)) from None
     except SignalException as caught:
         number = int(caught.sigval)
         raise ProcessFailed(128 + number, f"ended by {signal.Signals(number).name}; so were its processes") from None
@@ -73,16 +80,22 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
 
 @contextmanager
 def noting_failure() -> Iterator[None]:
-    """Record an error that is raised inside for the elastic agent that started this process, if one did: it then knows
-    which process failed first.
+    """Record an error that is raised inside for the elastic agent that started this process, if one did.
+
+    Where `launch` started that, also note which process failed first: others fail as soon as they wait for it, and the
+    agent, which compares whole seconds, may see these before.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:
         yield
     except Exception as problem:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if file:
             get_error_handler().record_exception(problem)
+            if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX):
+                with suppress(FileExistsError), (Path(file).parents[1] / _FIRST).open("x") as note:
+                    note.write(f"{os.environ['RANK']} {os.getpid()}")
         raise
 
 
@@ -90,16 +103,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _exit_code(code: int) -> int:
-    return code if code in _EXIT_CODES else 1
-
-
-def _describe(rank: int, first: object) -> str:
-    code = getattr(first, "exitcode", 1)
-    pid = getattr(first, "pid", 0)
+def _process_failed(failed: ChildFailedError, notes: Path) -> ProcessFailed:
+    killed = [(rank, failure) for rank, failure in failed.failures.items() if failure.exitcode < 0]
+    rank, failure = killed[0] if killed else failed.get_first_failure()
+    code, process = failure.exitcode, failure.pid
+    noted = [int(word) for note in notes.glob(f"*/attempt_*/{_FIRST}") for word in note.read_text().split()]
+    if len(noted) == 2 and code > 0:  # who is killed by a signal notes nothing
+        rank, process = noted
+        code = failed.failures.get(rank, failure).exitcode
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
         hint = " The system may have had no more memory." if code == -signal.SIGKILL else ""
     else:
         how, hint = f"ended with exit code {code}", " Its message is above."
-    return f"rank {rank} (process {pid}) {how}, so the run was ended.{hint}"
+    message = f"rank {rank} (process {process}) {how}, so the run was ended.{hint}"
+    return ProcessFailed(code if code in _EXIT_CODES else 1, message)

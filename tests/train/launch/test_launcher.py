@@ -1,0 +1,56 @@
+"""Which process of a run is named as the one that failed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from tightfit.train.launch.launcher import _process_failed, noting_failure
+from tightfit.train.launch.roles import RUN_ID_PREFIX
+
+
+def failed(**codes: int) -> ChildFailedError:
+    """What the agent raises where it sees these ranks' exit codes, all in one second."""
+    failures = {int(name[1:]): (int(name[1:]), code) for name, code in codes.items()}
+    return ChildFailedError(
+        "run", {rank: ProcessFailure(local, 1000 + rank, code, "none") for rank, (local, code) in failures.items()}
+    )
+
+
+def fail(rank: int, notes: Path, monkeypatch: pytest.MonkeyPatch, run: str = RUN_ID_PREFIX) -> None:
+    """Fail as the process of a rank."""
+    folder = notes / "run" / "attempt_0" / str(rank)
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"{run}1")
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(ValueError, match="bad"), noting_failure():
+        raise ValueError("bad")
+
+
+def test_the_first_to_fail_is_named_though_the_agent_saw_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (1, 0):
+        fail(rank, tmp_path, monkeypatch)
+    assert str(_process_failed(failed(r0=1), tmp_path)).startswith("rank 1 (process ")
+    assert str(_process_failed(failed(r0=1, r1=1), tmp_path)).startswith("rank 1 (process ")
+    assert _process_failed(failed(r0=1, r1=2), tmp_path).exit_code == 2
+
+
+def test_one_that_was_killed_is_named_before_those_that_waited_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(0, tmp_path, monkeypatch)
+    for seen in (failed(r1=-signal.SIGKILL), failed(r0=1, r1=-signal.SIGKILL)):
+        problem = _process_failed(seen, tmp_path)
+        assert str(problem).startswith("rank 1 (process 1001) was killed by SIGKILL")
+        assert problem.exit_code == 1
+
+
+def test_without_a_note_the_agent_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(1, tmp_path, monkeypatch, run="another-launcher")
+    assert str(_process_failed(failed(r0=3), tmp_path)).startswith("rank 0 (process 1000) ended with exit code 3")
