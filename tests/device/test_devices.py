@@ -48,7 +48,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "is_current_stream_capturing": lambda: state["capturing"],
         "current_stream": lambda device: SimpleNamespace(cuda_stream=state["stream"]),
         "get_device_name": lambda device: f"GPU {device.index}",
-        "get_device_properties": lambda device: SimpleNamespace(total_memory=100),
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=100, major=9, minor=0),
         "mem_get_info": lambda device: (30, 100),
         "memory_reserved": lambda device: 60,
         "max_memory_reserved": lambda device: 80,

@@ -66,6 +66,9 @@ def test_what_the_step_prints_and_warns_is_heard(capfd: pytest.CaptureFixture[st
     assert steps == len([warning for warning in caught if "of the step" in str(warning.message)]) > 0
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning"
+)  # by PyTorch 2.14's compiler, which silences it else
 def test_a_compiled_loss_is_silent_and_nothing_of_ours_is_compiled(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

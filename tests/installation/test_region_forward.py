@@ -150,7 +150,7 @@ def ways_round(model: Net) -> dict[str, Callable[[Tensor], Any]]:
     }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("way", ["__wrapped__", "the class's own", "export", "trace", "compile"])
 def test_a_step_that_goes_round_is_right_and_told_once(way: str, model: Net, applied: tightfit.Applied) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -177,7 +177,7 @@ class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
+            warnings.filterwarnings("ignore", ".*torch.jit")  # itself
             self.inner = torch.jit.script(mlp())
         self.outer = mlp()
         for _ in range(3):

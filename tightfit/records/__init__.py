@@ -2,7 +2,7 @@
 
 from tightfit.records.decision import Action, Decision, ValueName
 from tightfit.records.plan import (
-    DROPPED_VALUE_HOST_BYTES,
+    DROPPED_SLOT_HOST_BYTES,
     TAPED_OP_HOST_BYTES,
     KeptValue,
     Plan,
@@ -27,7 +27,7 @@ from tightfit.records.verdict import Verdict
 __all__ = [
     "Action",
     "COMPONENTS",
-    "DROPPED_VALUE_HOST_BYTES",
+    "DROPPED_SLOT_HOST_BYTES",
     "TAPED_OP_HOST_BYTES",
     "Decision",
     "Event",

@@ -14,10 +14,10 @@ from tightfit.records.notebook import html_table
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.units import format_bytes
 
-#: Python objects in host memory that a planned step holds: for each operation that may be replayed, and for each value
-#: that is dropped. Upper estimates, measured with tracemalloc; not part of the budget.
+#: Python objects in host memory that a planned step holds: for each operation that may be replayed, and for each
+#: time that autograd saves a value that is dropped. Upper estimates, measured with tracemalloc; not part of the budget.
 TAPED_OP_HOST_BYTES = 1600
-DROPPED_VALUE_HOST_BYTES = 1400
+DROPPED_SLOT_HOST_BYTES = 1400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,8 @@ class ProfileIndex:
             for op in range(region.first_op, region.first_op + region.op_count):
                 self.region_of_op[op] = index
         self.region_of_slot = [slot.region for slot in profile.slots]
+        self.saves = Counter(slot.value for slot in profile.slots)
+        """How often autograd saves each value."""
         self.activation_bytes = [s.nbytes if s.component == "activation" else 0 for s in profile.storages]
         """Of each storage: its size; nothing for one that is resident, and counted there."""
         self.slots_of_region: list[list[int]] = [[] for _ in profile.regions]

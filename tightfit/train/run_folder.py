@@ -173,7 +173,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "accelerators": [device.name() for device in devices() if not device.is_host],
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)},  # and its build
     }
 
 

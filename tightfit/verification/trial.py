@@ -15,7 +15,7 @@ from tightfit.device import memory as meter
 from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
 from tightfit.installation.applied import Applied
-from tightfit.records import DROPPED_VALUE_HOST_BYTES, TAPED_OP_HOST_BYTES
+from tightfit.records import DROPPED_SLOT_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.model import device_of, give_gradients
 from tightfit.step.own_steps import own_steps
@@ -155,5 +155,5 @@ class Trial:
             peak_bytes=peak_bytes,
             replayed_ops=counts.replayed_ops,
             mismatches=counts.mismatches + counts.unplanned_calls,
-            tape_host_bytes=(counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_VALUE_HOST_BYTES),
+            tape_host_bytes=(counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_SLOT_HOST_BYTES),
         )

@@ -39,13 +39,22 @@ def test_the_first_to_fail_is_named_though_the_agent_saw_another(
     assert str(_process_failed(failed(r0=1), tmp_path)).startswith("rank 1 (process ")
     assert str(_process_failed(failed(r0=1, r1=1), tmp_path)).startswith("rank 1 (process ")
     assert _process_failed(failed(r0=1, r1=2), tmp_path).exit_code == 2
+    assert _process_failed(failed(r0=-signal.SIGTERM, r1=2), tmp_path).exit_code == 2
+    on_its_way_out = _process_failed(failed(r0=2, r1=-signal.SIGTERM), tmp_path)
+    assert str(on_its_way_out).startswith("rank 1 (process ")
+    assert on_its_way_out.exit_code == 2
 
 
 def test_one_that_was_killed_is_named_before_those_that_waited_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail(0, tmp_path, monkeypatch)
-    for seen in (failed(r1=-signal.SIGKILL), failed(r0=1, r1=-signal.SIGKILL)):
+    ended_by_agent = -signal.SIGTERM
+    for seen in (
+        failed(r1=-signal.SIGKILL),
+        failed(r0=1, r1=-signal.SIGKILL),
+        failed(r0=ended_by_agent, r1=-signal.SIGKILL),
+    ):
         problem = _process_failed(seen, tmp_path)
         assert str(problem).startswith("rank 1 (process 1001) was killed by SIGKILL")
         assert problem.exit_code == 1

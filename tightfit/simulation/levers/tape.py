@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from tightfit.records import (
-    DROPPED_VALUE_HOST_BYTES,
+    DROPPED_SLOT_HOST_BYTES,
     TAPED_OP_HOST_BYTES,
     Decision,
     KeptValue,
@@ -94,7 +94,8 @@ class TapeLever:
                 if not index.is_resident(s)
             ),
             replay_ms=replay_ms_of(index, needed),
-            host_bytes=len(needed) * TAPED_OP_HOST_BYTES + len(dropped) * DROPPED_VALUE_HOST_BYTES,
+            host_bytes=len(needed) * TAPED_OP_HOST_BYTES
+            + sum(index.saves[v] for v in dropped) * DROPPED_SLOT_HOST_BYTES,
             kept_for_safety=_kept_for_safety(index, fixed & own),
         )
 

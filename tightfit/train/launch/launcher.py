@@ -45,7 +45,7 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
-            logging.getLogger(name).setLevel(logging.ERROR)  # what they warn of, `ProcessFailed` says
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they tell, `ProcessFailed` says
     several = starter.nodes > 1
     if "OMP_NUM_THREADS" not in os.environ:  # else each process would take all cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // starter.processes))
@@ -104,13 +104,16 @@ def _cores() -> int:
 
 
 def _process_failed(failed: ChildFailedError, notes: Path) -> ProcessFailed:
-    killed = [(rank, failure) for rank, failure in failed.failures.items() if failure.exitcode < 0]
-    rank, failure = killed[0] if killed else failed.get_first_failure()
+    # The agent counts those that it has ended itself, too.
+    others = {r: one for r, one in failed.failures.items() if one.exitcode != -signal.SIGTERM} or failed.failures
+    # Who is killed has no note of when, and those that wait for it fail next.
+    rank, failure = min(others.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     code, process = failure.exitcode, failure.pid
     noted = [int(word) for note in notes.glob(f"*/attempt_*/{_FIRST}") for word in note.read_text().split()]
     if len(noted) == 2 and code > 0:  # who is killed by a signal notes nothing
         rank, process = noted
-        code = failed.failures.get(rank, failure).exitcode
+        if rank in others:  # not, if the agent ended it on its way out
+            code = others[rank].exitcode
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
         hint = " The system may have had no more memory." if code == -signal.SIGKILL else ""
