@@ -37,6 +37,18 @@ own_children: Callable[[torch.nn.Module], dict[str, torch.nn.Module | None]] = a
 #: An operator overload's schema: the names of its arguments, and which of them it writes.
 schema_of: Callable[[Any], Any] = attrgetter("_schema")
 
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode that makes tensors without data, of which asking for the memory's address is an error.
+
+    PyTorch's default answers with the null pointer and a warning: a kernel that is called past the dispatcher (Triton,
+    an extension, ctypes) would be launched with it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    mode._allow_unsafe_data_ptr_access = False  # read when a fake tensor is made; the public switch is process-wide
+    return mode
+
+
 #: What `Tensor.item()` dispatches to.
 LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
 

@@ -17,6 +17,7 @@ from tightfit._torch_private import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    fake_mode,
 )
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
@@ -56,7 +57,7 @@ def observe_fake(
     Returns:
         The observer, None if the run failed; and whether it failed because shapes depend on the data.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    mode = fake_mode()
     observer = Observer(signatures, device_for(model), layouts=layouts)
     surroundings = NamespaceSnapshot(step.loss)
     try:
