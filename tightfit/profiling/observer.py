@@ -75,6 +75,7 @@ class Observer(DispatchMode):
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
+        self._device = device
         self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
         """Result layouts as observed, by the key of the signature."""
@@ -225,7 +226,7 @@ class Observer(DispatchMode):
         result = func(*args, **kwargs)
         key = self._signatures.keys[signature]
         if (layouts := self._real_layouts.get(key)) is not None:
-            result = with_layouts(result, layouts)
+            result = with_layouts(result, layouts, self._device.torch_device)
         if key not in self.layouts:
             self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
         return result
