@@ -410,9 +410,11 @@ def cuda_process_bytes(device: torch.device) -> int | None:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         import os
 
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        # In a container the numbers are the host's, and this process's own is not among them: alone it is known.
+        own = [p for p in processes if p.pid == os.getpid()] or (processes if len(processes) == 1 else [])
+        if own and own[0].usedGpuMemory is not None:
+            return int(own[0].usedGpuMemory)
     except pynvml.NVMLError:
         return None
     return None

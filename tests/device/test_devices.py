@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tightfit._torch_private import cuda_process_bytes
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.cpu import CpuDevice
@@ -24,6 +27,7 @@ from tightfit.device.process_state import (
     set_device_random_states,
 )
 from tightfit.device.registry import accelerator_kind, device_named, devices, preferred_kind
+from tightfit.operators.replayable import call_generator
 from tightfit.profiling.cost_cache import CostCache
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -32,7 +36,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Two GPUs of 100 bytes, of which this process's allocator has 60 reserved; what was asked of them."""
-    state: dict[str, Any] = {"calls": [], "stream": 7, "capturing": False, "generators": [[1], [2]]}
+    state: dict[str, Any] = {"calls": [], "stream": 7, "capturing": False, "generators": [[1], [2]], "current": 0}
 
     def note(name: str, result: Any = None) -> Any:
         def call(*args: Any) -> Any:
@@ -61,6 +65,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "default_generators": (torch.Generator(), torch.Generator()),
         "get_rng_state_all": lambda: list(state["generators"]),
         "set_rng_state": lambda value, index: state["generators"].__setitem__(index, value),
+        "current_device": lambda: state["current"],
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -219,6 +224,42 @@ def test_libraries_are_deterministic_inside_and_as_before_afterwards(monkeypatch
 
 @pytest.mark.usefixtures("cuda")
 def test_each_device_has_costs_of_its_own(tmp_path: Any) -> None:
+def test_without_a_number_a_gpu_is_the_current_one(cuda: dict[str, Any]) -> None:
+    call = {"device": torch.device("cuda")}
+    for current in (0, 1):
+        cuda["current"] = current
+        device = device_of_call([], call)
+        assert call_generator((), call, device) is torch.cuda.default_generators[current]
+        assert device.numbered() == torch.device("cuda", current)
+        assert device_for("cuda:1").numbered() == torch.device("cuda", 1)
+    assert device_for(CPU).numbered() == CPU
+
+
+def test_the_process_is_found_by_the_driver_also_where_it_has_another_number_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def process(pid: int, nbytes: int) -> SimpleNamespace:
+        return SimpleNamespace(pid=pid, usedGpuMemory=nbytes)
+
+    running: list[SimpleNamespace] = []
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: running,
+        NVMLError=OSError,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", lambda device: 0)
+    gpu, own = torch.device("cuda", 0), os.getpid()
+    assert cuda_process_bytes(gpu) is None
+    running[:] = [process(-1, 10), process(own, 20)]
+    assert cuda_process_bytes(gpu) == 20
+    running[:] = [process(-1, 10)]  # a container's: the number is the host's
+    assert cuda_process_bytes(gpu) == 10
+    running[:] = [process(-1, 10), process(-2, 20)]
+    assert cuda_process_bytes(gpu) is None
+
+
     keys = [device.cost_key() for device in devices()]
     assert len({key["device"] for key in keys}) == 3
     assert "cudnn" in keys[1]["libraries"]

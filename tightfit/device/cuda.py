@@ -118,8 +118,8 @@ class CudaDevice(Device):
         return {"device": self.name(), "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {settings}"}
 
     def generator(self) -> torch.Generator | None:
-        """Return the GPU's default generator."""
-        return torch.cuda.default_generators[self.torch_device.index or 0]
+        """Return the GPU's default generator: where no number was given, the current GPU's."""
+        return torch.cuda.default_generators[self._index()]
 
     def current_stream(self) -> int:
         """Return the handle of this thread's current stream."""
@@ -141,6 +141,14 @@ class _WorkspaceMeter:
     @contextmanager
     def watch(self, index: int) -> Iterator[None]:
         """Meter the operation that runs inside; what it returned must still be alive at the end."""
+    def numbered(self) -> torch.device:
+        """Return the GPU with its number: the current one's where none was given."""
+        return torch.device(self.kind, self._index())
+
+    def _index(self) -> int:
+        index = self.torch_device.index
+        return torch.cuda.current_device() if index is None else index
+
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         peak_bytes = torch.cuda.max_memory_allocated(self._device)

@@ -177,3 +177,7 @@ class Device(ABC):
     def ambient_autocast(self) -> torch.dtype | None:
         """Return the dtype of the autocast context that is open now; None if there is none."""
         return torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else None
+    def numbered(self) -> torch.device:
+        """Return its `torch.device`, with its number where devices of this kind have one."""
+        return self.torch_device
+
