@@ -214,16 +214,6 @@ def test_where_a_call_runs(cuda: dict[str, Any]) -> None:
     assert device_for("cuda").generator() is torch.cuda.default_generators[0]
 
 
-def test_libraries_are_deterministic_inside_and_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with deterministic_libraries():
-        assert not torch.backends.cudnn.benchmark
-    assert torch.backends.cudnn.benchmark
-
-
-@pytest.mark.usefixtures("cuda")
-def test_each_device_has_costs_of_its_own(tmp_path: Any) -> None:
 def test_without_a_number_a_gpu_is_the_current_one(cuda: dict[str, Any]) -> None:
     call = {"device": torch.device("cuda")}
     for current in (0, 1):
@@ -266,8 +256,25 @@ def test_the_process_is_found_by_the_driver_also_where_it_has_another_number_the
     assert "cudnn" not in keys[0]["libraries"]
     from tightfit.profiling.cost_cache import Cost
 
+def test_libraries_are_deterministic_inside_and_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with deterministic_libraries():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("cuda")
+def test_each_device_has_costs_of_its_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, device in enumerate(devices()):
         cache = CostCache(device.torch_device, tmp_path)
         assert cache.get("call") is None
         cache.put("call", Cost(float(number), 0, ()))
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    slow = device_for("cuda:0").cost_key()
+    assert "conv ieee" in slow["precision"]
+    assert "matmul tf32" in slow["precision"]
+    assert slow != keys[1]
+    assert device_for(CPU).cost_key() == keys[0]
         cache.save()

@@ -123,6 +123,16 @@ def test_another_environment_has_costs_of_its_own(folder: Path, change: str) -> 
     assert CostCache(CPU).get("call 0") is not None
 
 
+def test_precision_chosen_by_the_newer_switches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any of them, `torch.get_float32_matmul_precision` raises."""
+    fill(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+        patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+        assert CostCache(CPU).get("call 0") is None
+    assert CostCache(CPU).get("call 0") is not None
+
+
 def test_calls_that_differ_in_anything_have_different_keys() -> None:
     table = SignatureTable()
     x = torch.randn(4, 4)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from tightfit.device.device import Device, WorkspaceMeter
+from tightfit.device.fp32_precision import fp32_precision
 from tightfit.device.host_meter import host_workspace_meter, measure_host_peak
 
 Result = TypeVar("Result")
@@ -80,10 +81,12 @@ class CpuDevice(Device):
         """Do nothing: an operation is done when its call returns."""
 
     def cost_key(self) -> dict[str, str]:
-        """Return the processor, the instructions that PyTorch uses of it, and whether oneDNN is used."""
+        """Return the processor, the instructions that PyTorch uses of it, whether oneDNN is used, and how precisely."""
+        onednn = torch.backends.mkldnn
         return {
             "device": f"{self.name()} {torch.backends.cpu.get_cpu_capability()}",
-            "libraries": f"onednn {torch.backends.mkldnn.enabled}",
+            "libraries": f"onednn {onednn.enabled}",
+            "precision": fp32_precision(matmul=onednn.matmul, conv=onednn.conv, rnn=onednn.rnn),
         }
 
     def generator(self) -> torch.Generator | None:

@@ -12,6 +12,7 @@ import torch
 
 from tightfit._torch_private import cuda_process_bytes
 from tightfit.device.device import Device
+from tightfit.device.fp32_precision import fp32_precision
 
 Result = TypeVar("Result")
 
@@ -112,10 +113,14 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def cost_key(self) -> dict[str, str]:
-        """Return the GPU, and cuDNN's version and settings."""
+        """Return the GPU, cuDNN's version and settings, and where TF32 is used."""
         cudnn = torch.backends.cudnn
         settings = f"{cudnn.version()} {cudnn.enabled} {cudnn.benchmark} {cudnn.deterministic}"
-        return {"device": self.name(), "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {settings}"}
+        return {
+            "device": self.name(),
+            "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {settings}",
+            "precision": fp32_precision(matmul=torch.backends.cuda.matmul, conv=cudnn.conv, rnn=cudnn.rnn),
+        }
 
     def generator(self) -> torch.Generator | None:
         """Return the GPU's default generator: where no number was given, the current GPU's."""

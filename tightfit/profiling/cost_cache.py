@@ -171,7 +171,6 @@ def _environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
-        "matmul": torch.get_float32_matmul_precision(),
         "default dtype": str(torch.get_default_dtype()),
         "system": f"{platform.system()} {platform.machine()}",
     }
