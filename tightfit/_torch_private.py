@@ -320,6 +320,16 @@ def quiet_profiler() -> Iterator[None]:
     """Keep the profiler's library (libkineto) from printing inside: it announces starts and stops, and missing GPUs.
 
     Whoever has set ``KINETO_LOG_LEVEL`` has chosen what it prints.  Else its level is changed where it lies, and put
+def clips_by_foreach(gradients: list[torch.Tensor], stand_in: type[torch.Tensor]) -> bool | None:
+    """Return what to give `clip_grad_norm_` as `foreach` so that it does with gradients of the type `stand_in` what it
+    does with tensors: True, or None where it decides by itself what it would decide for tensors, too.
+    """
+    from torch.utils._foreach_utils import _device_has_foreach_support
+
+    alike = all(type(gradient) is stand_in and _device_has_foreach_support(gradient.device) for gradient in gradients)
+    return True if gradients and alike else None
+
+
     back, so that other profilers print what they always print; where a platform does not show it, nothing is silenced.
     """
     kineto = None if _KINETO_VARIABLE in os.environ else _kineto()

@@ -69,7 +69,9 @@ class CpuDevice(Device):
         """Return 0."""
         return 0
 
-    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
+    def measure_peak(
+        self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True
+    ) -> tuple[Result, int]:
         """Run `fn` under the profiler; see `Device.measure_peak`."""
         return measure_host_peak(fn, resident_bytes)
 

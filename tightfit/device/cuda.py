@@ -28,7 +28,7 @@ class CudaDevice(Device):
     pins_memory = True
     trains_in_fp16 = True
     backends = ("nccl", "gloo", "mpi", "ucc")
-    out_of_memory_messages = re.compile(r"out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE)
+    out_of_memory_messages = re.compile(r"out of memory|CU[A-Z]+_STATUS_(?:\w+_)?ALLOC(?:ATION)?_FAILED", re.IGNORECASE)
 
     @classmethod
     def count(cls) -> int:
@@ -84,11 +84,22 @@ class CudaDevice(Device):
         """Return the bytes of the caching allocator's segments."""
         return torch.cuda.memory_reserved(self.torch_device)
 
-    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
-        """Run `fn` on an emptied cache; the allocator counts what is alive before by itself."""
+    def held_bytes(self) -> int:
+        """Return the bytes of the allocator's segments, and those of the context and the libraries."""
+        return self.reserved_bytes() + self._bytes_outside_pytorch()
+
+    def give_back(self) -> None:
+        """Empty the caching allocator's cache."""
+        torch.cuda.empty_cache()
+
+    def measure_peak(
+        self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True
+    ) -> tuple[Result, int]:
+        """Run `fn`; the allocator counts what is alive before by itself.  See `Device.measure_peak`."""
         device = self.torch_device
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        if from_empty:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         result = fn()
         torch.cuda.synchronize(device)
@@ -130,6 +141,14 @@ class CudaDevice(Device):
         """Return the handle of this thread's current stream."""
         return torch.cuda.current_stream(self.torch_device).cuda_stream
 
+    def numbered(self) -> torch.device:
+        """Return the GPU with its number: the current one's where none was given."""
+        return torch.device(self.kind, self._index())
+
+    def _index(self) -> int:
+        index = self.torch_device.index
+        return torch.cuda.current_device() if index is None else index
+
     def make_current(self) -> None:
         """Make it this thread's GPU, unless it is that already because no number was given."""
         if self.torch_device.index is not None:
@@ -146,14 +165,6 @@ class _WorkspaceMeter:
     @contextmanager
     def watch(self, index: int) -> Iterator[None]:
         """Meter the operation that runs inside; what it returned must still be alive at the end."""
-    def numbered(self) -> torch.device:
-        """Return the GPU with its number: the current one's where none was given."""
-        return torch.device(self.kind, self._index())
-
-    def _index(self) -> int:
-        index = self.torch_device.index
-        return torch.cuda.current_device() if index is None else index
-
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         peak_bytes = torch.cuda.max_memory_allocated(self._device)

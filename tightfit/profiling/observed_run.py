@@ -17,6 +17,7 @@ from tightfit._torch_private import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    clips_by_foreach,
     fake_mode,
 )
 from tightfit.device import device_for
@@ -190,7 +191,9 @@ def _observe(
                 safe_point()
                 observer.begin_optimizer()
                 if step.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
+                    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                    foreach = clips_by_foreach(gradients, FakeTensor)
+                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm, foreach=foreach)
                 for optimizer in optimizers:
                     optimizer.step()
             finally:
