@@ -270,12 +270,11 @@ def test_each_device_has_costs_of_its_own(tmp_path: Any, monkeypatch: pytest.Mon
     assert len({key["device"] for key in keys}) == 3
     assert "cudnn" in keys[1]["libraries"]
     assert "cudnn" not in keys[0]["libraries"]
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    slow = device_for("cuda:0").cost_key()
-    assert "conv ieee" in slow["precision"]
-    assert "matmul tf32" in slow["precision"]
-    assert slow != keys[1]
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    fast = device_for("cuda:0").cost_key()
+    assert "matmul tf32" in fast["precision"]
+    assert "conv " in fast["precision"]
+    assert fast != keys[1]
     assert device_for(CPU).cost_key() == keys[0]
     from tightfit.profiling.cost_cache import Cost
 

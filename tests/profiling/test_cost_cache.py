@@ -123,14 +123,23 @@ def test_another_environment_has_costs_of_its_own(folder: Path, change: str) -> 
     assert CostCache(CPU).get("call 0") is not None
 
 
-def test_precision_chosen_by_the_newer_switches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After any of them, `torch.get_float32_matmul_precision` raises."""
+PRECISION = """
+import sys, torch
+from tightfit.profiling.cost_cache import CostCache
+torch.set_num_threads(int(sys.argv[1]))
+host = torch.device("cpu")
+known = CostCache(host).get("call 0") is not None
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+print(known, CostCache(host).get("call 0") is None)
+"""
+
+
+def test_precision_chosen_by_the_newer_switches(folder: Path) -> None:
+    """After any of them `torch.get_float32_matmul_precision` raises, for as long as the process lives."""
     fill(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-        patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-        assert CostCache(CPU).get("call 0") is None
-    assert CostCache(CPU).get("call 0") is not None
+    command = [sys.executable, "-c", PRECISION, str(torch.get_num_threads())]
+    assert subprocess.check_output(command, text=True).split() == ["True", "True"]
 
 
 def test_calls_that_differ_in_anything_have_different_keys() -> None:
