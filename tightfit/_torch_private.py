@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -69,6 +70,34 @@ def has_global_module_hooks() -> bool:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Tell whether `torch.compile(module)` made the module, or `module.compile()` was called on it."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def in_compiled_call() -> bool:
+    """Tell whether a function that `torch.compile` made has been called and has not returned, in this thread.
+
+    PyTorch tells only who traces; a compiled function that runs eagerly shows by its wrapper on the stack.
+    """
+    if _DYNAMO not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == _DYNAMO:
+            return True
+    return False
+
+
+_DYNAMO = "torch._dynamo.eval_frame"
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run inside, eagerly, what `torch.compile` made: its code launches kernels that no dispatch mode sees."""
+    if _DYNAMO not in sys.modules:  # nothing is compiled, and what will be is not beneath a dispatch mode
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -291,6 +320,16 @@ def default_foreach(parameters: list[torch.Tensor]) -> bool:
     return bool(_default_to_fused_or_foreach(parameters, differentiable=False, use_fused=False)[1])
 
 
+def clips_by_foreach(gradients: list[torch.Tensor], stand_in: type[torch.Tensor]) -> bool | None:
+    """Return what to give `clip_grad_norm_` as `foreach` so that it does with gradients of the type `stand_in` what it
+    does with tensors: True, or None where it decides by itself what it would decide for tensors, too.
+    """
+    from torch.utils._foreach_utils import _device_has_foreach_support
+
+    alike = all(type(gradient) is stand_in and _device_has_foreach_support(gradient.device) for gradient in gradients)
+    return True if gradients and alike else None
+
+
 def profiler_memory_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
     """List (time in ns, bytes) of each allocation (positive) and free (negative) in the profile, in order of time."""
     return sorted((e.start_ns(), e.nbytes()) for e in _kineto_events(profile) if e.name() == "[memory]")
@@ -320,16 +359,6 @@ def quiet_profiler() -> Iterator[None]:
     """Keep the profiler's library (libkineto) from printing inside: it announces starts and stops, and missing GPUs.
 
     Whoever has set ``KINETO_LOG_LEVEL`` has chosen what it prints.  Else its level is changed where it lies, and put
-def clips_by_foreach(gradients: list[torch.Tensor], stand_in: type[torch.Tensor]) -> bool | None:
-    """Return what to give `clip_grad_norm_` as `foreach` so that it does with gradients of the type `stand_in` what it
-    does with tensors: True, or None where it decides by itself what it would decide for tensors, too.
-    """
-    from torch.utils._foreach_utils import _device_has_foreach_support
-
-    alike = all(type(gradient) is stand_in and _device_has_foreach_support(gradient.device) for gradient in gradients)
-    return True if gradients and alike else None
-
-
     back, so that other profilers print what they always print; where a platform does not show it, nothing is silenced.
     """
     kineto = None if _KINETO_VARIABLE in os.environ else _kineto()

@@ -19,6 +19,7 @@ from tightfit._torch_private import (
     FakeTensorMode,
     clips_by_foreach,
     fake_mode,
+    uncompiled,
 )
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
@@ -161,7 +162,7 @@ def _observe(
     observer: Observer,
 ) -> None:
     """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
-    with torch.enable_grad(), own_steps():
+    with torch.enable_grad(), own_steps(), uncompiled():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one
             for optimizer in optimizers:
