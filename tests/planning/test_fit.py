@@ -206,7 +206,7 @@ def test_where_the_device_has_no_memory_for_the_plain_step_regions_are_compared(
         assert applied.verdict.plain_peak_source == "predicted"
 
 
-@pytest.mark.parametrize("place", ["Trial.times_ms", "Trial._snapshot", "search.measure_together"])
+@pytest.mark.parametrize("place", ["Trial.times_ms", "search.measure_together"])
 def test_a_lack_of_memory_elsewhere_is_told_in_terms_of_the_budget(
     place: str, peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
