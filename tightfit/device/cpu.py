@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -84,7 +84,7 @@ class CpuDevice(Device):
 
     def cost_key(self) -> dict[str, str]:
         """Return the processor, the instructions that PyTorch uses of it, whether oneDNN is used, and how precisely."""
-        onednn = torch.backends.mkldnn
+        onednn: Any = torch.backends.mkldnn
         return {
             "device": f"{self.name()} {torch.backends.cpu.get_cpu_capability()}",
             "libraries": f"onednn {onednn.enabled}",

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -125,7 +125,7 @@ class CudaDevice(Device):
 
     def cost_key(self) -> dict[str, str]:
         """Return the GPU, cuDNN's version and settings, and where TF32 is used."""
-        cudnn = torch.backends.cudnn
+        cudnn: Any = torch.backends.cudnn
         settings = f"{cudnn.version()} {cudnn.enabled} {cudnn.benchmark} {cudnn.deterministic}"
         return {
             "device": self.name(),
