@@ -12,6 +12,7 @@ also replays.  "selective checkpoint" is PyTorch's, keeping the results of matri
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="also write the tables to this file")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("transformers") is None:
+        print("tape_overhead skipped: transformers, whose Llama block it measures, is not installed.")
+        return
     cuda = torch.cuda.is_available()
     sizes = CUDA_SIZES if cuda else CPU_SIZES
     hardware = f"{torch.cuda.get_device_name()}, bf16" if cuda else f"CPU, {torch.get_num_threads()} threads, fp32"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -37,6 +38,18 @@ own_children: Callable[[torch.nn.Module], dict[str, torch.nn.Module | None]] = a
 #: An operator overload's schema: the names of its arguments, and which of them it writes.
 schema_of: Callable[[Any], Any] = attrgetter("_schema")
 
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode that makes tensors without data, of which asking for the memory's address is an error.
+
+    PyTorch's default answers with the null pointer and a warning: a kernel that is called past the dispatcher (Triton,
+    an extension, ctypes) would be launched with it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    mode._allow_unsafe_data_ptr_access = False  # read when a fake tensor is made; the public switch is process-wide
+    return mode
+
+
 #: What `Tensor.item()` dispatches to.
 LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
 
@@ -57,6 +70,34 @@ def has_global_module_hooks() -> bool:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Tell whether `torch.compile(module)` made the module, or `module.compile()` was called on it."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def in_compiled_call() -> bool:
+    """Tell whether a function that `torch.compile` made has been called and has not returned, in this thread.
+
+    PyTorch tells only who traces; a compiled function that runs eagerly shows by its wrapper on the stack.
+    """
+    if _DYNAMO not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == _DYNAMO:
+            return True
+    return False
+
+
+_DYNAMO = "torch._dynamo.eval_frame"
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run inside, eagerly, what `torch.compile` made: its code launches kernels that no dispatch mode sees."""
+    if _DYNAMO not in sys.modules:  # nothing is compiled, and what will be is not beneath a dispatch mode
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -279,6 +320,16 @@ def default_foreach(parameters: list[torch.Tensor]) -> bool:
     return bool(_default_to_fused_or_foreach(parameters, differentiable=False, use_fused=False)[1])
 
 
+def clips_by_foreach(gradients: list[torch.Tensor], stand_in: type[torch.Tensor]) -> bool | None:
+    """Return what to give `clip_grad_norm_` as `foreach` so that it does with gradients of the type `stand_in` what it
+    does with tensors: True, or None where it decides by itself what it would decide for tensors, too.
+    """
+    from torch.utils._foreach_utils import _device_has_foreach_support
+
+    alike = all(type(gradient) is stand_in and _device_has_foreach_support(gradient.device) for gradient in gradients)
+    return True if gradients and alike else None
+
+
 def profiler_memory_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
     """List (time in ns, bytes) of each allocation (positive) and free (negative) in the profile, in order of time."""
     return sorted((e.start_ns(), e.nbytes()) for e in _kineto_events(profile) if e.name() == "[memory]")
@@ -398,9 +449,11 @@ def cuda_process_bytes(device: torch.device) -> int | None:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         import os
 
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        # In a container the numbers are the host's, and this process's own is not among them: alone it is known.
+        own = [p for p in processes if p.pid == os.getpid()] or (processes if len(processes) == 1 else [])
+        if own and own[0].usedGpuMemory is not None:
+            return int(own[0].usedGpuMemory)
     except pynvml.NVMLError:
         return None
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tightfit._torch_private import cuda_process_bytes
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.cpu import CpuDevice
@@ -24,6 +27,7 @@ from tightfit.device.process_state import (
     set_device_random_states,
 )
 from tightfit.device.registry import accelerator_kind, device_named, devices, preferred_kind
+from tightfit.operators.replayable import call_generator
 from tightfit.profiling.cost_cache import CostCache
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -32,7 +36,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Two GPUs of 100 bytes, of which this process's allocator has 60 reserved; what was asked of them."""
-    state: dict[str, Any] = {"calls": [], "stream": 7, "capturing": False, "generators": [[1], [2]]}
+    state: dict[str, Any] = {"calls": [], "stream": 7, "capturing": False, "generators": [[1], [2]], "current": 0}
 
     def note(name: str, result: Any = None) -> Any:
         def call(*args: Any) -> Any:
@@ -57,6 +61,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "synchronize": note("synchronize"),
         "empty_cache": note("empty_cache"),
         "reset_peak_memory_stats": note("reset"),
+        "current_device": lambda: state["current"],
         "set_device": lambda device: state["calls"].append(device),
         "default_generators": (torch.Generator(), torch.Generator()),
         "get_rng_state_all": lambda: list(state["generators"]),
@@ -142,10 +147,16 @@ def test_gpus_are_listed_and_preferred() -> None:
 def test_cuda_memory_is_what_the_allocator_reserved_and_the_driver_counts(cuda: dict[str, Any]) -> None:
     device = device_for("cuda:1")
     assert (device.capacity_bytes(), device.free_bytes(), device.reserved_bytes()) == (100, 30, 60)
-    assert Budget.of("auto", device.torch_device).total_bytes == 90
+    assert device.held_bytes() == 60 + 5
+    assert Budget.of("auto", device.torch_device).total_bytes == 95  # this process may have what the meter counts of it
     assert Budget.of("50%", device.torch_device).total_bytes == 50
     assert measure_peak(lambda: "result", 0, "cuda:1") == ("result", 80 + 5)
     assert cuda["calls"] == ["synchronize", "empty_cache", "reset", "synchronize"]
+    cuda["calls"].clear()
+    assert measure_peak(lambda: "result", 0, "cuda:1", from_empty=False) == ("result", 80 + 5)
+    assert cuda["calls"] == ["synchronize", "reset", "synchronize"]  # the next step need not ask the driver again
+    device.give_back()
+    assert cuda["calls"].pop() == "empty_cache"
     assert [device.round_up(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
     with device.workspace_meter() as meter, meter.watch(4):
         pass
@@ -209,6 +220,42 @@ def test_where_a_call_runs(cuda: dict[str, Any]) -> None:
     assert device_for("cuda").generator() is torch.cuda.default_generators[0]
 
 
+def test_without_a_number_a_gpu_is_the_current_one(cuda: dict[str, Any]) -> None:
+    call = {"device": torch.device("cuda")}
+    for current in (0, 1):
+        cuda["current"] = current
+        device = device_of_call([], call)
+        assert call_generator((), call, device) is torch.cuda.default_generators[current]
+        assert device.numbered() == torch.device("cuda", current)
+        assert device_for("cuda:1").numbered() == torch.device("cuda", 1)
+    assert device_for(CPU).numbered() == CPU
+
+
+def test_the_process_is_found_by_the_driver_also_where_it_has_another_number_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def process(pid: int, nbytes: int) -> SimpleNamespace:
+        return SimpleNamespace(pid=pid, usedGpuMemory=nbytes)
+
+    running: list[SimpleNamespace] = []
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: running,
+        NVMLError=OSError,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", lambda device: 0)
+    gpu, own = torch.device("cuda", 0), os.getpid()
+    assert cuda_process_bytes(gpu) is None
+    running[:] = [process(-1, 10), process(own, 20)]
+    assert cuda_process_bytes(gpu) == 20
+    running[:] = [process(-1, 10)]  # a container's: the number is the host's
+    assert cuda_process_bytes(gpu) == 10
+    running[:] = [process(-1, 10), process(-2, 20)]
+    assert cuda_process_bytes(gpu) is None
+
+
 def test_libraries_are_deterministic_inside_and_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -218,11 +265,17 @@ def test_libraries_are_deterministic_inside_and_as_before_afterwards(monkeypatch
 
 
 @pytest.mark.usefixtures("cuda")
-def test_each_device_has_costs_of_its_own(tmp_path: Any) -> None:
+def test_each_device_has_costs_of_its_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [device.cost_key() for device in devices()]
     assert len({key["device"] for key in keys}) == 3
     assert "cudnn" in keys[1]["libraries"]
     assert "cudnn" not in keys[0]["libraries"]
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    fast = device_for("cuda:0").cost_key()
+    assert "matmul tf32" in fast["precision"]
+    assert "conv " in fast["precision"]
+    assert fast != keys[1]
+    assert device_for(CPU).cost_key() == keys[0]
     from tightfit.profiling.cost_cache import Cost
 
     for number, device in enumerate(devices()):

@@ -32,6 +32,7 @@ def allocated_in_vain() -> RuntimeError:
         RuntimeError("could not create a memory object"),
         RuntimeError("could not create a primitive"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("CUDA error: out of memory"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],

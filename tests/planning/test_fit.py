@@ -192,6 +192,34 @@ def test_running_out_of_memory_in_the_trial_run_is_repaired(
         assert solved[1][0].correction_bytes > 0
 
 
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_where_the_device_has_no_memory_for_the_plain_step_regions_are_compared(
+    peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trial, "run_plain", no_memory)
+    with tightfit.fit(Net(), BATCH, budget=sum(peaks) // 2, reference_budget_bytes=2**40) as applied:
+        assert applied.verdict is not None
+        assert (applied.verdict.method, applied.verdict.ok) == ("per-region", True)
+        assert applied.verdict.plain_peak_source == "predicted"
+
+
+@pytest.mark.parametrize("place", ["Trial.times_ms", "search.measure_together"])
+def test_a_lack_of_memory_elsewhere_is_told_in_terms_of_the_budget(
+    place: str, peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "tightfit.verification.trial" if place.startswith("Trial") else "tightfit.planning"
+    monkeypatch.setattr(f"{module}.{place}", no_memory)
+    model = Net()
+    with pytest.raises(BudgetInfeasible, match="no more memory") as caught:
+        tightfit.fit(model, BATCH, budget=sum(peaks) // 2)
+    assert caught.value.required_bytes > caught.value.budget_bytes
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 class Raw(torch.autograd.Function):
     """Writes behind the dispatcher's back into a buffer of zeros."""
 

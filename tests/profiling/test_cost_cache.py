@@ -123,6 +123,25 @@ def test_another_environment_has_costs_of_its_own(folder: Path, change: str) -> 
     assert CostCache(CPU).get("call 0") is not None
 
 
+PRECISION = """
+import sys, torch
+from tightfit.profiling.cost_cache import CostCache
+torch.set_num_threads(int(sys.argv[1]))
+host = torch.device("cpu")
+known = CostCache(host).get("call 0") is not None
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+print(known, CostCache(host).get("call 0") is None)
+"""
+
+
+def test_precision_chosen_by_the_newer_switches(folder: Path) -> None:
+    """After any of them `torch.get_float32_matmul_precision` raises, for as long as the process lives."""
+    fill(folder)
+    command = [sys.executable, "-c", PRECISION, str(torch.get_num_threads())]
+    assert subprocess.check_output(command, text=True).split() == ["True", "True"]
+
+
 def test_calls_that_differ_in_anything_have_different_keys() -> None:
     table = SignatureTable()
     x = torch.randn(4, 4)
@@ -156,7 +175,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         path.write_text("")
     elif how == "other version":
-        path.write_text(text.replace("operation-costs/3", "operation-costs/0"))
+        path.write_text(text.replace("operation-costs/4", "operation-costs/0"))
     elif how == "other machine":
         path.write_text(text.replace('"threads": "', '"threads": "7'))
     elif how == "deeply nested":

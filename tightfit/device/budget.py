@@ -104,9 +104,9 @@ class Budget:
 
 
 def _available_bytes(device: torch.device) -> int:
-    """Return what is free on the device, and what PyTorch's allocator holds there for this process."""
+    """Return what is free on the device, and what this process holds there of what a budget counts."""
     where = device_for(device)
-    return min(where.free_bytes() + where.reserved_bytes(), where.capacity_bytes())
+    return min(where.free_bytes() + where.held_bytes(), where.capacity_bytes())
 
 
 def _parsed(budget: int | str, device: torch.device) -> int:

@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from tightfit.device.device import Device, WorkspaceMeter
+from tightfit.device.fp32_precision import fp32_precision
 from tightfit.device.host_meter import host_workspace_meter, measure_host_peak
 
 Result = TypeVar("Result")
@@ -68,7 +69,9 @@ class CpuDevice(Device):
         """Return 0."""
         return 0
 
-    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
+    def measure_peak(
+        self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True
+    ) -> tuple[Result, int]:
         """Run `fn` under the profiler; see `Device.measure_peak`."""
         return measure_host_peak(fn, resident_bytes)
 
@@ -80,10 +83,12 @@ class CpuDevice(Device):
         """Do nothing: an operation is done when its call returns."""
 
     def cost_key(self) -> dict[str, str]:
-        """Return the processor, the instructions that PyTorch uses of it, and whether oneDNN is used."""
+        """Return the processor, the instructions that PyTorch uses of it, whether oneDNN is used, and how precisely."""
+        onednn: Any = torch.backends.mkldnn
         return {
             "device": f"{self.name()} {torch.backends.cpu.get_cpu_capability()}",
-            "libraries": f"onednn {torch.backends.mkldnn.enabled}",
+            "libraries": f"onednn {onednn.enabled}",
+            "precision": fp32_precision(matmul=onednn.matmul, conv=onednn.conv, rnn=onednn.rnn),
         }
 
     def generator(self) -> torch.Generator | None:

@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from tightfit._torch_private import cuda_process_bytes
 from tightfit.device.device import Device
+from tightfit.device.fp32_precision import fp32_precision
 
 Result = TypeVar("Result")
 
@@ -27,7 +28,7 @@ class CudaDevice(Device):
     pins_memory = True
     trains_in_fp16 = True
     backends = ("nccl", "gloo", "mpi", "ucc")
-    out_of_memory_messages = re.compile(r"out of memory|CU[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE)
+    out_of_memory_messages = re.compile(r"out of memory|CU[A-Z]+_STATUS_(?:\w+_)?ALLOC(?:ATION)?_FAILED", re.IGNORECASE)
 
     @classmethod
     def count(cls) -> int:
@@ -83,11 +84,22 @@ class CudaDevice(Device):
         """Return the bytes of the caching allocator's segments."""
         return torch.cuda.memory_reserved(self.torch_device)
 
-    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
-        """Run `fn` on an emptied cache; the allocator counts what is alive before by itself."""
+    def held_bytes(self) -> int:
+        """Return the bytes of the allocator's segments, and those of the context and the libraries."""
+        return self.reserved_bytes() + self._bytes_outside_pytorch()
+
+    def give_back(self) -> None:
+        """Empty the caching allocator's cache."""
+        torch.cuda.empty_cache()
+
+    def measure_peak(
+        self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True
+    ) -> tuple[Result, int]:
+        """Run `fn`; the allocator counts what is alive before by itself.  See `Device.measure_peak`."""
         device = self.torch_device
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        if from_empty:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         result = fn()
         torch.cuda.synchronize(device)
@@ -112,18 +124,30 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def cost_key(self) -> dict[str, str]:
-        """Return the GPU, and cuDNN's version and settings."""
-        cudnn = torch.backends.cudnn
+        """Return the GPU, cuDNN's version and settings, and where TF32 is used."""
+        cudnn: Any = torch.backends.cudnn
         settings = f"{cudnn.version()} {cudnn.enabled} {cudnn.benchmark} {cudnn.deterministic}"
-        return {"device": self.name(), "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {settings}"}
+        return {
+            "device": self.name(),
+            "libraries": f"onednn {torch.backends.mkldnn.enabled} cudnn {settings}",
+            "precision": fp32_precision(matmul=torch.backends.cuda.matmul, conv=cudnn.conv, rnn=cudnn.rnn),
+        }
 
     def generator(self) -> torch.Generator | None:
-        """Return the GPU's default generator."""
-        return torch.cuda.default_generators[self.torch_device.index or 0]
+        """Return the GPU's default generator: where no number was given, the current GPU's."""
+        return torch.cuda.default_generators[self._index()]
 
     def current_stream(self) -> int:
         """Return the handle of this thread's current stream."""
         return torch.cuda.current_stream(self.torch_device).cuda_stream
+
+    def numbered(self) -> torch.device:
+        """Return the GPU with its number: the current one's where none was given."""
+        return torch.device(self.kind, self._index())
+
+    def _index(self) -> int:
+        index = self.torch_device.index
+        return torch.cuda.current_device() if index is None else index
 
     def make_current(self) -> None:
         """Make it this thread's GPU, unless it is that already because no number was given."""

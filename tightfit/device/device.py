@@ -113,11 +113,24 @@ class Device(ABC):
     def reserved_bytes(self) -> int:
         """Return what PyTorch's allocator holds on to in this process, used or not; 0 if it gives all back."""
 
+    def held_bytes(self) -> int:
+        """Return what this process holds of the device's memory, of all that a budget counts, used or not."""
+        return self.reserved_bytes()
+
+    def give_back(self) -> None:  # noqa: B027  # most allocators have nothing to give back
+        """Give memory that the allocator holds on to, and nobody uses, back to the device."""
+
     @abstractmethod
-    def measure_peak(self, fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
+    def measure_peak(
+        self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True
+    ) -> tuple[Result, int]:
         """Run `fn` and return its result and the peak, in bytes, in the budget's terms.
 
-        `resident_bytes`: what is alive before, for a meter that starts at zero.
+        Args:
+            fn: what to run.
+            resident_bytes: what is alive before, for a meter that starts at zero.
+            from_empty: give back what the allocator holds unused first, so that what ran before does not count; else
+                the peak is what the process holds in the midst of others like this, at no cost to the next one.
         """
 
     @abstractmethod
@@ -165,6 +178,10 @@ class Device(ABC):
         return 0
 
     # ------------------------------------------------------------------------------------------------ use
+
+    def numbered(self) -> torch.device:
+        """Return its `torch.device`, with its number where devices of this kind have one."""
+        return self.torch_device
 
     @abstractmethod
     def make_current(self) -> None:

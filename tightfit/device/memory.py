@@ -47,7 +47,11 @@ def resident_bytes(
 
 
 def measure_peak(
-    fn: Callable[[], Result], resident_bytes: int, device: torch.device | str | Device = "cpu"
+    fn: Callable[[], Result],
+    resident_bytes: int,
+    device: torch.device | str | Device = "cpu",
+    *,
+    from_empty: bool = True,
 ) -> tuple[Result, int]:
     """Run `fn` and return its result and the peak, in bytes, in the budget's terms.
 
@@ -55,5 +59,6 @@ def measure_peak(
         fn: what to run, usually one training step.
         resident_bytes: bytes alive before (see `resident_bytes`), for a meter that starts at zero, as a CPU's does.
         device: whose memory to meter.
+        from_empty: as `Device.measure_peak`.
     """
-    return device_for(device).measure_peak(fn, resident_bytes)
+    return device_for(device).measure_peak(fn, resident_bytes, from_empty=from_empty)

@@ -85,7 +85,10 @@ class Applied:
         self._step = step
         self._own = self._resolved = ResolvedPlan.of(plan)
         self._installed = Installed(
-            recipes={}, fast_paths=with_fast_paths(model), around_excluded=self._around(plan.excluded)
+            recipes={},
+            fast_paths=with_fast_paths(model),
+            around_excluded=self._around(plan.excluded),
+            kept_whole=frozenset(plan.kept_whole),
         )
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None

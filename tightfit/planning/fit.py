@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,7 +13,8 @@ import torch
 
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
-from tightfit.errors import ProofWarning, UnsupportedInput, VerificationFailed
+from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.errors import BudgetInfeasible, ProofWarning, UnsupportedInput, VerificationFailed
 from tightfit.installation.applied import Applied
 from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.plan_cache import PlanCache
@@ -90,8 +93,8 @@ def fit(
         `Applied`, with `plan`, `profile` and `verdict`. Where the verdict's `ok` is None, a `ProofWarning` says why.
 
     Raises:
-        BudgetInfeasible: not even the smallest plan (or, with "off", the plain step) fits. It names the smallest budget
-            that works, and what sets it.
+        BudgetInfeasible: not even the smallest plan (or, with "off", the plain step) fits, or the device runs out of
+            memory. It names the smallest budget that works, and what sets it.
         VerificationFailed: the planned step gave another loss, gradient, buffer or random state than the plain one, or
             its peak is over the budget. No plan is installed, and the model is as it was, bit for bit.
         UnsupportedInput: as `measure`; an unreadable budget; or both `step` and single keywords.
@@ -108,7 +111,7 @@ def fit(
     begin = time.perf_counter()
     watch = ModelWatch(model)
     key = step_key(watch, batch, step.optimizers)  # before anything runs, which may change what is compared
-    with Trial(model, batch, step) as trial:
+    with _lack_of_memory_explained(budget), Trial(model, batch, step) as trial:
         with budget.in_totals():
             applied, found = search(trial, budget.step_bytes, grad_checkpoint, profile=profile)
         try:
@@ -128,6 +131,19 @@ def fit(
             raise
     applied.keep_promises(budget.beside_step_bytes)
     return applied
+
+
+@contextmanager
+def _lack_of_memory_explained(budget: Budget) -> Iterator[None]:
+    """Inside, a lack of memory that no trial run has answered becomes `BudgetInfeasible`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        required_bytes = budget.total_bytes + max(budget.total_bytes // 20, 1 << 20)  # as of a trial run that runs out
+        where = "a step that was run to plan or to prove, for which the device had no more memory"
+        raise BudgetInfeasible(required_bytes, budget.total_bytes, where) from error
 
 
 def _warn(verdict: Verdict) -> None:

@@ -37,7 +37,7 @@ from tightfit.profiling.output_strides import Layouts
 _log = logging.getLogger(__name__)
 
 #: Raised when what an entry means changes.
-_FORMAT = "tightfit.operation-costs/3"
+_FORMAT = "tightfit.operation-costs/4"
 _MOST_ENTRIES = 20_000
 _MOST_FILES = 16
 _OFF = ("off", "0", "false", "no")
@@ -171,7 +171,6 @@ def _environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
-        "matmul": torch.get_float32_matmul_precision(),
         "default dtype": str(torch.get_default_dtype()),
         "system": f"{platform.system()} {platform.machine()}",
     }

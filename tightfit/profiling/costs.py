@@ -9,7 +9,9 @@ inputs and outputs, which no dispatcher shows (convolutions, attention); see `De
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
 be run on such data is given the time and workspace zero; so is one that a made-up argument could crash: anything
 outside ATen, and backward kernels that read a buffer which only their own forward can fill (oneDNN's RNN gets it from
-one).
+one).  An argument on the wrong device crashes, too: a kernel that expects a random seed in host memory reads it there.
+So once an operation returns a result elsewhere than its fake kernel said, only operations like it are run; the others
+wait for the next fake run, which knows where their arguments are.
 
 What a machine has measured once is remembered by `cost_cache`.
 
@@ -37,7 +39,7 @@ from tightfit._torch_private import below_autograd, set_grad_mode
 from tightfit.device import Device, device_for
 from tightfit.interrupts import pass_on, safe_point
 from tightfit.profiling.cost_cache import Cost, CostCache
-from tightfit.profiling.output_strides import Layouts, layouts_of
+from tightfit.profiling.output_strides import Layouts, elsewhere, layouts_of
 from tightfit.profiling.partial_call import argument_bytes, fit_call
 from tightfit.profiling.processor_caches import fill_caches, forget
 from tightfit.profiling.signatures import Call, TensorSpec
@@ -91,6 +93,7 @@ def measure_costs(
     timed: bool = True,
     room_bytes: int | None = None,
     result_bytes: Mapping[int, int] | None = None,
+    fake_layouts: Mapping[int, Layouts] | None = None,
 ) -> Costs:
     """Return time, workspace and output sizes of each call, from the cache where it knows them.
 
@@ -101,10 +104,12 @@ def measure_costs(
         timed: False leaves times that the cache does not know at zero; give no cache then.
         room_bytes: memory that measuring may take; None: as much as it needs.
         result_bytes: by the call's number, memory that its results take.
+        fake_layouts: by the call's number, how its results lie in memory according to a fake run, if there was one.
 
     Leaves every random generator as it was.
     """
     result_bytes = result_bytes or {}
+    fake_layouts = fake_layouts or {}
     found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
     shares = {
         index: fit_call(call, result_bytes.get(index, 0), room_bytes)
@@ -112,12 +117,17 @@ def measure_costs(
         if index not in found
     }
     to_run = {index: share.call for index, share in shares.items() if share.call is not None}
+    misplacing = {
+        calls[index].func for index, cost in found.items() if elsewhere(fake_layouts.get(index, ()), cost.layouts)
+    }
+    said = [fake_layouts.get(index, ()) for index in to_run]
     result = Costs()
     random_state = RandomState()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            measured = _measure(list(to_run.values()), device_for(device), result, timed) if to_run else {}
+            alone = _run_each(list(to_run.values()), said, misplacing, device_for(device), result) if to_run else {}
+            measured = _time_each(list(to_run.values()), alone, device_for(device), result, timed) if to_run else {}
     finally:
         random_state.restore()
     for place, index in enumerate(to_run):
@@ -158,11 +168,11 @@ def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Map
     return Cost(round(ms, 6), workspace_bytes, ())
 
 
-def _measure(calls: Sequence[Call], device: Device, result: Costs, timed: bool) -> dict[int, Cost]:
-    """Return the cost of each call, by its place; calls that cannot be run alone have none."""
+def _time_each(
+    calls: Sequence[Call], alone: Mapping[int, RunAlone], device: Device, result: Costs, timed: bool
+) -> dict[int, Cost]:
+    """Return the cost of each call that could be run alone, by its place."""
     begin = time.perf_counter()
-    alone = _run_each(calls, device)
-    middle = time.perf_counter()
     best = {} if timed else dict.fromkeys(alone, 0.0)
     cold = device.is_host and timed
     cold_code_ms = _cold_code_ms() if cold else 0.0
@@ -179,8 +189,7 @@ def _measure(calls: Sequence[Call], device: Device, result: Costs, timed: bool) 
             if elapsed is not None:
                 best[index] = min(best.get(index, elapsed), elapsed)
     forget()
-    result.workspace_ms = (middle - begin) * 1e3
-    result.times_ms = (time.perf_counter() - middle) * 1e3
+    result.times_ms = (time.perf_counter() - begin) * 1e3
     return {
         index: Cost(round(best[index], 6), found.workspace_bytes, found.layouts)
         for index, found in alone.items()
@@ -225,8 +234,15 @@ def _time_ms(call: Call, device: Device, repeats: int, *, cold: bool = False) ->
         return None
 
 
-def _run_each(calls: Sequence[Call], device: Device) -> dict[int, RunAlone]:
-    """Run each call once, for its workspace and the layouts of its results; calls that cannot be run have none."""
+def _run_each(
+    calls: Sequence[Call], fake_layouts: Sequence[Layouts], misplacing: set[Any], device: Device, costs: Costs
+) -> dict[int, RunAlone]:
+    """Run each call once, for its workspace and the layouts of its results; calls that cannot be run have none.
+
+    `misplacing`: operators known to return results elsewhere than their fake kernels say; those that are found are
+    added. From then on no others are run.
+    """
+    begin = time.perf_counter()
     layouts: dict[int, Layouts] = {}
     args: Any
     kwargs: Any
@@ -234,17 +250,22 @@ def _run_each(calls: Sequence[Call], device: Device) -> dict[int, RunAlone]:
     with device.workspace_meter() as meter:
         for index, call in enumerate(calls):
             safe_point()
+            if misplacing and call.func not in misplacing:
+                continue
             try:
                 args, kwargs = _make_up(call)
                 with meter.watch(index):
                     result = _run(call, args, kwargs)
                 layouts[index] = layouts_of(result, (*args, *kwargs.values()))
+                if elsewhere(fake_layouts[index], layouts[index]):
+                    misplacing.add(call.func)
             except Exception as error:
                 pass_on(error)
                 continue
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made
     workspace_bytes = meter.workspace_bytes()
+    costs.workspace_ms = (time.perf_counter() - begin) * 1e3
     return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode, current_graph_task
+from tightfit._torch_private import DispatchMode, current_graph_task, uncompiled
 from tightfit.operators.facts import describe
 from tightfit.profiling.observation import Observation
 from tightfit.step.snapshot import TrainingState
@@ -61,6 +61,7 @@ def forward_differs(observation: Observation, model: torch.nn.Module, batch: Any
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse_unpack),
             ops,
+            uncompiled(),  # as it was observed
         ):
             step.run_loss(model, batch)
     except _BackwardInForward:

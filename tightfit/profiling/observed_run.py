@@ -17,6 +17,9 @@ from tightfit._torch_private import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    clips_by_foreach,
+    fake_mode,
+    uncompiled,
 )
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
@@ -56,7 +59,7 @@ def observe_fake(
     Returns:
         The observer, None if the run failed; and whether it failed because shapes depend on the data.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    mode = fake_mode()
     observer = Observer(signatures, device_for(model), layouts=layouts)
     surroundings = NamespaceSnapshot(step.loss)
     try:
@@ -159,7 +162,7 @@ def _observe(
     observer: Observer,
 ) -> None:
     """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
-    with torch.enable_grad(), own_steps():
+    with torch.enable_grad(), own_steps(), uncompiled():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one
             for optimizer in optimizers:
@@ -189,7 +192,9 @@ def _observe(
                 safe_point()
                 observer.begin_optimizer()
                 if step.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
+                    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                    foreach = clips_by_foreach(gradients, FakeTensor)
+                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm, foreach=foreach)
                 for optimizer in optimizers:
                     optimizer.step()
             finally:

@@ -27,8 +27,8 @@ from tightfit.step.step import Step
 _log = logging.getLogger(__name__)
 
 #: The first run finds which results lie in memory otherwise than a fake kernel says, the second one uses that; a third
-#: is for operations that only the second one ran.
-_MOST_FAKE_RUNS = 4
+#: is for operations that only the second one ran, and one more for results that are elsewhere than a fake kernel says.
+_MOST_FAKE_RUNS = 5
 
 
 class Clock:
@@ -80,8 +80,12 @@ class Pricer:
         if budget_bytes is not None:
             self._room_bytes = budget_bytes - resident_bytes(model, batch, step.optimizers)
 
-    def price(self, table: SignatureTable) -> Costs:
-        """Return what each operation of a run costs."""
+    def price(self, table: SignatureTable, fake_layouts: Mapping[str, Layouts] | None = None) -> Costs:
+        """Return what each operation of a run costs.
+
+        `fake_layouts`: of a run without data, how results lay in memory, by the key of the signature.
+        """
+        known = fake_layouts or {}
         costs = measure_costs(
             table.calls,
             self.device,
@@ -89,6 +93,7 @@ class Pricer:
             timed=self.timed,
             room_bytes=self._room_bytes,
             result_bytes=table.result_bytes,
+            fake_layouts={index: known[key] for index, key in enumerate(table.keys) if key in known},
         )
         self.clock.add("workspace", costs.workspace_ms)
         self.clock.add("times", costs.times_ms)
@@ -150,7 +155,7 @@ def _observe_fake(
             observer, data_dependent = observe_fake(model, batch, step, signatures, layouts)
         if observer is None:
             return None, None, data_dependent
-        costs = pricer.price(signatures)
+        costs = pricer.price(signatures, observer.layouts)
         wrong = corrections(observer.layouts, {signatures.keys[i]: found for i, found in costs.layouts.items()})
         if not wrong:
             break

@@ -26,6 +26,7 @@ from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from tightfit.profiling.compiled_calls import CompiledCalls
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
@@ -72,9 +73,12 @@ class Observer(DispatchMode):
         self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
         self.switched_off: set[str] = set()
         """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
+        self.compiled_calls = CompiledCalls()
+        """Where forward calls functions that `torch.compile` made."""
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
+        self._device = device
         self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
         """Result layouts as observed, by the key of the signature."""
@@ -162,10 +166,12 @@ class Observer(DispatchMode):
         """Mark the start of a module call."""
         if current_graph_task() >= 0:  # made again in backward
             self.switched_off.add(CHECKPOINTING)
+        self.compiled_calls.enter_module(path)
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """Mark the end of the innermost module call."""
+        self.compiled_calls.exit_module()
         self.observation.events.append(ModuleEvent(None))
 
     # ------------------------------------------------------------------------------------------------ for PyTorch
@@ -225,7 +231,7 @@ class Observer(DispatchMode):
         result = func(*args, **kwargs)
         key = self._signatures.keys[signature]
         if (layouts := self._real_layouts.get(key)) is not None:
-            result = with_layouts(result, layouts)
+            result = with_layouts(result, layouts, self._device.torch_device)
         if key not in self.layouts:
             self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
         return result
@@ -241,6 +247,7 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
+        self.compiled_calls.note_op()
         hooks = top_saved_tensor_hooks()
         if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook:
             self.switched_off.add(owner_of_hook(hooks[0]))

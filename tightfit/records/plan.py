@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tightfit.peak_breakdown import format_parts, parts_of_peak
@@ -137,6 +137,9 @@ class Plan:
     """Empty when the optimizer was not measured: its state and step are then not in the figures."""
     excluded: tuple[str, ...] = ()
     """Paths of the modules that are left untouched, as ``exclude=`` named them."""
+    kept_whole: Mapping[str, str] = field(default_factory=dict)
+    """Paths of the modules whose own operations run as in the plain step, and why: ``<model>`` for the model's own,
+    ``<loss>`` for code outside it."""
     exactness: str = "bitwise"
     """"bitwise": gradients are bit for bit those of the plain step. No plan promises less."""
 

@@ -219,6 +219,8 @@ class Profile:
     backward: the weights would not be there."""
     excluded: tuple[str, ...] = ()
     """Paths of the modules that are left untouched: nothing that runs inside them is recomputed."""
+    kept_whole: Mapping[str, str] = field(default_factory=dict)
+    """As `Plan.kept_whole`."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "workspace" and the "times" of operations that ran
     alone (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""

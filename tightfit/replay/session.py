@@ -73,6 +73,8 @@ class Installed:
     replayable is dropped."""
     around_excluded: frozenset[str] = frozenset()
     """Paths of the regions that run excluded modules among their own operations: what no plan decides about is kept."""
+    kept_whole: frozenset[str] = frozenset()
+    """Paths of the regions that run as plain PyTorch, whatever a plan says or does not say of one of their calls."""
     enabled: bool = True
     """Off: regions run as plain PyTorch."""
     self_check: bool = True
@@ -221,6 +223,7 @@ class Session(DispatchMode):
         recipe = installed.recipes.get(key)
         around_excluded = self._cursor.path in installed.around_excluded
         untouched = recipe is None and (around_excluded or key in installed.recipes)
+        untouched = untouched or self._cursor.path in installed.kept_whole
         foreign = self._has_foreign_hooks()
         if foreign and current_graph_task() < 0:
             drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched

@@ -32,6 +32,7 @@ from tightfit._torch_private import (
     storage_key,
     version_of,
 )
+from tightfit.device import device_for
 from tightfit.device.placement import StreamWatch, device_of_call
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import (
@@ -384,7 +385,11 @@ class Tape(Replayer):
                 elif value.source is not None:
                     value.version = version_of(value.source)
                     if self._check is None and (value in movable or belongs_to_others(value.source)):
-                        value.mark = mark_of(value.source)
+                        if device_for(value.source).is_host:
+                            value.mark = mark_of(value.source)
+                        else:  # to read a mark would be to wait for the device; what it is of is small
+                            value.source = copy_of_storage(value.source)
+                            value.version = version_of(value.source)
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
                         value.source = value.op = None
                     else:

@@ -50,6 +50,7 @@ def build_plan(
         device=profile.device,
         optimizer=profile.optimizer,
         excluded=profile.excluded,
+        kept_whole=profile.kept_whole,
     )
 
 

@@ -67,7 +67,9 @@ class Evaluator:
                 moved = to_device(batch, self.device)
                 if not peak_bytes:
                     resident = resident_bytes(self.model, moved, self.optimizer)
-                    sums, peak_bytes = measure_peak(partial(self._measure, moved), resident, self.device)
+                    sums, peak_bytes = measure_peak(
+                        partial(self._measure, moved), resident, self.device, from_empty=False
+                    )
                 else:
                     sums = self._measure(moved)
                 if number is not None:

@@ -81,7 +81,9 @@ class StepMeter:
         steps.prepare(microbatches)  # planning runs the profiler, and so does the meter on a CPU: one at a time
         before_bytes = self._resident_bytes(microbatches)
         started = time.perf_counter()
-        result, peak_bytes = measure_peak(lambda: steps.take(microbatches), before_bytes, self._work.device)
+        result, peak_bytes = measure_peak(
+            lambda: steps.take(microbatches), before_bytes, self._work.device, from_empty=False
+        )
         seconds = self._seconds / self._steps if self._steps else time.perf_counter() - started
         self._seconds, self._steps = 0.0, 0
         group = self._work.group

@@ -67,6 +67,7 @@ class Trial:
     ) -> None:
         with self._contexts:
             self.restore()
+        device_for(self.device).give_back()  # a plain step may have taken more than the budget
 
     def restore(self) -> None:
         """Put the model back as it was given, and hold no memory for further runs; the next one notes its own state."""

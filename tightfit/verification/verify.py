@@ -7,10 +7,12 @@ meter that knows nothing of the prediction.  Afterwards everything is as it was,
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
+from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.applied import Applied
 from tightfit.installation.install import install
@@ -22,6 +24,8 @@ from tightfit.verification.comparison import Comparison, paths_called_again
 from tightfit.verification.regions import compare_regions
 from tightfit.verification.results import GRADIENT
 from tightfit.verification.trial import Outcome, Trial
+
+_log = logging.getLogger(__name__)
 
 
 @waiting_interrupts()
@@ -103,8 +107,10 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
     plain_fits = all(group.all_gather(plan.plain_peak_bytes <= allowed_bytes))
     plain_peak_bytes = plan.plain_peak_bytes
     found = Comparison(called_again=paths_called_again(plan))
-    if plain_fits:
-        first, again = (trial.run_plain(applied, planned.steps) for _ in range(2))
+    plain = _plain_twice(trial, applied, planned.steps) if plain_fits else None
+    plain_fits = plain is not None
+    if plain is not None:
+        first, again = plain
         plain_peak_bytes = max(first.peak_bytes, again.peak_bytes)
         found.add(first.results, again.results, planned.results)
         found = found.together(group)
@@ -117,7 +123,7 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
     within = all(group.all_gather(planned.peak_bytes <= plan.budget_bytes))
     share = found.share(trial.model, group)
     ok = not found.differing and within
-    step_ms, plain_ms = trial.times_ms(applied, plain=plain_fits)
+    step_ms, plain_ms = trial.times_ms(applied, plain=plain is not None)
     plain_step_ms = plain_ms if plain_fits else plan.plain_step_ms
     plain_source = "measured" if plain_fits else "predicted"
     return Verdict(
@@ -147,3 +153,22 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
         mismatches=planned.mismatches,
         tape_host_bytes=planned.tape_host_bytes,
     )
+
+
+def _plain_twice(trial: Trial, applied: Applied, steps: int) -> tuple[Outcome, Outcome] | None:
+    """Run the plain step twice; None where the device has no memory for it, though it was predicted to fit."""
+    outcomes: list[Outcome] = []
+    for _ in range(2):
+        outcome = None
+        try:
+            outcome = trial.run_plain(applied, steps)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.info("the device has no memory for the plain step (%s); comparing regions", error)
+        if not all(trial.group.all_gather(outcome is not None)):
+            return None
+        assert outcome is not None
+        outcomes.append(outcome)
+    first, again = outcomes
+    return first, again

@@ -31,6 +31,12 @@ def test_that_gpu_and_no_word(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_process_alone_has_the_current_gpu_by_its_number(device: str, gpus: list[torch.device]) -> None:
+    assert take_device(Alone(), DistributedSettings(), device) == torch.device("cuda", 0)
+    assert gpus == []  # PyTorch makes none current without a number
+
+
 def test_the_same_gpu_for_all_is_an_error(gpus: list[torch.device]) -> None:
     with pytest.raises(UnsupportedInput, match=r"would put all processes of this node on one GPU; this one's is 1"):
         take_device(SECOND, DistributedSettings(gpu=0), "auto")

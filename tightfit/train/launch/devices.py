@@ -22,9 +22,9 @@ def take_device(role: Alone | Member, settings: DistributedSettings, device: str
     Raises:
         UnsupportedInput: there is no such device, or several processes would share it.
     """
-    chosen = _choose(role, settings, device)
-    device_for(chosen).make_current()
-    return chosen
+    chosen = device_for(_choose(role, settings, device))
+    chosen.make_current()
+    return chosen.numbered()
 
 
 def choose_backend(device: torch.device, wanted: str | None) -> str:
