@@ -19,6 +19,7 @@ from tests.emulated_cuda.generate import defined_by, stubs
 
 SOURCES = Path(__file__).parent / "source"
 CACHE = Path(__file__).parents[2] / "build" / "emulated-cuda"
+TOOLKIT = Path("/usr/local/cuda/include")
 #: Preloaded, it is the runtime, cuBLAS and cuDNN; by its name it is the driver.
 LIBRARY = "libcuda.so.1"
 
@@ -85,7 +86,7 @@ def _compile(site: Path, folder: Path) -> None:
     if compiler is None or shutil.which("nm") is None:
         raise CannotBuild("gcc and nm are not both there; the emulated CUDA is compiled with them. Install gcc.")
     flags = ["-O1", "-g", "-fPIC", "-fvisibility=hidden", "-std=gnu11", "-Wall", "-Wextra"]
-    flags += [f"-isystem{path}" for path in _headers(site)]
+    flags += [f"-isystem{path}" for path in headers(site)]
     sources = sorted(SOURCES.glob("*.c"))
     _run([compiler, *flags, "-c", *map(str, sources)], folder)
     objects = [folder / f"{path.stem}.o" for path in sources]
@@ -96,15 +97,15 @@ def _compile(site: Path, folder: Path) -> None:
     _run([compiler, "-shared", *map(str, objects), f"-Wl,-soname,{LIBRARY}", "-o", LIBRARY, "-lpthread", "-ldl"], folder)
 
 
-def _headers(site: Path) -> list[Path]:
+def headers(site: Path) -> list[Path]:
     """Folders with CUDA's headers: of the wheels that PyTorch's CUDA builds bring, or of a toolkit."""
     wheels = [*sorted(site.glob("nvidia/cu*/include")), *sorted(site.glob("nvidia/*/include"))]
     wheels += [site / "triton/backends/nvidia/include"]  # has `crt/`, which the runtime's wheel leaves out
-    found = [path for path in [*wheels, Path("/usr/local/cuda/include")] if path.exists()]
+    found = [path for path in [*wheels, TOOLKIT] if path.exists()]
     for wanted in ("cuda_runtime_api.h", "crt/host_defines.h", "cublas_api.h", "cudnn.h"):
         if not any((path / wanted).exists() for path in found):
             raise CannotBuild(
-                f"No {wanted} is in {site} or /usr/local/cuda/include; the emulated CUDA is compiled against it. "
+                f"No {wanted} is in {site} or {TOOLKIT}; the emulated CUDA is compiled against it. "
                 "Install PyTorch's CUDA build with its dependencies, or a CUDA toolkit."
             )
     return found
