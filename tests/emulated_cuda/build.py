@@ -94,7 +94,9 @@ def _compile(site: Path, folder: Path) -> None:
     generated.write_text(stubs(site, defined_by(objects)), encoding="utf-8")
     _run([compiler, *flags, "-c", str(generated)], folder)
     objects.append(folder / "stubs.o")
-    _run([compiler, "-shared", *map(str, objects), f"-Wl,-soname,{LIBRARY}", "-o", LIBRARY, "-lpthread", "-ldl"], folder)
+    _run(
+        [compiler, "-shared", *map(str, objects), f"-Wl,-soname,{LIBRARY}", "-o", LIBRARY, "-lpthread", "-ldl"], folder
+    )
 
 
 def headers(site: Path) -> list[Path]:

@@ -14,7 +14,9 @@ from tests.emulated_cuda.build import CannotBuild, environment
 def main(command: list[str]) -> None:
     """Become the command, in the environment of the emulated runtime."""
     if not command:
-        sys.exit("No command was given, so there is nothing to run. Say: python -m tests.emulated_cuda.run python script.py")
+        sys.exit(
+            "No command was given, so there is nothing to run. Say: python -m tests.emulated_cuda.run python script.py"
+        )
     try:
         variables = environment()
     except CannotBuild as error:

@@ -35,11 +35,20 @@ def test_a_command_must_be_given() -> None:
 
 
 def test_stubs_are_what_pytorch_wants_and_nobody_defines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = {"cudaMalloc", "cudaStreamQuery", "cudaIpcGetMemHandle", "cublasSgemm_v2", "cublasSetStream_v2", "cudnnFindConvolutionX"}
+    wanted = {
+        "cudaMalloc",
+        "cudaStreamQuery",
+        "cudaIpcGetMemHandle",
+        "cublasSgemm_v2",
+        "cublasSetStream_v2",
+        "cudnnFindConvolutionX",
+    }
     monkeypatch.setattr(generate, "_undefined", lambda folder: wanted | {"malloc", "cudnnGetVersion", "ncclSend"})
     monkeypatch.setattr(generate, "_asked_by_name", lambda site: {"cuMemCreate", "cuMulticastCreate"})
     source = generate.stubs(tmp_path, ["cudaMalloc", "cuMemCreate"])
-    bodies = dict(line[len("EXPORT long ") :].split("(void)") for line in source.splitlines() if line.startswith("EXPORT"))
+    bodies = dict(
+        line[len("EXPORT long ") :].split("(void)") for line in source.splitlines() if line.startswith("EXPORT")
+    )
     assert {name: body.strip() for name, body in bodies.items()} == {
         "cudaStreamQuery": "{ return 0; }",
         "cudaIpcGetMemHandle": "{ return NOT_SUPPORTED; }",

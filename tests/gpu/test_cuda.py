@@ -1,7 +1,7 @@
 """The engine on CUDA: Philox, cuDNN, the caching allocator's reserved bytes.
 
-Run by `make gpu-check` on a GPU. `make test-cuda` runs them on emulated devices, where every tensor reads as zeros: budgets,
-peaks, dispatch and generators are then proven, bits are not.
+Run by `make gpu-check` on a GPU. `make test-cuda` runs them on emulated devices, where every tensor reads as zeros:
+budgets, peaks, dispatch and generators are then proven, bits are not.
 """
 
 from __future__ import annotations

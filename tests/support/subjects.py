@@ -17,7 +17,14 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "integrations": ("integrations",),
     "promises": ("promises", "test_suite.py"),
     "benchmarks": ("benchmarks",),
-    "project": ("emulated_cuda", "test_architecture.py", "test_layout.py", "test_public_api.py", "test_readme.py", "test_typed.py"),
+    "project": (
+        "emulated_cuda",
+        "test_architecture.py",
+        "test_layout.py",
+        "test_public_api.py",
+        "test_readme.py",
+        "test_typed.py",
+    ),
 }
 
 #: Folders with tests that have no counterpart of the same name in the package, and why.
