@@ -32,8 +32,8 @@ def test_used_bytes_are_what_the_allocator_reserved() -> None:
     before = torch.cuda.memory_reserved()
     assert counters.used_bytes() == before
     held = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in (1, 1000, 3 * MIB, 50 * MIB + 1)]
-    # A segment of 2 MiB for the two small ones, one of 20 MiB, and one in whole units of 2 MiB.
-    assert torch.cuda.memory_reserved() - before == (2 + 20 + 52) * MIB
+    # The large one has a segment in whole units of 2 MiB; the small ones may lie in one that is there already.
+    assert torch.cuda.memory_reserved() - before in [(more + 52) * MIB for more in (0, 2, 20, 22)]
     assert counters.used_bytes() == torch.cuda.memory_reserved()
     del held
     assert counters.used_bytes() == torch.cuda.memory_reserved()
@@ -72,7 +72,7 @@ def test_memory_ends_at_the_capacity_to_the_byte() -> None:
         torch.empty(free + 2 * MIB, dtype=torch.uint8, device="cuda")
     everything = torch.empty(free, dtype=torch.uint8, device="cuda")
     with pytest.raises(torch.OutOfMemoryError):
-        torch.empty(2 * MIB, dtype=torch.uint8, device="cuda")
+        torch.empty(30 * MIB, dtype=torch.uint8, device="cuda")  # too large for what older segments have left
     del everything
     torch.empty(GIB, dtype=torch.uint8, device="cuda")
 

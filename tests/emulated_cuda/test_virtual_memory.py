@@ -17,11 +17,17 @@ MIB = 2**20
 def _expandable_segments() -> Iterator[None]:
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    _set("expandable_segments:True")
     yield
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    _set("expandable_segments:False")
+
+
+def _set(text: str) -> None:
+    # Renamed in PyTorch 2.14.
+    of_accelerators = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (of_accelerators or torch.cuda.memory._set_allocator_settings)(text)
 
 
 def test_a_segment_grows_by_what_is_missing() -> None:

@@ -85,7 +85,9 @@ EXPORT cudnnStatus_t cudnnGetRNNWeightSpaceSize(cudnnHandle_t handle, cudnnRNNDe
     return CUDNN_STATUS_SUCCESS;
 }
 
+// PyTorch asks for a matrix or for a bias, and gives no tensor for the other.
 static void describe(cudnnTensorDescriptor_t tensor, cudnnDataType_t type, size_t rows, size_t columns) {
+    if (tensor == NULL) return;
     int sizes[] = {1, (int)rows, (int)columns}, strides[] = {(int)(rows * columns), (int)columns, 1};
     cudnnStatus_t cudnnSetTensorNdDescriptor(cudnnTensorDescriptor_t, cudnnDataType_t, int, const int[], const int[]);
     cudnnSetTensorNdDescriptor(tensor, type, 3, sizes, strides);
@@ -108,10 +110,11 @@ EXPORT cudnnStatus_t cudnnGetRNNWeightParams(cudnnHandle_t handle, cudnnRNNDescr
         offset += gates * width * inputs + (number - gates) * width * recurrent;
         describe(matrix, rnn->type, width, recurrent);
     }
-    *matrix_address = !is_projection || has_projection(rnn) ? (char *)space + offset * element_bytes(rnn->type) : NULL;
+    bool has_matrix = !is_projection || has_projection(rnn), has_bias = rnn->has_bias && !is_projection;
+    if (matrix_address != NULL) *matrix_address = has_matrix ? (char *)space + offset * element_bytes(rnn->type) : NULL;
     size_t behind = all_matrices(rnn, rnn->layers * rnn->directions) + (size_t)layer * bias_elements(rnn) + number * width;
     describe(bias, rnn->type, width, 1);
-    *bias_address = rnn->has_bias && !is_projection ? (char *)space + behind * element_bytes(rnn->type) : NULL;
+    if (bias_address != NULL) *bias_address = has_bias ? (char *)space + behind * element_bytes(rnn->type) : NULL;
     return CUDNN_STATUS_SUCCESS;
 }
 
