@@ -25,16 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome: Any = yield
-    _fail_if_skipped(outcome.get_result())
+    fail_if_skipped(outcome.get_result())
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     outcome: Any = yield
-    _fail_if_skipped(outcome.get_result())
+    fail_if_skipped(outcome.get_result())
 
 
-def _fail_if_skipped(report: Any) -> None:
+def fail_if_skipped(report: Any) -> None:
+    """Make a failure of a report that says "skipped"; expected failures say that, too, and are left."""
     if report.outcome == "skipped" and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"

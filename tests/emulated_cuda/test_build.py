@@ -1,13 +1,14 @@
-"""Building the emulated runtime, and what is said where that cannot be."""
+"""Building the emulated runtime, what is said where that cannot be, and skipped tests in `make test-cuda`."""
 
 from __future__ import annotations
 
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.emulated_cuda import build, generate, run
+from tests.emulated_cuda import build, counters, generate, plugin, run
 
 
 def _installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +58,21 @@ def test_stubs_are_what_pytorch_wants_and_nobody_defines(tmp_path: Path, monkeyp
         "cudnnFindConvolutionX": "{ return NOT_SUPPORTED_BY_CUDNN; }",
         "cuMulticastCreate": "{ return NOT_SUPPORTED; }",
     }
+
+
+def test_a_skipped_test_has_failed_and_an_expected_failure_has_not() -> None:
+    skipped = SimpleNamespace(outcome="skipped", longrepr=("test_cuda.py", 20, "Skipped: needs a CUDA device"))
+    plugin.fail_if_skipped(skipped)
+    assert skipped.outcome == "failed"
+    assert "needs a CUDA device" in skipped.longrepr
+    expected = SimpleNamespace(outcome="skipped", longrepr=None, wasxfail="not yet")
+    plugin.fail_if_skipped(expected)
+    assert expected.outcome == "skipped"
+
+
+def test_the_tests_do_not_begin_without_the_runtime(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setattr(counters, "is_active", lambda: False)
+    with pytest.raises(pytest.UsageError, match=r"tests\.emulated_cuda\.run"):
+        plugin.pytest_configure(pytestconfig)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.emulated_cuda import counters
+from tests.emulated_cuda.processes import run_script
 
 STATEMENTS = {
     # launches, waits, calls of cuBLAS
@@ -105,3 +106,16 @@ def test_convolutions_and_recurrent_layers_run_through_cudnn() -> None:
             layer(sequence)[0].sum().backward()
         assert calls.library_calls == 3  # forward, and backward of the data and of the weights
         assert [p.grad.shape for p in layer.parameters()] == [p.shape for p in layer.parameters()]
+
+
+def test_launches_are_shown_by_name_where_that_is_asked_for() -> None:
+    script = """
+        import os
+        os.dup2(1, 2)
+        import torch
+        torch.empty(2, device="cuda").add_(1)
+    """
+    shown = run_script(script, SHOW_LAUNCHES=1).splitlines()
+    assert len(shown) == 1
+    assert shown[0].startswith("emulated CUDA: launch of ")
+    assert "elementwise_kernel" in shown[0]

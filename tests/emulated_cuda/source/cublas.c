@@ -37,7 +37,7 @@ EXPORT cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t handle, cublasPoint
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// Its own: a program may read results of the dot product without a stream being waited for.
+// Of CUDA 13.0; PyTorch chooses by it what to ask for.
 EXPORT size_t cublasLtGetVersion(void) { return 130000; }
 
 EXPORT cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) { return some_handle(handle); }
