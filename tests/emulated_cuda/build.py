@@ -22,6 +22,8 @@ CACHE = Path(__file__).parents[2] / "build" / "emulated-cuda"
 TOOLKIT = Path("/usr/local/cuda/include")
 #: Preloaded, it is the runtime, cuBLAS and cuDNN; by its name it is the driver.
 LIBRARY = "libcuda.so.1"
+#: Its other name: NVML's, which PyTorch's allocator opens.
+WATCHING = "libnvidia-ml.so.1"
 
 
 class CannotBuild(Exception):
@@ -51,6 +53,9 @@ def build() -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
             _compile(site, Path(unfinished))
             folder.mkdir(exist_ok=True)
+            link = Path(unfinished) / WATCHING
+            link.symlink_to(LIBRARY)
+            os.replace(link, folder / WATCHING)
             os.replace(Path(unfinished) / LIBRARY, folder / LIBRARY)
     return folder / LIBRARY
 

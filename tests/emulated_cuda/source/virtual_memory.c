@@ -88,6 +88,12 @@ EXPORT CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset, CUmem
     return CUDA_SUCCESS;
 }
 
+// Who may read and write: nobody reads or writes here.
+EXPORT CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc *access, size_t count) {
+    (void)bytes, (void)access, (void)count;
+    return is_device_address((void *)(uintptr_t)address) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 // PyTorch unmaps what it mapped, piece by piece or several pieces at once.
 EXPORT CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
     bool found = false;
