@@ -1,10 +1,10 @@
 // The end of a process.
 //
-// PyTorch's autograd threads (a CPU build has none) are told to end when the process has finalized Python already, and
-// then want Python's lock once more. Python up to 3.13 ends a thread that does so with pthread_exit; that unwinds through
-// a destructor of PyTorch which must not be left so, and C++ aborts the process: "terminate called without an active
-// exception". It is a race with the rest of the process's exit, on GPUs, too. Python 3.14 lets such a thread wait for ever
-// instead, PyTorch from Python 3.12 on does not ask for the lock; here a thread waits on all of them.
+// A thread of PyTorch's autograd (devices have them, a CPU build has none) may want Python's lock when Python has ended
+// already: it frees what backward left, or ends itself. Python up to 3.13 then ends the thread with pthread_exit. That
+// unwinds through destructors of C++ which must not be left so, and C++ aborts the process: "terminate called without an
+// active exception". It is a race with the rest of the process's exit, on GPUs, too, and rare. Python 3.14 lets such a
+// thread wait for ever instead; so does this, for all versions.
 #define _GNU_SOURCE
 #include "runtime.h"
 
@@ -24,7 +24,7 @@ EXPORT void pthread_exit(void *result) {
     abort();  // not reached
 }
 
-// For the test of it: the process lives on for a while after PyTorch has told its threads to end.
+// For the test of it: the process lives on for a while when Python has ended.
 __attribute__((destructor)) static void end_slowly(void) {
     const char *milliseconds = getenv("EMULATED_CUDA_EXIT_MS");
     if (milliseconds != NULL) usleep((useconds_t)atoi(milliseconds) * 1000);
