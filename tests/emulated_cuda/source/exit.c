@@ -3,7 +3,7 @@
 // A thread of PyTorch's autograd (devices have them, a CPU build has none) may want Python's lock when Python has ended
 // already: it frees what backward left, or ends itself. Python up to 3.13 then ends the thread with pthread_exit. That
 // unwinds through destructors of C++ which must not be left so, and C++ aborts the process: "terminate called without an
-// active exception". It is a race with the rest of the process's exit, on GPUs, too, and rare. Python 3.14 lets such a
+// active exception". It is a race with the rest of the process's exit, and rare; nothing in it is of the emulation. Python 3.14 lets such a
 // thread wait for ever instead; so does this, for all versions.
 #define _GNU_SOURCE
 #include "runtime.h"
