@@ -8,6 +8,7 @@
 #   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
 #   make lint                           ruff, strict mypy, and the floors that imports go down
 #   make test    TORCH=2.11.0           any target with another PyTorch, in a virtual environment of its own
+#   make test-cuda                      the CUDA tests, on emulated devices: no GPU needed (docs/emulated-cuda.md)
 #   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
 
 SHELL := /bin/bash
@@ -29,6 +30,9 @@ FAST := tests/records tests/simulation tests/solver tests/report/test_svg_chart.
 # Another PyTorch than the one that constraints-dev.txt pins; each version has a virtual environment of its own.
 TORCH ?=
 
+# PyTorch's CUDA build for `make test-cuda`, where TORCH names none.
+CUDA_TORCH := 2.14.1
+
 VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints-dev.txt)
@@ -47,7 +51,7 @@ PROCESSES ?= $(shell nproc)
 BENCH_OUTPUT ?= $(RUNS)/bench
 QUICK ?=
 
-.PHONY: help train test test-fast fuzz bench lint gpu-check clean
+.PHONY: help train test test-fast test-cuda fuzz bench lint gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -60,6 +64,16 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow and not thorough" $(FAST) $(ARGS)
+
+ifeq ($(TORCH),)
+test-cuda:
+	@$(MAKE) --no-print-directory test-cuda TORCH=$(CUDA_TORCH)
+else
+test-cuda: $(VENV)/.installed-dev
+	EMULATED_CUDA_DEVICES=2 $(BIN)/python -m tests.emulated_cuda.run python -m pytest -p tests.emulated_cuda.plugin \
+		-m "not needs_results" --numprocesses $(TEST_PROCESSES) --dist worksteal \
+		$(if $(filter tests,$(TESTS)),tests/gpu tests/emulated_cuda,$(TESTS)) $(ARGS)
+endif
 
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.replay.fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES) $(ARGS)

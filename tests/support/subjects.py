@@ -17,12 +17,20 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "integrations": ("integrations",),
     "promises": ("promises", "test_suite.py"),
     "benchmarks": ("benchmarks",),
-    "project": ("test_architecture.py", "test_layout.py", "test_public_api.py", "test_readme.py", "test_typed.py"),
+    "project": (
+        "emulated_cuda",
+        "test_architecture.py",
+        "test_layout.py",
+        "test_public_api.py",
+        "test_readme.py",
+        "test_typed.py",
+    ),
 }
 
 #: Folders with tests that have no counterpart of the same name in the package, and why.
 WITHOUT_COUNTERPART = {
     "benchmarks": "the benchmarks are beside the package",
+    "emulated_cuda": "the CUDA runtime on which the tests of `gpu` run without a GPU",
     "gpu": "needs a CUDA device, whatever it is about",
     "promises": "whole trainings, as a user would write them: what users of other tools suffer from",
 }
