@@ -25,12 +25,6 @@ pytestmark = pytest.mark.gpu
 # PyTorch looks once, before cuBLAS is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 MIB = 2**20
-# Not run, because a crash takes the other tests along.
-CRASHES = pytest.mark.xfail(
-    run=False,
-    reason="Measuring runs the backward of memory-efficient attention with dropout alone, with its seed on the GPU; "
-    "the kernel reads it in host memory: SIGSEGV",
-)
 
 
 class Mixer(nn.Module):
@@ -138,7 +132,7 @@ def deterministic_algorithms() -> Any:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16-autocast"])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("mixer", marks=CRASHES), "convnet", "recurrent", "llama", pytest.param("gpt2", marks=CRASHES)],
+    ["mixer", "convnet", "recurrent", "llama", "gpt2"],
 )
 def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, record_property: Any) -> None:
     model, batch, loss = make(name)
@@ -181,7 +175,6 @@ def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, reco
         assert verdict.mismatches == 0
 
 
-@CRASHES
 def test_predicted_allocated_peak_is_the_allocators() -> None:
     model, batch, loss = make("mixer")
     profile = tightfit.measure(model, batch, loss=loss)
@@ -199,7 +192,6 @@ def test_predicted_allocated_peak_is_the_allocators() -> None:
     assert abs(predicted - measured) <= 0.03 * measured
 
 
-@CRASHES
 def test_dropout_masks_are_the_same_and_the_generator_ends_where_plain_does() -> None:
     model, batch, loss = make("mixer")
     profile = tightfit.measure(model, batch, loss=loss)
