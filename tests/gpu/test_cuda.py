@@ -27,8 +27,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 MIB = 2**20
 # Seen on emulated devices: named 408.9 MiB, then 410.0 are asked for.
 MORE_IS_RESERVED = pytest.mark.xfail(
-    reason="what the allocator reserves beyond what is allocated is known from runs, not predicted: the smallest budget "
-    "that one fit names may be refused by the next",
+    reason="what the allocator reserves beyond what is allocated is known from runs, not predicted: the smallest "
+    "budget that one fit names may be refused by the next",
 )
 
 
