@@ -90,16 +90,6 @@ def in_compiled_call() -> bool:
 _DYNAMO = "torch._dynamo.eval_frame"
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run inside, eagerly, what `torch.compile` made: its code launches kernels that no dispatch mode sees."""
-    if _DYNAMO not in sys.modules:  # nothing is compiled, and what will be is not beneath a dispatch mode
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -447,8 +437,6 @@ def cuda_process_bytes(device: torch.device) -> int | None:
         pynvml.nvmlInit()
         index = torch.cuda._get_nvml_device_index(device)
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        import os
-
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         # In a container the numbers are the host's, and this process's own is not among them: alone it is known.
         own = [p for p in processes if p.pid == os.getpid()] or (processes if len(processes) == 1 else [])

@@ -9,10 +9,6 @@ def fp32_precision(**switches: Any) -> str:
     """Return the settings of these switches of `torch.backends`, each by its name.
 
     Only the switches themselves: `torch.get_float32_matmul_precision` raises once one of them was set directly.
-
-    >>> from types import SimpleNamespace
-    >>> fp32_precision(matmul=SimpleNamespace(fp32_precision="tf32"))
-    'matmul tf32'
     """
     chosen = {name: switch.fp32_precision for name, switch in switches.items()}
     # "none": neither this switch nor one above it was set, which is full precision.

@@ -8,8 +8,11 @@ plain step does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+
+import torch
 
 from tightfit._torch_private import in_compiled_call
 from tightfit.operators.region_names import LOSS, ROOT
@@ -20,6 +23,13 @@ from tightfit.step.exclude import is_inside
 REASON = "it calls a function that torch.compile made"
 #: As in `Profile.switched_off`.
 COMPILED_FUNCTIONS = "functions that torch.compile made"
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run inside, eagerly, what `torch.compile` made: its code launches kernels that no dispatch mode sees."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class CompiledCalls:
@@ -65,8 +75,6 @@ def regions_around_compiled(
 
 def keep_callers(observation: Observation, region_paths: Sequence[str], callers: AbstractSet[str]) -> None:
     """Have kept what the callers' own operations make."""
-    if not callers:
-        return
     paths = frozenset(region_paths)
     regions = [LOSS]
     is_region: list[bool] = []  # of the module calls that are open

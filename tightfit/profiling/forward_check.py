@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode, current_graph_task, uncompiled
+from tightfit._torch_private import DispatchMode, current_graph_task
 from tightfit.operators.facts import describe
+from tightfit.profiling.compiled_calls import uncompiled
 from tightfit.profiling.observation import Observation
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step

@@ -19,7 +19,6 @@ from tightfit._torch_private import (
     FakeTensorMode,
     clips_by_foreach,
     fake_mode,
-    uncompiled,
 )
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
@@ -28,6 +27,7 @@ from tightfit.interrupts import is_of_a_handler, safe_point
 from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
+from tightfit.profiling.compiled_calls import uncompiled
 from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
 from tightfit.profiling.fsdp_copy import ShardedCopy
 from tightfit.profiling.observer import Observer

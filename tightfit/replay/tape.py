@@ -209,7 +209,8 @@ class Tape(Replayer):
         if left_with is not None:
             region.on_plan = True
             self._statistics.mismatches -= 1
-            for value, value.source in left_with:
+            for value, source in left_with:
+                value.source = source
                 self._movable.append(value)
 
     def _record(

@@ -20,8 +20,9 @@ def excluded_paths(model: torch.nn.Module, exclude: Exclude) -> tuple[str, ...]:
     Raises:
         UnsupportedInput: a pattern matches no module, a module is not the model's, or the model itself is named.
     """
-    several = not isinstance(exclude, str | torch.nn.Module) and isinstance(exclude, Iterable)
-    wanted: list[object] = list(exclude) if several else [exclude]  # type: ignore[arg-type]  # neither: told below
+    wanted: list[object] = [exclude]  # what is neither of the three is told below
+    if isinstance(exclude, Iterable) and not isinstance(exclude, str | torch.nn.Module):
+        wanted = list(exclude)
     if not wanted:
         return ()
     # A module that is in several places has several paths.

@@ -123,7 +123,7 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
     within = all(group.all_gather(planned.peak_bytes <= plan.budget_bytes))
     share = found.share(trial.model, group)
     ok = not found.differing and within
-    step_ms, plain_ms = trial.times_ms(applied, plain=plain is not None)
+    step_ms, plain_ms = trial.times_ms(applied, plain=plain_fits)
     plain_step_ms = plain_ms if plain_fits else plan.plain_step_ms
     plain_source = "measured" if plain_fits else "predicted"
     return Verdict(

@@ -12,15 +12,14 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.support.warm_start import client
-
-_SERVER = Path(__file__).with_name("server.py")
+_CLIENT, _SERVER = (Path(__file__).with_name(name) for name in ("client.py", "server.py"))
 
 
 @functools.cache
@@ -28,9 +27,8 @@ def python() -> str:
     """Start this process's server; return the path of the executable that asks it for processes."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     address, executable = folder / "server", folder / "python"
-    text = Path(client.__file__).read_text()
-    settings = f"ADDRESS, PYTHON, SEARCHED = {str(address)!r}, {sys.executable!r}, {os.environ.get('PYTHONPATH')!r}"
-    executable.write_text(f"#!{sys.executable} -IS\n" + text.replace(client.SETTINGS, settings))
+    command = shlex.join([sys.executable, "-IS", str(_CLIENT), str(address), os.environ["PYTHONPATH"]])
+    executable.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     executable.chmod(0o755)
     ours, theirs = os.pipe()  # its end of file tells the server that this process is gone
     server = subprocess.Popen(

@@ -1,6 +1,8 @@
 """Ask the server for a process that runs a module, and be that process for whoever started this one.
 
-It is written to a file of its own with its settings filled in, see `tests.support.warm_start`.
+    client.py ADDRESS PYTHONPATH ARGUMENTS-OF-PYTHON...
+
+The first two are the server's; `tests.support.warm_start` makes an executable that gives them.
 """
 
 import json
@@ -9,17 +11,14 @@ import signal
 import socket
 import sys
 
-SETTINGS = "ADDRESS, PYTHON, SEARCHED = '', '', ''"
-ADDRESS, PYTHON, SEARCHED = '', '', ''  # fmt: skip
-
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    address, searched, *words = sys.argv[1:]
     unbuffered = words[:1] == ["-u"]
-    if words[unbuffered : unbuffered + 1] != ["-m"] or os.environ.get("PYTHONPATH") != SEARCHED:
-        os.execv(PYTHON, [PYTHON, *words])  # no module, or others than the server's could be meant
+    if words[unbuffered : unbuffered + 1] != ["-m"] or os.environ.get("PYTHONPATH") != searched:
+        os.execv(sys.executable, [sys.executable, *words])  # no module, or others than the server's could be meant
     request = {
         "words": words[unbuffered + 1 :],
         "unbuffered": unbuffered,
@@ -32,7 +31,7 @@ def main() -> None:
         for number in FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: server.send(bytes([number])))
-        server.connect(ADDRESS)
+        server.connect(address)
         socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2])
         server.sendall(message)
         answer = server.recv(4)
