@@ -8,7 +8,7 @@ from tests.suite import SUITE, build
 from tests.suite.running import train
 from tightfit.planning.search import search
 from tightfit.profiling.measure import measure_step
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import solver_of
 from tightfit.step.step import Step
 from tightfit.verification.trial import Trial
 
@@ -23,7 +23,7 @@ WORST_ERROR = 0.0005
 def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str) -> None:
     case = build(name)
     profile = measure_step(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers()))
-    solver = Solver(profile)
+    solver = solver_of(profile)
     plain = train(build(name), STEPS)
     plain_bytes = solver.plain(2**62).predicted_peak_bytes - profile.margin_bytes
     assert abs(plain_bytes / plain.peak_bytes - 1) <= WORST_ERROR

@@ -20,7 +20,7 @@ from tightfit.planning import search as planner
 from tightfit.records import Plan, Profile
 from tightfit.replay.tape import Tape
 from tightfit.replay.write_watch import WriteWatch
-from tightfit.solver.solver import Solver, full_plan, plain_plan
+from tightfit.solver.solver import Solver, full_plan, plain_plan, solver_of
 from tightfit.verification.trial import Outcome, Trial
 
 Tensor = torch.Tensor
@@ -376,7 +376,7 @@ def test_the_models_memory_does_not_look_as_if_it_came_from_outside(name: str) -
     case = build(name)
     optimizers = case.optimizers()
     profile = tightfit.measure(case.model, case.batch, loss=case.loss, optimizer=optimizers)
-    budget = (Solver(profile).minimum_budget()[0] + plain_plan(profile, 0).predicted_peak_bytes) // 2
+    budget = (solver_of(profile).minimum_budget()[0] + plain_plan(profile, 0).predicted_peak_bytes) // 2
     with tightfit.fit(case.model, case.batch, budget=budget, loss=case.loss, optimizer=optimizers) as applied:
         applied.loss(case.model, case.batch).backward()
     tightfit.verify(case.model, case.batch, applied.plan, loss=case.loss, optimizer=optimizers)

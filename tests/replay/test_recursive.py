@@ -24,7 +24,7 @@ from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import Solver, minimum_budget
 
 
 @st.composite
@@ -167,7 +167,7 @@ def test_regions_of_a_shared_tape_that_another_plan_never_ran_are_checked(monkey
     """Plans for other shapes share self-checks: its first region may have had one, and the others not."""
     model, batch = ResidualMLP(6), torch.randn(64, 8)
     profile = tightfit.measure(model, batch)
-    plan = Solver(profile).solve(Solver(profile).minimum_budget()[0])
+    plan = tightfit.solve(profile, minimum_budget(profile)[0])
     assert plan.shared_tapes
     watched: set[str] = set()
     begin = Tape.begin_region

@@ -285,9 +285,9 @@ def test_what_lies_between_points_of_the_hull_is_on_offer(monkeypatch: pytest.Mo
     """Four blocks: mixtures of what is on the hull do not come near every budget. No plan gets slower by it."""
     profile = gpt_profile(4)
     budgets = [budget_at(profile, share) for share in (0.45, 0.75)]
-    found = [solve(profile, budget).predicted_step_ms for budget in budgets]
+    found = [Solver(profile).solve(budget).predicted_step_ms for budget in budgets]
     monkeypatch.setattr(sys.modules["tightfit.solver.column_generation"], "_BETWEEN_AT_MOST", 0)
-    on_hull = [solve(profile, budget).predicted_step_ms for budget in budgets]
+    on_hull = [Solver(profile).solve(budget).predicted_step_ms for budget in budgets]
     assert all(map(le, found, on_hull))
     assert sum(found) < sum(on_hull)
 

@@ -5,7 +5,7 @@ The address space is capped (RLIMIT_AS, as `ulimit -v` does) at
     what the process takes after importing, building and warming up + (budget - baseline) + the stated margin,
 
 so everything that planning and training need beyond the model, its gradients and its optimizer state must fit into what
-the budget leaves.  The plain step, which needs more than a GiB beyond the budget, must fail there.
+the budget leaves.  The plain step, which needs more than half a GiB beyond the budget, must fail there.
 """
 
 from __future__ import annotations

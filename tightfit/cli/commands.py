@@ -36,7 +36,7 @@ from tightfit.report.run_summary import format_summary
 from tightfit.report.text import batch_note, format_measuring, format_peak, format_verdict
 from tightfit.solver.frontier import frontier_of
 from tightfit.solver.next_budget import next_useful_bytes
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import solver_of
 from tightfit.step.batch import describe_batch
 from tightfit.train import Interrupted, TrainConfig, Workload, build, resolve
 from tightfit.train.data import DATASETS
@@ -117,7 +117,7 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
     work = build(options, source)
     found = find_plan(work.model, work.microbatch(0), work.spec(), work.budget.step_bytes)
     solved, profile = found.plan, found.profile
-    more_bytes = next_useful_bytes(Solver(profile), solved)
+    more_bytes = next_useful_bytes(solver_of(profile), solved)
     if options.output is not None:
         with replacing(Path(options.output)) as temporary:
             solved.save(temporary)
@@ -151,7 +151,7 @@ def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
         profile = confirm_smallest(trial, profile)
     marked_bytes = work.budget.total_bytes if options.marks_budget else None
     begin = time.perf_counter()
-    solver = Solver(profile)
+    solver = solver_of(profile)
     plans = frontier_of(solver, options.points, also=() if marked_bytes is None else (marked_bytes,))
     curve = Curve.of(solver, plans, marked_bytes, solving_ms=1e3 * (time.perf_counter() - begin))
     if output is not None:

@@ -36,7 +36,7 @@ from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.executors import executor_of
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import solver_of
 from tightfit.step.key import StepKey
 from tightfit.step.step import Step
 from tightfit.units import format_bytes
@@ -236,7 +236,7 @@ class Replanner:
         self, profile: Profile, neighbours: Iterable[Plan], may_reuse: bool
     ) -> tuple[Plan, Literal["solved", "reused", "plain"]]:
         """Return a plan that fits, and how it was found."""
-        solver = Solver(profile)
+        solver = solver_of(profile)
         budget_bytes = self._budget_bytes
         plain = solver.plain(budget_bytes)
         if self._grad_checkpoint != "auto":

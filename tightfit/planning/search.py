@@ -25,7 +25,7 @@ from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.refusals import CannotRebuild
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import Solver, solver_of
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.step import Step
@@ -102,7 +102,7 @@ def search(
 def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
     """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs."""
     for _ in range(_MOST_ROUNDS):
-        plan = Solver(profile).smallest_plan()
+        plan = solver_of(profile).smallest_plan()
         if not _has_room(trial, plan.predicted_peak_bytes):
             break
         known = profile
@@ -134,7 +134,6 @@ class _Search:
         self._profile = profile
         self._given_correction_bytes = profile.correction_bytes
         self._measured_for_bytes = budget_bytes
-        self._solver: Solver | None = None  # of the profile that was last solved
         self._smallest_runs = False
         """The smallest plan of this profile was run, and keeps the budget."""
 
@@ -146,7 +145,7 @@ class _Search:
                 smallest = self._try_smallest()
                 if smallest is None:
                     continue
-            solver = self._solver_of(self._profile)
+            solver = solver_of(self._profile)
             chosen = _choose_together(solver, self._budget_bytes, self._grad_checkpoint, self._group)
             if chosen is None:
                 smallest = smallest or self._try_smallest()
@@ -187,7 +186,7 @@ class _Search:
         # A sharded step's measured peak is not the same each time its plan is installed: two runs do not judge alike.
         near = self._grad_checkpoint == "auto" and not self._profile.is_sharded
         if near:
-            plain = self._solver_of(self._uncorrected()).plain(0)
+            plain = solver_of(self._uncorrected()).plain(0)
             near = plain.predicted_peak_bytes > self._budget_bytes
         near = near and self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
         return any(self._group.all_gather(near))
@@ -198,13 +197,8 @@ class _Search:
             return self._profile
         return replace(self._profile, correction_bytes=self._given_correction_bytes)
 
-    def _solver_of(self, profile: Profile) -> Solver:
-        if self._solver is None or self._solver.profile is not profile:
-            self._solver = Solver(profile)
-        return self._solver
-
     def _smallest_plan(self) -> Plan:
-        solver = self._solver_of(self._uncorrected())
+        solver = solver_of(self._uncorrected())
         if self._grad_checkpoint == "auto":
             return solver.smallest_plan()
         plan = solver.full(0) if self._grad_checkpoint == "full" else solver.plain(0)
@@ -252,7 +246,7 @@ class _Search:
 
     def _try_plain_instead(self, smallest: Plan, needed_bytes: int, profile: Profile) -> tuple[Applied, FoundPlan]:
         """Run the plain step where the smallest plan needs more than it, for no budget above plain's may be named."""
-        plain = self._solver_of(profile).plain(self._budget_bytes)
+        plain = solver_of(profile).plain(self._budget_bytes)
         plain_bytes = max(self._group.all_gather(plain.predicted_peak_bytes))
         if plain_bytes >= needed_bytes or _decisions(plain) == _decisions(smallest):
             raise self._infeasible(smallest, needed_bytes)

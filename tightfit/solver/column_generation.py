@@ -249,11 +249,17 @@ class ColumnPool:
             return
         middle = self.source.index.backward_event()
         held = [self.source.column(region, decision).held_bytes for decision in self.master.decisions[class_id]]
-        for place in range(1, points):
-            capacity = min(held) + (max(held) - min(held)) * place // points
+        smallest, largest = min(held), max(held)
+        most = largest
+        for place in reversed(range(1, points)):
+            capacity = smallest + (largest - smallest) * place // points
+            if capacity >= most:
+                continue  # the fastest within more bytes holds no more than these
             answer = self.program(region).within({middle: capacity}, {middle: frozenset()})
-            if answer is not None:
-                yield answer[1]
+            if answer is None:
+                return  # nor is there one within fewer
+            most = self.source.column(region, answer[1]).held_bytes
+            yield answer[1]
 
     def _low_peaks(self, region: int) -> Iterator[Decision]:
         """Yield decisions on the way to the lowest peak that the region itself reaches, from dropping all."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tightfit.errors import UnsupportedInput
 from tightfit.records import Plan, Profile
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import Solver, solver_of
 
 
 def frontier(profile: Profile, points: int = 20) -> list[Plan]:
@@ -31,7 +31,7 @@ def frontier(profile: Profile, points: int = 20) -> list[Plan]:
     Raises:
         UnsupportedInput: fewer than two points.
     """
-    return frontier_of(Solver(profile), points)
+    return frontier_of(solver_of(profile), points)
 
 
 def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -> list[Plan]:

@@ -207,6 +207,18 @@ class Solver:
         return [column.decision for column in choice.columns]
 
 
+_last_solver: Solver | None = None
+
+
+def solver_of(profile: Profile) -> Solver:
+    """Return the profile's solver. The last one is kept: several questions about one profile make its columns once."""
+    global _last_solver
+    found = _last_solver
+    if found is None or found.profile is not profile:
+        found = _last_solver = Solver(profile)
+    return found
+
+
 def solve(profile: Profile, budget_bytes: int) -> Plan:
     """Solve for what to keep and what to recompute: the fastest plan whose predicted peak is within the budget.
 
@@ -225,19 +237,19 @@ def solve(profile: Profile, budget_bytes: int) -> Plan:
     Raises:
         BudgetInfeasible: no plan is; the error carries the smallest budget that has one, and what sets it.
     """
-    return Solver(profile).solve(budget_bytes)
+    return solver_of(profile).solve(budget_bytes)
 
 
 def plain_plan(profile: Profile, budget_bytes: int) -> Plan:
     """Return the plan that leaves every region untouched. Its `predicted_peak_bytes` may be above the budget."""
-    return Solver(profile).plain(budget_bytes)
+    return solver_of(profile).plain(budget_bytes)
 
 
 def full_plan(profile: Profile, budget_bytes: int) -> Plan:
     """Return the plan that drops all that may be dropped. Its `predicted_peak_bytes` may be above the budget."""
-    return Solver(profile).full(budget_bytes)
+    return solver_of(profile).full(budget_bytes)
 
 
 def minimum_budget(profile: Profile) -> tuple[int, str]:
     """Return the smallest budget in bytes for which `solve` has a plan, and what sets it."""
-    return Solver(profile).minimum_budget()
+    return solver_of(profile).minimum_budget()
