@@ -92,5 +92,6 @@ def libraries(report: Report) -> None:
             mismatches=verdict.mismatches,
         )  # fmt: skip
         report.claim(case, "three steps do not differ from plain's", not verdict.differing, needs_results=True)
+        report.claim(case, "the random state is plain's", verdict.rng_equal is True)
         report.claim(case, "three steps run as planned", verdict.mismatches == 0)
         _claim_exact_replay(report, case, model, batch, step, profile)

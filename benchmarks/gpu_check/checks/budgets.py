@@ -150,9 +150,10 @@ def auto(report: Report) -> None:
                 ran_out_of_memory=out_of_memory,
             )  # fmt: skip
             report.claim(case, "the step fits, and is the plain one", verdict.ok is not False, reason=verdict.reason)
-        except tightfit.BudgetInfeasible as error:
-            # Named by a budget that is larger than what is free: a proper end, but not the wanted one.
-            report.claim(case, "the step fits, and is the plain one", False, reason=str(error))
+        except (tightfit.BudgetInfeasible, torch.OutOfMemoryError) as error:
+            # The first is a proper end, but not the wanted one; the second is none.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            report.claim(case, "the step fits, and is the plain one", False, reason=reason)
         del taken
         for parameter in model.parameters():
             parameter.grad = None
