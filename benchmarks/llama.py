@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
 Gate = Callable[[Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,29 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return causal attention of (batch, heads, time, width), with fewer heads of keys and values."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a model is made of, so that kernels can take the place of PyTorch's operations."""
+
+    norm: Norm = RmsNorm
+    gate: Gate = silu_times
+    attention: Attention = attend
+
+
 class Block(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, sizes: LlamaSizes, norm: Norm = RmsNorm, gate: Gate = silu_times) -> None:
+    def __init__(self, sizes: LlamaSizes, parts: Parts = Parts()) -> None:  # it cannot change
         super().__init__()
-        self._heads, self._kv_heads, self._gate = sizes.heads, sizes.kv_heads, gate
+        self._heads, self._kv_heads, self._parts = sizes.heads, sizes.kv_heads, parts
         self._width = sizes.hidden // sizes.heads
         shared = sizes.kv_heads * self._width
-        self.norm_1, self.norm_2 = norm(sizes.hidden), norm(sizes.hidden)
+        self.norm_1, self.norm_2 = parts.norm(sizes.hidden), parts.norm(sizes.hidden)
         self.query = nn.Linear(sizes.hidden, sizes.hidden, bias=False)
         self.key = nn.Linear(sizes.hidden, shared, bias=False)
         self.value = nn.Linear(sizes.hidden, shared, bias=False)
@@ -72,10 +87,10 @@ class Block(nn.Module):
         query = _rotated(self._split(self.query(hidden), self._heads), cosine, sine)
         key = _rotated(self._split(self.key(hidden), self._kv_heads), cosine, sine)
         value = self._split(self.value(hidden), self._kv_heads)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        mixed = self._parts.attention(query, key, value)
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
         hidden = self.norm_2(x)
-        return x + self.down(self._gate(self.gate(hidden), self.up(hidden)))
+        return x + self.down(self._parts.gate(self.gate(hidden), self.up(hidden)))
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:2], heads, self._width).transpose(1, 2)
@@ -84,11 +99,11 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The mean loss of the next token."""
 
-    def __init__(self, sizes: LlamaSizes, norm: Norm = RmsNorm, gate: Gate = silu_times) -> None:
+    def __init__(self, sizes: LlamaSizes, parts: Parts = Parts()) -> None:  # it cannot change
         super().__init__()
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.hidden)
-        self.layers = nn.ModuleList(Block(sizes, norm, gate) for _ in range(sizes.layers))
-        self.norm = norm(sizes.hidden)
+        self.layers = nn.ModuleList(Block(sizes, parts) for _ in range(sizes.layers))
+        self.norm = parts.norm(sizes.hidden)
         self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
         self._rotary_width = sizes.hidden // sizes.heads
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,8 +39,11 @@ def main() -> int:
     unknown = [name for name in names if name not in checks]
     if unknown:
         parser.error(f"there is no check {', '.join(unknown)}; --list shows all")
-    os.environ.update({**_DETERMINISTIC_CUBLAS, **os.environ})
     folder = given.output or Path("runs/gpu-check") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    # Costs of operations are measured in this run, and then known to all checks of it.
+    os.environ["TIGHTFIT_CACHE_DIR"] = str((folder / "costs").absolute())
+    os.environ.update({**_DETERMINISTIC_CUBLAS, **os.environ})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the check that runs, too
     begin = time.monotonic()
     outcomes = run_checks([checks[name] for name in names], folder, seconds=given.seconds, patience=given.patience)
     text = table(outcomes)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.llama import LLAMA_8B, Llama, LlamaSizes
+from benchmarks.llama import LLAMA_8B, Llama, LlamaSizes, Parts
 from tests.emulated_cuda.counters import is_active
 from tightfit.step.step import Step
 from tightfit.train.models.gpt import Gpt, GptConfig
@@ -101,7 +101,7 @@ def adamw(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], autocast: 
     return Step(loss=loss, optimizer=torch.optim.AdamW(model.parameters()), autocast=autocast)
 
 
-def trained_llama(**parts: Any) -> tuple[Llama, Tensor, Step]:
+def trained_llama(parts: Parts | None = None) -> tuple[Llama, Tensor, Step]:
     """Return Llama in bf16 on the GPU at sizes that are trained, a batch of 2 x 4096 tokens, and its step.
 
     On an emulated device it is narrower: what planning copies to the host is real there.
@@ -109,6 +109,6 @@ def trained_llama(**parts: Any) -> tuple[Llama, Tensor, Step]:
     sizes = LlamaSizes(hidden=1024, heads=8, kv_heads=2, intermediate=3584, layers=4) if is_active() else LLAMA_8B
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Llama(sizes, **parts).to(torch.bfloat16).train()
+        model = Llama(sizes, parts or Parts()).to(torch.bfloat16).train()
         tokens = torch.randint(0, sizes.vocabulary, (2, 4097))
     return model, tokens, adamw(model, _own_loss)

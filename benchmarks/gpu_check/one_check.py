@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
-from benchmarks.gpu_check.registry import Report, Skip, all_checks
+from benchmarks.gpu_check.registry import Check, Report, Skip, all_checks
 
 PASSED, FAILED, SKIPPED = 0, 1, 77
 
 
-def main(name: str, descriptor: int) -> int:
+def main(check: Check, descriptor: int) -> int:
     """Run the check, with its records written to an open file, and return the exit status."""
     os.set_inheritable(descriptor, False)  # what the check starts must not hold it open
     with open(descriptor, "w", encoding="utf-8") as file:
-        report = Report(name, file)
+        report = Report(check.name, file)
         try:
-            all_checks()[name].run(report)
+            check.run(report)
         except Skip as reason:
             report.note("skipped", reason=str(reason))
             return FAILED if report.failed else SKIPPED
@@ -24,4 +24,4 @@ def main(name: str, descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(all_checks()[sys.argv[1]], int(sys.argv[2])))

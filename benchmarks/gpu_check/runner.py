@@ -21,6 +21,8 @@ from typing import IO, Any
 from benchmarks.gpu_check.one_check import PASSED, SKIPPED
 from benchmarks.gpu_check.registry import Check
 
+#: What runs one check, as its arguments say.
+_PROGRAM = "benchmarks.gpu_check.one_check"
 #: Less time than this is not worth a process.
 _LEAST_SECONDS = 5
 #: Lines of a failed check's own output that are repeated in its record.
@@ -77,7 +79,7 @@ def _run_one(check: Check, folder: Path, results: IO[str], seconds: float) -> Ou
     begin = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_check.one_check", check.name, str(writing)],
+            [sys.executable, "-m", _PROGRAM, check.name, str(writing)],
             env={**os.environ, **check.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,

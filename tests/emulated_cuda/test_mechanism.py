@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from tests.support import fixed_costs
 from tightfit.device import device_for
 from tightfit.device.placement import StreamWatch
 from tightfit.profiling import mechanism_cost
-from tightfit.profiling.cost_cache import NoCache
+from tightfit.profiling.cost_cache import CostCache
 from tightfit.replay.self_check import checksum
 
 
@@ -34,10 +36,17 @@ def test_a_checksum_takes_few_launches() -> None:
     assert calls.launches < 100
 
 
-def test_what_the_mechanism_costs_is_measured_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: set[str] = set()
+def test_what_the_mechanism_costs_is_measured_on_the_models_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the processor's caches are Python's alone there, however much data an operation has."""
+    monkeypatch.delenv("TIGHTFIT_COST_CACHE")
+    devices: list[str] = []
     abs_ = torch.abs
-    monkeypatch.setattr(torch, "abs", lambda x: (found.add(x.device.type), abs_(x))[1])
+    monkeypatch.setattr(torch, "abs", lambda x: (devices.append(x.device.type), abs_(x))[1])
+    device = torch.device("cuda:0")
     with fixed_costs.measured():
-        mechanism_cost.measure_overhead(torch.device("cuda:0"), NoCache(), 0.5)
-    assert found == {"cuda"}
+        found = [mechanism_cost.measure_overhead(device, CostCache(device, tmp_path), ratio) for ratio in (0.0, 1.0)]
+    assert set(devices) == {"cuda"}
+    assert found[0] == found[1]
+    assert found[0].tape_ms_per_op > 0

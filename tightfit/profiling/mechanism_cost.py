@@ -74,7 +74,7 @@ def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequenc
 
 
 def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool) -> Overhead:
-    keys = [f"{_KEY} {name} {entry.name} on {device.type}" for entry in fields(Overhead)]
+    keys = [f"{_KEY} {name} {entry.name} on {device_for(device).kind}" for entry in fields(Overhead)]
     known = [cost.ms for key in keys if (cost := cache.get(key)) is not None]
     if len(known) == len(keys):
         return Overhead(*known)

@@ -145,7 +145,7 @@ def step_times(report: Report) -> None:
         for share in (1.0, 0.66, 0.33, 0.0):
             plan = solver.solve(int(smallest + share * (plain - smallest)))
             with tightfit.apply(model, plan, step=step) as applied:
-                times = []
+                counts, times = applied.statistics, []
                 for _ in range(8):
                     torch.cuda.synchronize()
                     begin = time.perf_counter()
@@ -153,10 +153,14 @@ def step_times(report: Report) -> None:
                     step.run_optimizers(model)
                     torch.cuda.synchronize()
                     times.append((time.perf_counter() - begin) * 1e3)
+            case = f"{name}: {share:.0%} kept"
             report.note(
-                f"{name}: {share:.0%} kept", predicted_ms=plan.predicted_step_ms,
-                predicted_plain_ms=plan.plain_step_ms, step_ms=statistics.median(times[2:]),
+                case, predicted_ms=plan.predicted_step_ms, predicted_plain_ms=plan.plain_step_ms,
+                step_ms=statistics.median(times[2:]), replayed=counts.replayed_ops,
             )  # fmt: skip
+            report.claim(
+                case, "steps run as planned", not counts.mismatches and bool(counts.replayed_ops) == (share < 1)
+            )
 
 
 @check("tape-overhead", place=12, seconds=60, shows="what the tape costs on one Llama block, beside checkpointing")
