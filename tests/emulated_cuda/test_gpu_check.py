@@ -1,4 +1,4 @@
-"""The quickest checks of `make gpu-check`, as that runs them; all of them take a quarter of an hour here."""
+"""The quickest checks of `make gpu-check`, as that runs them; all of them take longer here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECKS = ("facts", "layouts", "step-times")
+CHECKS = ("facts", "layouts")
 
 
 def test_checks_run_and_leave_open_what_only_a_gpu_can_show(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tightfit.device.host_meter import measure_host_peak
 from tightfit.solver.solver import Solver
 from tightfit.step.step import Step
 
-WIDTH, LAYERS = 1024, 6
+WIDTH, LAYERS = 1024, 3
 
 
 def model_and_step() -> tuple[nn.Module, Step, torch.Tensor]:

@@ -30,8 +30,10 @@ def danger(report: Report) -> None:
             timeout=_SECONDS_EACH,
             check=False,
         )
+        print(done.stdout, done.stderr, flush=True)  # into the check's log
         lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-        found = lines[-1] if lines else ""
+        errors = [line for line in lines if "Error" in line]
+        found = "".join((errors if done.returncode and errors else lines)[-1:])
         if done.returncode == 0 and found.startswith("skipped"):
             report.note(name, reason=found)
             continue
