@@ -9,7 +9,8 @@
 #   make lint                           ruff, strict mypy, and the floors that imports go down
 #   make test    TORCH=2.11.0           any target with another PyTorch, in a virtual environment of its own
 #   make test-cuda                      the CUDA tests, on emulated devices: no GPU needed (docs/emulated-cuda.md)
-#   make gpu-check PYTHON=... WHEELS=.. the CUDA tests, by an interpreter that has CUDA PyTorch, without network
+#   make gpu-check PYTHON=... WHEELS=.. what only a GPU can show, in 500 s: by an interpreter that has CUDA PyTorch, without
+#                                       network; ONLY="facts bits" repeats some (ARGS=--list shows all)
 
 SHELL := /bin/bash
 # Tests start processes: each would compile the package anew where this is set.
@@ -21,6 +22,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; d
 	"$$name" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$name"; break; }; done)
 WHEELS ?=
 ARGS ?=
+ONLY ?=
 TESTS ?= tests
 # Test processes, and how the tests are shared among them.
 TEST_PROCESSES ?= auto
@@ -88,7 +90,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 gpu-check:
-	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" .ci/gpu-check
+	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" ONLY="$(ONLY)" .ci/gpu-check $(ARGS)
 
 clean:
 	rm -rf .venv .venv-torch-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

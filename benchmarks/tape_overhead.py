@@ -1,6 +1,6 @@
 """What the tape costs, on one Llama block: plain, an empty dispatch mode, hooks only, the tape, plain checkpoint.
 
-    python benchmarks/tape_overhead.py [--output FILE.md]
+    python -m benchmarks.tape_overhead [--output FILE.md]
 
 On CUDA: bf16 at realistic sizes; on a machine without a GPU: fp32 and small blocks.  Forward and backward of one block,
 medians of interleaved rounds in one process: wall time until the device is done, and until Python has submitted all.
@@ -12,7 +12,6 @@ also replays.  "selective checkpoint" is PyTorch's, keeping the results of matri
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from benchmarks.llama import Block, LlamaSizes, rotary
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Recipe
 from tightfit.replay.recipe import ResolvedRecipe
@@ -58,32 +58,19 @@ class EmptyMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Block(torch.nn.Module):
-    """One decoder layer of transformers' Llama with its rotary embedding."""
+class OneBlock(torch.nn.Module):
+    """One decoder layer of Llama with its rotary positions."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, intermediate: int) -> None:
         super().__init__()
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-        config = LlamaConfig(
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            intermediate_size=intermediate,
-            num_hidden_layers=1,
-            attn_implementation="sdpa",
-        )
-        self.layer = LlamaDecoderLayer(config, 0)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.layer = Block(LlamaSizes(hidden=hidden, heads=heads, kv_heads=kv_heads, intermediate=intermediate))
+        self._rotary_width = hidden // heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        out = self.layer(x, position_embeddings=self.rotary(x, positions), position_ids=positions)
-        return out[0] if isinstance(out, tuple) else out
+        return self.layer(x, *rotary(x.shape[1], self._rotary_width, x))
 
 
-def recipes(block: Block, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
+def recipes(block: OneBlock, x: torch.Tensor) -> tuple[dict[str, Installed], int]:
     """Installed sessions that record nothing, record all and drop all, and the number of operations."""
     profile = measure_step(block, x, Step(loss=lambda m, b: m(b).float().sum()))
     index = ProfileIndex(profile)
@@ -121,7 +108,7 @@ def run(hidden: int, heads: int, kv_heads: int, intermediate: int, batch: int, t
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    block = Block(hidden, heads, kv_heads, intermediate).to(device, dtype)
+    block = OneBlock(hidden, heads, kv_heads, intermediate).to(device, dtype)
     x = torch.randn(batch, tokens, hidden, device=device, dtype=dtype, requires_grad=True)
     planned, ops = recipes(block, x)
 
@@ -184,9 +171,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="also write the tables to this file")
     arguments = parser.parse_args()
-    if importlib.util.find_spec("transformers") is None:
-        print("tape_overhead skipped: transformers, whose Llama block it measures, is not installed.")
-        return
     cuda = torch.cuda.is_available()
     sizes = CUDA_SIZES if cuda else CPU_SIZES
     hardware = f"{torch.cuda.get_device_name()}, bf16" if cuda else f"CPU, {torch.get_num_threads()} threads, fp32"
@@ -194,7 +178,7 @@ def main() -> None:
         "# The tape's cost on one Llama block, forward + backward",
         "",
         f"{hardware}, PyTorch {torch.__version__}; medians of {ROUNDS} interleaved rounds; "
-        "`python benchmarks/tape_overhead.py`.",
+        "`python -m benchmarks.tape_overhead`.",
     ]
     for title, size in sizes.items():
         found = run(*size)

@@ -321,8 +321,10 @@ def clips_by_foreach(gradients: list[torch.Tensor], stand_in: type[torch.Tensor]
 
 
 def profiler_memory_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """List (time in ns, bytes) of each allocation (positive) and free (negative) in the profile, in order of time."""
-    return sorted((e.start_ns(), e.nbytes()) for e in _kineto_events(profile) if e.name() == "[memory]")
+    """List (time in ns, bytes) of each allocation (positive) and free (negative) of host memory, in order of time."""
+    host = torch._C._autograd.DeviceType.CPU
+    events = _kineto_events(profile)
+    return sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type() == host)
 
 
 def profiler_ranges(profile: torch.profiler.profile, prefix: str) -> dict[str, tuple[int, int]]:
@@ -425,6 +427,14 @@ def find_overload(name: str) -> Any:
     namespace, operator, overload = [*name.split("."), "", ""][:3]
     packet = getattr(getattr(torch.ops, namespace, None), operator, None)
     return getattr(packet, overload, None)
+
+
+def current_cuda_stream(index: int) -> int:
+    """Return the handle of this thread's current stream on a GPU.
+
+    `torch.cuda.current_stream` makes a Python object for it, which takes 25 times as long (3.6 instead of 0.14 us).
+    """
+    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 def cuda_process_bytes(device: torch.device) -> int | None:

@@ -50,7 +50,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "device_count": lambda: 2,
         "is_initialized": lambda: True,
         "is_current_stream_capturing": lambda: state["capturing"],
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=state["stream"]),
         "get_device_name": lambda device: f"GPU {device.index}",
         "get_device_properties": lambda device: SimpleNamespace(total_memory=100, major=9, minor=0),
         "mem_get_info": lambda device: (30, 100),
@@ -70,6 +69,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr("tightfit.device.cuda.cuda_process_bytes", lambda device: 65)
+    monkeypatch.setattr("tightfit.device.cuda.current_cuda_stream", lambda index: state["stream"])
     return state
 
 

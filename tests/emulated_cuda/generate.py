@@ -38,6 +38,7 @@ void count_library_call(void);
 def stubs(site: Path, defined: Iterable[str]) -> str:
     """Return the C source of what PyTorch and Triton in `site` want and is not among the `defined` symbols."""
     linked = {name for name in _undefined(site / "torch/lib") if _WANTED.fullmatch(name) and not _REAL.fullmatch(name)}
+    linked |= _linked_by_triton(site)
     asked_for = _asked_by_name(site) - linked
     lines = [_HEAD]
     for name in sorted((linked | asked_for) - set(defined)):
@@ -64,6 +65,12 @@ def _undefined(folder: Path) -> set[str]:
 def _names(*arguments: str) -> list[str]:
     listed = subprocess.run(["nm", "--format=posix", *arguments], capture_output=True, text=True, check=True).stdout
     return [line.split()[0].partition("@")[0] for line in listed.splitlines() if " " in line]
+
+
+def _linked_by_triton(site: Path) -> set[str]:
+    """Functions of the driver that Triton's own C code calls, which it compiles when it is first used."""
+    source = site / "triton/backends/nvidia/driver.c"
+    return set(re.findall(r"\b(cu[A-Z]\w+)\(", source.read_text(encoding="utf-8"))) if source.exists() else set()
 
 
 def _asked_by_name(site: Path) -> set[str]:

@@ -18,6 +18,7 @@ import tightfit
 from tightfit import UnsupportedInput
 from tightfit._torch_private import FakeTensor
 from tightfit.profiling import measure as profiler
+from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 from tightfit.verification.trial import Trial
 
@@ -259,8 +260,8 @@ def test_an_interrupted_snapshot_leaves_the_model_as_it_was(harmless: Callable[.
     harmless(model, step.optimizers, batch)
 
     class Interrupted(Trial):
-        def _reach_steady_state(self) -> None:
-            super()._reach_steady_state()
+        def _reach_steady_state(self, given: TrainingState) -> TrainingState:
+            super()._reach_steady_state(given)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -50,11 +50,5 @@ def test_the_price_lies_between_hot_and_cold(tmp_path: Path) -> None:
     assert measure_overhead(CPU, CostCache(CPU, tmp_path), 0.5) == middle  # remembered
 
 
-@pytest.mark.usefixtures("measured_costs")
-def test_on_a_gpu_the_processors_caches_are_pythons_alone(tmp_path: Path) -> None:
-    cache = CostCache(CPU, tmp_path)
-    assert measure_overhead(torch.device("meta"), cache, 1.0) == measure_overhead(CPU, cache, 0.0)
-
-
 def test_towards() -> None:
     assert Overhead(1, 2, 3, 4).towards(Overhead(2, 4, 3, 0), 0.25) == Overhead(1.25, 2.5, 3, 3)

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -27,6 +28,7 @@ from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver
 from tightfit.step.snapshot import RandomState
+from tightfit.verification import marks
 from tightfit.verification.trial import Outcome, Trial
 
 BATCH = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
@@ -191,6 +193,26 @@ def test_on_failure_warn_goes_on_with_the_plan() -> None:
     assert applied.verdict.ok is False
     with pytest.raises(UnsupportedInput, match="on_failure='ask' is not a choice"):
         tightfit.fit(Net(), BATCH, on_failure="ask")  # type: ignore[arg-type]  # the mistake that is told
+
+
+@pytest.mark.usefixtures("declared")
+@pytest.mark.parametrize("reference_bytes", [None, 2**30], ids=["regions", "whole steps"])
+def test_marks_say_what_differs_and_by_how_much_as_copies_do(
+    reference_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU only marks are kept; what differs by its mark is copied in another run."""
+    plan = recompute_every_module(Solver(tightfit.measure(Net("scaling"), BATCH)), 2**40)
+    found = []
+    for is_host in (True, False):
+        monkeypatch.setattr(marks, "device_for", lambda _, is_host=is_host: SimpleNamespace(is_host=is_host))
+        verdict = tightfit.verify(
+            Net("scaling"), BATCH, dataclasses.replace(plan, budget_bytes=plan.plain_peak_bytes - 1), steps=2,
+            reference_budget_bytes=reference_bytes,
+        )  # fmt: skip
+        found.append((verdict.method, verdict.differing, verdict.max_abs_difference))
+    assert found[0] == found[1]
+    assert found[0][1]
+    assert found[0][2] > 0
 
 
 def test_a_peak_over_the_budget_fails(monkeypatch: pytest.MonkeyPatch) -> None:

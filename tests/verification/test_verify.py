@@ -13,7 +13,7 @@ import tightfit
 from tightfit import Plan, UnsupportedInput, Verdict
 from tightfit.replay.tape import Tape
 from tightfit.solver.solver import full_plan
-from tightfit.step.host_copy import CopyFile
+from tightfit.verification.marks import keeper
 from tightfit.verification.results import results_of
 
 Tensor = torch.Tensor
@@ -221,7 +221,7 @@ def test_what_modules_keep_in_attributes_is_looked_at() -> None:
     layer = model.layers[1]
     layer.calls, layer.cache, layer.address = 3, {"keys": [torch.ones(2), "text"]}, layer.up.weight.data_ptr() | 2**46
     layer.weights = [layer.up.weight]  # compared as a parameter
-    found = results_of(model, CopyFile())
+    found = results_of(model, keeper())
     names = {name.removeprefix("attribute layers.1.") for name in found if name.startswith("attribute layers.1.")}
     kept = {"calls", "cache (length)", "cache['keys'] (length)", "cache['keys'][0]", "cache['keys'][1]"}
     assert kept <= names

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tightfit._torch_private import cuda_process_bytes
+from tightfit._torch_private import cuda_process_bytes, current_cuda_stream
 from tightfit.device.device import Device
 from tightfit.device.fp32_precision import fp32_precision
 
@@ -138,8 +138,8 @@ class CudaDevice(Device):
         return torch.cuda.default_generators[self._index()]
 
     def current_stream(self) -> int:
-        """Return the handle of this thread's current stream."""
-        return torch.cuda.current_stream(self.torch_device).cuda_stream
+        """Return the handle of this thread's current stream: asked for every saved tensor."""
+        return current_cuda_stream(self._index())
 
     def numbered(self) -> torch.device:
         """Return the GPU with its number: the current one's where none was given."""

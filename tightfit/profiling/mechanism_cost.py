@@ -5,7 +5,8 @@ mechanism is measured twice: in a loop, and with other data sent through the cac
 `processor_caches`).  A model pays something in between, by how much of a core's own cache its operations touch
 (`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
 loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
-Python's alone.
+Python's alone; what counts there is the time until all is submitted, on tensors of that GPU, whose streams and
+generators are asked for.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> 
         cache: what is known, and what is to be remembered.
         evicted: the model's `eviction_ratio`.
     """
-    hot = _remembered("hot", cache, cold=False)
-    return hot.towards(_remembered("cold", cache, cold=True), evicted) if device_for(device).is_host else hot
+    hot = _remembered("hot", device, cache, cold=False)
+    return hot.towards(_remembered("cold", device, cache, cold=True), evicted) if device_for(device).is_host else hot
 
 
 def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:
@@ -72,14 +73,14 @@ def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequenc
     return statistics.fmean(min(1.0, sum(storages[storage].nbytes for storage in found) / whole) for found in touched)
 
 
-def _remembered(name: str, cache: CostCache, *, cold: bool) -> Overhead:
-    keys = [f"{_KEY} {name} {entry.name}" for entry in fields(Overhead)]
+def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool) -> Overhead:
+    keys = [f"{_KEY} {name} {entry.name} on {device_for(device).kind}" for entry in fields(Overhead)]
     known = [cost.ms for key in keys if (cost := cache.get(key)) is not None]
     if len(known) == len(keys):
         return Overhead(*known)
     random_state = RandomState()
     with torch.enable_grad():
-        overhead = Overhead(*_measure_tape(cold), *_measure_module(cold))
+        overhead = Overhead(*_measure_tape(device, cold), *_measure_module(device, cold))
     random_state.restore()
     forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
@@ -89,9 +90,7 @@ def _remembered(name: str, cache: CostCache, *, cold: bool) -> Overhead:
 
 
 class _Chain(torch.nn.Module):
-    """Operations of one element, in modules; notes what each took.  They show what Python costs, whatever the model
-    runs on.
-    """
+    """Operations of one element, in modules; notes what each took until it was submitted."""
 
     def __init__(self, ops: int, *, cold: bool) -> None:
         super().__init__()
@@ -121,11 +120,11 @@ class _Link(torch.nn.Module):
         return x
 
 
-def _weight() -> torch.Tensor:
-    return torch.full((1,), 0.5, device="cpu", requires_grad=True)
+def _weight(device: torch.device) -> torch.Tensor:
+    return torch.full((1,), 0.5, device=device, requires_grad=True)
 
 
-def _measure_tape(cold: bool) -> tuple[float, float]:
+def _measure_tape(device: torch.device, cold: bool) -> tuple[float, float]:
     """Return what an operation costs in a planned region, and further when taped and replayed."""
     passing, taped = _installed(), Installed(recipes={}, self_check=False)
     contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -134,13 +133,14 @@ def _measure_tape(cold: bool) -> tuple[float, float]:
         "tape": lambda: taped.region(_KEY),
     }
     chains = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False)
-    weight = _weight()
+    weight = _weight(device)
     gradient = torch.ones_like(weight)
     forward: dict[str, list[float]] = {name: [] for name in contexts}
     hot: dict[str, list[float]] = {name: [] for name in contexts}
     backward: dict[str, list[float]] = {name: [] for name in contexts}
     for _ in range(_ROUNDS):
         for name, context in contexts.items():
+            device_for(device).synchronize()  # nothing is in the way of what is submitted
             with context():
                 chains[0](weight, forward[name])
             with context():
@@ -161,10 +161,10 @@ def _measure_tape(cold: bool) -> tuple[float, float]:
     return round(mode_ms, 6), round(record_ms + replay_ms, 6)
 
 
-def _measure_module(cold: bool) -> tuple[float, float]:
+def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:
     """Return what calling a module again costs: for each operation, and further for each call."""
     chain, hot, single = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False), _Chain(1, cold=False)
-    weight = _weight()
+    weight = _weight(device)
     gradient = torch.ones_like(weight)
     plain: list[float] = []
     alone: list[float] = []
@@ -172,6 +172,7 @@ def _measure_module(cold: bool) -> tuple[float, float]:
     second: list[float] = []
     calls: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(_ROUNDS):
+        device_for(device).synchronize()
         chain(weight, plain)
         hot(weight, alone)
         both: list[float] = []

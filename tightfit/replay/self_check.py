@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tightfit._torch_private import below_autograd, set_grad_mode
+from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo, result_tensors, tensors_in
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 Checksum = tuple[int, int, int]
 
 
-#: Words in a row of the checksum's layout, and rows that are summed at a time (1 MB).
+#: Words in a row of the checksum's layout, and rows that are summed at a time: 1 MB on the host, where the sums need
+#: twice a piece's memory; 64 MB elsewhere, where they need none, and each piece is ten launches.
 _ROW = 61
-_PIECE_ROWS = 2**12
+_PIECE_ROWS_ON_HOST, _PIECE_ROWS = 2**12, 2**18
 
 
 class SelfCheck:
@@ -194,12 +196,13 @@ def checksum(tensor: torch.Tensor) -> Checksum:
         numbers = words[: storage.nbytes() // 4 * 4].view(torch.int32)
         plain = by_row = torch.zeros((), dtype=torch.int64, device=storage.device)
         columns = torch.zeros(_ROW, dtype=torch.int64, device=storage.device)
-        for first, piece in enumerate(numbers.split(_ROW * _PIECE_ROWS)):  # the sums need twice a piece's memory
+        piece_rows = _PIECE_ROWS_ON_HOST if device_for(tensor).is_host else _PIECE_ROWS
+        for first, piece in enumerate(numbers.split(_ROW * piece_rows)):
             whole = piece.numel() // _ROW * _ROW
             grid, rest = piece[:whole].view(-1, _ROW), piece[whole:].to(torch.int64)
             rows = torch.cat([grid.sum(1, dtype=torch.int64), rest.sum()[None]])
             plain = plain + rows.sum()
-            by_row = by_row + (rows * (_places(rows) + first * _PIECE_ROWS)).sum()
+            by_row = by_row + (rows * (_places(rows) + first * piece_rows)).sum()
             columns += grid.sum(0, dtype=torch.int64)
             columns[: rest.numel()] += rest
         return int(plain + tail), int(by_row), int((columns * _places(columns)).sum())

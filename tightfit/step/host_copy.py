@@ -125,6 +125,15 @@ class HostCopy:
             yield piece
 
 
+class Zeros:
+    """What is put back into a tensor that held zeros: no copy is needed to know that."""
+
+    def restore(self, tensor: torch.Tensor) -> None:
+        """Fill `tensor` with zeros."""
+        with torch.no_grad():
+            tensor.zero_()
+
+
 def same_contents(a: HostCopy, b: HostCopy | None) -> bool:
     """Tell whether shape, dtype and bits are equal; NaN equals the same NaN."""
     return (

@@ -19,20 +19,13 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
-    drop_tensor_hooks,
-    no_function_modes,
-    set_versions,
-    storage_key,
-    tensor_hooks,
-    version_of,
-)
+from tightfit._torch_private import no_function_modes, set_versions
 from tightfit.device.process_state import device_random_states, set_device_random_states
 from tightfit.distributed.dtensor import is_dtensor, local_shard
-from tightfit.errors import UnsupportedInput
 from tightfit.interrupts import safe_point
-from tightfit.step.host_copy import CopyFile, HostCopy
+from tightfit.step.host_copy import CopyFile, HostCopy, Zeros
 from tightfit.step.microbatch import Microbatch
+from tightfit.step.tensor_snapshot import TensorSnapshot
 
 _MOST_THINGS = 200_000
 _LARGE_ARRAY_BYTES = 2**26
@@ -90,12 +83,23 @@ class TrainingState:
         also: Iterable[Any] = (),
         *,
         contents: bool = True,
+        known: TrainingState | None = None,
+        zeros: Iterable[torch.Tensor] = (),
     ) -> None:
-        """`also`: further things that a step may change, such as its batch.  Without `contents`, what tensors hold is
-        not copied, and `restore` raises if that changed.
+        """Take the snapshot.
+
+        Args:
+            model: with all that it holds.
+            optimizers: with their state.
+            also: further things that a step may change, such as its batch.
+            contents: copy what tensors hold; else `restore` raises if that changed.
+            known: an earlier snapshot; what has not changed since is not copied again.
+            zeros: tensors that hold zeros, which need no copy.
         """
         self._file = CopyFile() if contents else None
-        self._tensors: list[_SavedTensor] = []
+        self._known = {id(saved.tensor): saved for saved in known._tensors} if known is not None else {}
+        self._zeros = {id(tensor) for tensor in zeros}
+        self._tensors: list[TensorSnapshot] = []
         self._containers: list[tuple[Any, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._classes: list[tuple[type, dict[str, Any]]] = []
@@ -104,6 +108,7 @@ class TrainingState:
         self._seen: dict[int, Any] = {}
         self._walk([model, *optimizers, *also])
         self._seen = {}
+        self._known = {}
         self._random = RandomState()
 
     def restore(self) -> None:
@@ -120,13 +125,22 @@ class TrainingState:
             _restore_slots(thing, slots)
         for saved in self._tensors:
             saved.restore()
-        tensors, versions = _versions(self._tensors)
-        set_versions(tensors, versions)
+        self._restore_versions()
         for array, contents in self._arrays:
             array[...] = contents
         for generator, state in self._generators:
             _set_generator_state(generator, state)
         self._random.restore()
+
+    def restore_contents(self) -> None:
+        """Put back what the tensors held, and leave all else as it is now: tensors that came to be, for example."""
+        for saved in self._tensors:
+            saved.restore_contents()
+        self._restore_versions()
+
+    def _restore_versions(self) -> None:
+        pairs = [(saved.tensor, saved.version) for saved in self._tensors if saved.version >= 0]
+        set_versions([tensor for tensor, _ in pairs], [version for _, version in pairs])
 
     def _walk(self, roots: list[Any]) -> None:
         pending = deque(roots)
@@ -141,7 +155,7 @@ class TrainingState:
     def _note(self, thing: Any) -> Iterator[Any]:
         """Save one thing; yield what it leads to."""
         if isinstance(thing, torch.Tensor):
-            saved = _SavedTensor(thing, self._file)
+            saved = TensorSnapshot(thing, self._contents_of(thing))
             self._tensors.append(saved)
             part_here = local_shard(thing) if saved.is_distributed else None
             for part in (saved.gradient, saved.attributes, part_here, *saved.hooks.values()):
@@ -175,6 +189,14 @@ class TrainingState:
                 self._slots.append((thing, slots))
                 yield from slots.values()
 
+    def _contents_of(self, tensor: torch.Tensor) -> HostCopy | Zeros | None:
+        if self._file is None or is_dtensor(tensor):  # what a sharded tensor holds is in its local part
+            return None
+        if id(tensor) in self._zeros:
+            return Zeros()
+        known = self._known.get(id(tensor))
+        return known.contents if known is not None and known.is_unchanged() else HostCopy(tensor, self._file)
+
     def _note_classes(self, kind: type) -> Iterator[Any]:
         """Save what a module's classes hold themselves, such as a counter; yield what it leads to."""
         for one in kind.__mro__:
@@ -183,65 +205,6 @@ class TrainingState:
                 attributes = _own_class_attributes(one)
                 self._classes.append((one, attributes))
                 yield from attributes.values()
-
-
-class _SavedTensor:
-    """A tensor: which storage it shows, what that holds, and everything that hangs on the tensor object."""
-
-    def __init__(self, tensor: torch.Tensor, file: CopyFile | None) -> None:
-        self.tensor = tensor
-        self.is_distributed = is_dtensor(tensor)  # then what it holds is in its local part
-        self.contents = None if file is None or self.is_distributed else HostCopy(tensor, file)
-        self.shown = tensor.detach()
-        self.requires_grad = tensor.requires_grad
-        self.is_leaf = tensor.is_leaf
-        self.gradient = tensor.grad if tensor.is_leaf else None
-        self.attributes = vars(tensor) if hasattr(tensor, "__dict__") else None
-        self.hooks = tensor_hooks(tensor)
-        self.version = -1 if tensor.is_inference() else version_of(tensor)
-
-    def restore(self) -> None:
-        tensor = self.tensor
-        if not self.is_distributed:
-            self._restore_contents()
-        if self.is_leaf:
-            if tensor.requires_grad != self.requires_grad:
-                tensor.requires_grad_(self.requires_grad)
-            if tensor.grad is not self.gradient:
-                tensor.grad = self.gradient
-        for kind, hooks in tensor_hooks(tensor).items():
-            if hooks is not None and self.hooks[kind] is None:
-                drop_tensor_hooks(tensor, kind)
-
-    def _restore_contents(self) -> None:
-        tensor, shown = self.tensor, self.shown
-        if tensor.layout is torch.strided and not _shows(tensor, shown):
-            tensor.data = shown
-        if self.contents is not None:
-            self.contents.restore(tensor)
-        elif self.version >= 0 and version_of(tensor) != self.version:
-            raise UnsupportedInput(
-                f"a tensor of the model, the optimizer or the batch ({tensor.dtype} {list(tensor.shape)}) was changed "
-                "while a copy of them was measured without data, so the loss function reaches past what it is given. "
-                "What the tensor held is lost: load the model again, and give a loss function that uses its own "
-                "arguments (model, batch) only."
-            )
-
-
-def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether both show the same memory in the same way."""
-    return (
-        storage_key(tensor) == storage_key(other)
-        and tensor.shape == other.shape
-        and tensor.stride() == other.stride()
-        and tensor.storage_offset() == other.storage_offset()
-        and tensor.dtype == other.dtype
-    )
-
-
-def _versions(saved: Iterable[_SavedTensor]) -> tuple[list[torch.Tensor], list[int]]:
-    pairs = [(one.tensor, one.version) for one in saved if one.version >= 0]
-    return [tensor for tensor, _ in pairs], [version for _, version in pairs]
 
 
 #: Hold nothing that a step could change.

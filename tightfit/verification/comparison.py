@@ -13,6 +13,7 @@ from tightfit.records import Plan
 from tightfit.replay.executors.module import ModuleExecutor
 from tightfit.step.host_copy import HostCopy, difference, same_contents
 from tightfit.step.snapshot import RandomState
+from tightfit.verification.marks import Mark
 from tightfit.verification.results import ATTRIBUTE, GRADIENT, Results
 
 _MISSING = object()
@@ -25,7 +26,9 @@ class Comparison:
     names: set[str] = field(default_factory=set)
     """Of all that plain runs left behind."""
     differing: dict[str, float] = field(default_factory=dict)
-    """Largest absolute difference by name; 0 for what is no tensor."""
+    """Largest absolute difference by name; 0 for what is no tensor, and until `measure` for what was only marked."""
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    """Own names of what differs by its mark alone, by their names here: copies tell by how much."""
     not_reproducible: set[str] = field(default_factory=set)
     """Names of what differs between two plain runs."""
     unverified: list[str] = field(default_factory=list)
@@ -48,10 +51,19 @@ class Comparison:
                 self.parameters.add(f"{path}.{parameter}" if path else parameter)
             if not _same(result, planned.get(own_name, _MISSING)) and self._is_blamed(own_name, result, path):
                 self.differing[name] = _difference(result, planned.get(own_name))
+                if isinstance(result, Mark):
+                    self.unmeasured[name] = own_name
         for own_name in planned.keys() - plain.keys() - again.keys():
             # Of what a container holds, its length tells: keys may be of each run alone (times, numbers of a sequence).
             if not own_name.endswith("]") and self._is_blamed(own_name, planned[own_name], path):
                 self.differing[f"{key}: {own_name}" if key else own_name] = 0.0
+
+    def measure(self, plain: Results, planned: Results) -> None:
+        """Tell by how much that differs which was only marked, from runs that copied it."""
+        for name, own_name in self.unmeasured.items():
+            if own_name in plain:
+                self.differing[name] = _difference(plain[own_name], planned.get(own_name))
+        self.unmeasured = {}
 
     def _is_blamed(self, name: str, result: object, path: str) -> bool:
         """Tell whether a difference is the plan's doing.
@@ -59,7 +71,7 @@ class Comparison:
         A value that Python code left in an attribute can only differ by the plan where that code runs again.
         Elsewhere it tells of the step itself: memory that is in use, callers on the stack, the time of day.
         """
-        if not name.startswith(ATTRIBUTE) or isinstance(result, HostCopy):
+        if not name.startswith(ATTRIBUTE) or isinstance(result, HostCopy | Mark):
             return True
         attribute = name.removeprefix(ATTRIBUTE)
         whole = f"{path}.{attribute}" if path else attribute

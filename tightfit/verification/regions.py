@@ -31,8 +31,9 @@ from tightfit.installation.region_forward import RegionForward
 from tightfit.interrupts import pass_on
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
-from tightfit.step.snapshot import RandomState, TrainingState
+from tightfit.step.snapshot import RandomState
 from tightfit.verification.comparison import Comparison, paths_called_again
+from tightfit.verification.marks import Keep, keeper
 from tightfit.verification.results import Results, results_of
 from tightfit.verification.trial import Trial
 
@@ -76,7 +77,7 @@ def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Compariso
     everyones = group.all_gather(sorted(calls))
     keys = [key for key in sorted(calls) if all(key in one for one in everyones)]
     ensure_sharded(model)
-    state = TrainingState(model, ())
+    trial.go_to_start()
     was_compared: dict[str, bool] = {}
     if _WHOLE in keys:
         keys.remove(_WHOLE)
@@ -84,7 +85,7 @@ def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Compariso
     if was_compared.get(_WHOLE):
         keys = [key for key in keys if key == _LOSS]
     was_compared |= {key: _compare(calls[key], applied, trial, found) for key in keys}
-    state.restore()
+    trial.go_to_start()
     by_recipe: dict[int, str] = {}
     covered = {recipe_of[key] for key, was in was_compared.items() if was and key in recipe_of}
     for key, recipe in recipe_of.items():
@@ -182,13 +183,13 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
 def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> bool:
     """Compare one call; return whether what it returned could be.  Processes that share the model do so together."""
     group = trial.group
-    state = TrainingState(call.module, (), also=(trial.batch,) if call.key == _LOSS else ())
+    state = trial.snapshot_at_start(call.module, also=(trial.batch,) if call.key == _LOSS else ())
 
-    def run(around: AbstractContextManager[None]) -> Results:
+    def run(around: AbstractContextManager[None], copied: AbstractSet[str] | None = None) -> Results:
         try:
             inputs = _Inputs(call)  # before the region begins, which would take loading them for its own operations
             with around, gathered(trial.model, call.module):
-                return _run(call, inputs)
+                return _run(call, inputs, keeper(copied))
         finally:
             state.restore()
 
@@ -205,14 +206,22 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
             return None
         return here
 
+    def measure(one: Comparison) -> None:
+        if any(group.all_gather(bool(one.unmeasured))):
+            copied = frozenset(one.unmeasured.values())
+            one.measure(run(applied.paused(), copied), run(applied.following(call.key), copied))
+
     here = attempt(call.key) if can_be_called_alone(call.module) else None
     was_possible = all(group.all_gather(here is not None))
     if here is None or not was_possible:
         return False
+    measure(here)
     best = here
     if any(group.all_gather(bool(here.not_reproducible))):
         with _deterministic_kernels():
             other = attempt(f"{call.key} with deterministic kernels")
+            if all(group.all_gather(other is not None)) and other is not None:
+                measure(other)
         if other is not None and len(other.not_reproducible) < len(here.not_reproducible):
             here.include(other)
             best = other
@@ -253,21 +262,20 @@ class _Inputs:
         return loaded * 1  # as inside a model: an input that is not a leaf may be written in place
 
 
-def _run(call: _Call, inputs: _Inputs) -> Results:
+def _run(call: _Call, inputs: _Inputs, keep: Keep) -> Results:
     call.random_state.restore()
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None
     output = call.run(*inputs.args, **inputs.kwargs)
-    copies = CopyFile()
     found: dict[str, object] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
     for index, tensor in enumerate(outputs):
-        found[f"output {index}"] = HostCopy(tensor, copies)
+        found[f"output {index}"] = keep(f"output {index}", tensor)
     torch.autograd.backward(outputs, gradients)
     for index, tensor in enumerate(inputs.with_gradients):
         if tensor.grad is not None:
-            found[f"gradient of input {index}"] = HostCopy(tensor.grad, copies)
-    return found | results_of(module, copies)
+            found[f"gradient of input {index}"] = keep(f"gradient of input {index}", tensor.grad)
+    return found | results_of(module, keep)

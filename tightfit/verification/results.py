@@ -13,8 +13,8 @@ import torch
 
 from tightfit.device import device_for
 from tightfit.distributed.dtensor import local_shard
-from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.snapshot import RandomState, attributes_of, class_attributes_of, generator_state, is_array
+from tightfit.verification.marks import Keep
 
 #: How the name of a gradient begins; the parameter's follows.
 GRADIENT = "gradient of "
@@ -22,7 +22,7 @@ GRADIENT = "gradient of "
 ATTRIBUTE = "attribute "
 
 Results = Mapping[str, object]
-"""What a run left behind, by name: `HostCopy` of tensors, `RandomState`, plain values of attributes."""
+"""What a run left behind, by name: `HostCopy` or `Mark` of tensors, `RandomState`, plain values of attributes."""
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 #: What every module holds, and the forward that an installed plan puts there.
@@ -36,7 +36,7 @@ _MOST_BYTES = 2**20
 _ADDRESS_IN_TEXT = re.compile(r"0x[0-9a-f]{6,}")
 
 
-def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
+def results_of(model: torch.nn.Module, keep: Keep) -> dict[str, object]:
     """Return what a run left behind in a module, and in the random generators.
 
     Attributes are looked at for numbers, strings, tensors, arrays and random generators, in containers and objects of
@@ -45,9 +45,9 @@ def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            found[GRADIENT + name] = HostCopy(local_shard(parameter.grad), copies)
+            found[GRADIENT + name] = keep(GRADIENT + name, local_shard(parameter.grad))
     for name, buffer in model.named_buffers():
-        found[f"buffer {name}"] = HostCopy(local_shard(buffer), copies)
+        found[f"buffer {name}"] = keep(f"buffer {name}", local_shard(buffer))
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -57,7 +57,7 @@ def results_of(model: torch.nn.Module, copies: CopyFile) -> dict[str, object]:
                     if not isinstance(value, torch.Tensor):
                         found[name] = value
                     elif id(value) not in known and _has_contents(value):
-                        found[name] = HostCopy(local_shard(value), copies)
+                        found[name] = keep(name, local_shard(value))
     found["random state"] = RandomState()
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -16,11 +18,11 @@ from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
 from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_SLOT_HOST_BYTES, TAPED_OP_HOST_BYTES
-from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.model import device_of, give_gradients
 from tightfit.step.own_steps import own_steps
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
+from tightfit.verification.marks import Keep, keeper
 from tightfit.verification.results import Results, results_of
 
 _TIMING_ROUNDS = 3
@@ -28,7 +30,7 @@ _TIMING_ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run of several steps left behind, copied out of the device's memory."""
+    """What a run of several steps left behind, outside the device's memory."""
 
     steps: int
     """How many steps were run."""
@@ -44,7 +46,9 @@ class Trial:
     """Run steps of one model on one batch from one fixed state, plain and under any number of plans, one at a time.
 
     The state is noted before the first run, and put back when the trial is left as a context: all runs between are of
-    one trial, however many plans are tried in it.
+    one trial, however many plans are tried in it.  They start from that state, with gradients and the optimizer's state
+    resident as in every step but a training's first.  Of parameters and optimizer state there is one copy outside the
+    device's memory, and one of gradients that were there before.
     """
 
     def __init__(self, model: torch.nn.Module, batch: Any, step: Step) -> None:
@@ -78,19 +82,27 @@ class Trial:
     def run_self_checked(self, applied: Applied, steps: int = 1) -> Outcome:
         """Run the installed plan: first one step in which every region checks its replay, then `steps`, metered."""
         if any(self.group.all_gather(applied.installed)):
-            self._go_to_start()
+            self.go_to_start()
             self._planned(applied).run(self.model, self.batch)
         return self.run_planned(applied, steps)
 
     def run_planned(
-        self, applied: Applied, steps: int = 1, *, inside: AbstractContextManager[None] | None = None
+        self,
+        applied: Applied,
+        steps: int = 1,
+        *,
+        inside: AbstractContextManager[None] | None = None,
+        copied: AbstractSet[str] | None = None,
     ) -> Outcome:
-        """Run `steps` steps under the installed plan, metered, inside a further context."""
-        return self._run(self._planned(applied), applied, steps, inside or nullcontext())
+        """Run `steps` steps under the installed plan, metered, inside a further context.
 
-    def run_plain(self, applied: Applied, steps: int = 1) -> Outcome:
-        """Run `steps` steps as if no plan were installed, metered."""
-        return self._run(self.step, applied, steps, applied.paused())
+        `copied`: as for `keeper`.
+        """
+        return self._run(self._planned(applied), applied, steps, inside or nullcontext(), keeper(copied))
+
+    def run_plain(self, applied: Applied, steps: int = 1, *, copied: AbstractSet[str] | None = None) -> Outcome:
+        """Run `steps` steps as if no plan were installed, metered; `copied` as for `keeper`."""
+        return self._run(self.step, applied, steps, applied.paused(), keeper(copied))
 
     def times_ms(self, applied: Applied, *, plain: bool) -> tuple[float, float]:
         """Return the median times of a planned and a plain step, the runs interleaved; plain is 0 unless asked for."""
@@ -98,10 +110,10 @@ class Trial:
         plain_ms: list[float] = []
         step = self._planned(applied)
         for _ in range(_TIMING_ROUNDS):
-            self._go_to_start()
+            self.go_to_start()
             planned_ms.append(device_for(self.device).time_ms(lambda: step.run(self.model, self.batch)))
             if plain:
-                self._go_to_start()
+                self.go_to_start()
                 with applied.paused():
                     plain_ms.append(device_for(self.device).time_ms(lambda: self.step.run(self.model, self.batch)))
         return statistics.median(planned_ms), statistics.median(plain_ms) if plain else 0.0
@@ -109,33 +121,41 @@ class Trial:
     def _planned(self, applied: Applied) -> Step:
         return replace(self.step, around_loss=lambda: applied.step(self.batch))
 
-    def _go_to_start(self) -> None:
-        """Put the model where each run starts from."""
+    def go_to_start(self) -> None:
+        """Put the model where each run starts from; `snapshot_at_start` and runs do so by themselves."""
         if self._start is not None:
             self._start.restore()
             return
-        self._given = self._snapshot()
+        self._given = TrainingState(self.model, self.step.optimizers, also=(self.batch,))
         try:
-            self._reach_steady_state()
-            self._start = self._snapshot()
+            self._start = self._reach_steady_state(self._given)
         except BaseException:
             self.restore()
             raise
 
-    def _snapshot(self) -> TrainingState:
-        return TrainingState(self.model, self.step.optimizers, also=(self.batch,))
+    def snapshot_at_start(self, module: torch.nn.Module, also: Sequence[object] = ()) -> TrainingState:
+        """Note a part of the model, which is where `go_to_start` put it, without a further copy of its parameters."""
+        return TrainingState(module, (), also=also, known=self._start)
 
-    def _reach_steady_state(self) -> None:
-        # Steady state: gradients resident and optimizer state allocated, as in every step but the first.
+    def _reach_steady_state(self, given: TrainingState) -> TrainingState:
+        """Make gradients and the optimizer's state resident, and note the state in which runs start."""
+        device_for(self.device).give_back()  # or what stays would lie in large blocks that an allocator had left over
+        without = [parameter for parameter in self.model.parameters() if parameter.grad is None]
         give_gradients(self.model)
         for optimizer in self.step.optimizers:
             optimizer.step()
+        given.restore_contents()  # the parameters are where they were, and known
+        made = [local_shard(p.grad) for p in without if p.grad is not None and p.grad.layout is torch.strided]
+        for gradient in made:
+            gradient.zero_()  # whatever the optimizer did to it
+        return TrainingState(self.model, self.step.optimizers, also=(self.batch,), known=given, zeros=made)
 
-    def _run(self, step: Step, applied: Applied, steps: int, inside: AbstractContextManager[None]) -> Outcome:
-        self._go_to_start()  # outside the context, or it would take back what that does to the model
+    def _run(
+        self, step: Step, applied: Applied, steps: int, inside: AbstractContextManager[None], keep: Keep
+    ) -> Outcome:
+        self.go_to_start()  # outside the context, or it would take back what that does to the model
         counts = applied.statistics
         results: dict[str, object] = {}
-        copies = CopyFile()
         peak_bytes = 0
         with inside:
             for number in range(1, steps + 1):
@@ -143,16 +163,17 @@ class Trial:
                 resident = meter.resident_bytes(self.model, self.batch, step.optimizers)
                 step_loss, peak = meter.measure_peak(lambda: step.run(self.model, self.batch), resident, self.device)
                 peak_bytes = max(peak_bytes, peak)
-                results[f"loss of step {number}"] = HostCopy(step_loss, copies)
+                name = f"loss of step {number}"
+                results[name] = keep(name, step_loss)
                 if number < steps:
                     for parameter in self.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.zero_()
         for name, parameter in self.model.named_parameters():
-            results[f"parameter {name}"] = HostCopy(local_shard(parameter), copies)
+            results[f"parameter {name}"] = keep(f"parameter {name}", local_shard(parameter))
         return Outcome(
             steps=steps,
-            results=results | results_of(self.model, copies),
+            results=results | results_of(self.model, keep),
             peak_bytes=peak_bytes,
             replayed_ops=counts.replayed_ops,
             mismatches=counts.mismatches + counts.unplanned_calls,

@@ -113,6 +113,10 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
         first, again = plain
         plain_peak_bytes = max(first.peak_bytes, again.peak_bytes)
         found.add(first.results, again.results, planned.results)
+        if any(group.all_gather(bool(found.unmeasured))):
+            copied = frozenset(found.unmeasured.values())
+            plainly = trial.run_plain(applied, planned.steps, copied=copied).results
+            found.measure(plainly, trial.run_planned(applied, planned.steps, copied=copied).results)
         found = found.together(group)
     is_whole_step = bool(found.parameters)
     is_reproducible = not any(name.startswith(GRADIENT) for name in found.not_reproducible)
