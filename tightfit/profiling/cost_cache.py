@@ -54,6 +54,14 @@ class Cost:
     layouts: Layouts
     """How each result lies in memory."""
 
+    @property
+    def is_dangerous(self) -> bool:
+        """Whether running the operation alone broke the device, so that nothing else is known of it."""
+        return self.ms < 0
+
+
+_DANGEROUS = Cost(-1.0, 0, ())
+
 
 class CostCache:
     """The costs known for one device under the present settings, and the file that they come from."""
@@ -74,6 +82,11 @@ class CostCache:
     def put(self, call: object, cost: Cost) -> None:
         """Note what a call was measured to cost; `save` writes it."""
         self._new[_key(call)] = cost
+
+    def put_dangerous(self, call: object) -> None:
+        """Note, and write at once, that running a call alone broke the device."""
+        self.put(call, _DANGEROUS)
+        self.save()
 
     def save(self) -> None:
         """Write what was noted, with what other processes wrote meanwhile.  A folder that cannot be written is let be:
@@ -135,7 +148,7 @@ def _cost(entry: Any) -> Cost:
     ms, workspace_bytes, layouts = entry
     # A layout's second number may be -1.
     sizes = (workspace_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))
-    if not isinstance(ms, float | int) or not math.isfinite(ms) or ms < 0:
+    if not isinstance(ms, float | int) or not math.isfinite(ms) or (ms < 0 and ms != _DANGEROUS.ms):
         raise ValueError("a time in it is no time")
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("a size in it is no size")

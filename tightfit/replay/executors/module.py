@@ -14,12 +14,14 @@ attributes of a module (a dropout's probability) between forward and backward.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from tightfit._torch_private import own_buffers, own_parameters, storage_key, version_of
+from tightfit.device.generators import drawing_from
 from tightfit.device.placement import generators_of
 from tightfit.operators.pure_modules import can_call_again
 from tightfit.records import Action, Recipe
@@ -72,14 +74,10 @@ class ModuleCall:
         self._check()
         self._statistics.recomputed_calls += 1
         self._statistics.replayed_ops += self._op_count
-        now = [(generator, generator.get_state()) for generator, _ in self._random]
-        for generator, state in self._random:
-            generator.set_state(state)
-        try:
+        with ExitStack() as stack:
+            for generator, state in self._random:
+                stack.enter_context(drawing_from(generator, state))
             return self._forward(*args, **self._kwargs)
-        finally:
-            for generator, state in now:
-                generator.set_state(state)
 
     def _run_first(self, args: tuple[Any, ...]) -> Any:
         watched = [
