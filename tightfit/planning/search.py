@@ -16,7 +16,7 @@ from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
-from tightfit.errors import BudgetInfeasible, VerificationFailed
+from tightfit.errors import BudgetInfeasible, RanOutOfMemory, VerificationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.install import install
 from tightfit.installation.resolved_plan import ResolvedPlan
@@ -329,8 +329,13 @@ def _try(trial: Trial, applied: Applied, profile: Profile) -> tuple[Outcome | No
         measured_bytes, mismatches = outcome.peak_bytes, outcome.mismatches
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
-        elif applied.refused:  # replay would have been wrong, and a self-check said where
+            room_bytes = max(plan.budget_bytes // 20, 1 << 20)
+            if not trial.group.is_single_process:  # FSDP2 cannot leave a backward, and the other ranks wait in theirs
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                smaller_bytes = max(plan.budget_bytes - room_bytes, plan.budget_bytes // 2)
+                raise RanOutOfMemory(plan.budget_bytes, plan.predicted_peak_bytes, smaller_bytes, reason) from error
+            measured_bytes, mismatches = plan.budget_bytes + room_bytes, 0
+        elif applied.refused and trial.group.is_single_process:  # a self-check said where replay would be wrong
             measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
         elif isinstance(error, CannotRebuild | CheckpointError):
             what = str(error).strip().splitlines()[0]
