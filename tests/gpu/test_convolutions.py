@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
+from tests.replay.test_module_recompute import recompute_all
 from tightfit.replay.refusals import CannotRebuild
 from tightfit.solver.solver import full_plan
 
@@ -45,6 +46,7 @@ def test_they_are_kept_and_the_plan_says_why() -> None:
     model, batch = made()
     profile = tightfit.measure(model, batch, loss=squares)
     assert [WHY in reason for reason in kept(profile)] == [True, True]
+    assert not any(region.module_recomputable for region in profile.regions)
     recipes = full_plan(profile, 2**50).recipes
     assert any(WHY in value.reason for recipe in recipes for value in recipe.kept_for_safety)
 
@@ -75,3 +77,19 @@ def test_a_plan_made_without_trying_keeps_them_while_cudnn_tries() -> None:
         applied.statistics.reset()
         squares(model, batch).backward()
         assert applied.statistics.replayed_ops < replayed
+
+
+def test_modules_are_called_again_in_backward_only_where_cudnn_does_not_try() -> None:
+    model, batch = made()
+    torch.backends.cudnn.benchmark = False
+    profile = tightfit.measure(model, batch, loss=squares)
+    with tightfit.apply(model, recompute_all(profile)) as applied:
+        squares(model, batch).backward()
+        assert applied.statistics.recomputed_calls == 1
+        loss = squares(model, batch)
+        torch.backends.cudnn.benchmark = True
+        with pytest.raises(CannotRebuild, match=WHY):
+            loss.backward()
+        applied.statistics.reset()
+        squares(model, batch).backward()
+        assert applied.statistics.recomputed_calls == 0

@@ -94,8 +94,12 @@ class Budget:
         try:
             yield
         except RanOutOfMemory as problem:
-            sizes = (problem.budget_bytes, problem.predicted_bytes, problem.smaller_budget_bytes)
-            raise RanOutOfMemory(*(nbytes + beside_bytes for nbytes in sizes), problem.reason) from problem.__cause__
+            raise RanOutOfMemory(
+                problem.budget_bytes + beside_bytes,
+                problem.predicted_bytes + beside_bytes,
+                problem.smaller_budget_bytes + beside_bytes,
+                problem.reason,
+            ) from problem.__cause__
         except BudgetInfeasible as problem:
             if not self.beside_step_bytes:
                 raise

@@ -83,9 +83,9 @@ _KNOWN_GOOD = frozenset(
 )
 
 
-#: Of the known-good ones, those that are not where devices add atomically if the flag at this position is set: a
-#: transposed convolution is another one's backward, for which cuDNN has kernels that do.
-_SUSPECT_WITH_ATOMICS = {"aten.convolution.default": 6}
+#: Of the known-good ones, those that are not where devices add atomically if this flag is set: a transposed convolution
+#: is another one's backward, for which cuDNN has kernels that do.
+_SUSPECT_WITH_ATOMICS = {"aten.convolution.default": "transposed"}
 
 _CONVOLUTIONS = frozenset({"convolution", "_convolution", "cudnn_convolution", "cudnn_convolution_transpose"})
 
@@ -138,8 +138,8 @@ class OpInfo:
     """Why it may not be replayed on a device that adds atomically; empty if it may."""
     needs_self_check: bool
     """Not on the known-good list: repeat it and compare, before trusting it."""
-    suspect_flag: int
-    """Position of the flag with which it is to be repeated, too, on a device that adds atomically; -1 if none is."""
+    suspect_flag: str
+    """Name of the flag with which it is to be repeated, too, on a device that adds atomically; empty if none is."""
     is_convolution: bool
     """Libraries have several kernels for it, and choose one by themselves."""
     may_set_up: bool
@@ -152,7 +152,7 @@ class OpInfo:
     def __post_init__(self) -> None:
         loud = self.mutates or self.undeclared_writes or self.splits_silently or self.is_foreign
         object.__setattr__(self, "is_quiet", not loud)
-        object.__setattr__(self, "may_differ", self.needs_self_check or self.suspect_flag >= 0)
+        object.__setattr__(self, "may_differ", self.needs_self_check or bool(self.suspect_flag))
 
 
 #: By the operator's `id`, as hashing an operator is a Python call; the facts hold the operator, so that no other can
@@ -175,7 +175,7 @@ def _describe(func: Any) -> OpInfo:
             func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
             blocker="a higher-order operator", blocker_with_atomics="", needs_self_check=True,
-            suspect_flag=-1, is_convolution=False, may_set_up=False,
+            suspect_flag="", is_convolution=False, may_set_up=False,
         )  # fmt: skip
     schema = schema_of(func)
     name = str(func)
@@ -210,7 +210,7 @@ def _describe(func: Any) -> OpInfo:
         blocker=blocker,
         blocker_with_atomics="not deterministic on this device" if base in _NONDETERMINISTIC_WITH_ATOMICS else "",
         needs_self_check=base not in _KNOWN_GOOD and not uninitialised,
-        suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, -1),
+        suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, ""),
         is_convolution=base in _CONVOLUTIONS,
         may_set_up=any(name in names for names in _SETTING_UP.values()),
     )
@@ -239,9 +239,19 @@ def undefined_results(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, 
     places = _UNDEFINED_WITHOUT_DROPOUT.get(info.name)
     if places is None:
         return ()
+    return () if _argument(info, "dropout_p", args, kwargs) else places
+
+
+def is_suspect(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether the call is to be repeated on a device that adds atomically, though its operation is known."""
+    return bool(info.suspect_flag) and bool(_argument(info, info.suspect_flag, args, kwargs))
+
+
+def _argument(info: OpInfo, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return an argument of a call by its name; None if it is left out."""
     names = [argument.name for argument in schema_of(info.func).arguments]
-    dropout = dict(zip(names, args, strict=False)) | dict(kwargs)
-    return () if dropout.get("dropout_p", 0.0) else places
+    place = names.index(name)
+    return args[place] if place < len(args) else kwargs.get(name)
 
 
 def setting_up(func: Any) -> frozenset[str]:

@@ -21,7 +21,7 @@ from tightfit.installation.applied import Applied
 from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
-from tightfit.planning.search import search
+from tightfit.planning.search import ran_out_of_memory, search
 from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
 from tightfit.step.exclude import Exclude, excluded_paths
@@ -123,7 +123,13 @@ def fit(
             cache = PlanCache(replanner, watch, step.optimizers, planning_ms)
             cache.add(key, found)
             applied.follow(cache)
-            verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
+            try:
+                verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
+            except (RuntimeError, MemoryError) as error:
+                if trial.group.is_single_process or not is_out_of_memory(error):
+                    raise
+                with budget.in_totals():
+                    raise ran_out_of_memory(found.plan, error) from error
             applied.verdict = verdict
             if verdict.ok is False and on_failure == "raise":
                 raise VerificationFailed(verdict.reason, verdict)

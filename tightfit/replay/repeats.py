@@ -20,7 +20,7 @@ from tightfit.device.generators import drawing_from
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.placement import device_of_call
 from tightfit.operators.differing_calls import bar, kind_of_call
-from tightfit.operators.facts import OpInfo, result_tensors, tensors_in, undefined_results
+from tightfit.operators.facts import is_suspect, result_tensors, tensors_in, undefined_results
 from tightfit.replay.self_check import checksum, same_bits
 from tightfit.replay.values import TapedOp
 
@@ -36,14 +36,10 @@ class Repeats:
         """Prepare to repeat a call that is about to be made; None if it is trusted."""
         info = op.info
         device = device_of_call(tensors_in((*args, *kwargs.values())), kwargs)
-        if not (info.needs_self_check or (device.adds_atomically and _is_suspect(info, args))):
+        if not (info.needs_self_check or (device.adds_atomically and is_suspect(info, args, kwargs))):
             return None
         kind = kind_of_call(info, args, kwargs, device) if device.adds_atomically else info.name
         return None if kind in self.trusted else Repeat(self, op, args, kwargs, device, kind)
-
-
-def _is_suspect(info: OpInfo, args: tuple[Any, ...]) -> bool:
-    return info.suspect_flag >= 0 and bool(args[info.suspect_flag])
 
 
 class Repeat:

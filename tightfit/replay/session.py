@@ -244,7 +244,7 @@ class Session(DispatchMode):
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
         if recipe is not None and on_tape:
-            if recipe.executor.accepts(call):
+            if recipe.accepts(call):
                 self.run = recipe.carry_out
                 on_tape = recipe.executor.on_tape
             else:

@@ -100,8 +100,8 @@ def _fit_together(
         try:
             return fitted(None)
         except (BudgetInfeasible, VerificationFailed) as problem:
-            raised_here = isinstance(problem, VerificationFailed) and problem.verdict is None
-            if not (group.is_main_process or raised_here):  # all have found it: said once
+            is_everyones = problem.__cause__ is None  # else an error on this rank is behind it
+            if is_everyones and not group.is_main_process:  # said once
                 is_bad_input = isinstance(problem, BudgetInfeasible)
                 raise RankFailed(0, str(problem), is_bad_input=is_bad_input) from None
             raise
