@@ -109,7 +109,7 @@ class CostCache:
             _log.info("the costs of operations cannot be kept in %s (%s)", self._path, error)
 
     def _document(self, known: Mapping[str, Cost]) -> str:
-        costs = {key: [c.ms, c.workspace_bytes, c.layouts] for key, c in known.items()}
+        costs = {k: "dangerous" if c.is_dangerous else [c.ms, c.workspace_bytes, c.layouts] for k, c in known.items()}
         text = json.dumps(costs, separators=(",", ":"))
         head = {"format": _FORMAT, "environment": self._environment, "checksum": _checksum(text)}
         return f"{json.dumps(head)}\n{text}\n"
@@ -145,10 +145,12 @@ class NoCache(CostCache):
 
 
 def _cost(entry: Any) -> Cost:
+    if entry == "dangerous":
+        return _DANGEROUS
     ms, workspace_bytes, layouts = entry
     # A layout's second number may be -1.
     sizes = (workspace_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))
-    if not isinstance(ms, float | int) or not math.isfinite(ms) or (ms < 0 and ms != _DANGEROUS.ms):
+    if not isinstance(ms, float | int) or not math.isfinite(ms) or ms < 0:
         raise ValueError("a time in it is no time")
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("a size in it is no size")
