@@ -40,12 +40,13 @@ schema_of: Callable[[Any], Any] = attrgetter("_schema")
 
 
 def fake_mode() -> FakeTensorMode:
-    """Return a mode that makes tensors without data, of which asking for the memory's address is an error.
+    """Return a mode that makes tensors without data, and runs nothing for real.
 
-    PyTorch's default answers with the null pointer and a warning: a kernel that is called past the dispatcher (Triton,
-    an extension, ctypes) would be launched with it.
+    Asking for the memory's address is an error. PyTorch's default answers with the null pointer and a warning: a kernel
+    that is called past the dispatcher (Triton, an extension, ctypes) would be launched with it.  So is an operation
+    that has no fake kernel.  By default PyTorch runs it on real zeros of full size, in memory that nobody counts.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=False, allow_fallback_kernels=False)
     mode._allow_unsafe_data_ptr_access = False  # read when a fake tensor is made; the public switch is process-wide
     return mode
 

@@ -6,6 +6,8 @@ Every layer raises them, so this module imports only `peak_breakdown` and `units
     |-- BudgetInfeasible      no plan fits the budget; carries the smallest one that would
     |-- PlanMismatch          a plan or profile belongs to another model, or its file is damaged
     |-- VerificationFailed    a planned step did not equal the plain step; carries the verdict
+    |-- RanOutOfMemory        a trial step of a sharded model did, on this rank
+    |-- DeviceLost            an operation that was measured has broken the device for this process
     `-- UnsupportedInput      a model, batch, loss or budget that tightfit cannot work with (also a ValueError)
 
 Every message says what was found, why the work cannot go on, and what to do.
@@ -102,6 +104,36 @@ class ProofWarning(UserWarning):
 
 class UnsupportedInput(TightfitError, ValueError):
     """A model, batch, loss, budget or setting that tightfit cannot work with; the message says what to change."""
+
+
+class RanOutOfMemory(TightfitError):
+    """A trial step of a sharded model ran out of memory on this rank, in the middle of what all ranks do together.
+
+    Attributes:
+        budget_bytes: the budget that was asked for.
+        predicted_bytes: the peak that the plan was predicted to have.
+        smaller_budget_bytes: a budget whose plan leaves more room.
+    """
+
+    def __init__(self, budget_bytes: int, predicted_bytes: int, smaller_budget_bytes: int, reason: str) -> None:
+        self.budget_bytes = budget_bytes
+        self.predicted_bytes = predicted_bytes
+        self.smaller_budget_bytes = smaller_budget_bytes
+        self.reason = reason
+        super().__init__(
+            f"a trial step of the sharded model ran out of memory ({reason}), though its predicted peak of "
+            f"{format_bytes(predicted_bytes)} is within the budget of {format_bytes(budget_bytes)}. The other "
+            f"processes are in the middle of that step, so no other plan can be tried. Start again with a budget of "
+            f"{format_budget(smaller_budget_bytes)} ({smaller_budget_bytes} bytes), whose plan leaves room for more, "
+            f"or free memory on the device."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.budget_bytes, self.predicted_bytes, self.smaller_budget_bytes, self.reason)
+
+
+class DeviceLost(TightfitError):
+    """An operation has broken the device for this process: every further call that uses it fails."""
 
 
 class PromiseWarning(UserWarning):

@@ -78,3 +78,30 @@ def test_a_tensor_without_data_has_no_address(ask: Any) -> None:
     for tensor in (x, view):
         with pytest.raises(RuntimeError):
             ask(tensor)
+
+
+def test_an_operation_without_a_fake_kernel_is_not_run_on_zeros_of_full_size() -> None:
+    library = torch.library.Library("aten", "FRAGMENT")
+    library.define("tightfit_unfaked(Tensor x) -> Tensor")
+    sizes: list[int] = []
+
+    def kernel(x: Tensor) -> Tensor:
+        sizes.append(int(x.count_nonzero()))
+        return x.detach() * 2
+
+    library.impl("tightfit_unfaked", kernel, "CPU")
+
+    class Unfaked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (torch.ops.aten.tightfit_unfaked(x) * self.linear(x)).sum()
+
+    try:
+        profile = tightfit.measure(Unfaked(), torch.ones(4, 8))
+    finally:
+        library._destroy()
+    assert profile.method != "fake"
+    assert 0 not in sizes

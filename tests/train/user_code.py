@@ -212,6 +212,39 @@ def runs_out() -> nn.Module:
     return RunsOut(8)
 
 
+class _Exhausting(torch.autograd.Function):
+    """A backward for which one rank has no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if type(gradients[0]) is Tensor and os.environ.get("RANK") == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about that.")
+        return gradients[0]
+
+
+class Exhausts(nn.Module):
+    """Blocks to be sharded; the process of rank 1 runs out of memory in the midst of backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 4)) for _ in range(4)),
+        )
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        for number, block in enumerate(self.blocks):
+            inputs = block(_Exhausting.apply(inputs) if number == 2 else inputs)
+        return {"loss": nn.functional.mse_loss(inputs.sum(1, keepdim=True), targets)}
+
+
+def exhausts() -> nn.Module:
+    return Exhausts()
+
+
 class NoisyRagged(Ragged):
     """Samples that draw random numbers and differ in length."""
 

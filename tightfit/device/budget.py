@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tightfit.device.registry import device_for
-from tightfit.errors import BudgetInfeasible, UnsupportedInput
+from tightfit.errors import BudgetInfeasible, RanOutOfMemory, UnsupportedInput
 from tightfit.units import format_bytes, parse_bytes
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -89,9 +89,17 @@ class Budget:
 
     @contextmanager
     def in_totals(self) -> Iterator[None]:
-        """Inside, a `BudgetInfeasible` about the step's bytes becomes one about the total."""
+        """Inside, an error about the step's bytes becomes one about the total."""
+        beside_bytes = self.beside_step_bytes
         try:
             yield
+        except RanOutOfMemory as problem:
+            raise RanOutOfMemory(
+                problem.budget_bytes + beside_bytes,
+                problem.predicted_bytes + beside_bytes,
+                problem.smaller_budget_bytes + beside_bytes,
+                problem.reason,
+            ) from problem.__cause__
         except BudgetInfeasible as problem:
             if not self.beside_step_bytes:
                 raise

@@ -27,6 +27,7 @@ class CpuDevice(Device):
     label = "CPU"
     is_host = True
     adds_atomically = False
+    repetitions = 1
     out_of_memory_messages = re.compile(
         r"DefaultCPUAllocator: (?:can't allocate|not enough) memory"
         r"|std::bad_alloc|\bbad_alloc\b|bad allocation"

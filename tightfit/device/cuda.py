@@ -19,6 +19,10 @@ Result = TypeVar("Result")
 #: The caching allocator's smallest unit.
 _GRANULE_BYTES = 512
 
+#: What a second stream works on, so that its kernels take longer than their launches, and how many there are.
+_BESIDE_BYTES = 8 << 20
+_BESIDE_KERNELS = 32
+
 
 class CudaDevice(Device):
     """A GPU.  The budget counts reserved bytes and this process's bytes outside PyTorch (context, libraries)."""
@@ -67,6 +71,42 @@ class CudaDevice(Device):
             yield
         finally:
             torch.backends.cudnn.benchmark = before
+
+    def kernel_settings(self) -> tuple[object, ...]:
+        """Return the settings of PyTorch and of cuDNN by which kernels are chosen."""
+        cudnn = torch.backends.cudnn
+        return *super().kernel_settings(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+
+    def convolutions_differ_by_thread(self) -> str:
+        """Return why, while cuDNN tries out kernels: it remembers by thread which one was the fastest."""
+        cudnn = torch.backends.cudnn
+        if not (cudnn.benchmark and cudnn.enabled and torch.autograd.is_multithreading_enabled()):
+            return ""
+        return "cuDNN tries kernels out anew in backward's thread (torch.backends.cudnn.benchmark)"
+
+    def warm_up(self, model: torch.nn.Module) -> None:
+        """Have cuDNN make the random state of its recurrent layers' dropout, if the model has any."""
+        kind = torch.nn.RNNBase
+        if any(isinstance(module, kind) and module.training and module.dropout for module in model.modules()):
+            first = torch.nn.LSTM(1, 1, num_layers=2, dropout=0.5, device=self.torch_device)
+            with torch.no_grad():
+                first(torch.zeros(1, 1, 1, device=self.torch_device))
+
+    @contextmanager
+    def busy_beside(self) -> Iterator[None]:
+        """Keep a second stream busy inside the context; not where there is no memory for that."""
+        here, beside = torch.cuda.current_stream(self.torch_device), torch.cuda.Stream(self.torch_device)
+        try:
+            numbers = torch.zeros(_BESIDE_BYTES // 4, device=self.torch_device)
+        except torch.OutOfMemoryError:
+            yield
+            return
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            for _ in range(_BESIDE_KERNELS):
+                numbers.sin_()
+        yield
+        beside.synchronize()  # before its memory is given back
 
     def name(self) -> str:
         """Name the GPU."""
@@ -136,6 +176,14 @@ class CudaDevice(Device):
     def generator(self) -> torch.Generator | None:
         """Return the GPU's default generator: where no number was given, the current GPU's."""
         return torch.cuda.default_generators[self._index()]
+
+    def sets_state_of(self, generator: torch.Generator) -> torch.Generator:
+        """Return another generator that shares the state.
+
+        Setting a generator's state directly also has cuDNN make the random state of its recurrent layers' dropout anew
+        at their next call, which draws numbers that a plain step does not draw.
+        """
+        return generator.graphsafe_get_state()
 
     def current_stream(self) -> int:
         """Return the handle of this thread's current stream: asked for every saved tensor."""

@@ -39,6 +39,8 @@ class Device(ABC):
     """It is the processor: its memory is the host's, and its kernels share the caches with Python's own work."""
     adds_atomically: ClassVar[bool] = True
     """Some of its kernels add in an order that differs from run to run (see `OpInfo.blocker_with_atomics`)."""
+    repetitions: ClassVar[int] = 8
+    """How often a call is made again before it is trusted to give the same bits every time."""
     pins_memory: ClassVar[bool] = False
     """Batches are copied to it faster from page-locked host memory."""
     trains_in_fp16: ClassVar[bool] = False
@@ -94,6 +96,23 @@ class Device(ABC):
     def deterministic_libraries(cls) -> AbstractContextManager[object]:
         """Make the libraries behind its kernels choose the same kernels every time, inside the context."""
         return nullcontext()
+
+    # ------------------------------------------------------------------------------------------------ kernels
+
+    def kernel_settings(self) -> tuple[object, ...]:
+        """Return the settings of PyTorch by which the kernels of an operation are chosen."""
+        return (torch.are_deterministic_algorithms_enabled(),)
+
+    def convolutions_differ_by_thread(self) -> str:
+        """Return why a convolution may have other bits in backward's thread than in forward's; empty if it has not."""
+        return ""
+
+    def busy_beside(self) -> AbstractContextManager[object]:
+        """Keep the device busy with other work, where it can do two things at a time, inside the context."""
+        return nullcontext()
+
+    def warm_up(self, model: torch.nn.Module) -> None:  # noqa: B027  # most have nothing to do
+        """Do what libraries do once, at the first call of some of a model's layers. That may draw random numbers."""
 
     # ------------------------------------------------------------------------------------------------ memory
 
@@ -168,6 +187,10 @@ class Device(ABC):
     @abstractmethod
     def generator(self) -> torch.Generator | None:
         """Return the generator that random operations draw from by default; None if it cannot be had."""
+
+    def sets_state_of(self, generator: torch.Generator) -> torch.Generator:
+        """Return the generator through which to set the state of `generator`, and nothing else that hangs on it."""
+        return generator
 
     def random_state_bytes(self) -> int:
         """Return what a copy of the generator's state takes of the device's memory."""

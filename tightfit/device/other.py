@@ -12,6 +12,7 @@ class OtherDevice(CpuDevice):
 
     is_host = False
     adds_atomically = True
+    repetitions = 8
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)

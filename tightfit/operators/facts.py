@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +59,8 @@ _NONDETERMINISTIC_WITH_ATOMICS = frozenset(
 )  # fmt: skip
 
 #: Operations known to be functions of their declared inputs and recorded random state alone, bit for bit, on every
-#: back end that tightfit is tested on. Others pass a self-check before they are trusted.
+#: back end that tightfit is tested on, and on CUDA by the source of their kernels or NVIDIA's word for cuBLAS and cuDNN
+#: (with one workspace for each stream). Others are repeated before they are trusted (`tightfit.replay.repeats`).
 #: mkldnn_rnn_layer is here because a self-check cannot judge it: its workspace has padding that no kernel writes or
 #: reads, and that differs from run to run. A test compares the gradients instead.
 _KNOWN_GOOD = frozenset(
@@ -80,6 +81,30 @@ _KNOWN_GOOD = frozenset(
     scalar_tensor _fused_rms_norm _unsafe_view _safe_softmax
     """.split()  # noqa: SIM905  (one word a line would be pages)
 )
+
+
+#: Of the known-good ones, those that are not where devices add atomically if this flag is set: a transposed convolution
+#: is another one's backward, for which cuDNN has kernels that do.
+_SUSPECT_WITH_ATOMICS = {"aten.convolution.default": "transposed"}
+
+_CONVOLUTIONS = frozenset({"convolution", "_convolution", "cudnn_convolution", "cudnn_convolution_transpose"})
+
+#: Operations that leave results uninitialised where no dropout is asked for, and which: the seeds of its masks, which
+#: nothing reads then.
+_UNDEFINED_WITHOUT_DROPOUT = {"aten._scaled_dot_product_cudnn_attention.default": (6, 7)}
+
+#: What an operator's library does before its first call, by operations that show: cuDNN's recurrent layers make the
+#: random state of their dropout.
+_SETTING_UP = {
+    "aten._cudnn_rnn.default": frozenset(
+        {
+            "aten.empty.memory_format",
+            "aten.random_.default",
+            "aten._local_scalar_dense.default",
+            "aten._cudnn_init_dropout_state.default",
+        }
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +137,22 @@ class OpInfo:
     blocker_with_atomics: str
     """Why it may not be replayed on a device that adds atomically; empty if it may."""
     needs_self_check: bool
-    """Not on the known-good list: replay it once and compare, before trusting it."""
+    """Not on the known-good list: repeat it and compare, before trusting it."""
+    suspect_flag: str
+    """Name of the flag with which it is to be repeated, too, on a device that adds atomically; empty if none is."""
+    is_convolution: bool
+    """Libraries have several kernels for it, and choose one by themselves."""
+    may_set_up: bool
+    """A library may run it before the first call of another one (see `setting_up`)."""
+    may_differ: bool = field(init=False)
+    """There are calls of it that are to be repeated."""
     is_quiet: bool = field(init=False)
     """It changes nothing that a tape knows: neither writes nor splits anything, and is PyTorch's own."""
 
     def __post_init__(self) -> None:
         loud = self.mutates or self.undeclared_writes or self.splits_silently or self.is_foreign
         object.__setattr__(self, "is_quiet", not loud)
+        object.__setattr__(self, "may_differ", self.needs_self_check or bool(self.suspect_flag))
 
 
 #: By the operator's `id`, as hashing an operator is a Python call; the facts hold the operator, so that no other can
@@ -141,6 +175,7 @@ def _describe(func: Any) -> OpInfo:
             func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
             blocker="a higher-order operator", blocker_with_atomics="", needs_self_check=True,
+            suspect_flag="", is_convolution=False, may_set_up=False,
         )  # fmt: skip
     schema = schema_of(func)
     name = str(func)
@@ -175,6 +210,9 @@ def _describe(func: Any) -> OpInfo:
         blocker=blocker,
         blocker_with_atomics="not deterministic on this device" if base in _NONDETERMINISTIC_WITH_ATOMICS else "",
         needs_self_check=base not in _KNOWN_GOOD and not uninitialised,
+        suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, ""),
+        is_convolution=base in _CONVOLUTIONS,
+        may_set_up=any(name in names for names in _SETTING_UP.values()),
     )
 
 
@@ -194,6 +232,31 @@ def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]
     if not info.undeclared_writes or (info.training_flag >= 0 and not args[info.training_flag]):
         return []
     return tensors_in([args[place] for place in info.undeclared_writes if place < len(args)])
+
+
+def undefined_results(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the positions of results whose contents the call leaves undefined."""
+    places = _UNDEFINED_WITHOUT_DROPOUT.get(info.name)
+    if places is None:
+        return ()
+    return () if _argument(info, "dropout_p", args, kwargs) else places
+
+
+def is_suspect(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether the call is to be repeated on a device that adds atomically, though its operation is known."""
+    return bool(info.suspect_flag) and bool(_argument(info, info.suspect_flag, args, kwargs))
+
+
+def _argument(info: OpInfo, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return an argument of a call by its name; None if it is left out."""
+    names = [argument.name for argument in schema_of(info.func).arguments]
+    place = names.index(name)
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def setting_up(func: Any) -> frozenset[str]:
+    """Return the names of the operations that the library of an operator may run before its first call."""
+    return _SETTING_UP.get(str(func), frozenset())
 
 
 def learn_undeclared_writes(func: Any, places: Iterable[int]) -> None:

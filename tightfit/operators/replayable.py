@@ -5,24 +5,36 @@ Everything here errs on the side of keeping: an unnecessary keep costs bytes, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from tightfit._torch_private import FakeTensor
 from tightfit.device.device import Device
+from tightfit.operators.differing_calls import is_barred
 from tightfit.operators.facts import OpInfo
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
-def blocker(info: OpInfo, types: Iterable[type], tensors: list[torch.Tensor], device: Device) -> str:
+def blocker(
+    info: OpInfo,
+    types: Iterable[type],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensors: list[torch.Tensor],
+    device: Device,
+) -> str:
     """Return why a call may not be replayed, as a short phrase; empty if it may."""
     if info.blocker:
         return info.blocker
     if info.blocker_with_atomics and device.adds_atomically:
         return info.blocker_with_atomics
+    if info.is_convolution and (reason := device.convolutions_differ_by_thread()):
+        return reason
+    if is_barred(info, args, kwargs, device):
+        return "it gave other bits when it was run again"
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             return f"a {str(tensor.layout).removeprefix('torch.')} argument"

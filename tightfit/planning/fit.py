@@ -14,12 +14,14 @@ import torch
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.distributed.fsdp import process_group_of
+from tightfit.distributed.process_group import ProcessGroup, communication_failed, is_communication_failure
 from tightfit.errors import BudgetInfeasible, ProofWarning, UnsupportedInput, VerificationFailed
 from tightfit.installation.applied import Applied
 from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
-from tightfit.planning.search import search
+from tightfit.planning.search import ran_out_of_memory, search
 from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
 from tightfit.step.exclude import Exclude, excluded_paths
@@ -95,6 +97,7 @@ def fit(
     Raises:
         BudgetInfeasible: not even the smallest plan (or, with "off", the plain step) fits, or the device runs out of
             memory. It names the smallest budget that works, and what sets it.
+        RanOutOfMemory: of a sharded model, a trial step did on this rank. The other ranks cannot go on; end them all.
         VerificationFailed: the planned step gave another loss, gradient, buffer or random state than the plain one, or
             its peak is over the budget. No plan is installed, and the model is as it was, bit for bit.
         UnsupportedInput: as `measure`; an unreadable budget; or both `step` and single keywords.
@@ -111,7 +114,7 @@ def fit(
     begin = time.perf_counter()
     watch = ModelWatch(model)
     key = step_key(watch, batch, step.optimizers)  # before anything runs, which may change what is compared
-    with _lack_of_memory_explained(budget), Trial(model, batch, step) as trial:
+    with _failures_explained(budget, process_group_of(model)), Trial(model, batch, step) as trial:
         with budget.in_totals():
             applied, found = search(trial, budget.step_bytes, grad_checkpoint, profile=profile)
         try:
@@ -120,7 +123,13 @@ def fit(
             cache = PlanCache(replanner, watch, step.optimizers, planning_ms)
             cache.add(key, found)
             applied.follow(cache)
-            verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
+            try:
+                verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
+            except (RuntimeError, MemoryError) as error:
+                if trial.group.is_single_process or not is_out_of_memory(error):
+                    raise
+                with budget.in_totals():
+                    raise ran_out_of_memory(found.plan, error) from error
             applied.verdict = verdict
             if verdict.ok is False and on_failure == "raise":
                 raise VerificationFailed(verdict.reason, verdict)
@@ -134,11 +143,15 @@ def fit(
 
 
 @contextmanager
-def _lack_of_memory_explained(budget: Budget) -> Iterator[None]:
-    """Inside, a lack of memory that no trial run has answered becomes `BudgetInfeasible`."""
+def _failures_explained(budget: Budget, group: ProcessGroup) -> Iterator[None]:
+    """Inside, a lack of memory that no trial run has answered becomes `BudgetInfeasible`, and a lost process
+    `CommunicationFailed`.
+    """
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
+        if not group.is_single_process and is_communication_failure(error):
+            raise communication_failed(error) from error
         if not is_out_of_memory(error):
             raise
         required_bytes = budget.total_bytes + max(budget.total_bytes // 20, 1 << 20)  # as of a trial run that runs out

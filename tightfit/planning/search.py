@@ -16,7 +16,7 @@ from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
-from tightfit.errors import BudgetInfeasible, VerificationFailed
+from tightfit.errors import BudgetInfeasible, RanOutOfMemory, VerificationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.install import install
 from tightfit.installation.resolved_plan import ResolvedPlan
@@ -323,8 +323,10 @@ def _try(trial: Trial, applied: Applied, profile: Profile) -> tuple[Outcome | No
         measured_bytes, mismatches = outcome.peak_bytes, outcome.mismatches
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            measured_bytes, mismatches = plan.budget_bytes + max(plan.budget_bytes // 20, 1 << 20), 0
-        elif applied.refused:  # replay would have been wrong, and a self-check said where
+            if not trial.group.is_single_process:
+                raise ran_out_of_memory(plan, error) from error
+            measured_bytes, mismatches = plan.budget_bytes + _room_bytes(plan), 0
+        elif applied.refused and trial.group.is_single_process:  # a self-check said where replay would be wrong
             measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
         elif isinstance(error, CannotRebuild | CheckpointError):
             what = str(error).strip().splitlines()[0]
@@ -353,6 +355,21 @@ def _try(trial: Trial, applied: Applied, profile: Profile) -> tuple[Outcome | No
     _log.info("the trial run took %s more than predicted; solving again", format_bytes(excess_bytes))
     correction_bytes = profile.correction_bytes + max(excess_bytes, over_bytes)
     return None, replace(profile, correction_bytes=correction_bytes)
+
+
+def ran_out_of_memory(plan: Plan, error: BaseException) -> RanOutOfMemory:
+    """Return what to raise where a rank ran out of memory, as `error` says, in a step that all ranks take together.
+
+    FSDP2 cannot leave a backward in its midst, and the other ranks wait in theirs.
+    """
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    smaller_bytes = max(plan.budget_bytes - _room_bytes(plan), plan.budget_bytes // 2)
+    return RanOutOfMemory(plan.budget_bytes, plan.predicted_peak_bytes, smaller_bytes, reason)
+
+
+def _room_bytes(plan: Plan) -> int:
+    """Return by how much a plan has exceeded its budget, where all that is known is that it ran out of memory."""
+    return max(plan.budget_bytes // 20, 1 << 20)
 
 
 def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profile:

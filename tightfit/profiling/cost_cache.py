@@ -54,6 +54,14 @@ class Cost:
     layouts: Layouts
     """How each result lies in memory."""
 
+    @property
+    def is_dangerous(self) -> bool:
+        """Whether running the operation alone broke the device, so that nothing else is known of it."""
+        return self.ms < 0
+
+
+_DANGEROUS = Cost(-1.0, 0, ())
+
 
 class CostCache:
     """The costs known for one device under the present settings, and the file that they come from."""
@@ -74,6 +82,11 @@ class CostCache:
     def put(self, call: object, cost: Cost) -> None:
         """Note what a call was measured to cost; `save` writes it."""
         self._new[_key(call)] = cost
+
+    def put_dangerous(self, call: object) -> None:
+        """Note, and write at once, that running a call alone broke the device."""
+        self.put(call, _DANGEROUS)
+        self.save()
 
     def save(self) -> None:
         """Write what was noted, with what other processes wrote meanwhile.  A folder that cannot be written is let be:
@@ -96,7 +109,7 @@ class CostCache:
             _log.info("the costs of operations cannot be kept in %s (%s)", self._path, error)
 
     def _document(self, known: Mapping[str, Cost]) -> str:
-        costs = {key: [c.ms, c.workspace_bytes, c.layouts] for key, c in known.items()}
+        costs = {k: "dangerous" if c.is_dangerous else [c.ms, c.workspace_bytes, c.layouts] for k, c in known.items()}
         text = json.dumps(costs, separators=(",", ":"))
         head = {"format": _FORMAT, "environment": self._environment, "checksum": _checksum(text)}
         return f"{json.dumps(head)}\n{text}\n"
@@ -132,6 +145,8 @@ class NoCache(CostCache):
 
 
 def _cost(entry: Any) -> Cost:
+    if entry == "dangerous":
+        return _DANGEROUS
     ms, workspace_bytes, layouts = entry
     # A layout's second number may be -1.
     sizes = (workspace_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))

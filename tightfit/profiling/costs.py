@@ -7,20 +7,21 @@ some hundred operations of the same kinds it is not.  Workspace: the most memory
 inputs and outputs, which no dispatcher shows (convolutions, attention); see `Device.workspace_meter`.
 
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
-be run on such data is given the time and workspace zero; so is one that a made-up argument could crash: anything
-outside ATen, and backward kernels that read a buffer which only their own forward can fill (oneDNN's RNN gets it from
-one).  An argument on the wrong device crashes, too: a kernel that expects a random seed in host memory reads it there.
-So once an operation returns a result elsewhere than its fake kernel said, only operations like it are run; the others
-wait for the next fake run, which knows where their arguments are.
+be run on such data is estimated by its size; so is one that a made-up argument could crash: anything outside ATen, and
+backward kernels that read a buffer which only their own forward can fill (oneDNN's RNN gets it from one).  An argument
+on the wrong device crashes, too: a kernel that expects a random seed in host memory reads it there.  So once an
+operation returns a result elsewhere than its fake kernel said, only operations like it are run; the others wait for the
+next fake run, which knows where their arguments are.  An operation that breaks the device all the same (an assertion in
+a kernel, an access out of bounds) ends the process's work with its name; with a cost cache, it is not run alone again.
 
 What a machine has measured once is remembered by `cost_cache`.
 
 Within the budget: made-up arguments are copies beside the model.  An optimizer's foreach operation over all parameters
 would double its state; where that does not fit, it is run on the largest of its tensors that do and the figures scaled.
-What does not fit at all is estimated: its time from operations of the same name, else from all; its workspace from the
-operation of the same name that is nearest in size, and never above the operation's own arguments and results.  Tiny
-operations say little of large ones, and a trial run finds what is missing, but nothing finds a budget that was refused
-for too much.  Such figures carry a note and are not cached.
+What does not fit at all is estimated, too: its time from operations of the same name, else from all; its workspace
+from the operation of the same name that is nearest in size, and never above the operation's own arguments and results.
+Tiny operations say little of large ones, and a trial run finds what is missing, but nothing finds a budget that was
+refused for too much.  Such figures carry a note and are not cached.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import torch
 
 from tightfit._torch_private import below_autograd, set_grad_mode
 from tightfit.device import Device, device_for
+from tightfit.errors import DeviceLost
 from tightfit.interrupts import pass_on, safe_point
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, elsewhere, layouts_of
@@ -51,6 +53,9 @@ _LONG_RUN_MS = 60.0
 #: Arguments of an operation that are likely to be out of the caches when it runs.
 _MUCH_DATA_BYTES = 256 << 10
 _COLD_ROUNDS = 9
+#: What an operation takes where none could be run alone that would say more.
+_CALL_MS = 0.005
+_MS_PER_BYTE = 1e-7
 #: Read opaque state (a reserve buffer, packed weights) whose contents they trust.
 _OPAQUE = frozenset(
     {
@@ -110,11 +115,12 @@ def measure_costs(
     """
     result_bytes = result_bytes or {}
     fake_layouts = fake_layouts or {}
-    found = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
+    known = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
+    found = {index: cost for index, cost in known.items() if not cost.is_dangerous}
     shares = {
         index: fit_call(call, result_bytes.get(index, 0), room_bytes)
         for index, call in enumerate(calls)
-        if index not in found
+        if index not in known
     }
     to_run = {index: share.call for index, share in shares.items() if share.call is not None}
     misplacing = {
@@ -128,8 +134,13 @@ def measure_costs(
             warnings.simplefilter("ignore")
             alone = _run_each(list(to_run.values()), said, misplacing, device_for(device), result) if to_run else {}
             measured = _time_each(list(to_run.values()), alone, device_for(device), result, timed) if to_run else {}
-    finally:
+    except _BrokenBy as broken:
+        cache.put_dangerous(broken.call)
+        raise _device_lost(broken, device) from broken
+    except BaseException:
         random_state.restore()
+        raise
+    random_state.restore()
     for place, index in enumerate(to_run):
         if place in measured:
             found[index] = shares[index].scaled(measured[place])
@@ -139,8 +150,7 @@ def measure_costs(
     result.layouts = {index: cost.layouts for index, cost in found.items()}
     sizes = [argument_bytes(call) + result_bytes.get(index, 0) for index, call in enumerate(calls)]
     names = [str(call.func) for call in calls]
-    estimated = {i: _estimate(i, names, sizes, found) for i, share in shares.items() if share.call is None}
-    costs = {**dict.fromkeys(range(len(calls)), Cost(0.0, 0, ())), **found, **estimated}
+    costs = {i: found[i] if i in found else _estimate(i, names, sizes, found, timed) for i in range(len(calls))}
     result.signatures = tuple(
         Signature(
             name=name,
@@ -153,13 +163,14 @@ def measure_costs(
     return result
 
 
-def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Mapping[int, Cost]) -> Cost:
+def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Mapping[int, Cost], timed: bool) -> Cost:
     """Estimate what an operation that cannot be run alone costs, by its size and what others cost for theirs."""
     alike = [other for other in known if names[other] == names[index] and sizes[other]]
     rivals = alike or [other for other in known if sizes[other]]
     if not rivals:
-        return Cost(0.0, 0, ())
+        return Cost(round(_CALL_MS + sizes[index] * _MS_PER_BYTE, 6) if timed else 0.0, 0, ())
     ms = statistics.median(known[other].ms / sizes[other] for other in rivals) * sizes[index]
+    ms = max(ms, min(known[other].ms for other in rivals))  # whatever it moves, it is called
     workspace_bytes = 0
     if alike:
         nearest = min(alike, key=lambda other: abs(math.log(max(1, sizes[index]) / sizes[other])))
@@ -231,6 +242,7 @@ def _time_ms(call: Call, device: Device, repeats: int, *, cold: bool = False) ->
         return best
     except Exception as error:
         pass_on(error)
+        _require_usable(device, call)
         return None
 
 
@@ -256,17 +268,44 @@ def _run_each(
                 args, kwargs = _make_up(call)
                 with meter.watch(index):
                     result = _run(call, args, kwargs)
+                device.synchronize()  # what fails on a device fails here, not in the next operation
                 layouts[index] = layouts_of(result, (*args, *kwargs.values()))
                 if elsewhere(fake_layouts[index], layouts[index]):
                     misplacing.add(call.func)
             except Exception as error:
                 pass_on(error)
+                _require_usable(device, call)
                 continue
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made
     workspace_bytes = meter.workspace_bytes()
     costs.workspace_ms = (time.perf_counter() - begin) * 1e3
     return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}
+
+
+class _BrokenBy(Exception):
+    """Running a call alone has broken the device."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(str(call.func))
+        self.call = call
+
+
+def _require_usable(device: Device, call: Call) -> None:
+    """Raise `_BrokenBy` if the call, which failed, has broken the device: then waiting for it fails, too."""
+    try:
+        device.synchronize()
+    except RuntimeError as error:
+        raise _BrokenBy(call) from error
+
+
+def _device_lost(broken: _BrokenBy, device: torch.device) -> DeviceLost:
+    return DeviceLost(
+        f"{broken.call.func}, run alone on made-up data to measure it, has broken the device {device} for this process "
+        f"({str(broken.__cause__).strip().splitlines()[0]}). Nothing that uses the device can go on here. Start the "
+        f"program again: the operation is noted in the cost cache, and will be estimated instead of run. Without a "
+        f"cost cache it would be run again. Please report this operation."
+    )
 
 
 def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:

@@ -202,7 +202,7 @@ def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, again: 
     if not again:
         return chain(weight, times_ms)  # type: ignore[no-any-return]  # what it returns is a tensor
     call = RegionCall(chain, chain.forward, (weight,), {"times_ms": times_ms}, Statistics())
-    return ModuleCall(call, _OPS).run()  # type: ignore[no-any-return]  # what it returns is a tensor
+    return ModuleCall(call, _OPS, convolves=False).run()  # type: ignore[no-any-return]  # what it returns is a tensor
 
 
 def _installed() -> Installed:

@@ -120,6 +120,7 @@ def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures:
         spill, unspill = _spill_to(CopyFile())
         observer = Observer(signatures, device_for(model), spill=spill, unspill=unspill)
         give_gradients(model)
+        device_for(model).warm_up(model)
         try:
             _observe(model, list(model.parameters()), batch, step, list(step.optimizers), observer)
         except RuntimeError as error:

@@ -252,7 +252,7 @@ class Observer(DispatchMode):
         if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook:
             self.switched_off.add(owner_of_hook(hooks[0]))
         device = device_of_call(tensors, kwargs)
-        reason = safety.blocker(info, types, tensors, device)
+        reason = safety.blocker(info, types, args, kwargs, tensors, device)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
             reason = "its random state cannot be recorded"
         moved = undeclared_writes(info, args)  # running statistics, which a replay leaves alone

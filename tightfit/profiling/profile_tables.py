@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tightfit._torch_private import find_overload
-from tightfit.operators.facts import describe
+from tightfit.operators.facts import OpInfo, describe
 from tightfit.operators.region_names import LOSS, RegionCursor
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
@@ -63,7 +63,7 @@ def build_tables(
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
     unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
-    known_good = [not describe(find_overload(signature.name)).needs_self_check for signature in signatures]
+    infos = [describe(find_overload(signature.name)) for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
     for index, key in enumerate(cut.keys):
@@ -74,7 +74,7 @@ def build_tables(
         recomputable = (
             key in cut.plain_calls
             and key.partition("#")[0] in unsplit
-            and all(known_good[op.signature] for op in ops[first : first + count])
+            and all(_may_run_again(infos[op.signature], op) for op in ops[first : first + count])
         )
         class_id = classes.setdefault((structure, recomputable), len(classes))
         regions.append(
@@ -88,6 +88,11 @@ def build_tables(
         "slots": slots,
         "events": tuple(cut.events),
     }
+
+
+def _may_run_again(info: OpInfo, op: Op) -> bool:
+    """Tell whether an operation gives the same bits when its module is called again in backward."""
+    return not info.needs_self_check and not (info.is_convolution and op.keep_reason)
 
 
 def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from tightfit._torch_private import find_overload
+from tightfit.device import device_for
 from tightfit.records import Recipe, SharedTape
 from tightfit.replay.executors import RegionCall, executor_of
+from tightfit.replay.executors.module import has_convolutions
 
 
 class ResolvedRecipe:
     """A recipe in the form that is fastest to ask: operators, positions, sets."""
 
     __slots__ = (
+        "_calls_convolutions_again",
         "drop",
         "executor",
         "funcs",
@@ -47,6 +50,13 @@ class ResolvedRecipe:
         """At each position, the operation that runs there if it need not be written down."""
         self.keep = frozenset(recipe.keep)
         self.drop = frozenset(recipe.drop)
+        self._calls_convolutions_again = not self.executor.on_tape and has_convolutions(recipe)
+
+    def accepts(self, call: RegionCall | None) -> bool:
+        """Return whether its executor can carry out this call; where it cannot, a tape drops as much."""
+        if call is not None and self._calls_convolutions_again:
+            return not device_for(call.module).convolutions_differ_by_thread() and self.executor.accepts(call)
+        return self.executor.accepts(call)
 
     def carry_out(self, call: RegionCall) -> Any:
         """Make a call of the region's module as the recipe says."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tightfit.errors import UnsupportedInput
+
 
 class CannotRebuild(RuntimeError):
     """A saved tensor cannot be recomputed: what it is recomputed from has changed."""
@@ -25,4 +27,22 @@ def changed_error(source: torch.Tensor, how: str) -> CannotRebuild:
         f"({source.dtype} {list(source.shape)}) was modified {how}. Gradients would be wrong. "
         "Do not modify it before backward, or leave the module that modifies or reads it untouched: "
         "fit(..., exclude=module), or a pattern of its path."
+    )
+
+
+def other_kernel_error(operation: str, reason: str) -> CannotRebuild:
+    """Return what to raise when an operation would not be replayed by the kernel that forward ran; `reason` why not."""
+    return CannotRebuild(
+        f"tightfit cannot rebuild a saved tensor: {reason}, and did not when forward ran {operation}. Gradients might "
+        "have other bits. Set torch.backends.cudnn.benchmark and torch.autograd.set_multithreading_enabled before "
+        "training, and leave them as they are from forward to backward."
+    )
+
+
+def captured_error() -> UnsupportedInput:
+    """Return what to raise when a region in which a plan drops something is captured into a CUDA graph."""
+    return UnsupportedInput(
+        "the planned model is being captured into a CUDA graph. What a plan recomputes is decided while backward runs, "
+        "and a graph runs the same kernels every time and asks nobody, so the budget would not hold. Capture the model "
+        "without a plan (inside applied.paused(), or after applied.remove()), or train it without a graph."
     )

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import below_autograd, set_grad_mode, version_counter, version_of
+from tightfit.device import device_for
+from tightfit.device.generators import drawing_from
 from tightfit.operators.facts import result_tensors
 from tightfit.records.recompute_tree import RecomputeTree
-from tightfit.replay.refusals import changed_error, modified_error
+from tightfit.replay.refusals import changed_error, modified_error, other_kernel_error
 from tightfit.replay.self_check import SelfCheck, mark_of
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import Ref, TapedOp, TapedValue, contents, rebuild, written_refs
@@ -110,17 +112,17 @@ class Replayer(Schedule[TapedValue, TapedOp]):
                 held = held.clone()
             storages[value] = held
 
+        if op.info.is_convolution:
+            reasons = [device_for(storage.device).convolutions_differ_by_thread() for storage in storages.values()]
+            if any(reasons):
+                raise other_kernel_error(op.info.name, next(filter(None, reasons)))
         args = [rebuild(a, storages) for a in op.args]
         kwargs = {name: rebuild(a, storages) for name, a in op.kwargs.items()}
         set_grad_mode(op.grad)
         if op.random_state is not None:
             assert op.generator is not None
-            now = op.generator.get_state()
-            op.generator.set_state(op.random_state)
-            try:
+            with drawing_from(op.generator, op.random_state):
                 result = op.func(*args, **kwargs)
-            finally:
-                op.generator.set_state(now)
         else:
             result = op.func(*args, **kwargs)
         return result_tensors(result), storages, list(written)

@@ -1,11 +1,9 @@
-"""Check at the first call of each region that replay is really the same computation.
+"""Check at the first call of each region that nothing is written unseen.
 
-Two kinds of mistrust, both answered on real data and written down per region, so that later calls keep what failed:
-
-* An operation outside the known-good list is run a second time at once, from copies of what it writes and the same
-  random state: results must have the same bits, and its inputs must be as before.
-* The contents of everything the tape may replay are checksummed when made and compared each time they are seen again:
-  a raw kernel that wrote behind the dispatcher's back (NumPy, Triton, ctypes) is found, whatever buffer it wrote into.
+The contents of everything the tape may replay are checksummed when made and compared each time they are seen again: a
+raw kernel that wrote behind the dispatcher's back (NumPy, Triton, ctypes) is found, whatever buffer it wrote into.
+What failed is written down per region, so that later calls keep it.  (`repeats` asks whether an operation gives the
+same bits twice.)
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, set_grad_mode
+from tightfit._torch_private import below_autograd
 from tightfit.device import device_for
-from tightfit.operators.facts import OpInfo, result_tensors, tensors_in
+from tightfit.operators.facts import OpInfo, tensors_in
 
 if TYPE_CHECKING:
     from tightfit.replay.values import TapedOp, TapedValue
@@ -34,13 +32,10 @@ _PIECE_ROWS_ON_HOST, _PIECE_ROWS = 2**12, 2**18
 class SelfCheck:
     """The self-check of one tape's region calls.  What must not be replayed is noted in its region's `refused`."""
 
-    def __init__(self, verified: set[str]) -> None:
-        self._verified = verified  # operators that passed, shared by all regions
+    def __init__(self) -> None:
         self._checksums: dict[TapedValue, Checksum] = {}
         self._dropped: dict[TapedValue, weakref.ref[torch.UntypedStorage]] = {}
         self._readers: dict[TapedValue, list[TapedOp]] = {}  # operations that read the value
-        self._copies: dict[int, torch.Tensor] = {}
-        self._input_checksums: list[Checksum] = []
 
     def remember(self, value: TapedValue, tensor: torch.Tensor) -> None:
         """Remember the contents of a value that was just made, or seen for the first time; `tensor` is a view of it."""
@@ -74,28 +69,10 @@ class SelfCheck:
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         return None if self.unchanged(value, whole) else storage
 
-    def before(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Prepare for an operation that is about to run for the first time."""
+    def note_reads(self, op: TapedOp) -> None:
+        """Note what an operation that is about to run reads."""
         for value in op.inputs:
             self._readers.setdefault(value, []).append(op)
-        if not self._is_suspect(op):
-            return
-        tensors = tensors_in((*args, *kwargs.values()))
-        with below_autograd():
-            self._input_checksums = [checksum(t) for t in tensors]
-            self._copies = {index: _clone_with_storage(t) for index, t in enumerate(tensors)} if op.info.mutates else {}
-
-    def after(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
-        """Run an operation that has just run again, and compare. False if it may not be replayed."""
-        if not self._is_suspect(op):
-            return True
-        same = self._same_again(op, args, kwargs, result)
-        self._copies = {}
-        if same:
-            self._verified.add(op.info.name)
-        else:
-            op.region.refused.add(op.position)
-        return same
 
     def look_at(self, info: OpInfo, args: tuple[Any, ...]) -> list[tuple[int, torch.Tensor, Checksum]]:
         """Return position, tensor and checksum of each tensor argument that the operation should leave alone."""
@@ -111,58 +88,6 @@ class SelfCheck:
     def changed_since(self, looked_at: list[tuple[int, torch.Tensor, Checksum]]) -> list[tuple[int, torch.Tensor]]:
         """Return those whose contents are other than they were."""
         return [(place, tensor) for place, tensor, before in looked_at if checksum(tensor) != before]
-
-    def _is_suspect(self, op: TapedOp) -> bool:
-        return op.info.needs_self_check and op.info.name not in self._verified
-
-    def _same_again(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
-        tensors = tensors_in((*args, *kwargs.values()))
-        written = {id(t) for position, name in op.info.mutates for t in _at(args, kwargs, position, name)}
-        with below_autograd():
-            for tensor, expected in zip(tensors, self._input_checksums, strict=True):
-                if id(tensor) not in written and checksum(tensor) != expected:
-                    return False
-            copies = {id(t): self._copies.get(index, t) for index, t in enumerate(tensors)}
-            again_args = _replace(args, copies)
-            again_kwargs = {name: _replace((a,), copies)[0] for name, a in kwargs.items()}
-            set_grad_mode(op.grad)
-            now = op.generator.get_state() if op.generator is not None else None
-            if op.generator is not None:
-                assert op.random_state is not None
-                op.generator.set_state(op.random_state)
-            try:
-                again = op.func(*again_args, **again_kwargs)
-            except RuntimeError:
-                return False
-            finally:
-                if op.generator is not None:
-                    assert now is not None
-                    op.generator.set_state(now)
-            pairs = [(a, b) for a, b in zip(result_tensors(result), result_tensors(again), strict=True)]
-            pairs += [(t, copies[id(t)]) for t in tensors if id(t) in written]
-            return all(same_bits(a, b) for a, b in pairs)
-
-
-def _at(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> list[torch.Tensor]:
-    return tensors_in((args[position] if position < len(args) else kwargs.get(name),))
-
-
-def _replace(arguments: Any, copies: dict[int, torch.Tensor]) -> Any:
-    replaced = [
-        copies.get(id(a), a)
-        if isinstance(a, torch.Tensor)
-        else _replace(a, copies)
-        if isinstance(a, list | tuple)
-        else a
-        for a in arguments
-    ]
-    return type(arguments)(replaced)
-
-
-def _clone_with_storage(tensor: torch.Tensor) -> torch.Tensor:
-    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    copy.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    return copy
 
 
 def same_bits(a: Any, b: Any) -> bool:

@@ -42,6 +42,8 @@ from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.recipe import ResolvedRecipe
+from tightfit.replay.refusals import captured_error
+from tightfit.replay.repeats import Repeats
 from tightfit.replay.replayer import Handle
 from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.self_check import SelfCheck
@@ -83,8 +85,8 @@ class Installed:
     refused: dict[str, set[int]] = field(default_factory=dict)
     """Positions, by region key, of operations that a self-check refused."""
     checked: set[str] = field(default_factory=set)
-    verified: set[str] = field(default_factory=set)
-    """Operators that a self-check found replayable."""
+    repeats: Repeats = field(default_factory=Repeats)
+    """Which calls gave the same bits twice."""
     writes: WriteWatch = field(default_factory=WriteWatch)
     fast_paths: Sequence[torch.nn.Module] = ()
     """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
@@ -203,19 +205,26 @@ class Session(DispatchMode):
         self._in_ddp = False
         self._frames.append((self._active, self._beneath()))
         self._cursor.push(path)
-        self._begin(call)
+        try:
+            self._begin(call)
+        except BaseException:
+            self._leave()
+            raise
 
     def exit(self) -> None:
         """End the innermost region call (also on an exception)."""
         self._ran_another_loss |= self._runs_another_loss()
-        self._cursor.pop()
-        self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
-        was_active, _ = self._frames.pop()
-        self._switch(was_active)
+        self._leave()
         if self._cursor.depth:
             self._begin()
         else:
             self._end_tape()
+
+    def _leave(self) -> None:
+        self._cursor.pop()
+        self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
+        was_active, _ = self._frames.pop()
+        self._switch(was_active)
 
     def _begin(self, call: RegionCall | None = None) -> None:
         installed = self._installed
@@ -224,16 +233,18 @@ class Session(DispatchMode):
         around_excluded = self._cursor.path in installed.around_excluded
         untouched = recipe is None and (around_excluded or key in installed.recipes)
         untouched = untouched or self._cursor.path in installed.kept_whole
-        foreign = self._has_foreign_hooks()
-        if foreign and current_graph_task() < 0:
+        foreign, captured = self._has_foreign_hooks(), is_capturing()
+        if (foreign or captured) and current_graph_task() < 0:
             drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched
+            if drops and captured:
+                raise captured_error()
             if drops and self._hooks_around is None:
                 self._hooks_around = key
-        elsewhere = foreign or torch.compiler.is_compiling() or is_capturing()
+        elsewhere = foreign or captured or torch.compiler.is_compiling()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
         if recipe is not None and on_tape:
-            if recipe.executor.accepts(call):
+            if recipe.accepts(call):
                 self.run = recipe.carry_out
                 on_tape = recipe.executor.on_tape
             else:
@@ -257,9 +268,10 @@ class Session(DispatchMode):
         # Under another plan the shared tape's first region may have had its self-check, and this one not.
         if self._tape is None or not goes_on or (unchecked and not self._tape.is_self_checking):
             self._end_tape()
-            check = SelfCheck(installed.verified) if unchecked else None
+            check = SelfCheck() if unchecked else None
             tree = shared.tree if shared is not None else None
-            self._tape = Tape(installed.statistics, installed.writes, tree, check)
+            repeats = installed.repeats if installed.self_check else None
+            self._tape = Tape(installed.statistics, installed.writes, tree, check, repeats)
         installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
@@ -402,7 +414,8 @@ class Session(DispatchMode):
             # Usually the step's own backward, in `with applied.step():`. What follows it (the optimizer) is no forward;
             # should it be one after all, autograd keeps what it saves, as in the plain step.
             self._end_tape()
-        if in_backward or self._is_ddps():  # not the region's own, but its writes count
+        # Not the region's own, but its writes count.
+        if in_backward or self._is_ddps() or (info.may_set_up and tape.is_set_up_by(info)):
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)

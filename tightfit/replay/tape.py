@@ -40,11 +40,13 @@ from tightfit.operators.facts import (
     learn_undeclared_writes,
     mutated_tensors,
     result_tensors,
+    setting_up,
     tensors_in,
     undeclared_writes,
 )
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.replay.recipe import ResolvedRecipe
+from tightfit.replay.repeats import Repeats
 from tightfit.replay.replayer import Handle, Replayer
 from tightfit.replay.self_check import SelfCheck, mark_of
 from tightfit.replay.statistics import Statistics
@@ -78,8 +80,10 @@ class Tape(Replayer):
         writes: WriteWatch,
         tree: RecomputeTree | None = None,
         check: SelfCheck | None = None,
+        repeats: Repeats | None = None,
     ) -> None:
         super().__init__(statistics, tree, check)
+        self._repeats = repeats
         self._writes = writes
         self._region: TapedRegion | None = None
         self._place = 0  # of the region among the tape's
@@ -135,6 +139,13 @@ class Tape(Replayer):
         self._position += 1
         return True
 
+    def is_set_up_by(self, info: OpInfo) -> bool:
+        """Return whether an operation is done once for the one that the plan has next, and is no part of the step."""
+        recipe = self._region.recipe if self._region is not None and self._region.on_plan else None
+        if recipe is None or self._position >= recipe.length:
+            return False
+        return info.name in setting_up(recipe.funcs[self._position])
+
     def passed_one_that_failed(self) -> None:
         """Take back the last `passes`: measuring does not count an operation that fails, either."""
         self._position -= 1
@@ -164,7 +175,10 @@ class Tape(Replayer):
         op = self._record(region, func, info, types, args, kwargs) if record else None
         check = self._check
         if check is not None and op is not None:
-            check.before(op, args, kwargs)
+            check.note_reads(op)
+        repeat = None
+        if op is not None and info.may_differ and self._repeats is not None:
+            repeat = self._repeats.begin(op, args, kwargs)
         mutated = mutated_tensors(info, args, kwargs) if info.mutates else []
         for tensor in mutated:
             self.about_to_write(tensor)
@@ -182,7 +196,8 @@ class Tape(Replayer):
         if info.splits_silently:
             self._split[storage_key(args[0])] = WeakStorage(args[0])
         self._register(op, info, mutated, result)
-        if check is not None and op is not None and not check.after(op, args, kwargs, result):
+        if op is not None and repeat is not None and not repeat.agrees(result):
+            region.refused.add(position)
             self._statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)
@@ -226,7 +241,7 @@ class Tape(Replayer):
         if kwargs:
             tensors += tensors_in(kwargs.values())
         device = device_of_call(tensors, kwargs)
-        if safety.blocker(info, types, tensors, device):
+        if safety.blocker(info, types, args, kwargs, tensors, device):
             return None
         exposed = self._writes.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):

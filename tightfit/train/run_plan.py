@@ -99,8 +99,9 @@ def _fit_together(
     if is_sharded(work.model):  # no step without all of them
         try:
             return fitted(None)
-        except (BudgetInfeasible, VerificationFailed) as problem:  # all have found it: said once
-            if not group.is_main_process:
+        except (BudgetInfeasible, VerificationFailed) as problem:
+            is_everyones = problem.__cause__ is None  # else an error on this rank is behind it
+            if is_everyones and not group.is_main_process:  # said once
                 is_bad_input = isinstance(problem, BudgetInfeasible)
                 raise RankFailed(0, str(problem), is_bad_input=is_bad_input) from None
             raise

@@ -16,6 +16,7 @@ from tightfit.device import device_for
 from tightfit.device import memory as meter
 from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.fsdp import process_group_of
+from tightfit.errors import DeviceLost
 from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_SLOT_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.model import device_of, give_gradients
@@ -69,6 +70,9 @@ class Trial:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, DeviceLost):  # what it held is gone
+            self._contexts.close()
+            return
         with self._contexts:
             self.restore()
         device_for(self.device).give_back()  # a plain step may have taken more than the budget

@@ -8,6 +8,12 @@ cudaError_t failed(cudaError_t error) {
     return error;
 }
 
+static _Atomic bool broken;
+
+void break_devices(void) { broken = true; }
+
+cudaError_t usable(void) { return broken ? failed(cudaErrorAssert) : cudaSuccess; }
+
 EXPORT cudaError_t cudaPeekAtLastError(void) { return last_error; }
 
 EXPORT cudaError_t cudaGetLastError(void) {
@@ -25,6 +31,7 @@ EXPORT const char *cudaGetErrorName(cudaError_t error) {
         case cudaErrorNoDevice: return "cudaErrorNoDevice";
         case cudaErrorNotSupported: return "cudaErrorNotSupported";
         case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+        case cudaErrorAssert: return "cudaErrorAssert";
         default: return "an error of the emulated CUDA runtime";
     }
 }
@@ -38,6 +45,7 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
         case cudaErrorNoDevice: return "no CUDA-capable device is detected";
         case cudaErrorNotSupported: return "the emulated CUDA runtime does not have this";
         case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+        case cudaErrorAssert: return "device-side assert triggered";
         default: return cudaGetErrorName(error);
     }
 }

@@ -9,13 +9,14 @@
 void launched(const char *what, void **arguments) {
     counters.launches++;
     touch_device(current_device);
+    if (settings()->broken_by != NULL && what != NULL && strstr(what, settings()->broken_by) != NULL) break_devices();
     if (!settings()->show_launches) return;
     // Arguments are pointers to the values; whether a value is a pointer only the kernel knows.
     if (arguments != NULL) fprintf(stderr, "emulated CUDA: launch of %s, first argument %p\n", what, *(void **)arguments[0]);
     else fprintf(stderr, "emulated CUDA: launch of %s\n", what);
 }
 
-// ---- names, only kept where launches are shown: libtorch_cuda has tens of thousands of kernels
+// ---- names, only kept where somebody asks for them: libtorch_cuda has tens of thousands of kernels
 
 struct kernel {
     const void *function;
@@ -26,10 +27,12 @@ enum { BUCKETS = 1 << 14 };
 static struct kernel *kernels[BUCKETS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+static bool asks_for_names(void) { return settings()->show_launches || settings()->broken_by != NULL; }
+
 static size_t bucket_of(const void *function) { return ((uintptr_t)function >> 4) % BUCKETS; }
 
 static const char *name_of(const void *function) {
-    if (!settings()->show_launches) return NULL;
+    if (!asks_for_names()) return NULL;
     pthread_mutex_lock(&lock);
     struct kernel *kernel = kernels[bucket_of(function)];
     while (kernel != NULL && kernel->function != function) kernel = kernel->next;
@@ -40,7 +43,7 @@ static const char *name_of(const void *function) {
 EXPORT void __cudaRegisterFunction(void **binary, const char *function, char *device_function, const char *name,
                                    int thread_limit, void *x, void *y, void *z, void *w, int *warp_size) {
     (void)binary, (void)device_function, (void)thread_limit, (void)x, (void)y, (void)z, (void)w, (void)warp_size;
-    if (!settings()->show_launches) return;
+    if (!asks_for_names()) return;
     struct kernel *kernel = malloc(sizeof *kernel);
     if (kernel == NULL) return;
     pthread_mutex_lock(&lock);
@@ -122,8 +125,9 @@ EXPORT cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *s
 
 EXPORT cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     (void)grid, (void)block, (void)shared, (void)stream, (void)arguments;
+    cudaError_t before = usable();  // what a kernel does wrong, a later call hears
     launched(name_of(function), NULL);
-    return cudaSuccess;
+    return before;
 }
 
 EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
@@ -132,6 +136,7 @@ EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block
 
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *configuration, const void *function, void **arguments) {
     (void)configuration, (void)arguments;
+    cudaError_t before = usable();  // what a kernel does wrong, a later call hears
     launched(name_of(function), NULL);
-    return cudaSuccess;
+    return before;
 }

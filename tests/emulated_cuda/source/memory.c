@@ -53,7 +53,7 @@ EXPORT cudaError_t cudaMalloc(void **address, size_t bytes) {
     counters.mallocs++;
     if (!is_device(current_device)) return failed(cudaErrorNoDevice);
     *address = NULL;
-    if (bytes == 0) return cudaSuccess;
+    if (bytes == 0 || usable() != cudaSuccess) return usable();
     if (!take_bytes(current_device, rounded(bytes))) return failed(cudaErrorMemoryAllocation);
     *address = take_addresses(ON_DEVICE, bytes, current_device);
     if (*address != NULL) return cudaSuccess;

@@ -25,6 +25,7 @@ struct settings {
     size_t context_bytes;  // taken from each device before the first allocation, as by a real context
     bool real_memory;      // there is memory behind the addresses, and copies copy
     bool show_launches;
+    const char *broken_by;  // part of the name of a kernel that fails, or NULL
 };
 const struct settings *settings(void);
 
@@ -41,6 +42,10 @@ void count_library_call(void);
 
 // Remember the error for cudaGetLastError, and return it.
 cudaError_t failed(cudaError_t error);
+// Let every further call that asks `usable` fail, as after an assertion in a kernel.
+void break_devices(void);
+// What a call that uses a device returns if nothing else is wrong.
+cudaError_t usable(void);
 
 // ---- device.c
 

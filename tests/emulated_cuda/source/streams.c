@@ -16,7 +16,7 @@ static _Atomic unsigned long long capture_id;
 
 cudaError_t synchronized(void) {
     counters.syncs++;
-    return captured == NULL ? cudaSuccess : failed(cudaErrorStreamCaptureUnsupported);
+    return captured == NULL ? usable() : failed(cudaErrorStreamCaptureUnsupported);
 }
 
 EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {

@@ -14,17 +14,20 @@ attributes of a module (a dropout's probability) between forward and backward.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from tightfit._torch_private import own_buffers, own_parameters, storage_key, version_of
+from tightfit.device import device_for
+from tightfit.device.generators import drawing_from
 from tightfit.device.placement import generators_of
 from tightfit.operators.pure_modules import can_call_again
 from tightfit.records import Action, Recipe
 from tightfit.replay.executors.executor import RegionCall
-from tightfit.replay.refusals import CannotRebuild, changed_error
+from tightfit.replay.refusals import CannotRebuild, changed_error, other_kernel_error
 
 
 class ModuleExecutor:
@@ -40,14 +43,20 @@ class ModuleExecutor:
 
     def run(self, call: RegionCall, recipe: Recipe) -> Any:
         """Make the call."""
-        return ModuleCall(call, len(recipe.replay)).run()
+        return ModuleCall(call, len(recipe.replay), has_convolutions(recipe)).run()
+
+
+def has_convolutions(recipe: Recipe) -> bool:
+    """Return whether a region runs convolutions, for which a library chooses among kernels."""
+    return any("convolution" in name for name in recipe.op_names)
 
 
 class ModuleCall:
     """One call of a module, made now and perhaps again in backward."""
 
-    def __init__(self, call: RegionCall, op_count: int) -> None:
-        """`op_count`: operations that a second call runs, by the plan."""
+    def __init__(self, call: RegionCall, op_count: int, convolves: bool) -> None:
+        """By the plan, a second call runs `op_count` operations, and convolutions among them if it `convolves`."""
+        self._convolves = convolves
         self._forward = call.forward
         self._args = call.args
         self._kwargs = call.kwargs
@@ -72,14 +81,10 @@ class ModuleCall:
         self._check()
         self._statistics.recomputed_calls += 1
         self._statistics.replayed_ops += self._op_count
-        now = [(generator, generator.get_state()) for generator, _ in self._random]
-        for generator, state in self._random:
-            generator.set_state(state)
-        try:
+        with ExitStack() as stack:
+            for generator, state in self._random:
+                stack.enter_context(drawing_from(generator, state))
             return self._forward(*args, **self._kwargs)
-        finally:
-            for generator, state in now:
-                generator.set_state(state)
 
     def _run_first(self, args: tuple[Any, ...]) -> Any:
         watched = [
@@ -100,6 +105,10 @@ class ModuleCall:
         return result
 
     def _check(self) -> None:
+        if self._convolves:
+            for device in {device_for(tensor) for tensor, _, _ in self._tensors}:
+                if reason := device.convolutions_differ_by_thread():
+                    raise other_kernel_error("convolutions", reason)
         for tensor, key, version in self._tensors:
             if storage_key(tensor) != key:
                 raise changed_error(

@@ -1,0 +1,28 @@
+"""Let a random generator draw the same numbers again."""
+
+from __future__ import annotations
+
+import torch
+
+from tightfit.device.registry import device_for
+
+
+class drawing_from:  # noqa: N801  (used as a statement, like torch.no_grad)
+    """Let a generator draw from `state` inside the context, and afterwards from where it was.
+
+    A plain class for speed: it is entered at every replay of a random operation.
+    """
+
+    __slots__ = ("_generator", "_now", "_state", "_through")
+
+    def __init__(self, generator: torch.Generator, state: torch.Tensor) -> None:
+        self._generator = generator
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._through = device_for(self._generator.device).sets_state_of(self._generator)
+        self._now = self._through.get_state()
+        self._through.set_state(self._state)
+
+    def __exit__(self, *error: object) -> None:
+        self._through.set_state(self._now)

@@ -1,0 +1,39 @@
+"""Calls that gave other bits when they were made again: barred from replay for as long as the process lives."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from tightfit.device.device import Device
+from tightfit.operators.facts import OpInfo
+
+_barred: dict[str, set[Hashable]] = {}
+
+
+def kind_of_call(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device) -> Hashable:
+    """Return what decides which kernels a call runs: operator, shapes and scalars, and the settings of libraries."""
+    return info.name, _kind(args), _kind(tuple(sorted(kwargs.items()))), device.kernel_settings()
+
+
+def bar(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device) -> None:
+    """Never trust calls of this kind again."""
+    _barred.setdefault(info.name, set()).add(kind_of_call(info, args, kwargs, device))
+
+
+def is_barred(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device) -> bool:
+    """Tell whether a call of this kind once gave other bits when it was made again."""
+    kinds = _barred.get(info.name)
+    return kinds is not None and kind_of_call(info, args, kwargs, device) in kinds
+
+
+def _kind(argument: Any) -> Hashable:
+    if isinstance(argument, torch.Tensor):
+        if argument.layout is not torch.strided:
+            return argument.layout
+        return argument.dtype, argument.device, tuple(argument.size()), tuple(argument.stride())
+    if isinstance(argument, list | tuple):
+        return tuple([_kind(part) for part in argument])
+    return type(argument).__name__, "" if isinstance(argument, torch.Generator) else str(argument)
