@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ def fit(
     grad_checkpoint: GradCheckpoint = "auto",
     reference_budget_bytes: int | None = None,
     profile: Profile | None = None,
+    memory_cap: bool = False,
     on_failure: Literal["raise", "warn"] = "raise",
 ) -> Applied:
     """Make training steps of `model` on batches like `batch` fit `budget`, and prove it.
@@ -83,6 +84,10 @@ def fit(
         profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
             that several processes solve the same problem. Ignored if it is of another model, batch, optimizer, device,
             number of accumulation steps, `exclude` or PyTorch.
+        memory_cap: let PyTorch reserve no more than the budget in this process, less what it holds outside PyTorch, so
+            that the budget is kept in every step, whatever it does: at the cap the allocator gives its cache back and
+            goes on, which waits for the device (`Plan.flushes_per_step`), or the step runs out of memory. A lower cap
+            that was set before stays. `remove()` puts the old one back. On CUDA only.
         on_failure: what to do where the planned step is not the plain one: "raise", or "warn" (a `ProofWarning`) and
             leave the plan installed.
 
@@ -111,7 +116,9 @@ def fit(
     begin = time.perf_counter()
     watch = ModelWatch(model)
     key = step_key(watch, batch, step.optimizers)  # before anything runs, which may change what is compared
-    with _lack_of_memory_explained(budget), Trial(model, batch, step) as trial:
+    with ExitStack() as cap, _lack_of_memory_explained(budget), Trial(model, batch, step) as trial:
+        if memory_cap:
+            cap.callback(device_for(device).cap_held(budget.total_bytes))
         with budget.in_totals():
             applied, found = search(trial, budget.step_bytes, grad_checkpoint, profile=profile)
         try:
@@ -129,6 +136,7 @@ def fit(
         except BaseException:
             applied.remove()
             raise
+        applied.when_removed(cap.pop_all().close)
     applied.keep_promises(budget.beside_step_bytes)
     return applied
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from tightfit.errors import UnsupportedInput
 
 _MIB = 2**20
+#: The smallest unit of memory that is given out.
+GRANULE_BYTES = 512
 #: How sizes are rounded is set for each power of two, from 1 MiB to 32 GiB; smaller and larger sizes are as the ends.
 _ROUNDUP_INTERVALS = 16
 #: Options of page-locked host memory, of CUDA graphs, and of how calls are made: no byte of the device depends on them.
@@ -74,6 +76,20 @@ class AllocatorSettings:
                     "does to memory cannot be told. Correct PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF)."
                 ) from None
         return cls(**found)  # type: ignore[arg-type]
+
+    def rounded(self, nbytes: int) -> int:
+        """Return what a request of `nbytes` is rounded up to.
+
+        >>> AllocatorSettings().rounded(1000)
+        1024
+        """
+        if nbytes < GRANULE_BYTES:
+            return GRANULE_BYTES
+        divisions = self.divisions_of(nbytes)
+        if divisions <= 1 or nbytes <= GRANULE_BYTES * divisions:
+            return -(-nbytes // GRANULE_BYTES) * GRANULE_BYTES
+        step = (1 << (nbytes.bit_length() - 1)) // divisions
+        return -(-nbytes // step) * step
 
     def divisions_of(self, nbytes: int) -> int:
         """Return into how many sizes the power of two below `nbytes` is divided; 0 or 1: sizes are not rounded so."""

@@ -17,9 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tightfit.simulation.allocator_blocks import Block, Pool, Segment
-from tightfit.simulation.allocator_settings import AllocatorSettings
+from tightfit.simulation.allocator_settings import GRANULE_BYTES, AllocatorSettings
 
-_GRANULE_BYTES = 512
 _SMALL_BYTES = 2**20
 """Largest request that is served from the small pool; and the least that must remain of a large block to split it."""
 _SMALL_SEGMENT_BYTES = 2 * 2**20
@@ -134,23 +133,13 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
-    def rounded(self, nbytes: int) -> int:
-        """Return what a request of `nbytes` is rounded up to."""
-        if nbytes < _GRANULE_BYTES:
-            return _GRANULE_BYTES
-        divisions = self.settings.divisions_of(nbytes)
-        if divisions <= 1 or nbytes <= _GRANULE_BYTES * divisions:
-            return -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES
-        step = (1 << (nbytes.bit_length() - 1)) // divisions
-        return -(-nbytes // step) * step
-
     def allocate(self, nbytes: int, stream: int = 0) -> int:
         """Serve a request of one byte or more, and return its address.
 
         Raises:
             OutOfDeviceMemory: neither the cap nor the driver leaves enough.
         """
-        nbytes = self.rounded(nbytes)
+        nbytes = self.settings.rounded(nbytes)
         pool = self._small if nbytes <= _SMALL_BYTES else self._large
         block = self._take_free(pool, nbytes, stream) or self._take_new(pool, nbytes, stream)
         remaining = block.nbytes - nbytes
@@ -183,7 +172,7 @@ class CachingAllocator:
     def _splits(self, block: Block, nbytes: int, remaining: int) -> bool:
         settings = self.settings
         if block.pool.is_small or settings.expandable_segments:
-            return remaining >= _GRANULE_BYTES
+            return remaining >= GRANULE_BYTES
         return (settings.max_split_bytes is None or nbytes < settings.max_split_bytes) and remaining > _SMALL_BYTES
 
     def _merge(self, block: Block) -> None:

@@ -6,7 +6,16 @@ A new lever is a file here and an entry in `LEVERS`.
 from __future__ import annotations
 
 from tightfit.errors import PlanMismatch
-from tightfit.simulation.levers.lever import NOTHING, Lever, Moment, RegionModel, ValueCosts, ValueLever
+from tightfit.simulation.levers.lever import (
+    NOTHING,
+    WORKSPACE,
+    Lever,
+    Moment,
+    RegionModel,
+    Request,
+    ValueCosts,
+    ValueLever,
+)
 from tightfit.simulation.levers.module import ModuleLever
 from tightfit.simulation.levers.tape import TapeLever
 from tightfit.simulation.levers.untouched import UntouchedModel
@@ -37,9 +46,11 @@ __all__ = [
     "BY_VALUE",
     "LEVERS",
     "NOTHING",
+    "WORKSPACE",
     "Lever",
     "Moment",
     "RegionModel",
+    "Request",
     "UntouchedModel",
     "ValueCosts",
     "ValueLever",

@@ -1,0 +1,92 @@
+"""What the allocator reserves for a step, and plans whose reserved bytes keep a budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.solver.profiles import gpt_profile
+from tightfit.errors import BudgetInfeasible
+from tightfit.records import AllocatorState, Profile
+from tightfit.simulation.levers import Request
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.reserved import reserved_for, simulate_in_totals
+from tightfit.simulation.simulator import simulate
+from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests
+from tightfit.solver.solver import Solver
+
+MIB = 2**20
+STATE = AllocatorState(settings="", capacity_bytes=2**36, beside_bytes=64 * MIB, outside_bytes=500 * MIB)
+
+
+def large_profile() -> Profile:
+    return replace(gpt_profile(2), allocator=STATE)
+
+
+def test_totals_count_the_cache_the_context_and_what_is_beside_the_step() -> None:
+    profile = large_profile()
+    index = ProfileIndex(profile)
+    nothing = [None] * len(profile.regions)
+    walked, totals = simulate(index, nothing), simulate_in_totals(index, nothing)
+    assert totals.allocated_bytes == walked.peak_bytes + STATE.beside_bytes
+    assert totals.reserved_bytes >= totals.allocated_bytes
+    assert totals.peak_bytes == totals.reserved_bytes + STATE.outside_bytes == sum(totals.breakdown.values())
+    without = replace(profile, allocator=None)
+    assert simulate_in_totals(ProfileIndex(without), nothing) == simulate(ProfileIndex(without), nothing)
+
+
+def test_a_budget_is_for_all_that_is_reserved() -> None:
+    solver = Solver(large_profile())
+    smallest, _ = solver.minimum_budget()
+    plain = solver.plain(0).predicted_peak_bytes
+    for share in (0.0, 0.5):
+        budget = int(smallest + share * (plain - smallest))
+        plan = solver.solve(budget)
+        assert plan.budget_bytes == budget
+        assert plan.predicted_peak_bytes <= budget
+        assert plan.predicted_allocated_bytes <= plan.predicted_reserved_bytes
+        assert plan.predicted_reserved_bytes + STATE.outside_bytes == plan.predicted_peak_bytes
+        plan.check()
+    assert solver.solve(plain).is_plain
+    with pytest.raises(BudgetInfeasible) as refused:
+        solver.solve(smallest - 1)
+    assert refused.value.required_bytes == smallest
+
+
+def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:
+    return StepRequests(held=(), gradients=gradients, states=(), forward_backward=list(requests))
+
+
+def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
+    # The smaller block that is asked for first takes the larger segment that the last step left, from the second on.
+    step = step_of(Request(1, 30 * MIB), Request(2, 40 * MIB), Request(1, 0), Request(2, 0))
+    first = replace(STATE, beside_bytes=0)
+    assert reserved_for(step, first).peak_bytes == 70 * MIB
+    growing = step_of(
+        Request(1, 30 * MIB), Request(1, 0), Request(2, 40 * MIB), Request(3, 30 * MIB), Request(2, 0), Request(3, 0)
+    )
+    assert reserved_for(growing, first).peak_bytes == 70 * MIB
+
+
+def test_gradients_are_freed_after_each_step_or_kept() -> None:
+    step = step_of(Request(1, 50 * MIB), Request(1, BECOMES_GRADIENT), gradients=(50 * MIB,))
+    assert reserved_for(step, replace(STATE, beside_bytes=0)).peak_bytes == 100 * MIB
+
+
+def test_under_a_cap_a_step_flushes_the_cache_or_counts_without_one() -> None:
+    step = step_of(Request(1, 60 * MIB), Request(1, 0), Request(2, 80 * MIB), Request(2, 0))
+    alone = replace(STATE, beside_bytes=0)
+    assert reserved_for(step, alone).peak_bytes == 140 * MIB
+    assert reserved_for(step, replace(alone, cap_bytes=200 * MIB)) == reserved_for(step, alone)
+    # From the second step on, the larger block serves both.
+    capped = reserved_for(step, replace(alone, cap_bytes=100 * MIB))
+    assert (capped.peak_bytes, capped.flushes) == (80 * MIB, 0)
+    changing = step_of(
+        Request(1, 60 * MIB), Request(2, 30 * MIB), Request(1, 0), Request(2, 0), Request(3, 85 * MIB), Request(3, 0)
+    )
+    capped = reserved_for(changing, replace(alone, cap_bytes=120 * MIB))
+    assert capped.peak_bytes <= 120 * MIB < reserved_for(changing, alone).peak_bytes
+    # Where memory would run out nevertheless, the cap is not counted on.
+    impossible = reserved_for(step, replace(alone, cap_bytes=70 * MIB))
+    assert impossible == reserved_for(step, alone)
