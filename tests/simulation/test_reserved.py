@@ -11,7 +11,7 @@ from tightfit.errors import BudgetInfeasible
 from tightfit.records import AllocatorState, Profile
 from tightfit.simulation.levers import Request
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.reserved import reserved_for, simulate_in_totals
+from tightfit.simulation.reserved import reserved_for, saved_by_growing_segments, simulate_in_totals
 from tightfit.simulation.simulator import simulate
 from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests
 from tightfit.solver.solver import Solver
@@ -52,6 +52,18 @@ def test_a_budget_is_for_all_that_is_reserved() -> None:
     with pytest.raises(BudgetInfeasible) as refused:
         solver.solve(smallest - 1)
     assert refused.value.required_bytes == smallest
+
+
+def test_growing_segments_save_what_lies_in_between() -> None:
+    profile = large_profile()
+    plain = [None] * len(profile.regions)
+    saved = saved_by_growing_segments(ProfileIndex(profile), plain)
+    assert saved > 0
+    growing = ProfileIndex(replace(profile, allocator=replace(STATE, settings="expandable_segments:True")))
+    reserved = simulate_in_totals(ProfileIndex(profile), plain).reserved_bytes
+    assert simulate_in_totals(growing, plain).reserved_bytes == reserved - saved
+    assert saved_by_growing_segments(growing, plain) == 0
+    assert saved_by_growing_segments(ProfileIndex(replace(profile, allocator=None)), plain) == 0
 
 
 def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:

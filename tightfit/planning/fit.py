@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,15 +20,23 @@ from tightfit.installation.applied import Applied
 from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
-from tightfit.planning.search import search
+from tightfit.planning.search import FoundPlan, search
 from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.reserved import saved_by_growing_segments
 from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.model import check_model, device_of
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
+from tightfit.units import format_bytes
 from tightfit.verification.trial import Trial
 from tightfit.verification.verify import prove
+
+_log = logging.getLogger(__name__)
+
+#: Share of the reserved bytes.
+_WORTH_SAYING = 0.02
 
 
 @waiting_interrupts()
@@ -127,6 +136,7 @@ def fit(
             cache = PlanCache(replanner, watch, step.optimizers, planning_ms)
             cache.add(key, found)
             applied.follow(cache)
+            _recommend_growing_segments(found)
             verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
             applied.verdict = verdict
             if verdict.ok is False and on_failure == "raise":
@@ -152,6 +162,17 @@ def _lack_of_memory_explained(budget: Budget) -> Iterator[None]:
         required_bytes = budget.total_bytes + max(budget.total_bytes // 20, 1 << 20)  # as of a trial run that runs out
         where = "a step that was run to plan or to prove, for which the device had no more memory"
         raise BudgetInfeasible(required_bytes, budget.total_bytes, where) from error
+
+
+def _recommend_growing_segments(found: FoundPlan) -> None:
+    """Say what PyTorch's allocator would save if its segments could grow, where that is worth a line."""
+    plan = found.plan
+    saved_bytes = saved_by_growing_segments(ProfileIndex(found.profile), plan.decisions, plan.shared_tapes)
+    if saved_bytes > _WORTH_SAYING * plan.predicted_reserved_bytes:
+        _log.info(
+            "with PYTORCH_ALLOC_CONF=expandable_segments:True the allocator would reserve %s less for this plan",
+            format_bytes(saved_bytes),
+        )
 
 
 def _warn(verdict: Verdict) -> None:

@@ -78,6 +78,18 @@ def reserved_for(step: StepRequests, state: AllocatorState, *, passes: int = 1) 
     return Reserved(peak_bytes=max(one.peak_bytes for one in found), flushes=flushes)
 
 
+def saved_by_growing_segments(
+    index: ProfileIndex, decisions: Sequence[Decision | None], shared_tapes: Sequence[SharedTape] = ()
+) -> int:
+    """Return how many bytes less would be reserved for the step with ``expandable_segments:True``."""
+    state = index.profile.allocator
+    if state is None or AllocatorSettings.parse(state.settings).expandable_segments:
+        return 0
+    step, passes = requests_of(index, decisions, shared_tapes), index.profile.accumulation_steps
+    growing = replace(state, settings=f"{state.settings},expandable_segments:True".lstrip(","))
+    return reserved_for(step, state, passes=passes).peak_bytes - reserved_for(step, growing, passes=passes).peak_bytes
+
+
 class _Repetition:
     """The same step again and again."""
 
