@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
-from tests.solver.profiles import gpt_profile
+from tests.solver.profiles import gpt_profile, random_profile
 from tightfit.errors import BudgetInfeasible
-from tightfit.records import AllocatorState, Profile
-from tightfit.simulation.levers import Request
+from tightfit.records import AllocatorState, Decision, Profile
+from tightfit.simulation.levers import Request, Requests
+from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.reserved import reserved_for, saved_by_growing_segments, simulate_in_totals
 from tightfit.simulation.simulator import simulate
-from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests
+from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests, requests_of
+from tightfit.solver.recursive import RecursivePlans
 from tightfit.solver.solver import Solver
 
 MIB = 2**20
@@ -54,6 +57,40 @@ def test_a_budget_is_for_all_that_is_reserved() -> None:
     assert refused.value.required_bytes == smallest
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_asked_for_adds_up_to_what_the_simulator_counts(seed: int) -> None:
+    profile = random_profile(seed, regions=4)
+    if seed % 2:  # an operation's result can be empty
+        chance = random.Random(seed)
+        storages = tuple(
+            one if one.component != "activation" or chance.random() < 0.8 else replace(one, nbytes=0)
+            for one in profile.storages
+        )
+        profile = replace(profile, storages=storages)
+    profile = replace(profile, regions=tuple(replace(one, module_recomputable=True) for one in profile.regions))
+    index = ProfileIndex(profile)
+    whole = [Decision("module") if can_recompute_module(index, region) else None for region in range(len(index.facts))]
+    full = [Decision("tape") if facts.slots else None for facts in index.facts]
+    plans = [([None] * len(full), ()), (full, ()), (whole, ())]
+    plans += [(list(one.decisions), one.shared_tapes) for one in RecursivePlans(index).all()]
+    for decisions, shared in plans:
+        step = requests_of(index, decisions, shared)
+        alive: dict[int, int] = {}
+        level = highest = 0
+        for thing, nbytes in (*step.forward_backward, *step.optimizer):
+            if nbytes > 0:
+                assert thing not in alive
+                alive[thing] = nbytes
+                level += nbytes
+            else:
+                level -= alive.pop(thing)
+            highest = max(highest, level)
+        walked = simulate(index, decisions, shared)
+        counted = walked.peak_bytes - profile.baseline_bytes - profile.correction_bytes - profile.margin_bytes
+        assert highest <= counted
+        assert highest >= 0.9 * counted
+
+
 def test_growing_segments_save_what_lies_in_between() -> None:
     profile = large_profile()
     plain = [None] * len(profile.regions)
@@ -67,7 +104,7 @@ def test_growing_segments_save_what_lies_in_between() -> None:
 
 
 def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:
-    return StepRequests(held=(), gradients=gradients, states=(), forward_backward=list(requests))
+    return StepRequests(held=(), gradients=gradients, states=(), forward_backward=Requests(requests))
 
 
 def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from tightfit.records import AllocatorState, Decision, SharedTape
 from tightfit.simulation.allocator_settings import AllocatorSettings
 from tightfit.simulation.caching_allocator import CachingAllocator, OutOfDeviceMemory
-from tightfit.simulation.levers import Request
+from tightfit.simulation.levers import Requests
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import Simulation, simulate
 from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests, requests_of
@@ -137,7 +137,7 @@ class _Repetition:
                 allocator.free(address)
             self._gradients = []
 
-    def _ask(self, requests: list[Request]) -> None:
+    def _ask(self, requests: Requests) -> None:
         allocate, free, addresses = self._allocator.allocate, self._allocator.free, self._addresses
         are_there = bool(self._gradients)
         for thing, nbytes in requests:

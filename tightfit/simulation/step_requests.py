@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tightfit.records import Decision, EventKind, Profile, SharedTape
-from tightfit.simulation.levers import NOTHING, WORKSPACE, Request
+from tightfit.simulation.levers import NOTHING, Requests
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import models_of
 
@@ -26,9 +26,9 @@ class StepRequests:
     gradients: tuple[int, ...]
     states: tuple[int, ...]
     """Sizes of the optimizer's state, which its first step makes."""
-    forward_backward: list[Request] = field(default_factory=list)
+    forward_backward: Requests = field(default_factory=Requests)
     """One pass; a step may consist of several."""
-    optimizer: list[Request] = field(default_factory=list)
+    optimizer: Requests = field(default_factory=Requests)
 
 
 def requests_of(
@@ -49,11 +49,13 @@ def requests_of(
     held = [0] * len(nbytes_of)
     accumulated = _accumulated(profile)
 
-    def change(storage: int, by: int, size_when_freed: int = 0) -> None:
+    def change(storage: int, by: int, instead: int = 0) -> None:
         before = held[storage]
         held[storage] = before + by
-        if nbytes_of[storage] and not (before and held[storage]):
-            now.append(Request(storage, nbytes_of[storage] if by > 0 else size_when_freed))
+        if not before:
+            now.make(storage, nbytes_of[storage])
+        elif not held[storage]:
+            now.free(storage, nbytes_of[storage], instead)
 
     for time, (kind, a) in enumerate(profile.events):
         if kind == EventKind.ALLOC:
@@ -63,10 +65,10 @@ def requests_of(
         elif kind == EventKind.OPTIMIZER:
             now = found.optimizer
         elif kind == EventKind.OTHER_OP:
-            _work(now, index.fixed_spikes.get(time, 0))
+            now.work(index.fixed_spikes.get(time, 0))
         elif kind in (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT):
             if kind == EventKind.OP:
-                _work(now, index.fixed_spikes.get(time, 0))
+                now.work(index.fixed_spikes.get(time, 0))
             owner = index.region_of_op[a] if kind == EventKind.OP else a
             if kind not in (EventKind.OP, EventKind.EXIT):
                 owner = index.region_of_slot[a]
@@ -80,11 +82,6 @@ def requests_of(
                 for storage in moment.released:
                     change(storage, -1)
     return found
-
-
-def _work(requests: list[Request], nbytes: int) -> None:
-    if nbytes:
-        requests += (Request(WORKSPACE, nbytes), Request(WORKSPACE, 0))
 
 
 def _resident(profile: Profile, component: str) -> tuple[int, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from tightfit.errors import PlanMismatch
 from tightfit.simulation.levers.lever import (
     NOTHING,
-    WORKSPACE,
     Lever,
     Moment,
     RegionModel,
     Request,
+    Requests,
     ValueCosts,
     ValueLever,
 )
@@ -46,11 +46,11 @@ __all__ = [
     "BY_VALUE",
     "LEVERS",
     "NOTHING",
-    "WORKSPACE",
     "Lever",
     "Moment",
     "RegionModel",
     "Request",
+    "Requests",
     "UntouchedModel",
     "ValueCosts",
     "ValueLever",

@@ -36,7 +36,26 @@ class Request(NamedTuple):
 
 
 #: The thing that is the workspace of the operation that runs. It is freed before the next one begins.
-WORKSPACE = -(2**62)
+_WORKSPACE = -(2**62)
+
+
+class Requests(list[Request]):
+    """What is asked of the allocator, in order; nothing is asked for what takes no bytes."""
+
+    def make(self, thing: int, nbytes: int) -> None:
+        """Ask for memory."""
+        if nbytes:
+            self.append(Request(thing, nbytes))
+
+    def free(self, thing: int, nbytes: int, instead: int = 0) -> None:
+        """Free what took so many bytes."""
+        if nbytes:
+            self.append(Request(thing, instead))
+
+    def work(self, nbytes: int) -> None:
+        """Ask for an operation's workspace, and free it."""
+        self.make(_WORKSPACE, nbytes)
+        self.free(_WORKSPACE, nbytes)
 
 
 class RegionModel(Protocol):
@@ -47,7 +66,7 @@ class RegionModel(Protocol):
     replayed_ops: list[int]
     """Operations recomputed so far, in order, as often as they are."""
 
-    requests: list[Request] | None
+    requests: Requests | None
     """Where recomputation writes down what it asks of the allocator; None: nowhere."""
 
     def handle(self, kind: EventKind, a: int) -> Moment:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tightfit.records import Decision, EventKind
 from tightfit.records.recompute_tree import RecomputeTree
-from tightfit.simulation.levers.lever import NOTHING, WORKSPACE, Moment, Request
+from tightfit.simulation.levers.lever import NOTHING, Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.schedule import Pass, Schedule, ScheduledOp, ScheduledValue
 
@@ -62,7 +62,7 @@ class TapeModel(Schedule[_Value, _Op]):
         """Operations in the order of their replay, as often as they are replayed."""
         self.slots = frozenset(facts.slots)
         """Saved tensors that the decisions are about."""
-        self.requests: list[Request] | None = None
+        self.requests: Requests | None = None
         """Where replay writes down what it asks of the allocator; None: nowhere."""
         self._made: dict[int, _Value] = {}  # what is asked for, by its number, and not yet known to last
         self._last_region = first + len(decisions) - 1
@@ -214,9 +214,8 @@ class TapeModel(Schedule[_Value, _Op]):
             for value in op.outputs:
                 number = id(value) + (value.memo is not None)  # made a second time, for another result
                 self._made[number] = value
-                self.requests.append(Request(number, value.nbytes))
-            if op.workspace_bytes:
-                self.requests += (Request(WORKSPACE, op.workspace_bytes), Request(WORKSPACE, 0))
+                self.requests.make(number, value.nbytes)
+            self.requests.work(op.workspace_bytes)
 
     def _free_passed(self, passing: Mapping[_Value, Any]) -> None:
         """Write down that what was made, and neither lasts nor is passed on, is freed."""
@@ -227,12 +226,12 @@ class TapeModel(Schedule[_Value, _Op]):
                     del self._made[number]
                 continue
             del self._made[number]
-            self.requests.append(Request(number, 0))
+            self.requests.free(number, value.nbytes)
 
     def _free_memo(self, value: _Value) -> None:
         if self.requests is not None:
             self._made.pop(id(value), None)
-            self.requests.append(Request(id(value), 0))
+            self.requests.free(id(value), value.nbytes)
 
     def _take(self, value: _Value, made: None, lasts: bool) -> int:
         if lasts:
