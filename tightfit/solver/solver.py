@@ -41,6 +41,7 @@ class Solver:
         self.profile = profile
         self.index = ProfileIndex(profile)
         self._solved: dict[int, Plan] = {}
+        self._of_limits: dict[int, Plan] = {}  # by the limit of allocated bytes, see `_solve_in_totals`
 
     @cached_property
     def _plain(self) -> Simulation:
@@ -170,20 +171,19 @@ class Solver:
             raise self._infeasible(budget_bytes)
         least_bytes = min(walked.peak_bytes for walked in (self._one_level, *(c.simulation for c in self._recursive)))
         limit_bytes = budget_bytes - state.outside_bytes - state.beside_bytes
-        fits_bytes, found = 0, None
-        exceeds_bytes = limit_bytes + 1
         for _ in range(_MOST_LIMITS):
+            over_bytes = {limit: plan.predicted_peak_bytes - budget_bytes for limit, plan in self._of_limits.items()}
+            fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=0)
+            exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=limit_bytes + 1)
+            if exceeds_bytes <= limit_bytes:
+                limit_bytes = (
+                    (fits_bytes + exceeds_bytes) // 2 if fits_bytes else exceeds_bytes - over_bytes[exceeds_bytes]
+                )
             if limit_bytes < least_bytes or exceeds_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
                 break
-            plan = self._solve(limit_bytes)
-            over_bytes = plan.predicted_peak_bytes - budget_bytes
-            if over_bytes <= 0:
-                fits_bytes = limit_bytes
-                if found is None or plan.predicted_step_ms < found.predicted_step_ms:
-                    found = plan
-            else:
-                exceeds_bytes = limit_bytes
-            limit_bytes = limit_bytes - over_bytes if found is None else (fits_bytes + exceeds_bytes) // 2
+            self._of_limits[limit_bytes] = self._solve(limit_bytes)
+        fitting = [plan for plan in self._of_limits.values() if plan.predicted_peak_bytes <= budget_bytes]
+        found = min(fitting, key=lambda plan: plan.predicted_step_ms, default=None)
         return replace(found or self.smallest_plan(), budget_bytes=budget_bytes)
 
     def _infeasible(self, budget_bytes: int) -> BudgetInfeasible:
