@@ -456,3 +456,10 @@ def cuda_process_bytes(device: torch.device) -> int | None:
     except pynvml.NVMLError:
         return None
     return None
+
+
+def cuda_allocator_settings() -> str:
+    """Return the caching allocator's options as text: those last set in this process, else those of its environment."""
+    read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # PyTorch 2.11 may lack it
+    text = read() if read is not None else ""
+    return text or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""

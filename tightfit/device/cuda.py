@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 
-from tightfit._torch_private import cuda_process_bytes, current_cuda_stream
+from tightfit._torch_private import cuda_allocator_settings, cuda_process_bytes, current_cuda_stream
 from tightfit.device.device import Device
 from tightfit.device.fp32_precision import fp32_precision
+from tightfit.errors import UnsupportedInput
+from tightfit.records import AllocatorState
+from tightfit.simulation.allocator_settings import AllocatorSettings
 
 Result = TypeVar("Result")
 
-#: The caching allocator's smallest unit.
-_GRANULE_BYTES = 512
+#: Operations that use cuBLAS, which keeps a workspace for each thread that does.
+_OF_CUBLAS = re.compile(r"aten\.(?:\w*mm|mv|addmv|dot|vdot|linear|addbmm)\b|aten\.\w*attention\w*\b")
 
 #: What a second stream works on, so that its kernels take longer than their launches, and how many there are.
 _BESIDE_BYTES = 8 << 20
@@ -29,6 +33,7 @@ class CudaDevice(Device):
 
     kind = "cuda"
     label = "CUDA"
+    caches_memory = True
     pins_memory = True
     trains_in_fp16 = True
     backends = ("nccl", "gloo", "mpi", "ucc")
@@ -128,6 +133,65 @@ class CudaDevice(Device):
         """Return the bytes of the allocator's segments, and those of the context and the libraries."""
         return self.reserved_bytes() + self._bytes_outside_pytorch()
 
+    def cap_held(self, nbytes: int) -> Callable[[], None]:
+        """Set the process's memory fraction; see `Device.cap_held`."""
+        before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        fraction = max(0, nbytes - self._bytes_outside_pytorch()) / self.capacity_bytes()
+        torch.cuda.set_per_process_memory_fraction(min(before, fraction), self.torch_device)
+        return lambda: torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
+
+    @contextmanager
+    def uncapped(self) -> Iterator[None]:
+        """Open a context in which the process's memory fraction is 1."""
+        before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
+
+    def allocator_settings(self) -> AllocatorSettings:
+        """Read how PyTorch's caching allocator is set up.
+
+        Raises:
+            UnsupportedInput: so that what it takes of the GPU cannot be predicted.
+        """
+        backend = torch.cuda.get_allocator_backend() if torch.backends.cuda.is_built() else "native"
+        if backend != "native":
+            raise UnsupportedInput(
+                f"PyTorch's allocator on CUDA is {backend}, not its own. What that takes of the GPU is not modelled, "
+                "so that no budget could be kept. Leave `backend` out of PYTORCH_ALLOC_CONF, and change no allocator."
+            )
+        for name in ("PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_NO_MEMORY_CACHING"):
+            if os.environ.get(name):
+                raise UnsupportedInput(
+                    f"{name} is set, with which PyTorch counts no bytes on CUDA. A budget cannot be kept that nothing "
+                    "can be compared with. Unset it."
+                )
+        return _parsed(cuda_allocator_settings())
+
+    def allocator_state(self, resident_bytes: int, operations: Collection[str]) -> AllocatorState:
+        """Describe the caching allocator; see `Device.allocator_state`."""
+        self.allocator_settings()  # only what is modelled
+        if any(_OF_CUBLAS.match(name) for name in operations):
+            self._start_cublas()
+        capacity_bytes = self.capacity_bytes()
+        fraction = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        return AllocatorState(
+            settings=cuda_allocator_settings(),
+            capacity_bytes=capacity_bytes,
+            beside_bytes=max(0, torch.cuda.memory_allocated(self.torch_device) - resident_bytes),
+            outside_bytes=self._bytes_outside_pytorch(),
+            cap_bytes=int(fraction * capacity_bytes) if fraction < 1 else None,
+        )
+
+    def _start_cublas(self) -> None:
+        """Let cuBLAS take its workspaces: this thread's, and that of the thread in which autograd's backward runs."""
+        with torch.enable_grad():
+            x = torch.zeros(16, 16, device=self.torch_device, requires_grad=True)
+            torch.nn.functional.linear(x, x).sum().backward()
+        torch.cuda.synchronize(self.torch_device)
+
     def give_back(self) -> None:
         """Empty the caching allocator's cache."""
         torch.cuda.empty_cache()
@@ -156,8 +220,8 @@ class CudaDevice(Device):
         yield _WorkspaceMeter(self.torch_device)
 
     def round_up(self, nbytes: int) -> int:
-        """Return `nbytes` in whole granules of the caching allocator."""
-        return -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES
+        """Return what the caching allocator rounds a request up to."""
+        return self.allocator_settings().rounded(nbytes) if nbytes else 0
 
     def synchronize(self) -> None:
         """Wait for all streams of the GPU."""
@@ -201,6 +265,11 @@ class CudaDevice(Device):
         """Make it this thread's GPU, unless it is that already because no number was given."""
         if self.torch_device.index is not None:
             torch.cuda.set_device(self.torch_device)
+
+
+@lru_cache(maxsize=8)
+def _parsed(settings: str) -> AllocatorSettings:
+    return AllocatorSettings.parse(settings)
 
 
 class _WorkspaceMeter:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Protocol, Self, TypeVar
 
 import torch
+
+from tightfit.errors import UnsupportedInput
+from tightfit.records import AllocatorState
 
 Result = TypeVar("Result")
 
@@ -41,6 +44,8 @@ class Device(ABC):
     """Some of its kernels add in an order that differs from run to run (see `OpInfo.blocker_with_atomics`)."""
     repetitions: ClassVar[int] = 8
     """How often a call is made again before it is trusted to give the same bits every time."""
+    caches_memory: ClassVar[bool] = False
+    """Its allocator keeps freed memory, so that what a step takes depends on the steps before it."""
     pins_memory: ClassVar[bool] = False
     """Batches are copied to it faster from page-locked host memory."""
     trains_in_fp16: ClassVar[bool] = False
@@ -139,6 +144,24 @@ class Device(ABC):
     def give_back(self) -> None:  # noqa: B027  # most allocators have nothing to give back
         """Give memory that the allocator holds on to, and nobody uses, back to the device."""
 
+    def cap_held(self, nbytes: int) -> Callable[[], None]:
+        """Let this process hold no more of the device, as far as the allocator decides; a lower cap stays.
+
+        Returns:
+            What puts the cap back that was there before.
+
+        Raises:
+            UnsupportedInput: this kind of device has no cap.
+        """
+        raise UnsupportedInput(
+            f"memory_cap=True asks for a cap on what PyTorch's allocator reserves, and that of {self.label} has none. "
+            "The budget would not be enforced. Leave memory_cap out."
+        )
+
+    def uncapped(self) -> AbstractContextManager[object]:
+        """Open a context in which the allocator may reserve all that the device has."""
+        return nullcontext()
+
     @abstractmethod
     def measure_peak(
         self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True
@@ -155,6 +178,15 @@ class Device(ABC):
     @abstractmethod
     def workspace_meter(self) -> AbstractContextManager[WorkspaceMeter]:
         """Return a meter for operations that run one after another inside the context."""
+
+    def allocator_state(self, resident_bytes: int, operations: Collection[str]) -> AllocatorState | None:
+        """Describe the allocator as it is now, for a prediction of what it reserves; None where it gives all back.
+
+        Args:
+            resident_bytes: what of the allocated bytes is the step's own.
+            operations: names of the step's operations; the libraries that these use have taken their workspace then.
+        """
+        return None
 
     def round_up(self, nbytes: int) -> int:
         """Return how many bytes the allocator takes for a storage of `nbytes`."""

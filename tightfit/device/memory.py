@@ -23,8 +23,8 @@ def resident_bytes(
     batch: Any = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
 ) -> int:
-    """Return the bytes of every distinct storage of parameters, buffers, gradients, optimizer state and batch that
-    lives on the model's device; of sharded parameters, this process's shard.
+    """Return what the allocator took for every distinct storage of parameters, buffers, gradients, optimizer state and
+    batch that lives on the model's device; of sharded parameters, this process's shard.
     """
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
@@ -38,8 +38,9 @@ def resident_bytes(
         elif hasattr(leaf, "__dict__"):
             tensors += [v for v in vars(leaf).values() if isinstance(v, torch.Tensor)]
     device = next(model.parameters()).device
+    round_up = device_for(device).round_up
     storages = {
-        storage_key(t): t.untyped_storage().nbytes()
+        storage_key(t): round_up(t.untyped_storage().nbytes())
         for t in map(local_shard, tensors)
         if t.device == device and t.layout is torch.strided
     }

@@ -93,6 +93,7 @@ class Applied:
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None
         """Removes the hooks that hide FSDP2's own operations from the tape."""
+        self._when_removed: Callable[[], object] = lambda: None
         self._batch_is_known = False
         self._in_step = False
         self._loss_was_seen = False
@@ -328,6 +329,12 @@ class Applied:
         self.plans = None
         self._promises.are_watched = False
         self._watch.end()
+        when_removed, self._when_removed = self._when_removed, lambda: None
+        when_removed()
+
+    def when_removed(self, action: Callable[[], object]) -> None:
+        """Let `remove` do this, too, once."""
+        self._when_removed = action
 
     def keep_promises(self, beside_step_bytes: int = 0) -> None:
         """Warn from now on, once each, where training leaves what the plan promises (see `Promises`)."""

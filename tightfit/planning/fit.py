@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,15 +22,23 @@ from tightfit.installation.applied import Applied
 from tightfit.interrupts import waiting_interrupts
 from tightfit.planning.plan_cache import PlanCache
 from tightfit.planning.replan import Replanner
-from tightfit.planning.search import ran_out_of_memory, search
+from tightfit.planning.search import FoundPlan, ran_out_of_memory, search
 from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.reserved import saved_by_growing_segments
 from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.model import check_model, device_of
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
+from tightfit.units import format_bytes
 from tightfit.verification.trial import Trial
 from tightfit.verification.verify import prove
+
+_log = logging.getLogger(__name__)
+
+#: Share of the reserved bytes.
+_WORTH_SAYING = 0.02
 
 
 @waiting_interrupts()
@@ -48,6 +57,7 @@ def fit(
     grad_checkpoint: GradCheckpoint = "auto",
     reference_budget_bytes: int | None = None,
     profile: Profile | None = None,
+    memory_cap: bool = False,
     on_failure: Literal["raise", "warn"] = "raise",
 ) -> Applied:
     """Make training steps of `model` on batches like `batch` fit `budget`, and prove it.
@@ -85,6 +95,10 @@ def fit(
         profile: what `measure` found for this very step, here or on a machine like this: it is not measured again, so
             that several processes solve the same problem. Ignored if it is of another model, batch, optimizer, device,
             number of accumulation steps, `exclude` or PyTorch.
+        memory_cap: let PyTorch reserve no more than the budget in this process, less what it holds outside PyTorch, so
+            that the budget is kept in every step, whatever it does: at the cap the allocator gives its cache back and
+            goes on, which waits for the device (`Plan.flushes_per_step`), or the step runs out of memory. A lower cap
+            that was set before stays. `remove()` puts the old one back. On CUDA only.
         on_failure: what to do where the planned step is not the plain one: "raise", or "warn" (a `ProofWarning`) and
             leave the plan installed.
 
@@ -114,7 +128,10 @@ def fit(
     begin = time.perf_counter()
     watch = ModelWatch(model)
     key = step_key(watch, batch, step.optimizers)  # before anything runs, which may change what is compared
-    with _failures_explained(budget, process_group_of(model)), Trial(model, batch, step) as trial:
+    group = process_group_of(model)
+    with ExitStack() as cap, _failures_explained(budget, group), Trial(model, batch, step) as trial:
+        if memory_cap:
+            cap.callback(device_for(device).cap_held(budget.total_bytes))
         with budget.in_totals():
             applied, found = search(trial, budget.step_bytes, grad_checkpoint, profile=profile)
         try:
@@ -123,6 +140,7 @@ def fit(
             cache = PlanCache(replanner, watch, step.optimizers, planning_ms)
             cache.add(key, found)
             applied.follow(cache)
+            _recommend_growing_segments(found)
             try:
                 verdict = prove(trial, applied, found.outcome, reference_budget_bytes=reference_budget_bytes)
             except (RuntimeError, MemoryError) as error:
@@ -138,6 +156,7 @@ def fit(
         except BaseException:
             applied.remove()
             raise
+        applied.when_removed(cap.pop_all().close)
     applied.keep_promises(budget.beside_step_bytes)
     return applied
 
@@ -157,6 +176,17 @@ def _failures_explained(budget: Budget, group: ProcessGroup) -> Iterator[None]:
         required_bytes = budget.total_bytes + max(budget.total_bytes // 20, 1 << 20)  # as of a trial run that runs out
         where = "a step that was run to plan or to prove, for which the device had no more memory"
         raise BudgetInfeasible(required_bytes, budget.total_bytes, where) from error
+
+
+def _recommend_growing_segments(found: FoundPlan) -> None:
+    """Say what PyTorch's allocator would save if its segments could grow, where that is worth a line."""
+    plan = found.plan
+    saved_bytes = saved_by_growing_segments(ProfileIndex(found.profile), plan.decisions, plan.shared_tapes)
+    if saved_bytes > _WORTH_SAYING * plan.predicted_reserved_bytes:
+        _log.info(
+            "with PYTORCH_ALLOC_CONF=expandable_segments:True the allocator would reserve %s less for this plan",
+            format_bytes(saved_bytes),
+        )
 
 
 def _warn(verdict: Verdict) -> None:

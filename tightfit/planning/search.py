@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
+from tightfit.device.memory import resident_bytes
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import BudgetInfeasible, RanOutOfMemory, VerificationFailed
@@ -96,6 +97,12 @@ def search(
     is_known = all(group.all_gather(profile is not None and _is_of(profile, trial)))
     if profile is None or not is_known:
         profile = measure_together(trial.model, trial.batch, trial.step, budget_bytes=budget_bytes)
+    elif profile.allocator is not None:  # it was measured in another process, or before other things were there
+        now = device_for(trial.device).allocator_state(
+            resident_bytes(trial.model, trial.batch, trial.step.optimizers),
+            {signature.name for signature in profile.signatures},
+        )
+        profile = replace(profile, allocator=now)
     return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tightfit.device import device_for
+from tightfit.device.memory import resident_bytes
 from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.interrupts import waiting_interrupts
@@ -146,6 +147,9 @@ def measure_step(
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
         overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
     component_bytes = _bytes_by_component(seen)
+    allocator = device_for(model).allocator_state(
+        resident_bytes(model, batch, step.optimizers), {signature.name for signature in signatures}
+    )
     return Profile(
         model=unsharded_class(model).__name__,
         fingerprint=fingerprint(model),
@@ -167,6 +171,7 @@ def measure_step(
         module_ms_per_op=overhead.module_ms_per_op,
         module_ms_per_call=overhead.module_ms_per_call,
         random_state_bytes=observer.random_state_bytes,
+        allocator=allocator,
         is_sharded=is_sharded(model),
         excluded=step.excluded,
         kept_whole=dict.fromkeys(sorted(compiled.callers), REASON),

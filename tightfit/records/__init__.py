@@ -1,5 +1,6 @@
 """The plain records that the four verbs exchange, as versioned JSON: `Profile`, `Plan`, `Verdict`. Needs no PyTorch."""
 
+from tightfit.records.allocator_state import AllocatorState
 from tightfit.records.decision import Action, Decision, ValueName
 from tightfit.records.plan import (
     DROPPED_SLOT_HOST_BYTES,
@@ -26,6 +27,7 @@ from tightfit.records.verdict import Verdict
 
 __all__ = [
     "Action",
+    "AllocatorState",
     "COMPONENTS",
     "DROPPED_SLOT_HOST_BYTES",
     "TAPED_OP_HOST_BYTES",

@@ -140,6 +140,14 @@ class Plan:
     kept_whole: Mapping[str, str] = field(default_factory=dict)
     """Paths of the modules whose own operations run as in the plain step, and why: ``<model>`` for the model's own,
     ``<loss>`` for code outside it."""
+    predicted_allocated_bytes: int = 0
+    """The most that the step has allocated at a moment; the peak where the allocator reserves nothing beyond it."""
+    predicted_reserved_bytes: int = 0
+    """The most that the allocator reserves for it, once steps find what earlier ones left in the cache; the peak where
+    it reserves nothing beyond what is allocated."""
+    flushes_per_step: int = 0
+    """How often a step meets the process's cap, and the allocator gives its whole cache back to go on: each waits for
+    the device."""
     exactness: str = "bitwise"
     """"bitwise": gradients are bit for bit those of the plain step. No plan promises less."""
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tightfit.records import json_codec
+from tightfit.records.allocator_state import AllocatorState
 from tightfit.records.checks import require
 
 #: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
@@ -204,6 +205,8 @@ class Profile:
     """Added to every moment: what collectives between processes may take, or what no trial run will confirm."""
     correction_bytes: int = 0
     """Added to every moment: what a trial run measured beyond (or below) the prediction."""
+    allocator: AllocatorState | None = None
+    """The device's caching allocator before the step; None where all that is freed goes back to the system."""
     mode_ms_per_op: float = 0.0
     """Time that a planned region costs for each operation that runs in it."""
     tape_ms_per_op: float = 0.0

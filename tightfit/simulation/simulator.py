@@ -13,7 +13,8 @@ recompute) and *conditional* is what `region_curve` returns.  The sum counts a s
 at the same time, so it is an upper bound there; a curve therefore names its holdings (`RegionCurve.holds`), with which
 `solve` counts such a storage once.  `simulate` itself counts each storage once.
 
-What it does not see: allocator slack, and memory that an operation takes in other ways than its measured workspace.
+What it does not see: memory that an operation takes in other ways than its measured workspace.  Where the allocator
+reserves more than is allocated, `tightfit.simulation.reserved` adds that.
 """
 
 from __future__ import annotations
@@ -128,6 +129,11 @@ class Simulation:
     replay_ms: float
     replayed_ops: tuple[int, ...]
     """Forward operations recomputed, in order of regions."""
+    allocated_bytes: int
+    reserved_bytes: int
+    """What the allocator reserves; the peak where that is no more than what is allocated."""
+    flushes: int = 0
+    """As `Plan.flushes_per_step`."""
 
 
 def fixed_peaks(index: ProfileIndex) -> list[int]:
@@ -141,7 +147,7 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
 _OF_A_REGION = (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT)
 
 
-def _models(
+def models_of(
     index: ProfileIndex, decisions: Sequence[Decision | None], shared_tapes: Sequence[SharedTape]
 ) -> list[RegionModel]:
     """Return what each region holds: one model for all that share a tape."""
@@ -166,7 +172,7 @@ def simulate(
     A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
     """
     profile = index.profile
-    models = _models(index, decisions, shared_tapes)
+    models = models_of(index, decisions, shared_tapes)
     # This loop is most of the time that a plan for a long chain takes: what is asked at every event is looked up first.
     nbytes_of, owner_of_slot, owner_of_op = index.activation_bytes, index.region_of_slot, index.region_of_op
     held = [0] * len(nbytes_of)
@@ -267,4 +273,6 @@ def simulate(
         step_ms=step_ms,
         replay_ms=replay_total,
         replayed_ops=tuple(replayed),
+        allocated_bytes=peak + offset,
+        reserved_bytes=peak + offset,
     )

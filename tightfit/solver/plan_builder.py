@@ -1,4 +1,4 @@
-"""Build a plan from one decision for every region, with every figure from `simulate`."""
+"""Build a plan from one decision for every region, with every figure from the simulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from tightfit.records import Decision, Plan, PlannedRegion, Recipe, SharedTape
 from tightfit.simulation.levers import BY_VALUE, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.simulator import Simulation, simulate
+from tightfit.simulation.reserved import simulate_in_totals
+from tightfit.simulation.simulator import Simulation
 
 
 def build_plan(
@@ -20,8 +21,8 @@ def build_plan(
 ) -> Plan:
     """Return the plan that follows the decisions; it may need more than the budget, which is only recorded."""
     profile = index.profile
-    plain = plain or simulate(index, [None] * len(profile.regions))
-    planned = simulate(index, decisions, shared_tapes)
+    plain = plain or simulate_in_totals(index, [None] * len(profile.regions))
+    planned = simulate_in_totals(index, decisions, shared_tapes)
     recipes: dict[Recipe, int] = {}
     numbers = [-1] * len(decisions)
     for region, recipe in _recipes(index, decisions, shared_tapes):
@@ -51,6 +52,9 @@ def build_plan(
         optimizer=profile.optimizer,
         excluded=profile.excluded,
         kept_whole=profile.kept_whole,
+        predicted_allocated_bytes=planned.allocated_bytes,
+        predicted_reserved_bytes=planned.reserved_bytes,
+        flushes_per_step=planned.flushes,
     )
 
 

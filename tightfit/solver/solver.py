@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
 from tightfit.errors import BudgetInfeasible
-from tightfit.records import Decision, Plan, Profile
+from tightfit.records import Decision, Plan, Profile, SharedTape
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.reserved import simulate_in_totals
 from tightfit.simulation.simulator import Simulation, simulate
 from tightfit.solver.assignment import Assignment
 from tightfit.solver.column_generation import ColumnPool
@@ -27,6 +29,9 @@ _RECURSIVE_SHARE = 0.9
 DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
+#: Limits of allocated bytes that are solved for until what is reserved is close to the budget, and how close that is.
+_MOST_LIMITS = 6
+_NEAR_LIMIT = 0.01
 
 
 class Solver:
@@ -36,10 +41,11 @@ class Solver:
         self.profile = profile
         self.index = ProfileIndex(profile)
         self._solved: dict[int, Plan] = {}
+        self._of_limits: dict[int, Plan] = {}  # by the limit of allocated bytes, see `_solve_in_totals`
 
     @cached_property
     def _plain(self) -> Simulation:
-        return simulate(self.index, [None] * len(self.profile.regions))
+        return simulate_in_totals(self.index, [None] * len(self.profile.regions))
 
     @cached_property
     def _source(self) -> ColumnSource:
@@ -69,24 +75,36 @@ class Solver:
 
     def smallest(self) -> Simulation:
         """Return the step with the smallest peak."""
-        found = self.smallest_at_one_level()
-        return min([found, *(c.simulation for c in self._recursive)], key=lambda walked: walked.peak_bytes)
+        return self._smallest[0]
 
     def smallest_plan(self) -> Plan:
         """Return the plan with the smallest peak, which is its budget.  It follows from sizes, not from times."""
-        found = self.smallest()
-        for candidate in self._recursive:
-            if candidate.simulation is found:
-                decisions, shared = candidate.decisions, candidate.shared_tapes
-                return build_plan(self.index, decisions, found.peak_bytes, 0.0, self._plain, shared)
-        return build_plan(self.index, self._structure.smallest[1], found.peak_bytes, plain=self._plain)
+        found, decisions, shared = self._smallest
+        return build_plan(self.index, decisions, found.peak_bytes, 0.0, self._plain, shared)
+
+    @cached_property
+    def _smallest(self) -> tuple[Simulation, Sequence[Decision | None], Sequence[SharedTape]]:
+        rivals: list[tuple[Simulation, Sequence[Decision | None], Sequence[SharedTape]]]
+        rivals = [(self.smallest_at_one_level(), self._structure.smallest[1], ())]
+        for one in self._recursive:
+            walked = one.simulation
+            if self.profile.allocator is not None:
+                walked = simulate_in_totals(self.index, one.decisions, one.shared_tapes)
+            rivals.append((walked, one.decisions, one.shared_tapes))
+        return min(rivals, key=lambda rival: rival[0].peak_bytes)
 
     def smallest_at_one_level(self) -> Simulation:
         """Return the step with the smallest peak without recursive recomputation."""
-        return self._smallest
+        return self._one_level_in_totals
 
     @cached_property
-    def _smallest(self) -> Simulation:
+    def _one_level_in_totals(self) -> Simulation:
+        if self.profile.allocator is None:
+            return self._one_level
+        return simulate_in_totals(self.index, self._structure.smallest[1])
+
+    @cached_property
+    def _one_level(self) -> Simulation:
         return simulate(self.index, self._structure.smallest[1])
 
     @cached_property
@@ -98,7 +116,7 @@ class Solver:
         """
         if self.index.profile.is_sharded or not any(facts.slots for facts in self.index.facts):
             return []
-        least_ms = _RECURSIVE_SHARE * (self._smallest.step_ms - self._plain.step_ms)
+        least_ms = _RECURSIVE_SHARE * (self._one_level.step_ms - self._plain.step_ms)
         return [
             candidate
             for candidate in RecursivePlans(self.index).all()
@@ -115,7 +133,8 @@ class Solver:
             return self.plain(budget_bytes)
         usable_bytes = self._usable_bytes(budget_bytes)
         if usable_bytes not in self._solved:
-            self._solved[usable_bytes] = self._not_slower(self._solve(usable_bytes))
+            solve = self._solve if self.profile.allocator is None else self._solve_in_totals
+            self._solved[usable_bytes] = self._not_slower(solve(usable_bytes))
         return replace(self._solved[usable_bytes], budget_bytes=budget_bytes)
 
     def _usable_bytes(self, budget_bytes: int) -> int:
@@ -140,8 +159,41 @@ class Solver:
             budget_bytes -= 1
         return min(budget_bytes, self._plain.peak_bytes)
 
+    def _solve_in_totals(self, budget_bytes: int) -> Plan:
+        """Return the fastest plan found for which the process holds no more than the budget.
+
+        What the allocator reserves beyond what is allocated is known of a plan, not before.  So plans are solved for
+        limits of what is allocated, the next one lower by what the last one was too much, then in between.
+        """
+        state = self.profile.allocator
+        assert state is not None
+        if budget_bytes < self.smallest().peak_bytes:  # what is named as the smallest budget is it, by chance or not
+            raise self._infeasible(budget_bytes)
+        least_bytes = min(walked.peak_bytes for walked in (self._one_level, *(c.simulation for c in self._recursive)))
+        limit_bytes = budget_bytes - state.outside_bytes - state.beside_bytes
+        for _ in range(_MOST_LIMITS):
+            over_bytes = {limit: plan.predicted_peak_bytes - budget_bytes for limit, plan in self._of_limits.items()}
+            fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=0)
+            exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=limit_bytes + 1)
+            if exceeds_bytes <= limit_bytes:
+                limit_bytes = (
+                    (fits_bytes + exceeds_bytes) // 2 if fits_bytes else exceeds_bytes - over_bytes[exceeds_bytes]
+                )
+            if limit_bytes < least_bytes or exceeds_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
+                break
+            self._of_limits[limit_bytes] = self._solve(limit_bytes)
+        fitting = [plan for plan in self._of_limits.values() if plan.predicted_peak_bytes <= budget_bytes]
+        found = min(fitting, key=lambda plan: plan.predicted_step_ms, default=None)
+        return replace(found or self.smallest_plan(), budget_bytes=budget_bytes)
+
+    def _infeasible(self, budget_bytes: int) -> BudgetInfeasible:
+        required, where = self.minimum_budget()
+        breakdown, switched_off = self.smallest().breakdown, self.profile.switched_off
+        return BudgetInfeasible(required, budget_bytes, where, breakdown, switched_off=switched_off)
+
     def _solve(self, budget_bytes: int) -> Plan:
-        one_level = self.smallest_at_one_level()
+        """Return the fastest plan whose allocated bytes are within the budget."""
+        one_level = self._one_level
         if budget_bytes >= one_level.peak_bytes:
             plan = self._solve_at_one_level(budget_bytes)
             added_ms = plan.predicted_step_ms - plan.plain_step_ms
@@ -151,9 +203,7 @@ class Solver:
             return plan if recursive is None or recursive.predicted_step_ms >= plan.predicted_step_ms else recursive
         found = self._fastest_recursive(budget_bytes)
         if found is None:
-            required, where = self.minimum_budget()
-            breakdown, switched_off = self.smallest().breakdown, self.profile.switched_off
-            raise BudgetInfeasible(required, budget_bytes, where, breakdown, switched_off=switched_off)
+            raise self._infeasible(budget_bytes)
         return found
 
     def _fastest_recursive(self, budget_bytes: int) -> Plan | None:
@@ -175,7 +225,11 @@ class Solver:
         decisions, bound_of_region = refine(pool, decisions, budget_bytes)
         decisions = self._lighten(decisions, budget_bytes)
         plan = build_plan(self.index, decisions, budget_bytes, max(*bounds, bound_of_region), self._plain)
-        assert plan.predicted_peak_bytes <= budget_bytes, "a plan's columns and its simulation disagree"
+        in_solver_terms = plan.predicted_peak_bytes
+        if (state := self.profile.allocator) is not None:
+            cached_bytes = plan.predicted_reserved_bytes - plan.predicted_allocated_bytes
+            in_solver_terms -= cached_bytes + state.beside_bytes + state.outside_bytes
+        assert in_solver_terms <= budget_bytes, "a plan's columns and its simulation disagree"
         return plan
 
     def _not_slower(self, plan: Plan) -> Plan:

@@ -35,6 +35,8 @@ class TrainMemorySettings(MemorySettings):
     """auto: recompute as little as the budget allows; full: all that can be recomputed; off: nothing"""
     reference_memory: str | None = None
     """Memory that the proof may use to run the plain step for comparison (default: the budget)"""
+    memory_cap: bool = False
+    """Let PyTorch's allocator reserve no more than the budget, so that it is kept in every step (CUDA)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ def _fit_together(
                 grad_checkpoint=config.grad_checkpoint,
                 reference_budget_bytes=reference_bytes,
                 profile=profile,
+                memory_cap=config.memory_cap,
             )
 
     group = work.group

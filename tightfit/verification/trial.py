@@ -27,6 +27,8 @@ from tightfit.verification.marks import Keep, keeper
 from tightfit.verification.results import Results, results_of
 
 _TIMING_ROUNDS = 3
+#: Steps of a training after which the allocator's cache is taken to be as it stays.
+_MOST_WARM_UP_STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,17 @@ class Trial:
             self._given = self._start = None
 
     def run_self_checked(self, applied: Applied, steps: int = 1) -> Outcome:
-        """Run the installed plan: first one step in which every region checks its replay, then `steps`, metered."""
+        """Run the installed plan: first one step in which every region checks its replay, then `steps`, metered.
+
+        Where the allocator keeps what is freed, the peak is that of a whole training's first steps.
+        """
         if any(self.group.all_gather(applied.installed)):
             self.go_to_start()
             self._planned(applied).run(self.model, self.batch)
-        return self.run_planned(applied, steps)
+        outcome = self.run_planned(applied, steps)
+        if not device_for(self.device).caches_memory:
+            return outcome
+        return replace(outcome, peak_bytes=max(outcome.peak_bytes, self._training_peak(self._planned(applied))))
 
     def run_planned(
         self,
@@ -122,6 +130,28 @@ class Trial:
                     plain_ms.append(device_for(self.device).time_ms(lambda: self.step.run(self.model, self.batch)))
         return statistics.median(planned_ms), statistics.median(plain_ms) if plain else 0.0
 
+    def _training_peak(self, step: Step) -> int:
+        """Return the peak of steps that begin where the user's will, repeated until they take no more.
+
+        The first one finds no gradients and no optimizer state, perhaps, and makes them between activations, where they
+        lie in the way of all others.  Then gradients are freed after each step, or kept: both are run.
+        """
+        assert self._given is not None
+        self._start = None  # it holds the optimizer's state
+        self._given.restore()
+        device_for(self.device).give_back()
+        most = 0
+        for keeps_gradients in (False, True):
+            before = -1
+            for _ in range(_MOST_WARM_UP_STEPS):
+                _, peak = meter.measure_peak(lambda: step.run(self.model, self.batch), 0, self.device, from_empty=False)
+                most = max(most, peak)
+                if not any(self.group.all_gather(peak != before)):
+                    break
+                before = peak
+                _clear_gradients(self.model, keeps_gradients)
+        return most
+
     def _planned(self, applied: Applied) -> Step:
         return replace(self.step, around_loss=lambda: applied.step(self.batch))
 
@@ -130,7 +160,10 @@ class Trial:
         if self._start is not None:
             self._start.restore()
             return
-        self._given = TrainingState(self.model, self.step.optimizers, also=(self.batch,))
+        if self._given is None:
+            self._given = TrainingState(self.model, self.step.optimizers, also=(self.batch,))
+        else:
+            self._given.restore()
         try:
             self._start = self._reach_steady_state(self._given)
         except BaseException:
@@ -170,9 +203,7 @@ class Trial:
                 name = f"loss of step {number}"
                 results[name] = keep(name, step_loss)
                 if number < steps:
-                    for parameter in self.model.parameters():
-                        if parameter.grad is not None:
-                            parameter.grad.zero_()
+                    _clear_gradients(self.model, keep=True)
         for name, parameter in self.model.named_parameters():
             results[f"parameter {name}"] = keep(f"parameter {name}", local_shard(parameter))
         return Outcome(
@@ -183,3 +214,11 @@ class Trial:
             mismatches=counts.mismatches + counts.unplanned_calls,
             tape_host_bytes=(counts.taped_ops * TAPED_OP_HOST_BYTES + counts.dropped_slots * DROPPED_SLOT_HOST_BYTES),
         )
+
+
+def _clear_gradients(model: torch.nn.Module, keep: bool) -> None:
+    for parameter in model.parameters():
+        if not keep:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            parameter.grad.zero_()

@@ -6,7 +6,16 @@ A new lever is a file here and an entry in `LEVERS`.
 from __future__ import annotations
 
 from tightfit.errors import PlanMismatch
-from tightfit.simulation.levers.lever import NOTHING, Lever, Moment, RegionModel, ValueCosts, ValueLever
+from tightfit.simulation.levers.lever import (
+    NOTHING,
+    Lever,
+    Moment,
+    RegionModel,
+    Request,
+    Requests,
+    ValueCosts,
+    ValueLever,
+)
 from tightfit.simulation.levers.module import ModuleLever
 from tightfit.simulation.levers.tape import TapeLever
 from tightfit.simulation.levers.untouched import UntouchedModel
@@ -40,6 +49,8 @@ __all__ = [
     "Lever",
     "Moment",
     "RegionModel",
+    "Request",
+    "Requests",
     "UntouchedModel",
     "ValueCosts",
     "ValueLever",

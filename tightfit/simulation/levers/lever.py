@@ -26,6 +26,38 @@ class Moment:
 NOTHING = Moment()
 
 
+class Request(NamedTuple):
+    """One thing asked of the allocator: memory for something, or to free it."""
+
+    thing: int
+    """Which: a storage by its index; what recomputation makes by other numbers."""
+    nbytes: int
+    """Its size; 0: it is freed."""
+
+
+#: The thing that is the workspace of the operation that runs. It is freed before the next one begins.
+_WORKSPACE = -(2**62)
+
+
+class Requests(list[Request]):
+    """What is asked of the allocator, in order; nothing is asked for what takes no bytes."""
+
+    def make(self, thing: int, nbytes: int) -> None:
+        """Ask for memory."""
+        if nbytes:
+            self.append(Request(thing, nbytes))
+
+    def free(self, thing: int, nbytes: int, instead: int = 0) -> None:
+        """Free what took so many bytes."""
+        if nbytes:
+            self.append(Request(thing, instead))
+
+    def work(self, nbytes: int) -> None:
+        """Ask for an operation's workspace, and free it."""
+        self.make(_WORKSPACE, nbytes)
+        self.free(_WORKSPACE, nbytes)
+
+
 class RegionModel(Protocol):
     """What a region (or several that share a tape) holds under its decision, event by event."""
 
@@ -33,6 +65,9 @@ class RegionModel(Protocol):
     """Saved tensors that the decision is about."""
     replayed_ops: list[int]
     """Operations recomputed so far, in order, as often as they are."""
+
+    requests: Requests | None
+    """Where recomputation writes down what it asks of the allocator; None: nowhere."""
 
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of the model's regions, in their order."""

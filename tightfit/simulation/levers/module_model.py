@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tightfit.records import Event, EventKind
-from tightfit.simulation.levers.lever import Moment
+from tightfit.simulation.levers.lever import Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
 
 
@@ -31,6 +31,8 @@ class ModuleModel:
         """Saved tensors that the decision is about."""
         self.replayed_ops: list[int] = []
         """Operations that run again, in order, once they have."""
+        self.requests: Requests | None = None
+        """Where the second call writes down what it asks of the allocator; None: nowhere."""
         self._own = facts.own
         # The generator's state before the call is noted; and after it, to see whether anything was random.
         self._state_bytes = profile.random_state_bytes
@@ -97,7 +99,12 @@ class ModuleModel:
             return 0
         storage = self._profile.values[value].storage
         self._copies[storage] -= 1
-        return 0 if self._copies[storage] else self._profile.storages[storage].nbytes
+        if self._copies[storage]:
+            return 0
+        nbytes = self._profile.storages[storage].nbytes
+        if self.requests is not None:
+            self.requests.free(_copy_of(storage), nbytes)
+        return nbytes
 
     def _recompute(self, moment: Moment) -> None:
         profile = self._profile
@@ -108,7 +115,10 @@ class ModuleModel:
             storage, change = -1, 0
             if kind == EventKind.OP:
                 self.replayed_ops.append(a)
-                highest = max(highest, level + profile.signatures[profile.ops[a].signature].workspace_bytes)
+                workspace_bytes = profile.signatures[profile.ops[a].signature].workspace_bytes
+                highest = max(highest, level + workspace_bytes)
+                if self.requests is not None:
+                    self.requests.work(workspace_bytes)
             elif kind in (EventKind.ALLOC, EventKind.FREE):
                 storage, change = a, 1 if kind == EventKind.ALLOC else -1
             elif kind == EventKind.SAVE and profile.slots[a].value in self._own:
@@ -117,11 +127,23 @@ class ModuleModel:
                 continue
             before, references[storage] = references[storage], references[storage] + change
             if bool(before) != bool(references[storage]):
-                level += change * profile.storages[storage].nbytes
+                nbytes = profile.storages[storage].nbytes
+                level += change * nbytes
+                if self.requests is not None:
+                    ask = self.requests.make if change > 0 else self.requests.free
+                    ask(_copy_of(storage), nbytes)
             highest = max(highest, level)
         for slot in self._unreleased:
             value = profile.slots[slot].value
             if value in self._own:
                 self._copies[profile.values[value].storage] += 1
+        if self.requests is not None:
+            for storage, count in references.items():
+                if count and storage not in self._copies:
+                    self.requests.free(_copy_of(storage), profile.storages[storage].nbytes)
         moment.memo_delta = sum(profile.storages[storage].nbytes for storage in self._copies)
         moment.spike = highest
+
+
+def _copy_of(storage: int) -> int:
+    return -1 - storage

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tightfit.records import Decision, EventKind
 from tightfit.records.recompute_tree import RecomputeTree
-from tightfit.simulation.levers.lever import NOTHING, Moment
+from tightfit.simulation.levers.lever import NOTHING, Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.schedule import Pass, Schedule, ScheduledOp, ScheduledValue
 
@@ -61,6 +62,9 @@ class TapeModel(Schedule[_Value, _Op]):
         """Operations in the order of their replay, as often as they are replayed."""
         self.slots = frozenset(facts.slots)
         """Saved tensors that the decisions are about."""
+        self.requests: Requests | None = None
+        """Where replay writes down what it asks of the allocator; None: nowhere."""
+        self._made: dict[int, _Value] = {}  # what is asked for, by its number, and not yet known to last
         self._last_region = first + len(decisions) - 1
         self._bytes = 0  # of memos, and of random states that wait for their operation to run again
         self._moment = NOTHING
@@ -161,6 +165,8 @@ class TapeModel(Schedule[_Value, _Op]):
 
     def _end(self) -> Moment:
         """Return what was noted."""
+        if self._made:
+            self._free_passed({})
         self._moment.memo_delta = self._bytes - self._bytes_before
         return self._moment
 
@@ -198,10 +204,34 @@ class TapeModel(Schedule[_Value, _Op]):
             memo = value.memo
             if self._may_overwrite(value, going_on, finished) and memo is not None and value.memo is None:
                 self._bytes -= memo
+                self._free_memo(value)
         # While a random operation runs again, the generator's present state is put aside beside the recorded one.
         within = op.made_bytes + op.workspace_bytes + op.random_bytes + sum(going_on.memos.values())
         self._moment.spike = max(self._moment.spike, self._bytes + within - self._bytes_before)
         self.replayed_ops.append(op.order)
+        if self.requests is not None:
+            self._free_passed(going_on.memos)
+            for value in op.outputs:
+                number = id(value) + (value.memo is not None)  # made a second time, for another result
+                self._made[number] = value
+                self.requests.make(number, value.nbytes)
+            self.requests.work(op.workspace_bytes)
+
+    def _free_passed(self, passing: Mapping[_Value, Any]) -> None:
+        """Write down that what was made, and neither lasts nor is passed on, is freed."""
+        assert self.requests is not None
+        for number, value in list(self._made.items()):
+            if number == id(value) and (value.memo is not None or value in passing):
+                if value.memo is not None:
+                    del self._made[number]
+                continue
+            del self._made[number]
+            self.requests.free(number, value.nbytes)
+
+    def _free_memo(self, value: _Value) -> None:
+        if self.requests is not None:
+            self._made.pop(id(value), None)
+            self.requests.free(id(value), value.nbytes)
 
     def _take(self, value: _Value, made: None, lasts: bool) -> int:
         if lasts:
@@ -212,6 +242,7 @@ class TapeModel(Schedule[_Value, _Op]):
         if value.memo is not None:
             self._bytes -= value.memo
             value.memo = None
+            self._free_memo(value)
         if value.is_held:
             value.is_held = False
             self._moment.released.append(value.storage)

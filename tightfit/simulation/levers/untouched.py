@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tightfit.records import EventKind
-from tightfit.simulation.levers.lever import NOTHING, Moment
+from tightfit.simulation.levers.lever import NOTHING, Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
 
 
@@ -14,6 +14,7 @@ class UntouchedModel:
         self._profile = index.profile
         self.slots = frozenset(index.facts[region].slots)
         self.replayed_ops: list[int] = []
+        self.requests: Requests | None = None
 
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: what autograd saves is held until it is released."""

@@ -1,0 +1,116 @@
+"""`memory_cap=True`: the budget as a cap on what the allocator reserves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tightfit
+from tightfit.errors import BudgetInfeasible, UnsupportedInput
+from tightfit.solver.solver import Solver
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.pow(2).mean()
+
+
+def make() -> tuple[nn.Module, Tensor, torch.optim.Optimizer]:
+    model = Layers().to("cuda")
+    return model, torch.randn(8192, 512, device="cuda"), torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.fixture(autouse=True)
+def fraction_of_one() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def capped_bytes() -> float:
+    return torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1]
+
+
+def test_the_cap_is_the_budget_and_goes_with_the_plan() -> None:
+    model, batch, optimizer = make()
+    profile = tightfit.measure(model, batch, optimizer=optimizer)
+    solver = Solver(profile)
+    smallest, plain = solver.minimum_budget()[0], solver.plain(0).predicted_peak_bytes
+    budget = (smallest + plain) // 2
+    applied = tightfit.fit(model, batch, budget=budget, optimizer=optimizer, memory_cap=True)
+    assert profile.allocator is not None
+    assert capped_bytes() == pytest.approx(budget - profile.allocator.outside_bytes, abs=1)
+    torch.cuda.reset_accumulated_memory_stats()
+    for step in range(6):
+        torch.cuda.reset_peak_memory_stats()
+        applied.loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=step < 3)
+        assert torch.cuda.max_memory_reserved() <= budget
+    assert applied.plan.flushes_per_step <= 1
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(budget, dtype=torch.uint8, device="cuda")
+    applied.remove()
+    assert torch.cuda.get_per_process_memory_fraction() == 1.0
+
+
+def test_a_lower_cap_stays_and_comes_back() -> None:
+    model, batch, optimizer = make()
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    applied = tightfit.fit(model, batch, budget="50%", optimizer=optimizer, memory_cap=True)
+    assert torch.cuda.get_per_process_memory_fraction() == 0.25
+    applied.remove()
+    assert torch.cuda.get_per_process_memory_fraction() == 0.25
+
+
+def test_a_fit_that_fails_puts_the_cap_back() -> None:
+    model, batch, optimizer = make()
+    torch.cuda.set_per_process_memory_fraction(0.5)
+    with pytest.raises(BudgetInfeasible):
+        tightfit.fit(model, batch, budget=200 * MIB, optimizer=optimizer, memory_cap=True)
+    assert torch.cuda.get_per_process_memory_fraction() == 0.5
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_ALLOC_CONF"])
+def test_what_is_not_modelled_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = "1" if name == "PYTORCH_NO_CUDA_MEMORY_CACHING" else "throw_on_cudamalloc_oom:True"
+    monkeypatch.setitem(os.environ, name, value)
+    monkeypatch.setattr("tightfit._torch_private.torch._C._accelerator_getAllocatorSettings", str, raising=False)
+    model, batch, optimizer = make()
+    with pytest.raises(UnsupportedInput, match=value.partition(":")[0] if ":" in value else name):
+        tightfit.fit(model, batch, optimizer=optimizer)
+
+
+def test_tensors_beside_the_step_and_cublas_s_workspaces_are_counted() -> None:
+    model, batch, optimizer = make()
+    allocator: list[Any] = []
+    for beside in (0, 300):
+        held = torch.empty(beside * MIB, dtype=torch.uint8, device="cuda")
+        allocator.append(tightfit.measure(model, batch, optimizer=optimizer).allocator)
+        del held
+    assert allocator[1].beside_bytes - allocator[0].beside_bytes == 300 * MIB
+    torch.cuda.empty_cache()
+    for _ in range(2):
+        model(batch).backward()
+        model.zero_grad()
+    torch.cuda.synchronize()
+    own = sum(-(-one.nbytes // 512) * 512 for one in (*model.parameters(), batch))
+    assert torch.cuda.memory_allocated() - own == allocator[0].beside_bytes

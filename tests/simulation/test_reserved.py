@@ -1,0 +1,141 @@
+"""What the allocator reserves for a step, and plans whose reserved bytes keep a budget."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from tests.solver.profiles import gpt_profile, random_profile
+from tightfit.errors import BudgetInfeasible
+from tightfit.records import AllocatorState, Decision, Profile
+from tightfit.simulation.levers import Request, Requests
+from tightfit.simulation.levers.module import can_recompute_module
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.reserved import reserved_for, saved_by_growing_segments, simulate_in_totals
+from tightfit.simulation.simulator import simulate
+from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests, requests_of
+from tightfit.solver.recursive import RecursivePlans
+from tightfit.solver.solver import Solver
+
+MIB = 2**20
+STATE = AllocatorState(settings="", capacity_bytes=2**36, beside_bytes=64 * MIB, outside_bytes=500 * MIB)
+
+
+def large_profile() -> Profile:
+    return replace(gpt_profile(2), allocator=STATE)
+
+
+def test_totals_count_the_cache_the_context_and_what_is_beside_the_step() -> None:
+    profile = large_profile()
+    index = ProfileIndex(profile)
+    nothing = [None] * len(profile.regions)
+    walked, totals = simulate(index, nothing), simulate_in_totals(index, nothing)
+    assert totals.allocated_bytes == walked.peak_bytes + STATE.beside_bytes
+    assert totals.reserved_bytes >= totals.allocated_bytes
+    assert totals.peak_bytes == totals.reserved_bytes + STATE.outside_bytes == sum(totals.breakdown.values())
+    without = replace(profile, allocator=None)
+    assert simulate_in_totals(ProfileIndex(without), nothing) == simulate(ProfileIndex(without), nothing)
+
+
+def test_a_budget_is_for_all_that_is_reserved() -> None:
+    solver = Solver(large_profile())
+    smallest, _ = solver.minimum_budget()
+    plain = solver.plain(0).predicted_peak_bytes
+    for share in (0.0, 0.5):
+        budget = int(smallest + share * (plain - smallest))
+        plan = solver.solve(budget)
+        assert plan.budget_bytes == budget
+        assert plan.predicted_peak_bytes <= budget
+        assert plan.predicted_allocated_bytes <= plan.predicted_reserved_bytes
+        assert plan.predicted_reserved_bytes + STATE.outside_bytes == plan.predicted_peak_bytes
+        plan.check()
+    assert solver.solve(plain).is_plain
+    with pytest.raises(BudgetInfeasible) as refused:
+        solver.solve(smallest - 1)
+    assert refused.value.required_bytes == smallest
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_asked_for_adds_up_to_what_the_simulator_counts(seed: int) -> None:
+    profile = random_profile(seed, regions=4)
+    if seed % 2:  # an operation's result can be empty
+        chance = random.Random(seed)
+        storages = tuple(
+            one if one.component != "activation" or chance.random() < 0.8 else replace(one, nbytes=0)
+            for one in profile.storages
+        )
+        profile = replace(profile, storages=storages)
+    profile = replace(profile, regions=tuple(replace(one, module_recomputable=True) for one in profile.regions))
+    index = ProfileIndex(profile)
+    whole = [Decision("module") if can_recompute_module(index, region) else None for region in range(len(index.facts))]
+    full = [Decision("tape") if facts.slots else None for facts in index.facts]
+    plans = [([None] * len(full), ()), (full, ()), (whole, ())]
+    plans += [(list(one.decisions), one.shared_tapes) for one in RecursivePlans(index).all()]
+    for decisions, shared in plans:
+        step = requests_of(index, decisions, shared)
+        alive: dict[int, int] = {}
+        level = highest = 0
+        for thing, nbytes in (*step.forward_backward, *step.optimizer):
+            if nbytes > 0:
+                assert thing not in alive
+                alive[thing] = nbytes
+                level += nbytes
+            else:
+                level -= alive.pop(thing)
+            highest = max(highest, level)
+        walked = simulate(index, decisions, shared)
+        counted = walked.peak_bytes - profile.baseline_bytes - profile.correction_bytes - profile.margin_bytes
+        assert highest <= counted
+        assert highest >= 0.9 * counted
+
+
+def test_growing_segments_save_what_lies_in_between() -> None:
+    profile = large_profile()
+    plain = [None] * len(profile.regions)
+    saved = saved_by_growing_segments(ProfileIndex(profile), plain)
+    assert saved > 0
+    growing = ProfileIndex(replace(profile, allocator=replace(STATE, settings="expandable_segments:True")))
+    reserved = simulate_in_totals(ProfileIndex(profile), plain).reserved_bytes
+    assert simulate_in_totals(growing, plain).reserved_bytes == reserved - saved
+    assert saved_by_growing_segments(growing, plain) == 0
+    assert saved_by_growing_segments(ProfileIndex(replace(profile, allocator=None)), plain) == 0
+
+
+def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:
+    return StepRequests(held=(), gradients=gradients, states=(), forward_backward=Requests(requests))
+
+
+def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
+    # The smaller block that is asked for first takes the larger segment that the last step left, from the second on.
+    step = step_of(Request(1, 30 * MIB), Request(2, 40 * MIB), Request(1, 0), Request(2, 0))
+    first = replace(STATE, beside_bytes=0)
+    assert reserved_for(step, first).peak_bytes == 70 * MIB
+    growing = step_of(
+        Request(1, 30 * MIB), Request(1, 0), Request(2, 40 * MIB), Request(3, 30 * MIB), Request(2, 0), Request(3, 0)
+    )
+    assert reserved_for(growing, first).peak_bytes == 70 * MIB
+
+
+def test_gradients_are_freed_after_each_step_or_kept() -> None:
+    step = step_of(Request(1, 50 * MIB), Request(1, BECOMES_GRADIENT), gradients=(50 * MIB,))
+    assert reserved_for(step, replace(STATE, beside_bytes=0)).peak_bytes == 100 * MIB
+
+
+def test_under_a_cap_a_step_flushes_the_cache_or_counts_without_one() -> None:
+    step = step_of(Request(1, 60 * MIB), Request(1, 0), Request(2, 80 * MIB), Request(2, 0))
+    alone = replace(STATE, beside_bytes=0)
+    assert reserved_for(step, alone).peak_bytes == 140 * MIB
+    assert reserved_for(step, replace(alone, cap_bytes=200 * MIB)) == reserved_for(step, alone)
+    # From the second step on, the larger block serves both.
+    capped = reserved_for(step, replace(alone, cap_bytes=100 * MIB))
+    assert (capped.peak_bytes, capped.flushes) == (80 * MIB, 0)
+    changing = step_of(
+        Request(1, 60 * MIB), Request(2, 30 * MIB), Request(1, 0), Request(2, 0), Request(3, 85 * MIB), Request(3, 0)
+    )
+    capped = reserved_for(changing, replace(alone, cap_bytes=120 * MIB))
+    assert capped.peak_bytes <= 120 * MIB < reserved_for(changing, alone).peak_bytes
+    # Where memory would run out nevertheless, the cap is not counted on.
+    impossible = reserved_for(step, replace(alone, cap_bytes=70 * MIB))
+    assert impossible == reserved_for(step, alone)

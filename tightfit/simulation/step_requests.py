@@ -1,0 +1,107 @@
+"""Write down what a planned step asks of the device's allocator, in order: `simulate` with names instead of sums."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tightfit.records import Decision, EventKind, Profile, SharedTape
+from tightfit.simulation.levers import NOTHING, Requests
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.simulator import models_of
+
+#: By which autograd adds to a gradient that is there already.
+_ACCUMULATION = "aten.add_.Tensor"
+#: In place of a size: freed if the gradient was there before, else it becomes the gradient.
+BECOMES_GRADIENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequests:
+    """What one step asks for, and what is there before it."""
+
+    held: tuple[int, ...]
+    """Sizes of parameters, buffers and the batch, in the order in which they are there."""
+    gradients: tuple[int, ...]
+    states: tuple[int, ...]
+    """Sizes of the optimizer's state, which its first step makes."""
+    forward_backward: Requests = field(default_factory=Requests)
+    """One pass; a step may consist of several."""
+    optimizer: Requests = field(default_factory=Requests)
+
+
+def requests_of(
+    index: ProfileIndex, decisions: Sequence[Decision | None], shared_tapes: Sequence[SharedTape] = ()
+) -> StepRequests:
+    """Walk the step with one decision per region (`None`: untouched)."""
+    profile = index.profile
+    found = StepRequests(
+        held=_resident(profile, "parameters") + _resident(profile, "buffers") + _resident(profile, "batch"),
+        gradients=_resident(profile, "gradients"),
+        states=_resident(profile, "optimizer_state"),
+    )
+    models = models_of(index, decisions, shared_tapes)
+    now = found.forward_backward
+    for model in models:
+        model.requests = now
+    nbytes_of = index.activation_bytes
+    held = [0] * len(nbytes_of)
+    accumulated = _accumulated(profile)
+
+    def change(storage: int, by: int, instead: int = 0) -> None:
+        before = held[storage]
+        held[storage] = before + by
+        if not before:
+            now.make(storage, nbytes_of[storage])
+        elif not held[storage]:
+            now.free(storage, nbytes_of[storage], instead)
+
+    for time, (kind, a) in enumerate(profile.events):
+        if kind == EventKind.ALLOC:
+            change(a, +1)
+        elif kind == EventKind.FREE:
+            change(a, -1, BECOMES_GRADIENT if time in accumulated else 0)
+        elif kind == EventKind.OPTIMIZER:
+            now = found.optimizer
+        elif kind == EventKind.OTHER_OP:
+            now.work(index.fixed_spikes.get(time, 0))
+        elif kind in (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT):
+            if kind == EventKind.OP:
+                now.work(index.fixed_spikes.get(time, 0))
+            owner = index.region_of_op[a] if kind == EventKind.OP else a
+            if kind not in (EventKind.OP, EventKind.EXIT):
+                owner = index.region_of_slot[a]
+            model = models[owner]
+            moment = model.handle(kind, a)
+            if a in index.fixed_slots and a not in model.slots and kind in (EventKind.SAVE, EventKind.RELEASE):
+                change(profile.values[profile.slots[a].value].storage, 1 if kind == EventKind.SAVE else -1)
+            if moment is not NOTHING:
+                for storage in moment.acquired:
+                    change(storage, +1)
+                for storage in moment.released:
+                    change(storage, -1)
+    return found
+
+
+def _resident(profile: Profile, component: str) -> tuple[int, ...]:
+    return tuple(one.nbytes for one in profile.storages if one.component == component and one.nbytes)
+
+
+def _accumulated(profile: Profile) -> set[int]:
+    """Return the events at which what is freed has just been added to a gradient.
+
+    A profile's gradients are there before the step.  Where they are not, autograd keeps what it would have added.
+    """
+    missing = Counter(_resident(profile, "gradients"))
+    found = set()
+    events = profile.events
+    for time, (kind, a) in enumerate(events[:-1]):
+        after = events[time + 1]
+        if kind != EventKind.OTHER_OP or after.kind != EventKind.FREE:
+            continue
+        nbytes = profile.storages[after.a].nbytes
+        if profile.signatures[a].name == _ACCUMULATION and missing[nbytes]:
+            missing[nbytes] -= 1
+            found.add(time + 1)
+    return found
