@@ -139,7 +139,6 @@ class Trial:
 
     def _reach_steady_state(self, given: TrainingState) -> TrainingState:
         """Make gradients and the optimizer's state resident, and note the state in which runs start."""
-        device_for(self.device).give_back()  # or what stays would lie in large blocks that an allocator had left over
         without = [parameter for parameter in self.model.parameters() if parameter.grad is None]
         give_gradients(self.model)
         for optimizer in self.step.optimizers:
