@@ -122,7 +122,7 @@ class Trial:
         return replace(self.step, around_loss=lambda: applied.step(self.batch))
 
     def go_to_start(self) -> None:
-        """Put the model where each run starts from; `snapshot_at_start` and runs do so by themselves."""
+        """Put the model where each run starts from, as every run does by itself."""
         if self._start is not None:
             self._start.restore()
             return
