@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import tightfit
 from tightfit._torch_private import cuda_process_bytes
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
@@ -27,6 +28,7 @@ from tightfit.device.process_state import (
     set_device_random_states,
 )
 from tightfit.device.registry import accelerator_kind, device_named, devices, preferred_kind
+from tightfit.errors import UnsupportedInput
 from tightfit.operators.replayable import call_generator
 from tightfit.profiling.cost_cache import CostCache
 
@@ -283,3 +285,15 @@ def test_each_device_has_costs_of_its_own(tmp_path: Any, monkeypatch: pytest.Mon
         assert cache.get("call") is None
         cache.put("call", Cost(float(number), 0, ()))
         cache.save()
+
+
+def test_what_a_processor_frees_goes_back_so_that_nothing_is_reserved_or_capped() -> None:
+    cpu = device_for("cpu")
+    assert cpu.allocator_state(0, {"aten.mm.default"}) is None
+    assert not cpu.caches_memory
+    with cpu.uncapped():
+        pass
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(UnsupportedInput, match=r"memory_cap=True .* CPU has none.* Leave memory_cap out"):
+        tightfit.fit(model, torch.zeros(2, 4), loss=lambda m, b: m(b).sum(), memory_cap=True)
+    assert "forward" not in vars(model)

@@ -156,7 +156,7 @@ class Trial:
         return replace(self.step, around_loss=lambda: applied.step(self.batch))
 
     def go_to_start(self) -> None:
-        """Put the model where each run starts from; `snapshot_at_start` and runs do so by themselves."""
+        """Put the model where each run starts from, as every run does by itself."""
         if self._start is not None:
             self._start.restore()
             return
@@ -176,7 +176,6 @@ class Trial:
 
     def _reach_steady_state(self, given: TrainingState) -> TrainingState:
         """Make gradients and the optimizer's state resident, and note the state in which runs start."""
-        device_for(self.device).give_back()  # or what stays would lie in large blocks that an allocator had left over
         without = [parameter for parameter in self.model.parameters() if parameter.grad is None]
         give_gradients(self.model)
         for optimizer in self.step.optimizers:
