@@ -84,4 +84,6 @@ def _spec(argument: Any) -> Any:
         return tuple(_spec(a) for a in argument)
     if isinstance(argument, torch.Generator):
         return "<generator>"
+    if isinstance(argument, torch.UntypedStorage):  # cuDNN's LSTM gives its weights one; its repr reads every byte
+        return f"<storage of {argument.nbytes()} bytes>"
     return argument
