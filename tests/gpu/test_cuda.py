@@ -27,7 +27,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 MIB = 2**20
 # Seen on emulated devices before reserved bytes were predicted: named 408.9 MiB, then 410.0 were asked for.
 MORE_IS_RESERVED = pytest.mark.xfail(
-    reason="cuDNN's recurrent layers take about 100 MiB in a step that measuring does not see: the smallest budget that "
+    reason="recurrent layers by cuDNN take about 100 MiB that measuring does not see: the smallest budget that "
     "one fit names may be refused by the next",
 )
 
