@@ -72,6 +72,26 @@ def test_the_cap_is_the_budget_and_goes_with_the_plan() -> None:
     assert torch.cuda.get_per_process_memory_fraction() == 1.0
 
 
+@pytest.mark.xfail(
+    reason="912 MB were reserved of 724: planning a batch of a new size is inside the loop and unmetered"
+)
+def test_what_batches_of_other_sizes_leave_in_the_cache_keeps_no_step_from_the_budget() -> None:
+    model, batch, optimizer = make()
+    solver = Solver(tightfit.measure(model, batch, optimizer=optimizer))
+    smallest, plain = solver.minimum_budget()[0], solver.plain(0).predicted_peak_bytes
+    budget = smallest + (plain - smallest) // 4
+    applied = tightfit.fit(model, batch, budget=budget, optimizer=optimizer)
+    highest = 0
+    for step in range(20):
+        torch.cuda.reset_peak_memory_stats()
+        applied.loss(model, batch[: (8192, 5000, 6900, 3300)[step % 4]]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        highest = max(highest, torch.cuda.max_memory_reserved())
+    applied.remove()
+    assert highest <= budget
+
+
 def test_a_lower_cap_stays_and_comes_back() -> None:
     model, batch, optimizer = make()
     torch.cuda.set_per_process_memory_fraction(0.25)

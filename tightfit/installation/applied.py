@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tightfit.device import device_for
 from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch
 from tightfit.installation.optimizer_watch import OptimizerWatch
@@ -398,12 +399,28 @@ class Applied:
             self._installed.fast_paths = with_fast_paths(self._model)
             if wanted:
                 self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
+        if resolved is not self._resolved:
+            self._make_room(resolved.plan)
         self._resolved = resolved
         self._watch.expects_forward = self.installed
         self._watch.plan = resolved.plan or self._watch.plan
         self._installed.recipes = resolved.recipes
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
+
+    def _make_room(self, plan: Plan | None) -> None:
+        """Give the allocator's cache back where what other batches left in it could keep this plan from its budget.
+
+        What is cached for batches of other sizes may serve this one not at all.
+        """
+        device = device_for(self._model)
+        if not device.caches_memory or device.is_capturing():
+            return
+        budget_bytes = self.plan.budget_bytes
+        # A step without a plan is one that the budget is ample for.
+        needed_bytes = plan.predicted_peak_bytes - plan.baseline_bytes if plan is not None else budget_bytes // 2
+        if device.held_bytes() + needed_bytes > budget_bytes:
+            device.give_back()
 
     def _around(self, excluded: Sequence[str]) -> frozenset[str]:
         """Return the paths of all modules around the excluded ones, and the loss, which may call any."""
