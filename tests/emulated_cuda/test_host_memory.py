@@ -25,8 +25,7 @@ def bytes_for_each_parameter(model: nn.Module, step: Step, batch: torch.Tensor) 
     """Fit at half of what can be saved, and return the host bytes that this took, the batch's own copy left out."""
     profile = tightfit.measure(model, batch, step=step)
     solver = Solver(profile)
-    half = (solver.smallest().peak_bytes + solver.plain(0).predicted_peak_bytes) // 2
-    budget = half + 192 * 2**20  # for what is not predicted: workspaces, whole segments
+    budget = (solver.smallest().peak_bytes + solver.plain(0).predicted_peak_bytes) // 2
     applied, peak = measure_host_peak(
         lambda: tightfit.fit(
             model, batch, budget=budget, step=step, profile=profile, reference_budget_bytes=80 * 2**30

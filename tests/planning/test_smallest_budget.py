@@ -78,10 +78,10 @@ def test_an_estimated_workspace_is_not_scaled_up_from_tiny_operations() -> None:
     """What is estimated too low a trial run repairs; what is estimated too high refuses budgets that run."""
     names, sizes = ["mul", "mul", "mul", "add"], [8, 4 << 20, 64 << 20, 8]
     tiny = {0: Cost(0.1, 24, ()), 3: Cost(0.1, 800, ())}
-    assert costs._estimate(2, names, sizes, tiny).workspace_bytes <= sizes[2]
+    assert costs._estimate(2, names, sizes, tiny, timed=True).workspace_bytes <= sizes[2]
     near = {**tiny, 1: Cost(0.1, 1 << 20, ())}
-    assert costs._estimate(2, names, sizes, near).workspace_bytes == 16 << 20  # of the one nearest in size
-    assert costs._estimate(2, ["add", "sub", "mul", "add"], sizes, tiny).workspace_bytes == 0
+    assert costs._estimate(2, names, sizes, near, timed=True).workspace_bytes == 16 << 20  # of the one nearest in size
+    assert costs._estimate(2, ["add", "sub", "mul", "add"], sizes, tiny, timed=True).workspace_bytes == 0
 
 
 class Net(nn.Module):
