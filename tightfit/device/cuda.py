@@ -110,8 +110,10 @@ class CudaDevice(Device):
         with torch.cuda.stream(beside):
             for _ in range(_BESIDE_KERNELS):
                 numbers.sin_()
-        yield
-        beside.synchronize()  # before its memory is given back
+        try:
+            yield
+        finally:
+            beside.synchronize()  # before its memory is given back
 
     def name(self) -> str:
         """Name the GPU."""

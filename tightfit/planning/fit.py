@@ -25,8 +25,8 @@ from tightfit.planning.replan import Replanner
 from tightfit.planning.search import FoundPlan, ran_out_of_memory, search
 from tightfit.records import Profile, Verdict
 from tightfit.records.decision import GradCheckpoint
-from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.reserved import saved_by_growing_segments
+from tightfit.solver.solver import solver_of
 from tightfit.step.exclude import Exclude, excluded_paths
 from tightfit.step.key import ModelWatch, step_key
 from tightfit.step.model import check_model, device_of
@@ -181,7 +181,7 @@ def _failures_explained(budget: Budget, group: ProcessGroup) -> Iterator[None]:
 def _recommend_growing_segments(found: FoundPlan) -> None:
     """Say what PyTorch's allocator would save if its segments could grow, where that is worth a line."""
     plan = found.plan
-    saved_bytes = saved_by_growing_segments(ProfileIndex(found.profile), plan.decisions, plan.shared_tapes)
+    saved_bytes = saved_by_growing_segments(solver_of(found.profile).index, plan.decisions, plan.shared_tapes)
     if saved_bytes > _WORTH_SAYING * plan.predicted_reserved_bytes:
         _log.info(
             "with PYTORCH_ALLOC_CONF=expandable_segments:True the allocator would reserve %s less for this plan",

@@ -256,10 +256,9 @@ class ColumnPool:
             if capacity >= most:
                 continue  # the fastest within more bytes holds no more than these
             answer = self.program(region).within({middle: capacity}, {middle: frozenset()})
-            if answer is None:
-                return  # nor is there one within fewer
-            most = self.source.column(region, answer[1]).held_bytes
-            yield answer[1]
+            if answer is not None:
+                most = self.source.column(region, answer[1]).held_bytes
+                yield answer[1]
 
     def _low_peaks(self, region: int) -> Iterator[Decision]:
         """Yield decisions on the way to the lowest peak that the region itself reaches, from dropping all."""
