@@ -23,6 +23,7 @@ from tests.promises.training import adamw, differences, train
 from tightfit import Applied, Plan, UnsupportedInput
 from tightfit.cli.main import main
 from tightfit.installation.region_forward import RegionForward
+from tightfit.train.checkpoint import read_training_state
 
 BATCHES = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -114,8 +115,8 @@ def test_what_the_trainer_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     words = ["--model", "gpt-tiny", "--batch-size", "2", "--sequence-length", "16"]
     assert main(["train", *words, "--steps", "1", "--grad-checkpoint", "full"]) == 0
     run = tmp_path / "runs" / "python-source" / "gpt-tiny"
-    (file,) = run.glob("checkpoints/step-*/training.pt")
-    checkpoint = torch.load(file, weights_only=True)
+    (file,) = run.glob("checkpoints/step-*/training.safetensors")
+    checkpoint = read_training_state(file.parent)
     assert not Plan.load(run / "plan.json").is_plain, "nothing was recomputed"
     exported = load_file(run / "model.safetensors")
     assert all(torch.equal(exported[name], checkpoint["model"][name]) for name in exported)

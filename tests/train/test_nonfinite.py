@@ -11,6 +11,7 @@ import torch
 
 from tests.train.runs import metrics, weights
 from tightfit.cli.main import main
+from tightfit.train.checkpoint import read_training_state
 from tightfit.train.finiteness import is_finite
 
 MODEL = ["--model", "tests.train.user_code:own_loss_model"]
@@ -27,7 +28,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(run: str) -> dict[str, Any]:
     """The tensors of each checkpoint of a run."""
     found = sorted(Path("runs", run, "checkpoints").glob("step-*"))
-    return {path.name: torch.load(path / "training.pt", weights_only=True) for path in found}
+    return {path.name: read_training_state(path) for path in found}
 
 
 def all_finite(thing: Any) -> bool:

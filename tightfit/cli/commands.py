@@ -31,7 +31,7 @@ from tightfit.report.frontier_table import Curve, curve_figures, format_curve
 from tightfit.report.peers import load_peers
 from tightfit.report.plan_table import format_plan, format_table, plan_figures
 from tightfit.report.reporter import Reporter
-from tightfit.report.run_page import PAGE, read_run, render
+from tightfit.report.run_page import PAGE, read_and_render
 from tightfit.report.run_summary import format_summary
 from tightfit.report.text import batch_note, format_measuring, format_peak, format_verdict
 from tightfit.solver.frontier import frontier_of
@@ -44,6 +44,7 @@ from tightfit.train.dry_run import rehearse
 from tightfit.train.files import replacing, write_text
 from tightfit.train.launch.devices import choose_backend, take_device
 from tightfit.train.launch.launcher import launch, noting_failure
+from tightfit.train.launch.orphans import end_with_parent
 from tightfit.train.launch.rendezvous import process_group
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
@@ -73,6 +74,8 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     if isinstance(role, Alone):
         return _train(config, options, command, SINGLE_PROCESS, device, role.notice)
     prefix_messages(f"rank {role.rank}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     backend = choose_backend(device, config.dist_backend)
     with noting_failure(), process_group(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
         return _train(config, options, command, group, device, "")
@@ -197,10 +200,10 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
 def report(options: ReportOptions, command: Sequence[str]) -> int:
     """Write the page of a run's folder."""
     assert options.run_folder is not None
-    run = read_run(Path(options.run_folder))
+    run, page = read_and_render(Path(options.run_folder))
     target = Path(options.output) if options.output is not None else run.folder / PAGE
     try:
-        write_text(target, render(run))
+        write_text(target, page)
     except OSError as problem:
         raise UnsupportedInput(
             f"the page cannot be written to {target}: {problem.strerror}. Give another file with --output."

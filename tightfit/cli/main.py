@@ -1,6 +1,6 @@
 """Entry point: parse, run a command, turn errors into exit codes.
 
-0 done; 1 failed while running; 2 bad input; 130 and 143 ended by SIGINT and SIGTERM.
+0 done; 1 failed while running; 2 bad input; 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
 from tightfit.train.launch.rendezvous import was_in_a_group
 from tightfit.train.registry import did_you_mean
+from tightfit.train.signals import ending_signals
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -105,13 +106,14 @@ def console() -> NoReturn:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line ``arguments`` and return the exit code."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    ending = [number for number in ending_signals() if number != signal.SIGINT] if in_main_thread else []
+    previous = {number: signal.signal(number, _terminate) for number in ending}
     try:
         try:
             return _run(arguments)
-        finally:  # what follows is short; a SIGTERM may end it
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, previous)
+        finally:  # what follows is short; a signal may end it
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     except RankFailed as problem:
         time.sleep(_OTHERS_ERROR_S)  # a launcher that saw this process end first would kill the other before it prints
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
@@ -123,8 +125,8 @@ def main(arguments: Sequence[str]) -> int:
         return _print_error(problem, EXIT_FAILED)
     except Interrupted as interrupted:
         return _print_error(interrupted, interrupted.exit_code)
-    except _Terminated:
-        return _print_error("terminated", 128 + signal.SIGTERM)
+    except _Terminated as ended:
+        return _print_error(f"ended by {ended.number.name}", 128 + ended.number)
     except KeyboardInterrupt:
         return _print_error("interrupted", 128 + signal.SIGINT)
     except Exception as problem:
@@ -138,11 +140,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM outside the training loop, which has its own way to end."""
+    """A signal outside the training loop, which has its own way to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+    raise _Terminated(number)
 
 
 def _print_error(problem: object, exit_code: int) -> int:

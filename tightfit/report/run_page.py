@@ -17,11 +17,14 @@ from typing import Any
 
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.records import Plan
+from tightfit.report.metric_rows import read_metric_rows
 from tightfit.report.plan_table import format_table
 from tightfit.report.svg_chart import Level, Line, line_chart
 from tightfit.units import format_bytes
 
 PAGE = "report.html"
+#: What reading a file that we did not write ends in.
+_NOT_OURS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 _DATA = '<script type="application/json" id="summary">'
 
 
@@ -32,7 +35,7 @@ class RunFiles:
     folder: Path
     plan: Plan
     metrics: Sequence[Mapping[str, Any]]
-    """The complete lines of ``metrics.jsonl``."""
+    """The rows of ``metrics.jsonl`` that can be read."""
     summary: Mapping[str, Any] | None
     """None: the run has not finished."""
     config: str
@@ -61,26 +64,46 @@ def read_run(folder: Path) -> RunFiles:
         return RunFiles(
             folder=folder,
             plan=Plan.load(folder / "plan.json"),
-            metrics=_metrics(folder / "metrics.jsonl"),
+            metrics=read_metric_rows(folder / "metrics.jsonl").rows,
             summary=_data_of(_text(folder / PAGE)),
             config=(folder / "config.yaml").read_text(encoding="utf-8"),
             command=_text(folder / "command.txt"),
-            environment=json.loads(_text(folder / "environment.json") or "{}"),
+            environment=dict(json.loads(_text(folder / "environment.json") or "{}")),
         )
-    except (OSError, ValueError, PlanMismatch) as problem:
-        raise UnsupportedInput(
-            f"the run in {folder} cannot be read: {problem}. A file there is damaged or of another version of "
-            f"tightfit; restore it, or leave the page as it is."
-        ) from None
+    except (OSError, *_NOT_OURS, PlanMismatch) as problem:
+        raise _unreadable(folder, problem) from None
+
+
+def read_and_render(folder: Path) -> tuple[RunFiles, str]:
+    """Read a run's folder, which somebody else may have written, and render its page.
+
+    Raises:
+        UnsupportedInput: as `read_run`, or what the files say makes no sense.
+    """
+    run = read_run(folder)
+    try:
+        page = render(run)
+        page.encode("utf-8")
+    except _NOT_OURS as problem:
+        raise _unreadable(folder, problem) from None
+    return run, page
+
+
+def _unreadable(folder: Path, problem: Exception) -> UnsupportedInput:
+    what = str(problem).splitlines()[0][:200] if str(problem) else type(problem).__name__
+    return UnsupportedInput(
+        f"the run in {folder} cannot be read: {what}. A file there is damaged or of another version of "
+        f"tightfit; restore it, or leave the page as it is."
+    )
 
 
 def refuse_recollect(folder: Path) -> None:
     """Raise `UnsupportedInput` for a run's folder that was written before tightfit had its name."""
     try:
         packages = json.loads(_text(folder / "environment.json") or "{}").get("packages", {})
-    except (ValueError, AttributeError):  # damaged: whoever needs the file says so
+    except (ValueError, AttributeError, RecursionError):  # damaged: whoever needs the file says so
         return
-    if "recollect" in packages:
+    if isinstance(packages, dict) and "recollect" in packages:
         version = packages["recollect"]  # None: it was not installed
         writer = f"recollect {version}" if version else "recollect"
         raise UnsupportedInput(
@@ -203,11 +226,6 @@ def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
 def _evaluations(run: RunFiles, name: str) -> list[tuple[float, float]]:
     evaluated = [(line["step"], line["eval"].get(name)) for line in run.metrics if "eval" in line]
     return [(step, value) for step, value in evaluated if value is not None]
-
-
-def _metrics(path: Path) -> list[Mapping[str, Any]]:
-    """Read the complete lines; one that is being written is not among them."""
-    return [json.loads(line) for line in _text(path).split("\n")[:-1] if line]
 
 
 def _text(path: Path) -> str:

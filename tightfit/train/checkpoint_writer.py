@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tightfit.train.checkpoint import save_checkpoint
+from tightfit.train.checkpoint import Retention, save_checkpoint
 from tightfit.train.ema import MovingAverage
 from tightfit.train.failures import TrainingFailed
 from tightfit.train.parallel.fsdp import unsharded
@@ -30,6 +30,7 @@ class CheckpointWriter:
     scaler: torch.amp.GradScaler
     progress: Progress
     identity: Mapping[str, object]
+    retention: Retention
 
     def save(self, step: int, *, is_best: bool) -> None:
         """Save the state after step ``step`` (the first is 1).  All processes call this.
@@ -66,6 +67,7 @@ class CheckpointWriter:
                 optimizer=state["optimizer"],
                 extra=extra,
                 is_best=is_best,
+                retention=self.retention,
             )
         except (OSError, RuntimeError) as problem:
             reason = problem.strerror if isinstance(problem, OSError) else _disk_trouble(problem)

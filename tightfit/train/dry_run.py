@@ -22,6 +22,7 @@ def rehearse(config: TrainConfig) -> DryRun:
     with deterministic_algorithms(config.deterministic):
         config, source = resolve(config)
         folder = RunFolder(config)
+        folder.check_place()
         checkpoint = folder.find_checkpoint(config.resume)
         work = build(config, source)
         evaluator = make_evaluator(config, source, work)

@@ -27,6 +27,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line, and have it on disk before going on."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(f"{line}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def flush_to_disk(path: Path) -> None:
     """Ask the system to have ``path`` (a file or a folder) on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
 from tightfit.report.run_summary import RunSummary
 from tightfit.report.text import format_gaps
-from tightfit.train.checkpoint import LATEST, Checkpoint
+from tightfit.train.checkpoint import LATEST, Checkpoint, Retention
 from tightfit.train.checkpoint_writer import CheckpointWriter
 from tightfit.train.config import TrainConfig
 from tightfit.train.determinism import deterministic_algorithms
@@ -30,6 +31,7 @@ from tightfit.train.precision import make_scaler
 from tightfit.train.progress import Progress
 from tightfit.train.resume import Restored, end_of_run, identity_of, progress_of, restore, settle_sums
 from tightfit.train.run_folder import RunFolder
+from tightfit.train.run_lock import only_run_in
 from tightfit.train.run_metrics import MetricsFile, import_tensorboard
 from tightfit.train.run_plan import plan_run, unused_parameters_of
 from tightfit.train.step_log import StepLog
@@ -73,19 +75,25 @@ def run(
         TrainingFailed: a loss or weights are no numbers.
         Interrupted: a signal came; the checkpoint is written.
     """
-    with deterministic_algorithms(config.deterministic):
-        prepared = group.run_on_all(lambda: _prepare(config, group, device))
+    with deterministic_algorithms(config.deterministic), ExitStack() as lock:
+        prepared = group.run_on_all(lambda: _prepare(config, group, device, reporter, lock))
         checkpoint = group.broadcast(prepared.checkpoint)
         return _train(replace(prepared, checkpoint=checkpoint), command, reporter)
 
 
-def _prepare(config: TrainConfig, group: ProcessGroup, device: torch.device | None) -> _Prepared:
-    """Build the parts of a run, so that all bad input is found; nothing is written."""
+def _prepare(
+    config: TrainConfig, group: ProcessGroup, device: torch.device | None, reporter: Reporter, lock: ExitStack
+) -> _Prepared:
+    """Build the parts of a run, so that all bad input is found; nothing but a lock is written."""
     config, source = resolve(config)
     folder = RunFolder(config)
     if config.tensorboard:
         import_tensorboard()
-    checkpoint = folder.find_checkpoint(config.resume) if group.is_main_process else None
+    checkpoint = None
+    if group.is_main_process:
+        folder.check_place()
+        lock.enter_context(only_run_in(folder.path, partial(reporter.say, important=True)))
+        checkpoint = folder.find_checkpoint(config.resume)
     work = build(config, source, group, device, sharded=config.strategy == "fsdp" and not group.is_single_process)
     return _Prepared(
         config=config,
@@ -129,7 +137,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
         if not applied.plan.is_plain:
             reporter.say(format_table(applied.plan, _PLAN_LINES))
         progress = Progress(loss_before=loss_of_first_batch(work)) if checkpoint is None else progress_of(checkpoint)
-        _on_first(group, lambda: _open(folder, config, command, applied, first_step, reporter))
+        _on_first(group, lambda: _open(folder, config, command, applied, checkpoint, reporter))
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
         elif config.resume is not None:
@@ -158,6 +166,7 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
                     scaler=scaler,
                     progress=progress,
                     identity=identity,
+                    retention=Retention(last=config.keep_last, every=config.keep_every),
                 ),
                 guard=FiniteGuard(work, average, folder.checkpoints),
                 total_steps=total_steps,
@@ -254,11 +263,13 @@ def _open(
     config: TrainConfig,
     command: Sequence[str],
     applied: tightfit.Applied,
-    first_step: int,
+    checkpoint: Checkpoint | None,
     reporter: Reporter,
 ) -> None:
-    folder.open(config, command, applied.plan, first_step)
+    notes = folder.open(config, command, applied.plan, checkpoint)
     reporter.open_log(folder.log)
+    for note in notes:
+        reporter.say(note, important=True)
 
 
 def _metrics_of(

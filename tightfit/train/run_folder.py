@@ -22,13 +22,15 @@ from torch import Tensor
 from tightfit.device.registry import devices
 from tightfit.errors import UnsupportedInput
 from tightfit.records import Plan
+from tightfit.report.metric_rows import read_metric_rows
 from tightfit.report.run_page import PAGE, read_run, refuse_recollect, render
-from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, set_aside
 from tightfit.train.config import TrainConfig, to_yaml
 from tightfit.train.data import data_name
 from tightfit.train.failures import TrainingFailed
 from tightfit.train.files import replacing, write_text
 from tightfit.train.registry import folder_name
+from tightfit.train.run_lock import LOCK
 
 _PACKAGES = ("tightfit", "torch", "numpy", "highspy", "transformers")
 
@@ -46,18 +48,21 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.model = self.path / "model.safetensors"
 
+    def check_place(self) -> None:
+        """Raise `UnsupportedInput` if the folder cannot be made, or nothing can be written into it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UnsupportedInput(
+                f"{self.path} is a file, but the run's folder belongs there. Choose another --mark or --root-path."
+            )
+        self._require_writable()
+
     def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
         """Find the checkpoint to resume from; None: begin at the first step.
 
         Raises:
             UnsupportedInput: the folder is in use and ``resume`` is None, or what ``resume`` names does not exist.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UnsupportedInput(
-                f"{self.path} is a file, but the run's folder belongs there. Choose another --mark or --root-path."
-            )
-        self._require_writable()
-        in_use = self.path.is_dir() and any(self.path.iterdir())
+        in_use = self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
         if in_use:
             refuse_recollect(self.path)
         if resume is None:
@@ -78,7 +83,6 @@ class RunFolder:
         return checkpoint
 
     def _require_writable(self) -> None:
-        """Raise `UnsupportedInput` if the folder cannot be made, or nothing can be written into it."""
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir():
             raise UnsupportedInput(
@@ -90,8 +94,18 @@ class RunFolder:
                 f"Choose another --root-path, or change the folder's permissions."
             )
 
-    def open(self, config: TrainConfig, command: Sequence[str], plan: Plan, first_step: int) -> None:
-        """Make the folder, or reopen it: drop metrics of steps that will be done again, and keep everything else."""
+    def open(
+        self, config: TrainConfig, command: Sequence[str], plan: Plan, checkpoint: Checkpoint | None
+    ) -> Sequence[str]:
+        """Make the folder, or reopen it: drop metrics of steps that will be done again, and keep everything else.
+
+        Returns what was found damaged there, and what became of it.
+        """
+        notes = []
+        first_step = 0 if checkpoint is None else checkpoint.step
+        for folder in () if checkpoint is None else checkpoint.damaged:
+            aside = set_aside(folder)
+            notes.append(f"the checkpoint {folder.name} is damaged: it is set aside as {aside.name}, and not used")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", to_yaml(config))
         with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
@@ -100,8 +114,16 @@ class RunFolder:
         with replacing(self.path / "plan.json") as temporary:
             plan.save(temporary)
         (self.path / PAGE).unlink(missing_ok=True)  # of the run's earlier end
-        kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= first_step]
+        logged = read_metric_rows(self.metrics)
+        if logged.damaged:
+            aside = self.metrics.with_name(f"{self.metrics.name}.damaged")
+            shutil.copy2(self.metrics, aside)
+            notes.append(
+                f"{logged.damaged} lines of {self.metrics.name} are damaged and left out; {aside.name} keeps them"
+            )
+        kept = [line for row, line in zip(logged.rows, logged.lines, strict=True) if row["step"] <= first_step]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        return notes
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the model of a run that ended after `step` steps is written, or that of a later end.
@@ -109,7 +131,8 @@ class RunFolder:
         The page is written after the model, and dropped when the run goes on.
         """
         summary = read_run(self.path).summary if self.model.exists() else None
-        return summary is not None and summary["steps"] >= step
+        steps = None if summary is None else summary.get("steps")
+        return isinstance(steps, int) and steps >= step
 
     def save_model(self, state: Mapping[str, Any], step: int) -> None:
         """Write ``model.safetensors``, with each key of the state dict, also of tied weights.
@@ -139,13 +162,6 @@ class RunFolder:
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's HTML page, with its summary."""
         write_text(self.path / PAGE, render(replace(read_run(self.path), summary=summary)))
-
-    def _metric_lines(self) -> list[str]:
-        """Return the complete lines; one that was cut off by a kill is not among them."""
-        if not self.metrics.exists():
-            return []
-        pieces = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [line for line in pieces[:-1] if line]
 
 
 def _named_checkpoint(path: Path) -> Checkpoint:

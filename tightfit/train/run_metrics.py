@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from tightfit.errors import UnsupportedInput
+from tightfit.train.files import append_line
 
 
 class TensorBoardWriter:
@@ -65,7 +66,6 @@ class MetricsFile:
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Append one object."""
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        append_line(self._path, json.dumps(metrics, allow_nan=False))
         if self._tensorboard is not None:
             self._tensorboard.add(metrics["step"], metrics)

@@ -259,6 +259,10 @@ class RunSettings(Settings):
     """Steps between logged steps; a logged step is slower, because its memory is measured"""
     save_every: int = 100
     """Steps between checkpoints; the last step is always saved"""
+    keep_last: int | None = None
+    """Keep only so many of the newest checkpoints, and the best one (default: all)"""
+    keep_every: int | None = None
+    """Keep those of the steps that are multiples of this, besides the newest and the best one"""
     root_path: str = "runs"
     """The run's folder is ROOT_PATH/DATASET/MARK"""
     mark: str | None = None
@@ -270,4 +274,4 @@ class RunSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(1, "log_every", "save_every")
+        self._require(1, "log_every", "save_every", "keep_last", "keep_every")

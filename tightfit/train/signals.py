@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM during training: finish the step, save a checkpoint, then end with the signal's exit code."""
+"""Signals during training: finish the step, save a checkpoint, then end with the signal's exit code.
+
+SIGINT and SIGTERM; SIGHUP, of a terminal that is gone, unless it is ignored as under nohup; SIGUSR1, by which Slurm
+warns before a job's time is up (``--signal``).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,17 @@ from typing import Any
 
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
-_CAUGHT = (signal.SIGINT, signal.SIGTERM)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 #: Several processes ask each other about so often whether one got a signal, and after so many steps at the latest.
 _ASK_EVERY_MS = 200.0
 _ASK_EVERY_STEPS = 50
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that end a run in good order: those that this system has, and that are not ignored."""
+    known = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupted(Exception):
@@ -25,7 +35,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM while entered, instead of ending the process; a second one acts as ever.
+    """Notes the first signal that ends runs while entered, instead of ending the process; a second one acts as ever.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
@@ -50,7 +60,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _CAUGHT}
+            self._previous = {number: signal.signal(number, self._note) for number in ending_signals()}
         return self
 
     def __exit__(

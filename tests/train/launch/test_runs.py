@@ -70,14 +70,15 @@ def test_torchrun_uneven_batches_microbatches_and_a_resume() -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_starter_saves_once_and_ends_all() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_to_the_starter_saves_once_and_ends_all(number: signal.Signals, code: int) -> None:
     process = start(*GPT, *TWO, "--steps", "100000", "--mark", "signal", "--log-every", "5")
     logged(process, "python-source/signal", 2)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     ended = finish(process)
-    assert ended.code == 143, ended.err
+    assert ended.code == code, ended.err
     assert ended.err.count("the checkpoint is written") == 1
-    assert Path("runs/python-source/signal/checkpoints/latest/training.pt").exists()
+    assert Path("runs/python-source/signal/checkpoints/latest/training.safetensors").exists()
     assert "Traceback" not in ended.err
 
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from tightfit.errors import TightfitError
 from tightfit.train.launch.roles import RUN_ID_PREFIX, Starter
+from tightfit.train.signals import ending_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 #: Exit codes of a process for bad input or a signal: the whole run then ends with the same.
-_EXIT_CODES = (2, 130, 143)
+_EXIT_CODES = (2, *(128 + number for number in (1, 2, 10, 15)))
 #: The file in which the first process that fails names itself.
 _FIRST = "first"
 
@@ -66,6 +67,8 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
         monitor_interval=0.1,
         local_addr=None if several else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=notes.name),
+        # The processes get the same one, and end with a checkpoint. Of these SIGUSR1 is not among the agent's own.
+        signals_to_handle=",".join(["SIGQUIT", *(number.name for number in ending_signals())]),
     )
     try:
         with notes:
