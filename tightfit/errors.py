@@ -22,6 +22,14 @@ from typing import Any
 from tightfit.peak_breakdown import format_parts, parts_of_peak
 from tightfit.units import format_budget, format_bytes
 
+_LONGEST_LINE = 300
+
+
+def first_line(problem: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name where it has none; for a message of ours."""
+    lines = str(problem).strip().splitlines()
+    return lines[0][:_LONGEST_LINE] if lines else type(problem).__name__
+
 
 class TightfitError(Exception):
     """Base of every error that tightfit raises on purpose."""

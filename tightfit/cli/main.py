@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -40,6 +41,13 @@ _OUT_OF_MEMORY = (
     "takes memory there, or the process may have less than the budget (a container's limit, ulimit). Give a smaller "
     "--memory, or free memory on the device; a training run goes on with --resume auto."
 )
+
+#: What a path may be that a user has given, or another program has left.
+_OF_PATHS = {
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.EEXIST, errno.ENXIO, errno.ENODEV,
+}  # fmt: skip
+_SHOWN = 200
 
 COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
     command.name: (command, function)
@@ -129,14 +137,33 @@ def main(arguments: Sequence[str]) -> int:
         return _print_error(f"ended by {ended.number.name}", 128 + ended.number)
     except KeyboardInterrupt:
         return _print_error("interrupted", 128 + signal.SIGINT)
+    except UnicodeEncodeError as problem:
+        return _print_error(
+            f"{problem.object[problem.start : problem.end]!a} is no character, so the text around it cannot be "
+            f"written. Check the command line and the files that it names.",
+            EXIT_BAD_INPUT,
+        )
+    except OSError as problem:
+        if problem.errno in _OF_PATHS and isinstance(problem.filename, str):
+            shown = problem.filename if len(problem.filename) <= _SHOWN else f"{problem.filename[:_SHOWN]}..."
+            return _print_error(
+                f"{shown!r} cannot be used: {problem.strerror}. Check the paths on the command line.",
+                EXIT_BAD_INPUT,
+            )
+        return _unexpected(problem, arguments)
     except Exception as problem:
         if is_out_of_memory(problem):
             return _print_error(_OUT_OF_MEMORY.format(what=f"{type(problem).__name__}: {problem}"), EXIT_FAILED)
-        traceback.print_exc()
-        what = f"{type(problem).__name__}: {problem}"
-        return _print_error(f"failed while running `tightfit {shlex.join(arguments)}`: {what}", EXIT_FAILED)
+        return _unexpected(problem, arguments)
     finally:
         prefix_messages("")
+
+
+def _unexpected(problem: Exception, arguments: Sequence[str]) -> int:
+    """Print an error that nobody has foreseen, with all that helps to find its cause."""
+    traceback.print_exception(problem)
+    what = f"{type(problem).__name__}: {problem}"
+    return _print_error(f"failed while running `tightfit {shlex.join(arguments)}`: {what}", EXIT_FAILED)
 
 
 class _Terminated(BaseException):
@@ -162,6 +189,8 @@ def _run(arguments: Sequence[str]) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command, _ in COMMANDS.values():
         command.add_to(subparsers, flags=command.name == next(iter(arguments), None))
+    for word in arguments:
+        word.encode("utf-8")  # raises where it is not text; it would be written into the run's files
     if not arguments:
         parser.print_help(sys.stderr)
         return EXIT_BAD_INPUT

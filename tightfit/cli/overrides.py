@@ -9,8 +9,12 @@ from typing import Any
 import yaml
 
 from tightfit.cli.setting import Setting
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
 from tightfit.train.registry import did_you_mean
+
+#: A configuration is a few kilobytes.
+_MOST_BYTES = 1_000_000
+_MOST_NODES = 10_000
 
 
 def key_of(word: str) -> str:
@@ -25,15 +29,26 @@ def read_config_file(path: Path, settings: Mapping[str, Setting]) -> dict[str, A
         UnsupportedInput: the file cannot be read, or sets what is not a setting.
     """
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UnsupportedInput(
+                f"the configuration file {path} has more than {_MOST_BYTES:,} bytes, so it is not one. "
+                f"Check --config-file."
+            )
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _size(content, {}) > _MOST_NODES:  # what aliases stand for is counted each time
+            raise UnsupportedInput(
+                f"the configuration file {path} holds more than {_MOST_NODES:,} values, written out. "
+                f"Leave its aliases out."
+            )
+    except UnsupportedInput:
+        raise
     except OSError as problem:
         raise UnsupportedInput(
             f"the configuration file {path} cannot be read: {problem.strerror}. Check --config-file."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        first_line = str(problem).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
         raise UnsupportedInput(
-            f"the configuration file {path} is not YAML: {first_line}. Write one `key: value` per line."
+            f"the configuration file {path} is not YAML: {first_line(problem)}. Write one `key: value` per line."
         ) from None
     if not isinstance(content, Mapping):
         raise UnsupportedInput(
@@ -48,6 +63,17 @@ def read_config_file(path: Path, settings: Mapping[str, Setting]) -> dict[str, A
             )
         values[name] = settings[name].convert(value, f"{path}: {key}")
     return values
+
+
+def _size(content: Any, known: dict[int, int]) -> int:
+    """Count the values in nested containers; one that holds itself counts as endless."""
+    if not isinstance(content, Mapping | list | tuple | set):
+        return 1
+    if id(content) not in known:
+        known[id(content)] = _MOST_NODES + 1
+        inside = content.values() if isinstance(content, Mapping) else content
+        known[id(content)] = 1 + sum(_size(value, known) for value in inside)
+    return known[id(content)]
 
 
 def _flat(content: Mapping[Any, Any], settings: Mapping[str, Setting], section: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
+from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput, first_line
 
 Result = TypeVar("Result")
 
@@ -130,7 +130,7 @@ def _as_communication_failed() -> Iterator[None]:
 def communication_failed(error: BaseException) -> CommunicationFailed:
     """Build the `CommunicationFailed` that explains what a failed collective raised."""
     return CommunicationFailed(
-        f"the other processes of the run do not answer ({str(error).splitlines()[0]}): one of them has ended or hangs, "
+        f"the other processes of the run do not answer ({first_line(error)}): one of them has ended or hangs, "
         f"and this one cannot go on without it. See that process's output for the cause; resume a training run from "
         f"its last checkpoint with --resume auto."
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ def load_peers(path: Path) -> Peers:
             f"the file of peers {path} cannot be read: {problem.strerror}, so they cannot be drawn. Check --peers."
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise _misfit(path, f"it is not JSON ({str(problem).splitlines()[0]})") from None
+        raise _misfit(path, f"it is not JSON ({first_line(problem)})") from None
     if not isinstance(content, Mapping):
         raise _misfit(path, "it holds no object")
     points = content.get("points")

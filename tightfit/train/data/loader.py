@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tightfit.device.process_state import may_fork
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
 from tightfit.step.batch import batch_tensors
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.data.dataset_info import Samples, TrainingData
@@ -260,7 +260,7 @@ def _next_of(batches: Iterator[Any]) -> Any:
         if "DataLoader worker" not in str(problem):
             raise
         raise UnsupportedInput(
-            f"a data loader worker has died: {str(problem).splitlines()[0]}. It may have run out of memory, or the "
+            f"a data loader worker has died: {first_line(problem)}. It may have run out of memory, or the "
             f"dataset's code has ended it. Try fewer --workers, or 0, which shows errors where they happen."
         ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
 from tightfit.train.data.tables import Table
 
 _HELD_OUT_NAMES = ("validation", "valid", "val", "test")
@@ -35,7 +35,7 @@ def read_saved(path: Path) -> Table:
         loaded = datasets.load_from_disk(str(path))
     except Exception as problem:  # the library and Arrow raise all kinds
         raise UnsupportedInput(
-            f"{path} cannot be read as a saved dataset: {str(problem).strip().splitlines()[0]}. "
+            f"{path} cannot be read as a saved dataset: {first_line(problem)}. "
             f"Save it again with save_to_disk, or name another --dataset."
         ) from None
     if not isinstance(loaded, datasets.DatasetDict):

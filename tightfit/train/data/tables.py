@@ -170,7 +170,7 @@ def _read_json(path: Path, text: str, *, by_line: bool) -> Table:
 def _parsed(path: Path, text: str, line: int) -> Any:
     try:
         return json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UnsupportedInput(
             f"{path}, line {line}: {problem}, so this is no JSON; the file may have been cut off. Correct the line."
         ) from None

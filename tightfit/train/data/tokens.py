@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
 
 _FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
@@ -87,7 +87,7 @@ def load_tokens(spec: str | None, model_folder: Path | None) -> Tokens:
         encoder = tokenizers.Tokenizer.from_file(str(file))
     except Exception as problem:  # the library raises nothing more special
         raise UnsupportedInput(
-            f"{file} cannot be read as a tokenizer: {str(problem).strip().splitlines()[0]}. "
+            f"{file} cannot be read as a tokenizer: {first_line(problem)}. "
             f"Give a file that the tokenizers library, or transformers' save_pretrained, has written."
         ) from None
     encoder.no_truncation()
@@ -123,7 +123,7 @@ def _special_tokens(config: Path) -> Mapping[str, str]:
     """Read the names of special tokens by their roles, as transformers writes them beside a tokenizer."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     found: dict[str, str] = {}
     for role, token in content.items() if isinstance(content, dict) else ():

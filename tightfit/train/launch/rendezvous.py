@@ -18,7 +18,7 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 
 from tightfit.device import device_for
 from tightfit.distributed.process_group import ProcessGroup
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
 from tightfit.train.launch.roles import Member
 
 #: Between two looks at who has signed in.
@@ -61,7 +61,7 @@ def process_group(member: Member, *, backend: str, device: torch.device, timeout
         )
     except (RuntimeError, ValueError) as error:
         raise UnsupportedInput(
-            f"the processes have found each other, but {backend} cannot connect them ({str(error).splitlines()[0]}). "
+            f"the processes have found each other, but {backend} cannot connect them ({first_line(error)}). "
             f"Choose another --dist-backend: gloo works everywhere, nccl on NVIDIA GPUs."
         ) from error
     global _has_joined
@@ -103,7 +103,7 @@ def sign_in(member: Member, timeout_s: float) -> Store:
         raise
     except RuntimeError as error:
         raise UnsupportedInput(
-            f"rank {member.rank} has lost rank 0 at {member.rendezvous} ({str(error).splitlines()[0]}), so the run "
+            f"rank {member.rank} has lost rank 0 at {member.rendezvous} ({first_line(error)}), so the run "
             f"cannot begin. See what rank 0 printed."
         ) from error
     if verdict:

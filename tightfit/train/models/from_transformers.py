@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tightfit.errors import UnsupportedInput
+from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.errors import UnsupportedInput, first_line
 from tightfit.train.data.dataset_info import DataFacts, Kind
 from tightfit.train.models.source import BuiltModel, ModelSource
 
@@ -62,7 +63,16 @@ def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource
             setattr(config, key, value)
         _fit_classes(path, config, facts)
         _check_fit(path, config, facts, task, sequence_length)
-        return BuiltModel(_make(transformers, class_name, path, config), None)
+        try:
+            return BuiltModel(_make(transformers, class_name, path, config), None)
+        except Exception as problem:
+            if isinstance(problem, UnsupportedInput) or is_out_of_memory(problem):
+                raise
+            raise UnsupportedInput(
+                f"{class_name} cannot be built from the config {path} ({type(problem).__name__}: "
+                f"{first_line(problem)}). "
+                f"Check what the config says, and --model-args."
+            ) from problem
 
     return ModelSource(
         name=spec,
@@ -98,10 +108,10 @@ def _read_config(transformers: Any, path: Path) -> Any:
         )
     try:
         return transformers.AutoConfig.from_pretrained(str(file), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except Exception as problem:  # each kind of config has checks of its own
         raise UnsupportedInput(
             f"{file} is not a config that transformers {transformers.__version__} can read: "
-            f"{str(problem).strip().splitlines()[0]} Check the file, above all its model_type."
+            f"{first_line(problem)} Check the file, above all its model_type."
         ) from None
 
 
@@ -193,7 +203,7 @@ def _load(model_class: Any, path: Path, config: Any) -> nn.Module:
         )
     except (RuntimeError, ValueError, OSError) as problem:
         raise UnsupportedInput(
-            f"the weights in {path} do not fit its config: {str(problem).strip().splitlines()[0]} "
+            f"the weights in {path} do not fit its config: {first_line(problem)} "
             f"Check that both are of one model, and --model-args."
         ) from None
     missing = sorted(notes["missing_keys"])
