@@ -87,8 +87,10 @@ class TightfitCallback(TrainerCallback):
             batch = dict(inputs), keywords.get("num_items_in_batch")
             if self.applied is None:
                 self.applied = plan.make(batch)
-            with self.applied.step(batch):
-                return loss(model, inputs, *more, **keywords)
+            # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
+            with torch.autocast(trainer.args.device.type, enabled=False), self.applied.step(batch):
+                with trainer.compute_loss_context_manager():
+                    return loss(model, inputs, *more, **keywords)
 
         trainer.compute_loss = compute_loss
 
