@@ -8,22 +8,18 @@ accumulation and the clipping that it uses, on the model as the strategy has pla
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError:  # its older package
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef]
+    from pytorch_lightning import Callback, LightningModule, Trainer
 
-from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied
+from tightfit.integrations.contexts import budget_beside, closed_autocast, forgetting_casts, log_plan, same_random_state
 from tightfit.planning.fit import fit
 
 #: What `training_step` may call to note something, which is not of a training step while one is planned.
@@ -69,10 +65,11 @@ class TightfitCallback(Callback):
 
         def planned(batch: Any, *more: Any, **keywords: Any) -> Any:
             if self.applied is None:
-                with _closed_autocast(pl_module):
+                with closed_autocast(pl_module):
                     self.applied = self._plan(trainer, pl_module, batch, more, keywords)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
-            with _closed_autocast(pl_module), self.applied.step(batch), trainer.precision_plugin.train_step_context():
+            own = trainer.precision_plugin.train_step_context
+            with closed_autocast(pl_module), self.applied.step(batch), forgetting_casts(), own():
                 return training_step(batch, *more, **keywords)
 
         vars(pl_module)["training_step"] = planned
@@ -89,22 +86,24 @@ class TightfitCallback(Callback):
         self, trainer: Trainer, module: LightningModule, batch: Any, more: tuple[Any, ...], keywords: Mapping[str, Any]
     ) -> Applied:
         def loss(model: Any, batch: Any) -> Any:
-            with trainer.precision_plugin.train_step_context():
+            with forgetting_casts(), trainer.precision_plugin.train_step_context():
                 found = type(module).training_step(model, batch, *more, **keywords)
             return found["loss"] if isinstance(found, Mapping) else found
 
         clip = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
-        with _noting_nothing(module), _same_random_state():
-            return fit(
+        with _noting_nothing(module), same_random_state():
+            applied = fit(
                 module,
                 batch,
-                budget=self._budget,
+                budget=budget_beside(self._budget, module, batch, others=0),
                 loss=loss,
                 optimizer=trainer.optimizers[0],
                 accumulation_steps=trainer.accumulate_grad_batches,
                 clip_norm=clip or None,
                 **self._options,
             )
+        log_plan(applied)
+        return applied
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the plan off."""
@@ -120,16 +119,6 @@ class TightfitCallback(Callback):
 
 
 @contextmanager
-def _closed_autocast(module: LightningModule) -> Iterator[None]:
-    device = device_for(module)
-    if device.ambient_autocast() is None:
-        yield
-        return
-    with device.autocast(None):
-        yield
-
-
-@contextmanager
 def _noting_nothing(module: LightningModule) -> Iterator[None]:
     for name in _NOTING:
         vars(module)[name] = _nothing
@@ -142,15 +131,3 @@ def _noting_nothing(module: LightningModule) -> Iterator[None]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Put the random generators back that a step's Python code may draw from."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -11,20 +11,18 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied
+from tightfit.integrations.contexts import budget_beside, closed_autocast, forgetting_casts, log_plan, same_random_state
 from tightfit.planning.fit import fit
 from tightfit.step.batch import batch_tensors
-from tightfit.units import format_bytes
 
 _log = logging.getLogger("tightfit")
 
@@ -88,9 +86,9 @@ class TightfitCallback(TrainerCallback):
             if self.applied is None:
                 self.applied = plan.make(batch)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
-            with torch.autocast(trainer.args.device.type, enabled=False), self.applied.step(batch):
-                with trainer.compute_loss_context_manager():
-                    return loss(model, inputs, *more, **keywords)
+            own = trainer.compute_loss_context_manager
+            with closed_autocast(model), self.applied.step(batch), forgetting_casts(), own():
+                return loss(model, inputs, *more, **keywords)
 
         trainer.compute_loss = compute_loss
 
@@ -135,7 +133,9 @@ class TightfitCallback(TrainerCallback):
 class _Planned:
     """Plans the step of a trainer."""
 
-    def __init__(self, trainer: Trainer, loss: Callable[..., Any], budget: int | str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, loss: Callable[..., Any], budget: int | str, options: Mapping[str, Any]
+    ) -> None:
         self._trainer = trainer
         self._loss = loss
         self._budget = budget
@@ -146,28 +146,22 @@ class _Planned:
         applied = fit(
             trainer.model,
             batch,
-            budget=self._budget,
+            # The trainer fetches the microbatches of a step all at once.
+            budget=budget_beside(self._budget, trainer.model, batch, others=args.gradient_accumulation_steps - 1),
             loss=self._run_loss,
             optimizer=_optimizer_of(trainer),
             accumulation_steps=args.gradient_accumulation_steps,
             clip_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
             **self._options,
         )
-        plan = applied.plan
-        _log.info(
-            "a step takes %s of %s at its peak (plain: %s), and about %+.0f %% of its time",
-            format_bytes(plan.predicted_peak_bytes),
-            format_bytes(plan.budget_bytes),
-            format_bytes(plan.plain_peak_bytes),
-            100 * plan.overhead_ratio,
-        )
+        log_plan(applied)
         return applied
 
     def _run_loss(self, model: Any, batch: tuple[dict[str, Any], Any]) -> Any:
-        """Compute the loss as the trainer does; what it notes of it, as TRL's trainers do, is not of a training step."""
+        """Compute the loss as the trainer does; what it notes of it, as TRL's trainers do, is put back."""
         inputs, items = batch
         keywords = {} if items is None else {"num_items_in_batch": items}
-        with _notes_of(self._trainer), self._trainer.compute_loss_context_manager():
+        with _notes_of(self._trainer), forgetting_casts(), self._trainer.compute_loss_context_manager():
             return self._loss(model, dict(inputs), **keywords)  # label smoothing takes the labels out
 
 
@@ -194,8 +188,8 @@ def _check(trainer: Trainer) -> None:
         )
     if trainer.args.n_gpu > 1:
         raise UnsupportedInput(
-            f"the Trainer spreads each batch over {trainer.args.n_gpu} GPUs by DataParallel, in threads of one process, "
-            f"which no plan covers. Start one process for each GPU, with torchrun or accelerate launch."
+            f"the Trainer spreads each batch over {trainer.args.n_gpu} GPUs by DataParallel, in threads of one "
+            f"process, which no plan covers. Start one process for each GPU, with torchrun or accelerate launch."
         )
 
 
@@ -207,10 +201,12 @@ def _replace_checkpointing(trainer: Trainer) -> None:
 
 
 def _optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
-    optimizer = trainer.optimizer
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    """Return the optimizer that accelerate has wrapped."""
+    optimizer: Any = trainer.optimizer
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
 def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] | None:
@@ -218,7 +214,7 @@ def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] 
     dataset, collate, size = loader.dataset, loader.collate_fn, trainer.args.train_batch_size
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or collate is None:
         return None
-    with _same_random_state(), torch.no_grad():
+    with same_random_state(), torch.no_grad():
         stride = -(-len(dataset) // _MOST_SAMPLES)
         sizes = sorted(((_elements(dataset[n]), n) for n in range(0, len(dataset), stride)), reverse=True)
         batch = trainer._prepare_inputs(collate([dataset[number] for _, number in sizes[:size]]))
@@ -228,21 +224,11 @@ def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] 
 
 def _elements(sample: Any) -> int:
     """Count the elements of the longest thing in a sample."""
-    things = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else [sample]
+    things = (
+        sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else [sample]
+    )
     counts = [sum(tensor.numel() for tensor in batch_tensors([thing])) for thing in things]
     return max([*counts, *(len(thing) for thing in things if isinstance(thing, list | tuple))], default=0)
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Put the random generators back that a dataset may draw from."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager
