@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 #: What the package's extras bring; see pyproject.toml.
-PACKAGES = ("datasets", "matplotlib", "PIL", "sklearn", "statsmodels", "tensorboard", "tokenizers", "transformers")
+PACKAGES = (
+    "accelerate", "datasets", "lightning", "matplotlib", "PIL", "sklearn", "statsmodels", "tensorboard", "tokenizers",
+    "transformers",
+)  # fmt: skip
 #: Imports of another package that need one of them.
 _BY_WAY_OF = {"torch.utils.tensorboard": "tensorboard"}
 #: Whose imports count. Other libraries try some of these, and go on without.

@@ -1,0 +1,1 @@
+"""Other libraries' trainers: each module here belongs to one host, and imports it."""

@@ -1,0 +1,133 @@
+"""Training with Lightning's `Trainer` inside a memory budget.
+
+    trainer = Trainer(callbacks=[TightfitCallback(budget="8GiB")])
+
+The step that is planned is the module's own `training_step`, under the trainer's precision, with the optimizer, the
+accumulation and the clipping that it uses, on the model as the strategy has placed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError:  # its older package
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+from tightfit.errors import UnsupportedInput
+from tightfit.installation.applied import Applied
+from tightfit.integrations.contexts import budget_beside, closed_autocast, forgetting_casts, log_plan, same_random_state
+from tightfit.planning.fit import fit
+
+#: What `training_step` may call to note something, which is not of a training step while one is planned.
+_NOTING = ("log", "log_dict")
+
+
+class TightfitCallback(Callback):
+    """Keeps the training steps of a Lightning `Trainer` inside a memory budget; validation and tests run as ever.
+
+        trainer = Trainer(callbacks=[TightfitCallback(budget="8GiB")])
+        trainer.fit(module, data)
+
+    The plan is made of the first batch that is trained on, before its step, and taken off when training ends.  Batches
+    of other sizes are planned when they come.
+
+    Args:
+        budget: as for `tightfit.fit`.
+        options: more keywords of `tightfit.fit`, such as `exclude`, `on_failure`, `memory_cap`.
+
+    Attributes:
+        applied: what `fit` returned; None while no training runs.
+
+    Raises (from `trainer.fit`):
+        BudgetInfeasible, VerificationFailed: as `tightfit.fit`.
+        UnsupportedInput: as `tightfit.fit`; or the module optimizes by hand, or has several optimizers.
+    """
+
+    def __init__(self, budget: int | str = "auto", **options: Any) -> None:
+        self.applied: Applied | None = None
+        self._budget = budget
+        self._options = options
+        self._remove: Callable[[], None] = lambda: None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the steps of this training run under a plan."""
+        self._end()  # of a training that an error has ended
+        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+            raise UnsupportedInput(
+                f"{type(pl_module).__name__} optimizes by hand or with several optimizers, so its training_step is no "
+                f"loss that could be planned. Use tightfit.fit inside it, or leave TightfitCallback out."
+            )
+        training_step = pl_module.training_step
+
+        def planned(batch: Any, *more: Any, **keywords: Any) -> Any:
+            if self.applied is None:
+                with closed_autocast(pl_module):
+                    self.applied = self._plan(trainer, pl_module, batch, more, keywords)
+            # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
+            own = trainer.precision_plugin.train_step_context
+            with closed_autocast(pl_module), self.applied.step(batch), forgetting_casts(), own():
+                return training_step(batch, *more, **keywords)
+
+        vars(pl_module)["training_step"] = planned
+
+        def remove() -> None:
+            vars(pl_module).pop("training_step", None)
+            if self.applied is not None:
+                self.applied.remove()
+                self.applied = None
+
+        self._remove = remove
+
+    def _plan(
+        self, trainer: Trainer, module: LightningModule, batch: Any, more: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> Applied:
+        def loss(model: Any, batch: Any) -> Any:
+            with forgetting_casts(), trainer.precision_plugin.train_step_context():
+                found = type(module).training_step(model, batch, *more, **keywords)
+            return found["loss"] if isinstance(found, Mapping) else found
+
+        clip = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
+        with _noting_nothing(module), same_random_state():
+            applied = fit(
+                module,
+                batch,
+                budget=budget_beside(self._budget, module, batch, others=0),
+                loss=loss,
+                optimizer=trainer.optimizers[0],
+                accumulation_steps=trainer.accumulate_grad_batches,
+                clip_norm=clip or None,
+                **self._options,
+            )
+        log_plan(applied)
+        return applied
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the plan off."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the plan off."""
+        self._end()
+
+    def _end(self) -> None:
+        remove, self._remove = self._remove, lambda: None
+        remove()
+
+
+@contextmanager
+def _noting_nothing(module: LightningModule) -> Iterator[None]:
+    for name in _NOTING:
+        vars(module)[name] = _nothing
+    try:
+        yield
+    finally:
+        for name in _NOTING:
+            del vars(module)[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass

@@ -1,0 +1,250 @@
+"""Training with the `Trainer` of transformers (and of TRL, sentence-transformers) inside a memory budget.
+
+    trainer.add_callback(TightfitCallback(budget="8GiB"))
+
+The step that is planned is the trainer's own: its loss (label smoothing, what subclasses compute), its mixed precision,
+accumulation and clipping, on the model as accelerate has prepared it, with the optimizer that it uses.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tightfit.errors import UnsupportedInput
+from tightfit.installation.applied import Applied
+from tightfit.integrations.contexts import budget_beside, closed_autocast, forgetting_casts, log_plan, same_random_state
+from tightfit.planning.fit import fit
+from tightfit.step.batch import batch_tensors
+
+_log = logging.getLogger("tightfit")
+
+#: Samples whose size is looked at to find the largest batch; of more, as many are looked at, evenly spaced.
+_MOST_SAMPLES = 5_000
+
+
+class TightfitCallback(TrainerCallback):
+    """Keeps the training steps of a `Trainer` inside a memory budget; evaluation and generation run as ever.
+
+        trainer = Trainer(model, args, train_dataset=data)
+        trainer.add_callback(TightfitCallback(budget="8GiB"))
+        trainer.train()
+
+    The plan is made when training begins, and taken off when it ends.  Gradient checkpointing that the arguments ask
+    for is replaced by it.
+
+    Args:
+        budget: as for `tightfit.fit`.
+        plan_first: the batch that is planned before the first step: the "largest" that the dataset's samples can make,
+            so that one that does not fit is told now; or the "first" that comes, where no such batch ever will.
+            Batches of other sizes are planned when they come.
+        options: more keywords of `tightfit.fit`, such as `exclude`, `on_failure`, `memory_cap`.
+
+    Attributes:
+        applied: what `fit` returned; None while no training runs.
+
+    Raises (when training begins, or at a batch that is larger than any before):
+        BudgetInfeasible, VerificationFailed: as `tightfit.fit`.
+        UnsupportedInput: as `tightfit.fit`; or the trainer runs DeepSpeed, or `DataParallel`.
+    """
+
+    def __init__(
+        self, budget: int | str = "auto", *, plan_first: Literal["largest", "first"] = "largest", **options: Any
+    ) -> None:
+        self.applied: Applied | None = None
+        self._budget = budget
+        self._plan_first = plan_first
+        self._options = options
+        self._remove: Callable[[], None] = lambda: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **about: Any
+    ) -> None:
+        """Plan the trainer's step, and have it run under the plan."""
+        self.remove()  # of a training that an error has ended
+        trainer = _trainer_of(self)
+        _check(trainer)
+        _replace_checkpointing(trainer)
+        loss = trainer.compute_loss
+        plan = _Planned(trainer, loss, self._budget, self._options)
+        if self._plan_first == "largest":
+            batch = _largest_batch(trainer, about["train_dataloader"])
+            if batch is not None:
+                self.applied = plan.make(batch)
+
+        def compute_loss(model: Any, inputs: Any, *more: Any, **keywords: Any) -> Any:
+            if not torch.is_grad_enabled() or not trainer.model.training:
+                return loss(model, inputs, *more, **keywords)
+            batch = dict(inputs), keywords.get("num_items_in_batch")
+            if self.applied is None:
+                self.applied = plan.make(batch)
+            # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
+            own = trainer.compute_loss_context_manager
+            with closed_autocast(model), self.applied.step(batch), forgetting_casts(), own():
+                return loss(model, inputs, *more, **keywords)
+
+        trainer.compute_loss = compute_loss
+
+        def remove() -> None:
+            trainer.__dict__.pop("compute_loss", None)
+            if self.applied is not None:
+                self.applied.remove()
+                self.applied = None
+
+        self._remove = remove
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **about: Any,
+    ) -> None:
+        """Add to a logged step what its plan predicts."""
+        plan = None if self.applied is None else self.applied.active_plan
+        if plan is not None and logs is not None and "loss" in logs:
+            figures = {
+                "memory_budget_bytes": plan.budget_bytes,
+                "memory_peak_bytes": plan.predicted_peak_bytes,
+                "recompute_overhead": round(plan.overhead_ratio, 4),
+            }
+            logs.update(figures)
+            if state.log_history:
+                state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **about: Any) -> None:
+        """Take the plan off."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the plan off now: after an error has ended a training, for one."""
+        remove, self._remove = self._remove, lambda: None
+        remove()
+
+
+class _Planned:
+    """Plans the step of a trainer."""
+
+    def __init__(
+        self, trainer: Trainer, loss: Callable[..., Any], budget: int | str, options: Mapping[str, Any]
+    ) -> None:
+        self._trainer = trainer
+        self._loss = loss
+        self._budget = budget
+        self._options = options
+
+    def make(self, batch: tuple[dict[str, Any], Any]) -> Applied:
+        trainer, args = self._trainer, self._trainer.args
+        applied = fit(
+            trainer.model,
+            batch,
+            # The trainer fetches the microbatches of a step all at once.
+            budget=budget_beside(self._budget, trainer.model, batch, others=args.gradient_accumulation_steps - 1),
+            loss=self._run_loss,
+            optimizer=_optimizer_of(trainer),
+            accumulation_steps=args.gradient_accumulation_steps,
+            clip_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+            **self._options,
+        )
+        log_plan(applied)
+        return applied
+
+    def _run_loss(self, model: Any, batch: tuple[dict[str, Any], Any]) -> Any:
+        """Compute the loss as the trainer does; what it notes of it, as TRL's trainers do, is put back."""
+        inputs, items = batch
+        keywords = {} if items is None else {"num_items_in_batch": items}
+        with _notes_of(self._trainer), forgetting_casts(), self._trainer.compute_loss_context_manager():
+            return self._loss(model, dict(inputs), **keywords)  # label smoothing takes the labels out
+
+
+def _trainer_of(callback: TightfitCallback) -> Trainer:
+    """Find the trainer that calls: it does not tell its callbacks who it is."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    raise UnsupportedInput(
+        "TightfitCallback was called by something that is no transformers.Trainer, so there is no step to plan. "
+        "Give it to a Trainer: trainer.add_callback(TightfitCallback(budget=...))."
+    )
+
+
+def _check(trainer: Trainer) -> None:
+    if trainer.is_deepspeed_enabled:
+        raise UnsupportedInput(
+            "the Trainer runs DeepSpeed, whose engine takes the steps itself and shards or offloads what tightfit "
+            "would plan. Leave `deepspeed` out of the TrainingArguments (accelerate's FSDP2 plugin is supported), or "
+            "leave TightfitCallback out."
+        )
+    if trainer.args.n_gpu > 1:
+        raise UnsupportedInput(
+            f"the Trainer spreads each batch over {trainer.args.n_gpu} GPUs by DataParallel, in threads of one "
+            f"process, which no plan covers. Start one process for each GPU, with torchrun or accelerate launch."
+        )
+
+
+def _replace_checkpointing(trainer: Trainer) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if getattr(model, "is_gradient_checkpointing", False):
+        _log.warning("gradient checkpointing is switched off: the plan decides what is recomputed")
+        model.gradient_checkpointing_disable()
+
+
+def _optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
+    """Return the optimizer that accelerate has wrapped."""
+    optimizer: Any = trainer.optimizer
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] | None:
+    """Return a batch of the dataset's largest samples; None where samples have no numbers, or batches no size."""
+    dataset, collate, size = loader.dataset, loader.collate_fn, trainer.args.train_batch_size
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or collate is None:
+        return None
+    with same_random_state(), torch.no_grad():
+        stride = -(-len(dataset) // _MOST_SAMPLES)
+        sizes = sorted(((_elements(dataset[n]), n) for n in range(0, len(dataset), stride)), reverse=True)
+        batch = trainer._prepare_inputs(collate([dataset[number] for _, number in sizes[:size]]))
+        items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    return dict(batch), items
+
+
+def _elements(sample: Any) -> int:
+    """Count the elements of the longest thing in a sample."""
+    things = (
+        sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else [sample]
+    )
+    counts = [sum(tensor.numel() for tensor in batch_tensors([thing])) for thing in things]
+    return max([*counts, *(len(thing) for thing in things if isinstance(thing, list | tuple))], default=0)
+
+
+@contextmanager
+def _notes_of(trainer: Trainer) -> Iterator[None]:
+    """Put back what the trainer notes in containers of plain data while it computes a loss."""
+    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return type(value).__module__ in ("builtins", "collections") and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
