@@ -287,6 +287,24 @@ def current_graph_node() -> Any:
     return torch._C._current_autograd_node()
 
 
+def current_dispatch_keys() -> tuple[Any, Any]:
+    """Return the dispatch keys that this thread includes and excludes, those of dispatch modes left out."""
+    keys, included = torch._C.DispatchKey, torch._C._dispatch_tls_local_include_set()
+    included = included.remove(keys.Python).remove(keys.PythonTLSSnapshot)
+    return included, torch._C._dispatch_tls_local_exclude_set()
+
+
+@contextmanager
+def dispatching_by(keys: tuple[Any, Any]) -> Iterator[None]:
+    """Dispatch inside by these keys, and past all dispatch modes: also beneath `below_autograd` as in a forward."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C._ForceDispatchKeyGuard(*keys):
+        yield
+
+
+#: The class of the autograd nodes that a class of functions makes; its instances are what ``forward`` gets as ``ctx``.
+node_class_of: Callable[[Any], type] = attrgetter("_backward_cls")
+
+
 def is_view(tensor: torch.Tensor) -> bool:
     """Tell whether the tensor is a view in autograd's sense, which holds a reference to its base."""
     return tensor._is_view()

@@ -15,7 +15,8 @@ from tightfit.device.device import Device
 from tightfit.operators.differing_calls import is_barred
 from tightfit.operators.facts import OpInfo
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+#: Tensors of which a replay can make new ones.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def blocker(
@@ -38,9 +39,9 @@ def blocker(
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             return f"a {str(tensor.layout).removeprefix('torch.')} argument"
-        if type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return f"an argument of the tensor subclass {type(tensor).__name__}"
-    if any(kind not in _PLAIN_TYPES for kind in types):
+    if any(kind not in PLAIN_TYPES for kind in types):
         return "a tensor subclass"
     return ""
 

@@ -94,6 +94,7 @@ class Pricer:
             room_bytes=self._room_bytes,
             result_bytes=table.result_bytes,
             fake_layouts={index: known[key] for index, key in enumerate(table.keys) if key in known},
+            measured=table.measured,
         )
         self.clock.add("workspace", costs.workspace_ms)
         self.clock.add("times", costs.times_ms)

@@ -157,19 +157,8 @@ class Tape(Replayer):
         position = self._position
         region = self._region
         assert region is not None
-        record = True
-        left_with: list[tuple[TapedValue, _Tensor | None]] | None = None
         held_count = len(self._held)
-        if region.on_plan:
-            recipe = region.recipe
-            assert recipe is not None
-            if position < recipe.length and recipe.funcs[position] is func:
-                record = recipe.record[position]
-            else:
-                region.on_plan = False
-                self._statistics.mismatches += 1
-                left_with = [(value, value.source) for value in self._movable]
-                self._copy_movable()
+        record, left_with = self._follow_plan(region, func)
         if position in region.refused:
             record = False
         op = self._record(region, func, info, types, args, kwargs) if record else None
@@ -202,6 +191,24 @@ class Tape(Replayer):
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)
         return result
+
+    def _follow_plan(
+        self, region: TapedRegion, func: Any
+    ) -> tuple[bool, list[tuple[TapedValue, _Tensor | None]] | None]:
+        """Return whether the operation that comes now may have to be replayed; leave the plan if it has another there,
+        and return then what may be running statistics.
+        """
+        recipe = region.recipe
+        if not region.on_plan or recipe is None:
+            return True, None
+        position = self._position
+        if position < recipe.length and recipe.funcs[position] is func:
+            return recipe.record[position], None
+        region.on_plan = False
+        self._statistics.mismatches += 1
+        left_with = [(value, value.source) for value in self._movable]
+        self._copy_movable()
+        return True, left_with
 
     def _forget_failed(
         self,
@@ -329,7 +336,11 @@ class Tape(Replayer):
         """
         if changed:
             learn_undeclared_writes(func, [place for place, _ in changed])
-        for _, tensor in changed:
+        self._forget_contents([tensor for _, tensor in changed])
+
+    def _forget_contents(self, changed: Sequence[_Tensor]) -> None:
+        """Forget what tensors held that were written unseen."""
+        for tensor in changed:
             old = self._current.pop(storage_key(tensor), None)
             if old is None:
                 continue
