@@ -47,6 +47,9 @@ _STATEFUL = frozenset(
     }
 )  # fmt: skip
 
+#: Parts of the names of namespaces whose operations talk to other processes, or change state that the tape cannot see.
+_STATEFUL_NAMESPACES = ("c10d", "symm_mem", "fsdp", "inductor", "rngprims", "streams", "profiler", "rpc")
+
 #: Kernels that use atomics where devices have them, as CUDA, so that a second run may differ in the last bits
 #: (the list of torch.use_deterministic_algorithms, forward only).
 _NONDETERMINISTIC_WITH_ATOMICS = frozenset(
@@ -225,9 +228,11 @@ def _describe(func: Any) -> OpInfo:
     returns_alias = any(result.alias_info is not None for result in schema.returns)
     writes, flag = _UNDECLARED_WRITES.get(name, ((), -1))
     uninitialised = name in _UNINITIALISED
-    if func.namespace not in ("aten", "prims"):
+    is_foreign = func.namespace not in ("aten", "prims", "prim")
+    own = "" if is_foreign else base  # what is known of PyTorch's operations says nothing of others with their names
+    if func.namespace == "prim" or any(part in func.namespace for part in _STATEFUL_NAMESPACES):
         blocker = f"{func.namespace} operations are not replayed"
-    elif base in _STATEFUL:
+    elif own in _STATEFUL:
         blocker = "the operation changes state that the tape cannot see"
     else:
         blocker = ""
@@ -239,16 +244,16 @@ def _describe(func: Any) -> OpInfo:
         mutates=mutates,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_uninitialised=uninitialised,
-        is_full_writer=base in _FULL_WRITERS,
-        splits_silently=base in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
-        is_foreign=func.namespace not in ("aten", "prims", "prim"),
+        is_full_writer=own in _FULL_WRITERS,
+        splits_silently=own in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
+        is_foreign=is_foreign,
         undeclared_writes=writes,
         training_flag=flag,
         blocker=blocker,
-        blocker_with_atomics="not deterministic on this device" if base in _NONDETERMINISTIC_WITH_ATOMICS else "",
-        needs_self_check=base not in _KNOWN_GOOD and not uninitialised,
+        blocker_with_atomics="not deterministic on this device" if own in _NONDETERMINISTIC_WITH_ATOMICS else "",
+        needs_self_check=own not in _KNOWN_GOOD and not uninitialised,
         suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, ""),
-        is_convolution=base in _CONVOLUTIONS,
+        is_convolution=own in _CONVOLUTIONS,
         may_set_up=any(name in names for names in _SETTING_UP.values()),
     )
 

@@ -18,6 +18,9 @@ from tightfit._torch_private import never_compiled, node_class_of
 #: Makes a call of a function's ``forward``: given the function's class, that forward, and its arguments.
 Watcher = Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]
 
+#: Where functions are defined that run whole modules, or operators of `torch.library`, which are operations themselves.
+_OTHERWISE_RECORDED = frozenset({"torch.utils.checkpoint", "torch._library.autograd"})
+
 _Kind: Any = type(torch.autograd.Function)
 _watchers: dict[int, Watcher] = {}  # by thread
 _lock = threading.Lock()
@@ -81,7 +84,7 @@ def can_be_made_again(function: Any, args: tuple[Any, ...]) -> bool:
     takes_context = function.setup_context is torch.autograd.Function.setup_context
     if takes_context and arguments_of(function, args)[0] is None:
         return False
-    return bool(function.__module__ != "torch.utils.checkpoint")
+    return function.__module__ not in _OTHERWISE_RECORDED
 
 
 def saved_by(context: Any) -> list[torch.Tensor]:

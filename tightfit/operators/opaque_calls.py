@@ -6,8 +6,9 @@ those made again have the same list, if they are the same computation; `tightfit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,27 +23,21 @@ class WritesElsewhere(RuntimeError):
     """An opaque call was about to write a tensor that it has not made itself."""
 
 
-class OpaqueCall:
-    """One call of an `autograd.Function`, to be made again."""
+class OpaqueCall(ABC):
+    """One opaque call, to be made again."""
 
-    __slots__ = ("_attributes", "_autocast", "_function", "_generators", "_keys", "_needs_grad", "_random", "length")
+    __slots__ = ("_autocast", "_generators", "_keys", "_random")
 
-    def __init__(self, function: Any, args: tuple[Any, ...], device: Device, generators: list[torch.Generator]) -> None:
-        """Note, before a call of `function`, what surrounds it."""
-        tensors = tensors_in(args)
-        self._function = function
+    def __init__(self, device: Device, generators: list[torch.Generator]) -> None:
+        """Note, before the call is made on a device, what surrounds it; from which generators it may draw."""
         self._keys = current_dispatch_keys()
-        self._autocast = {kind: _autocast(kind) for kind in {"cpu", device.kind}}
-        self._needs_grad = [tensor.requires_grad for tensor in tensors]
-        self._attributes = [vars(tensor).copy() for tensor in tensors]
+        kinds = {kind for kind in ("cpu", device.kind) if torch.is_autocast_enabled(kind)}
+        self._autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
         self._generators = [(generator, generator.get_state()) for generator in generators]
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
-        self.length = 0
-        """How many tensors it makes."""
 
-    def made(self, tensors: list[torch.Tensor]) -> None:
-        """Note, after the call, what it has made, and from which generators it has drawn."""
-        self.length = len(tensors)
+    def done(self) -> None:
+        """Note that the call has been made: from which generators it has drawn."""
         with below_autograd():  # only now is it known whether anything was random
             self._random = [pair for pair in self._generators if not torch.equal(pair[0].get_state(), pair[1])]
         self._generators = []
@@ -52,39 +47,82 @@ class OpaqueCall:
         """Bytes of the random states that it keeps."""
         return sum(state.numel() for _, state in self._random)
 
-    def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call again; return what it makes."""
-        return self._call(args, watched=False)
+        with self._surroundings():
+            return self._run(args, kwargs, nullcontext())
 
-    def watched(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def watched(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call again, unless it writes what it has not made.
 
         Raises:
             WritesElsewhere: it was about to.
         """
-        return self._call(args, watched=True)
+        with self._surroundings():
+            return self._run(args, kwargs, _FreshWrites())
 
-    def _call(self, args: tuple[Any, ...], *, watched: bool) -> tuple[torch.Tensor, ...]:
-        saved: list[torch.Tensor] = []
+    @abstractmethod
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: AbstractContextManager[object]) -> Any:
+        """Make the call; inside `watch`, if it runs operations that show."""
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(dispatching_by(self._keys))
-            for kind, (dtype, enabled) in self._autocast.items():
+            for kind, dtype in self._autocast.items():
                 # Weights that are cast anew have the same bits; the cache is the forward's.
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
             for generator, state in self._random:
                 stack.enter_context(drawing_from(generator, state))
-            stack.enter_context(torch.enable_grad())
-            # A node that holds its own result would keep itself alive, as nobody will run its backward.
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.append, _refuse))
-            stack.enter_context(_FreshWrites() if watched else nullcontext())
-            try:
+            yield
+
+
+class OperatorCall(OpaqueCall):
+    """A call of an operator that is not PyTorch's own."""
+
+    __slots__ = ("_func",)
+
+    def __init__(self, func: Any, device: Device, generators: list[torch.Generator]) -> None:
+        super().__init__(device, generators)
+        self._func = func
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: AbstractContextManager[object]) -> Any:
+        return self._func(*args, **kwargs)  # it says itself what it writes, and its inputs are compared
+
+
+class FunctionCall(OpaqueCall):
+    """A call of an `autograd.Function`."""
+
+    __slots__ = ("_attributes", "_function", "_length", "_needs_grad")
+
+    def __init__(self, function: Any, args: tuple[Any, ...], device: Device, generators: list[torch.Generator]) -> None:
+        super().__init__(device, generators)
+        tensors = tensors_in(args)
+        self._function = function
+        self._needs_grad = [tensor.requires_grad for tensor in tensors]
+        self._attributes = [vars(tensor).copy() for tensor in tensors]
+        self._length = 0
+
+    def made(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note that the call has been made, and what it has made."""
+        self.done()
+        self._length = len(tensors)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: AbstractContextManager[object]) -> Any:
+        saved: list[torch.Tensor] = []
+        # A node that holds its own result would keep itself alive, as nobody will run its backward.
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, _refuse)
+        try:
+            with torch.enable_grad(), hooks, watch:
                 tensors = what_it_made(self._function.apply(*self._as_they_were(args)), saved)
-            finally:
-                saved.clear()  # the nodes hold the hooks, and these the list: a result in it would never be freed
-        if len(tensors) != self.length:
+        finally:
+            saved.clear()  # the nodes hold the hooks, and these the list: a result in it would never be freed
+        if self._function.setup_context is not torch.autograd.Function.setup_context:
+            del tensors[self._length :]  # which saves after the call, and only what was given or has come out
+        if len(tensors) != self._length:
             raise RuntimeError(
-                f"calling {self._function.__qualname__} again made {len(tensors)} tensors instead of {self.length}: it "
-                "is not a function of its inputs, and what autograd saved of it cannot be rebuilt. Leave the module "
+                f"calling {self._function.__qualname__} again made {len(tensors)} tensors instead of {self._length}: "
+                "it is not a function of its inputs, and what autograd saved of it cannot be rebuilt. Leave the module "
                 "that calls it untouched: fit(..., exclude=module), or a pattern of its path."
             )
         return tuple(tensors)
@@ -112,10 +150,6 @@ def what_it_made(result: Any, saved: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _refuse(_: object) -> torch.Tensor:
     raise RuntimeError("a call that is made again has no backward")
-
-
-def _autocast(kind: str) -> tuple[torch.dtype, bool]:
-    return torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
 
 class _FreshWrites(DispatchMode):

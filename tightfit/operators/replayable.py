@@ -30,6 +30,10 @@ def blocker(
     """Return why a call may not be replayed, as a short phrase; empty if it may."""
     if info.blocker:
         return info.blocker
+    if info.undeclared_writes and info.training_flag < 0:
+        return "it writes arguments that its schema does not mark"
+    if info.is_foreign and any(isinstance(argument, torch.ScriptObject) for argument in (*args, *kwargs.values())):
+        return "an argument that is an object of C++"
     if info.blocker_with_atomics and device.adds_atomically:
         return info.blocker_with_atomics
     if info.is_convolution and (reason := device.convolutions_differ_by_thread()):

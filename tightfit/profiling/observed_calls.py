@@ -16,7 +16,7 @@ from tightfit.device import Device
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import describe, opaque_function, tensors_in
-from tightfit.operators.opaque_calls import OpaqueCall, what_it_made
+from tightfit.operators.opaque_calls import FunctionCall, what_it_made
 from tightfit.profiling.costs import cost_of_opaque
 from tightfit.profiling.observation import Observation, RawOp
 from tightfit.profiling.signatures import SignatureTable
@@ -81,7 +81,7 @@ class ObservedCalls:
         )
         opened = _Open(self._ledger.observation, op, args)
         if not reason and self._has_data:
-            opened.call = call = OpaqueCall(function, args, device, generators_of(tensors))
+            opened.call = call = FunctionCall(function, args, device, generators_of(tensors))
             taped = TapedOp(TapedRegion(None, set()), 0, 0, 0, call, info)
             opened.repeat = self._repeats.begin(taped, args, {})
         self._ledger.observation.ops.append(op)
@@ -114,7 +114,7 @@ class ObservedCalls:
             record.op, record.output, record.overwritten = opened.place, place, False
             op.outputs.append(value)
 
-    def _try(self, opened: _Open, call: OpaqueCall, made: list[torch.Tensor]) -> None:
+    def _try(self, opened: _Open, call: FunctionCall, made: list[torch.Tensor]) -> None:
         """Make the call again, to know whether a plan may, and what that costs."""
         op = opened.op
         call.made(made)
@@ -170,7 +170,7 @@ class _Open:
         self.args = args
         self.place = len(observation.ops)
         self.first_storage = len(observation.storages)
-        self.call: OpaqueCall | None = None
+        self.call: FunctionCall | None = None
         self.repeat: Repeat | None = None
         self.saved: list[torch.Tensor] = []
         self.escaped: list[torch.Tensor] = []

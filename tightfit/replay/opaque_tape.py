@@ -14,7 +14,7 @@ import torch
 from tightfit._torch_private import storage_key
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators.facts import describe, opaque_function, tensors_in
-from tightfit.operators.opaque_calls import OpaqueCall, what_it_made
+from tightfit.operators.opaque_calls import FunctionCall, what_it_made
 from tightfit.replay.repeats import Repeat
 from tightfit.replay.tape import Tape
 from tightfit.replay.values import TapedOp, TapedRegion, TapedValue
@@ -31,7 +31,7 @@ class OpenCall:
         self.region = region
         self.position = position
         self.first = first  # of the operations inside, on the tape
-        self.call: OpaqueCall | None = None
+        self.call: FunctionCall | None = None
         self.op: TapedOp | None = None
         self.repeat: Repeat | None = None
         self.is_trusted = False  # its kind was repeated, and only reads the inputs whose addresses it takes
@@ -64,7 +64,7 @@ class OpaqueTape(Tape):
         device = device_of_call(tensors, {})
         opened.is_trusted = self._repeats is None or self._repeats.trusts(info, args, {}, device)
         if record or not opened.is_trusted:
-            call = OpaqueCall(function, args, device, generators_of(tensors))
+            call = FunctionCall(function, args, device, generators_of(tensors))
             opened.op = self._record(region, call, info, (), args, {})
             if opened.op is not None:
                 opened.call = call

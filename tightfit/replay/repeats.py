@@ -107,7 +107,7 @@ class Repeat:
             kwargs = {name: _replace((a,), copies)[0] for name, a in self._kwargs.items()}
             set_grad_mode(op.grad)
             if isinstance(op.func, OpaqueCall):
-                again: Any = op.func.watched(*args)
+                again: Any = op.func.watched(*args, **kwargs)
             elif op.generator is not None:
                 assert op.random_state is not None
                 with drawing_from(op.generator, op.random_state):

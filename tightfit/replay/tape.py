@@ -33,7 +33,7 @@ from tightfit._torch_private import (
     version_of,
 )
 from tightfit.device import device_for
-from tightfit.device.placement import StreamWatch, device_of_call
+from tightfit.device.placement import StreamWatch, device_of_call, generators_of
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import (
     OpInfo,
@@ -44,6 +44,7 @@ from tightfit.operators.facts import (
     tensors_in,
     undeclared_writes,
 )
+from tightfit.operators.opaque_calls import OpaqueCall, OperatorCall
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.repeats import Repeats
@@ -185,7 +186,13 @@ class Tape(Replayer):
         if info.splits_silently:
             self._split[storage_key(args[0])] = WeakStorage(args[0])
         self._register(op, info, mutated, result)
+        if op is not None and isinstance(op.func, OpaqueCall):
+            op.func.done()
         if op is not None and repeat is not None and not repeat.agrees(result):
+            if info.is_foreign:
+                written = {id(tensor) for tensor in repeat.changed_inputs()}
+                places = [(n, t) for n, a in enumerate(args) for t in tensors_in((a,)) if id(t) in written]
+                self._written_unseen(func, places)
             region.refused.add(position)
             self._statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
@@ -253,6 +260,8 @@ class Tape(Replayer):
         exposed = self._writes.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
             return None
+        if info.is_foreign and not isinstance(func, OpaqueCall):
+            func = OperatorCall(func, device, generators_of(tensors))
         op = TapedOp(region, self._position, len(self._ops), self._leaf, func, info)
         op.grad = torch.is_grad_enabled()
         if info.is_random:
