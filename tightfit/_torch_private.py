@@ -282,6 +282,11 @@ def current_graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def backward_keeps_graph() -> bool:
+    """Tell whether the backward pass that runs in this thread was called with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]  # not in PyTorch's stubs
+
+
 def current_graph_node() -> Any:
     """Return the autograd node whose backward runs in this thread; None outside backward."""
     return torch._C._current_autograd_node()

@@ -71,6 +71,25 @@ class DroppingOut(torch.autograd.Function):
         return grad * ctx.saved_tensors[0]
 
 
+class Stashing(torch.autograd.Function):
+    """Keeps tensors where no hook sees them: a result, something made on the way, and its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out, half = torch.empty_like(x), x * 0.5
+        np.tanh(x.detach().numpy(), out=out.numpy())
+        ctx.out, ctx.pair, ctx.name = out, (half, 1.0), "tanh"
+        ctx.x = x
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # PyTorch's signature is wider
+        half, one = ctx.pair
+        assert ctx.name == "tanh"
+        assert ctx.x.requires_grad
+        return grad * (one - ctx.out**2) + 0 * half * ctx.x
+
+
 class Unlike(torch.autograd.Function):
     """What `disturb` does to the result, the input or the world is not done a second time unseen."""
 
@@ -119,6 +138,44 @@ def everything_dropped(function: Any) -> Statistics:
 def test_all_that_such_a_function_makes_is_dropped() -> None:
     made = everything_dropped(lambda x, w: (by_numpy(x @ w) @ w).tanh())
     assert made.dropped_slots >= 5  # tanh, the matrix product's input, and what the function saves
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_a_function_keeps_in_its_context_is_dropped(calls: int) -> None:
+    statistics = assert_same(lambda x, w: Stashing.apply((x @ w).exp()) @ w, calls=calls)
+    assert statistics.dropped_slots >= 5  # of exp, of the product, and three of the function
+
+
+def test_what_a_function_keeps_in_its_context_is_there_for_each_backward() -> None:
+    def twice(loss: Tensor) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    assert_same(lambda x, w: Stashing.apply((x @ w).exp()) @ w, backward=twice)
+
+
+def test_what_was_rebuilt_for_a_context_goes_with_its_backward() -> None:
+    alive: list[Any] = []
+
+    class Looking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            alive.append(len([1 for kept in contexts if hasattr(kept, "out")]))
+            return gradients[0]
+
+    contexts: list[Any] = []
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        y = Stashing.apply(Looking.apply(x @ w))
+        contexts[:] = [y.grad_fn]
+        return y  # type: ignore[no-any-return]
+
+    assert_same(function)
+    assert alive == [1, 0]  # plain keeps it as long as the graph lives
 
 
 def test_an_address_that_is_only_read_does_not_bar_others_from_reading_there() -> None:

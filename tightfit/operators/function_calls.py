@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import never_compiled, node_class_of
+from tightfit.operators.stashed_tensors import stashed_in
 
 #: Makes a call of a function's ``forward``: given the function's class, that forward, and its arguments.
 Watcher = Callable[[Any, Callable[..., Any], tuple[Any, ...]], Any]
@@ -88,7 +89,9 @@ def can_be_made_again(function: Any, args: tuple[Any, ...]) -> bool:
 
 
 def saved_by(context: Any) -> list[torch.Tensor]:
-    """List what a ``forward`` that has ended has asked autograd to save; nothing where no gradient is wanted."""
+    """List what a ``forward`` that has ended has asked autograd to save, and what it keeps in its context; nothing
+    where no gradient is wanted.
+    """
     if context is None or not any(context.needs_input_grad):
         return []
-    return [tensor for tensor in context.to_save or () if tensor is not None]
+    return [*(tensor for tensor in context.to_save or () if tensor is not None), *stashed_in(context)]

@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode, below_autograd, current_dispatch_keys, dispatching_by, storage_key
+from tightfit._torch_private import (
+    DispatchMode,
+    below_autograd,
+    current_dispatch_keys,
+    dispatching_by,
+    node_class_of,
+    storage_key,
+)
 from tightfit.device.device import Device
 from tightfit.device.generators import drawing_from
 from tightfit.operators.facts import describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from tightfit.operators.stashed_tensors import stashed_in
 
 
 class WritesElsewhere(RuntimeError):
@@ -114,7 +122,9 @@ class FunctionCall(OpaqueCall):
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, _refuse)
         try:
             with torch.enable_grad(), hooks, watch:
-                tensors = what_it_made(self._function.apply(*self._as_they_were(args)), saved)
+                result = self._function.apply(*self._as_they_were(args))
+            tensors = what_it_made(result, [*saved, *stashed_in(self._context_of(result))])
+            del result
         finally:
             saved.clear()  # the nodes hold the hooks, and these the list: a result in it would never be freed
         if self._function.setup_context is not torch.autograd.Function.setup_context:
@@ -126,6 +136,10 @@ class FunctionCall(OpaqueCall):
                 "that calls it untouched: fit(..., exclude=module), or a pattern of its path."
             )
         return tuple(tensors)
+
+    def _context_of(self, result: Any) -> Any:
+        nodes = [made.grad_fn for made in result_tensors(result) if isinstance(made, torch.Tensor)]
+        return next((node for node in nodes if isinstance(node, node_class_of(self._function))), None)
 
     def _as_they_were(self, args: tuple[Any, ...]) -> Any:
         states = zip(self._needs_grad, self._attributes, strict=True)
@@ -144,7 +158,7 @@ class FunctionCall(OpaqueCall):
 
 
 def what_it_made(result: Any, saved: list[torch.Tensor]) -> list[torch.Tensor]:
-    """List what a call made: its results and what it has autograd save."""
+    """List what a call made: its results, and what it has autograd save or keeps in its context."""
     return [made for made in (*result_tensors(result), *saved) if isinstance(made, torch.Tensor)]
 
 

@@ -29,6 +29,7 @@ from tightfit.operators.function_calls import WatchedFunctions, arguments_of, ca
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.profiling.compiled_calls import CompiledCalls
 from tightfit.profiling.gradient_sums import GradientSums
+from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.profiling.observed_calls import ObservedCalls
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
@@ -334,8 +335,15 @@ class Observer(DispatchMode):
             raise
         with self._as_observer():
             self._sums.resolve()
-            self._calls.end(result, saved_by(context))
+            saved = saved_by(context)
+            self._calls.end(result, saved)
+            if saved:
+                hold_otherwise(context, self._pack_stashed, self._saved_tensors.unpack)
         return result
+
+    def _pack_stashed(self, tensor: torch.Tensor) -> Any:
+        packed = self._saved_tensors.pack(tensor)
+        return None if packed is tensor else packed
 
     @contextmanager
     def _as_observer(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators.facts import describe, opaque_function, tensors_in
 from tightfit.operators.opaque_calls import FunctionCall, what_it_made
 from tightfit.replay.repeats import Repeat
+from tightfit.replay.replayer import Handle
 from tightfit.replay.tape import Tape
 from tightfit.replay.values import TapedOp, TapedRegion, TapedValue
 
@@ -122,6 +123,11 @@ class OpaqueTape(Tape):
         if self._open is not None:
             self._open.saved.append(tensor)
         return super().pack(tensor)
+
+    def pack_if_dropped(self, tensor: torch.Tensor) -> Any:
+        """Return what to hold instead of a tensor that a call keeps for its backward; None: the tensor itself."""
+        packed = super().pack(tensor)
+        return packed if type(packed) is Handle else None
 
     def _sight(self, tensor: torch.Tensor) -> TapedValue:
         known = self._current.get(storage_key(tensor))

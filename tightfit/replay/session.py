@@ -40,6 +40,7 @@ from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
+from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.opaque_tape import OpaqueTape
@@ -382,7 +383,10 @@ class Session(DispatchMode):
             tape.abort_call()
             raise
         self._busy = True
-        tape.end_call(result, saved_by(context))
+        saved = saved_by(context)
+        tape.end_call(result, saved)
+        if saved:
+            hold_otherwise(context, tape.pack_if_dropped, unpack)
         self._busy = False
         return result
 
