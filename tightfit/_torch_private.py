@@ -73,22 +73,47 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def in_compiled_call() -> bool:
-    """Tell whether a function that `torch.compile` made has been called and has not returned, in this thread.
-
-    PyTorch tells only who traces; a compiled function that runs eagerly shows by its wrapper on the stack.
-    """
-    if _DYNAMO not in sys.modules:
-        return False
-    frame = sys._getframe(1)
-    while (caller := frame.f_back) is not None:
-        frame = caller
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == _DYNAMO:
-            return True
-    return False
-
-
 _DYNAMO = "torch._dynamo.eval_frame"
+
+
+def hook_compiled_calls(enter: Callable[[], Callable[[], Any]] | None) -> None:
+    """Have `enter` called at the start of each call of what `torch.compile` made, and at its end what that returned.
+
+    Each such callable has a list of what to call then; it is read through here. None ends that.
+    """
+    dynamo = sys.modules.get(_DYNAMO)
+    if dynamo is None:
+        return
+    kind, name = dynamo._TorchDynamoContext, "enter_exit_hooks"
+    if enter is None:
+        if name in vars(kind):
+            delattr(kind, name)
+        return
+
+    def read(context: Any) -> Any:
+        return _Hooks(enter, vars(context)[name])
+
+    def write(context: Any, hooks: Any) -> None:
+        vars(context)[name] = hooks
+
+    setattr(kind, name, property(read, write))
+
+
+class _Hooks:
+    """A compiled callable's hooks, and one more in front."""
+
+    def __init__(self, first: Callable[[], Any], hooks: list[Callable[[], Any]]) -> None:
+        self._first = first
+        self._hooks = hooks
+        self.append = hooks.append
+
+    def __iter__(self) -> Iterator[Callable[[], Any]]:
+        yield self._first
+        yield from self._hooks
+
+
+#: Where the functions are defined by which compiled graphs run forward and backward.
+COMPILED_GRAPHS = "torch._functorch._aot_autograd.runtime_wrappers"
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -118,6 +143,11 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # PyTorch's own wrapper around `__torch_dispatch__`, which costs each operation: see above
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have what `torch.compile` made compiled and run compiled beneath the mode, as without it."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import never_compiled, node_class_of
+from tightfit._torch_private import COMPILED_GRAPHS, never_compiled, node_class_of
 from tightfit.operators.stashed_tensors import stashed_in
 
 #: Makes a call of a function's ``forward``: given the function's class, that forward, and its arguments.
@@ -86,6 +86,11 @@ def can_be_made_again(function: Any, args: tuple[Any, ...]) -> bool:
     if takes_context and arguments_of(function, args)[0] is None:
         return False
     return function.__module__ not in _OTHERWISE_RECORDED
+
+
+def is_compiled_graph(function: Any) -> bool:
+    """Tell whether a function is a graph that `torch.compile` made."""
+    return bool(function.__module__ == COMPILED_GRAPHS)
 
 
 def saved_by(context: Any) -> list[torch.Tensor]:

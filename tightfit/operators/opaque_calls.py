@@ -101,12 +101,12 @@ class OperatorCall(OpaqueCall):
 class FunctionCall(OpaqueCall):
     """A call of an `autograd.Function`."""
 
-    __slots__ = ("_attributes", "_function", "_length", "_needs_grad")
+    __slots__ = ("_attributes", "_length", "_needs_grad", "function")
 
     def __init__(self, function: Any, args: tuple[Any, ...], device: Device, generators: list[torch.Generator]) -> None:
         super().__init__(device, generators)
         tensors = tensors_in(args)
-        self._function = function
+        self.function = function
         self._needs_grad = [tensor.requires_grad for tensor in tensors]
         self._attributes = [vars(tensor).copy() for tensor in tensors]
         self._length = 0
@@ -122,16 +122,16 @@ class FunctionCall(OpaqueCall):
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, _refuse)
         try:
             with torch.enable_grad(), hooks, watch:
-                result = self._function.apply(*self._as_they_were(args))
+                result = self.function.apply(*self._as_they_were(args))
             tensors = what_it_made(result, [*saved, *stashed_in(self._context_of(result))])
             del result
         finally:
             saved.clear()  # the nodes hold the hooks, and these the list: a result in it would never be freed
-        if self._function.setup_context is not torch.autograd.Function.setup_context:
+        if self.function.setup_context is not torch.autograd.Function.setup_context:
             del tensors[self._length :]  # which saves after the call, and only what was given or has come out
         if len(tensors) != self._length:
             raise RuntimeError(
-                f"calling {self._function.__qualname__} again made {len(tensors)} tensors instead of {self._length}: "
+                f"calling {self.function.__qualname__} again made {len(tensors)} tensors instead of {self._length}: "
                 "it is not a function of its inputs, and what autograd saved of it cannot be rebuilt. Leave the module "
                 "that calls it untouched: fit(..., exclude=module), or a pattern of its path."
             )
@@ -139,7 +139,7 @@ class FunctionCall(OpaqueCall):
 
     def _context_of(self, result: Any) -> Any:
         nodes = [made.grad_fn for made in result_tensors(result) if isinstance(made, torch.Tensor)]
-        return next((node for node in nodes if isinstance(node, node_class_of(self._function))), None)
+        return next((node for node in nodes if isinstance(node, node_class_of(self.function))), None)
 
     def _as_they_were(self, args: tuple[Any, ...]) -> Any:
         states = zip(self._needs_grad, self._attributes, strict=True)

@@ -14,7 +14,6 @@ import torch
 
 from tightfit._torch_private import DispatchMode, current_graph_task
 from tightfit.operators.facts import describe, is_opaque
-from tightfit.profiling.compiled_calls import uncompiled
 from tightfit.profiling.observation import Observation
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
@@ -62,7 +61,6 @@ def forward_differs(observation: Observation, model: torch.nn.Module, batch: Any
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse_unpack),
             ops,
-            uncompiled(),  # as it was observed
         ):
             step.run_loss(model, batch)
     except _BackwardInForward:

@@ -16,6 +16,7 @@ from tightfit.device import Device
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import describe, opaque_function, tensors_in
+from tightfit.operators.function_calls import is_compiled_graph
 from tightfit.operators.opaque_calls import FunctionCall, what_it_made
 from tightfit.profiling.costs import cost_of_opaque
 from tightfit.profiling.observation import Observation, RawOp
@@ -61,6 +62,11 @@ class ObservedCalls:
         """Whether a call is being made."""
         return self._open is not None
 
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether a compiled graph runs, whose operations are no others' concern."""
+        return self._open is not None and self._open.is_graph
+
     def begin(self, function: Any, args: tuple[Any, ...]) -> None:
         """Note that a call begins."""
         kind = opaque_function(function)
@@ -79,7 +85,7 @@ class ObservedCalls:
             keep_reason=reason,
             random_state_bytes=0,
         )
-        opened = _Open(self._ledger.observation, op, args)
+        opened = _Open(self._ledger.observation, op, args, is_compiled_graph(function))
         if not reason and self._has_data:
             opened.call = call = FunctionCall(function, args, device, generators_of(tensors))
             taped = TapedOp(TapedRegion(None, set()), 0, 0, 0, call, info)
@@ -165,8 +171,9 @@ class ObservedCalls:
 class _Open:
     """A call that is being made."""
 
-    def __init__(self, observation: Observation, op: RawOp, args: tuple[Any, ...]) -> None:
+    def __init__(self, observation: Observation, op: RawOp, args: tuple[Any, ...], is_graph: bool) -> None:
         self.op = op
+        self.is_graph = is_graph
         self.args = args
         self.place = len(observation.ops)
         self.first_storage = len(observation.storages)

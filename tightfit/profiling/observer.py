@@ -19,15 +19,16 @@ from tightfit._torch_private import (
     current_graph_task,
     never_compiled,
     storage_key,
+    top_dispatch_mode,
     top_saved_tensor_hooks,
 )
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
+from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
-from tightfit.profiling.compiled_calls import CompiledCalls
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.profiling.observed_calls import ObservedCalls
@@ -72,14 +73,13 @@ class Observer(DispatchMode):
         self._escaped: set[int] = set()  # storages whose memory was handed out by numpy(), data_ptr(), ...
         self._calls = ObservedCalls(ledger, signatures, device, unspill is not None, self._escapes)
         self._functions = WatchedFunctions(self._call_function)
+        self._compiled = CompiledCalls(has_data=unspill is not None)
         self._signatures = signatures
         self.random_state_bytes = device.random_state_bytes()
         """What a copy of the default generator's state takes of the memory that counts."""
         self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
         self.switched_off: set[str] = set()
         """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
-        self.compiled_calls = CompiledCalls()
-        """Where forward calls functions that `torch.compile` made."""
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
@@ -87,6 +87,11 @@ class Observer(DispatchMode):
         self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
         """Result layouts as observed, by the key of the signature."""
+
+    @property
+    def saw_compiled_calls(self) -> bool:
+        """Whether the step called what `torch.compile` made."""
+        return self._compiled.seen
 
     @property
     def observation(self) -> Observation:
@@ -110,6 +115,7 @@ class Observer(DispatchMode):
         self._hooks.__enter__()
         self.activate()
         self._functions.start()
+        self._compiled.start()
         self._ledger.is_open = True
 
     def stop(self) -> None:
@@ -117,6 +123,7 @@ class Observer(DispatchMode):
         self._sums.resolve()
         self._ledger.is_open = False
         self._functions.stop()
+        self._compiled.stop()
         self.deactivate()
         self._hooks.__exit__(None, None, None)
 
@@ -180,12 +187,10 @@ class Observer(DispatchMode):
         """Mark the start of a module call."""
         if current_graph_task() >= 0:  # made again in backward
             self.switched_off.add(CHECKPOINTING)
-        self.compiled_calls.enter_module(path)
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """Mark the end of the innermost module call."""
-        self.compiled_calls.exit_module()
         self.observation.events.append(ModuleEvent(None))
 
     # ------------------------------------------------------------------------------------------------ for PyTorch
@@ -221,6 +226,10 @@ class Observer(DispatchMode):
         info = describe(func)
         if info.is_view:
             return func(*args, **kwargs)
+        if self._calls.is_in_graph:
+            for tensor in mutated_tensors(info, args, kwargs):
+                self._ledger.overwrite(tensor)
+            return self._record_memory(func, args, kwargs)
         self._sums.resolve()
         tensors = tensors_in((*args, *kwargs.values()))
         forward = not self._in_backward and not self.in_optimizer and graph_task < 0
@@ -261,7 +270,6 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
-        self.compiled_calls.note_op()
         hooks = top_saved_tensor_hooks()
         if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook:
             self.switched_off.add(owner_of_hook(hooks[0]))
@@ -322,7 +330,8 @@ class Observer(DispatchMode):
         """Make a call of the forward of an `autograd.Function`: an operation like others, made of operations."""
         recorded = self._ledger.is_open and not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
         in_forward = not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
-        if not (recorded and in_forward) or self._calls.is_open or not can_be_made_again(function, args):
+        recorded = recorded and in_forward and top_dispatch_mode() is self
+        if not recorded or self._calls.is_open or not can_be_made_again(function, args):
             return forward(*args)
         context, inputs = arguments_of(function, args)
         with self._as_observer():

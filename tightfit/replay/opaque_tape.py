@@ -14,6 +14,7 @@ import torch
 from tightfit._torch_private import storage_key
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators.facts import describe, opaque_function, tensors_in
+from tightfit.operators.function_calls import is_compiled_graph
 from tightfit.operators.opaque_calls import FunctionCall, what_it_made
 from tightfit.replay.repeats import Repeat
 from tightfit.replay.replayer import Handle
@@ -25,7 +26,8 @@ class OpenCall:
     """An opaque call that is being made."""
 
     __slots__ = (
-        "call", "exposed", "first", "inputs", "is_trusted", "op", "position", "region", "repeat", "saved", "sighted",
+        "call", "exposed", "first", "inputs", "is_graph", "is_trusted", "op", "position", "region", "repeat", "saved",
+        "sighted",
     )  # fmt: skip
 
     def __init__(self, region: TapedRegion, position: int, first: int) -> None:
@@ -35,6 +37,7 @@ class OpenCall:
         self.call: FunctionCall | None = None
         self.op: TapedOp | None = None
         self.repeat: Repeat | None = None
+        self.is_graph = False
         self.is_trusted = False  # its kind was repeated, and only reads the inputs whose addresses it takes
         self.inputs: dict[int, TapedValue] = {}  # by storage
         self.saved: list[torch.Tensor] = []  # while it runs
@@ -52,6 +55,15 @@ class OpaqueTape(Tape):
         """Whether an opaque call is being made."""
         return self._open is not None
 
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether a compiled graph runs, whose operations are no others' concern."""
+        return self._open is not None and self._open.is_graph
+
+    def passes(self, func: Any) -> bool:
+        """Return whether the plan has no use for the operation that comes now; if so, the tape is past it."""
+        return not self.is_in_graph and super().passes(func)
+
     def begin_call(self, function: Any, args: tuple[Any, ...]) -> None:
         """Note that an opaque call begins; what it runs until `end_call` are operations of their own."""
         region = self._region
@@ -61,9 +73,10 @@ class OpaqueTape(Tape):
         position = self._position
         record = self._follow_plan(region, kind)[0] and position not in region.refused
         opened = OpenCall(region, position, len(self._ops) + 1)
+        opened.is_graph = is_compiled_graph(function)
         tensors = tensors_in(args)
         device = device_of_call(tensors, {})
-        opened.is_trusted = self._repeats is None or self._repeats.trusts(info, args, {}, device)
+        opened.is_trusted = self._repeats is None or self._repeats.trusts(function, info, args, device)
         if record or not opened.is_trusted:
             call = FunctionCall(function, args, device, generators_of(tensors))
             opened.op = self._record(region, call, info, (), args, {})

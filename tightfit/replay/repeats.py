@@ -21,7 +21,7 @@ from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.placement import device_of_call
 from tightfit.operators.differing_calls import bar, kind_of_call
 from tightfit.operators.facts import OpInfo, is_suspect, result_tensors, tensors_in, undefined_results
-from tightfit.operators.opaque_calls import OpaqueCall
+from tightfit.operators.opaque_calls import FunctionCall, OpaqueCall
 from tightfit.replay.self_check import checksum, same_bits
 from tightfit.replay.values import TapedOp
 from tightfit.step.snapshot import RandomState
@@ -40,12 +40,19 @@ class Repeats:
         device = device_of_call(tensors_in((*args, *kwargs.values())), kwargs)
         if not (info.needs_self_check or (device.adds_atomically and is_suspect(info, args, kwargs))):
             return None
-        kind = _kind(info, args, kwargs, device)
+        kind: Hashable = info.name
+        if isinstance(op.func, FunctionCall):
+            kind = self._kind_of_function(op.func.function, info, args, device)
+        elif device.adds_atomically or info.is_foreign:
+            kind = kind_of_call(info, args, kwargs, device)
         return None if kind in self.trusted else Repeat(self, op, args, kwargs, device, kind)
 
-    def trusts(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device) -> bool:
-        """Tell whether calls of this kind were repeated, and agreed."""
-        return _kind(info, args, kwargs, device) in self.trusted
+    def trusts(self, function: Any, info: OpInfo, args: tuple[Any, ...], device: Device) -> bool:
+        """Tell whether a call of this kind of an `autograd.Function` was repeated, and agreed."""
+        return self._kind_of_function(function, info, args, device) in self.trusted
+
+    def _kind_of_function(self, function: Any, info: OpInfo, args: tuple[Any, ...], device: Device) -> Hashable:
+        return function, kind_of_call(info, args, {}, device)  # compiled graphs have one name
 
 
 class Repeat:
@@ -136,11 +143,6 @@ def _leaving_random_numbers() -> Iterator[Callable[[], bool]]:
     finally:
         with below_autograd():
             before.restore()
-
-
-def _kind(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device) -> Hashable:
-    by_call = device.adds_atomically or info.is_foreign
-    return kind_of_call(info, args, kwargs, device) if by_call else info.name
 
 
 def _at(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> list[torch.Tensor]:

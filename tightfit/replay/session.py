@@ -36,6 +36,7 @@ from tightfit._torch_private import (
 )
 from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
+from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
@@ -186,6 +187,8 @@ class Session(DispatchMode):
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
         self._functions = WatchedFunctions(self._call_function)
         self._functions.start()
+        self._compiled = CompiledCalls()
+        self._compiled.start()
 
     @property
     def is_over(self) -> bool:
@@ -195,6 +198,7 @@ class Session(DispatchMode):
     def close(self) -> None:
         """Let go of what refers back to the session, so that it is freed without garbage collection."""
         self._functions.stop()
+        self._compiled.stop()
         del self._functions
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
@@ -370,6 +374,7 @@ class Session(DispatchMode):
             or not self._active
             or current_graph_task() >= 0
             or self._is_ddps()
+            or top_dispatch_mode() is not self
             or not can_be_made_again(function, args)
         ):
             return forward(*args)
@@ -455,7 +460,7 @@ class Session(DispatchMode):
             # should it be one after all, autograd keeps what it saves, as in the plain step.
             self._end_tape()
         # Not the region's own, but its writes count.
-        if in_backward or self._is_ddps() or (info.may_set_up and tape.is_set_up_by(info)):
+        if in_backward or self._is_ddps() or tape.is_in_graph or (info.may_set_up and tape.is_set_up_by(info)):
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)
