@@ -1,4 +1,4 @@
-"""Calls that the dispatcher does not see through are made again as a whole, or kept where that cannot be proven right."""
+"""Calls that the dispatcher does not see through are made again, or kept where that cannot be proven right."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def is_opaque(name: str) -> bool:
 
 
 def operation_named(name: str) -> Any:
-    """Return the operator overload or the kind of opaque call with a name; None if this PyTorch has no such operator."""
+    """Return the operator overload or the kind of opaque call with a name; None if PyTorch has no such operator."""
     return _opaque_named(name) if is_opaque(name) else find_overload(name)
 
 

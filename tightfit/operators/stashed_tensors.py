@@ -74,7 +74,7 @@ def _packed(value: Any, pack: Callable[[torch.Tensor], Any]) -> Any:
 
 
 class _Stash:
-    """The attributes of one context that are held otherwise.  Its node's hooks have it, so it must not have the node."""
+    """The attributes of one context that are held otherwise; the node has its hooks, so they must not have the node."""
 
     def __init__(self, context: Any, packed: dict[str, Any], unpack: Callable[[Any], torch.Tensor]) -> None:
         self._context = weakref.ref(context)

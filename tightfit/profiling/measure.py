@@ -172,9 +172,7 @@ def measure_step(
     )
 
 
-def _pure_paths(
-    model: torch.nn.Module, step: Step, region_paths: Sequence[str]
-) -> AbstractSet[str]:
+def _pure_paths(model: torch.nn.Module, step: Step, region_paths: Sequence[str]) -> AbstractSet[str]:
     """Return the regions whose whole forward may be recomputed: no excluded module is in them."""
     if step.autocast is not None or device_for(model).ambient_autocast() is not None:
         return set()  # whether a weight is found cast already differs between the first and a second forward

@@ -27,12 +27,12 @@ from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators.compiled_calls import CompiledCalls
-from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
-from tightfit.profiling.gradient_sums import GradientSums
+from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.stashed_tensors import hold_otherwise
-from tightfit.profiling.observed_calls import ObservedCalls
+from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
+from tightfit.profiling.observed_calls import ObservedCalls
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
 from tightfit.profiling.saved_scalars import saved_scalar_bytes
 from tightfit.profiling.saved_tensors import CHECKPOINTING, SavedTensors, owner_of_hook
