@@ -24,6 +24,7 @@ from tightfit._torch_private import (
 from tightfit.device.device import Device
 from tightfit.device.generators import drawing_from
 from tightfit.operators.facts import describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from tightfit.operators.function_calls import is_compiled_graph
 from tightfit.operators.stashed_tensors import stashed_in
 
 
@@ -117,6 +118,8 @@ class FunctionCall(OpaqueCall):
         self._length = len(tensors)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: AbstractContextManager[object]) -> Any:
+        if is_compiled_graph(self.function):
+            watch = nullcontext()  # its memory is not made by operations that show; what it writes, it says
         saved: list[torch.Tensor] = []
         # A node that holds its own result would keep itself alive, as nobody will run its backward.
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, _refuse)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tightfit._torch_private import storage_key
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators import replayable as safety
@@ -141,8 +142,10 @@ class ObservedCalls:
         if storage >= opened.first_storage:
             opened.escaped_inside[storage] = tensor
             self._ledger.overwrite(tensor)
-        else:
+        elif storage_key(tensor) in opened.keys:
             opened.escaped.append(tensor)
+        else:
+            return False  # its contents are not compared
         return True
 
     def is_escaped(self, storage: int) -> bool:
@@ -175,12 +178,13 @@ class _Open:
         self.op = op
         self.is_graph = is_graph
         self.args = args
+        self.keys = {storage_key(tensor) for tensor in tensors_in(args) if tensor.layout is torch.strided}
         self.place = len(observation.ops)
         self.first_storage = len(observation.storages)
         self.call: FunctionCall | None = None
         self.repeat: Repeat | None = None
         self.saved: list[torch.Tensor] = []
         self.escaped: list[torch.Tensor] = []
-        """Tensors from before the call whose memory was handed out in it."""
+        """Arguments whose memory was handed out in the call."""
         self.escaped_inside: dict[int, torch.Tensor] = {}
         """The same of tensors that the call has made, by storage."""

@@ -26,7 +26,7 @@ class OpenCall:
     """An opaque call that is being made."""
 
     __slots__ = (
-        "call", "exposed", "first", "inputs", "is_graph", "is_trusted", "op", "position", "region", "repeat", "saved",
+        "call", "exposed", "first", "inputs", "is_graph", "is_trusted", "keys", "op", "position", "region", "repeat", "saved",
         "sighted",
     )  # fmt: skip
 
@@ -39,6 +39,7 @@ class OpenCall:
         self.repeat: Repeat | None = None
         self.is_graph = False
         self.is_trusted = False  # its kind was repeated, and only reads the inputs whose addresses it takes
+        self.keys: frozenset[int] = frozenset()  # of the arguments' storages
         self.inputs: dict[int, TapedValue] = {}  # by storage
         self.saved: list[torch.Tensor] = []  # while it runs
         self.sighted: set[TapedValue] = set()  # first seen inside
@@ -75,6 +76,7 @@ class OpaqueTape(Tape):
         opened = OpenCall(region, position, len(self._ops) + 1)
         opened.is_graph = is_compiled_graph(function)
         tensors = tensors_in(args)
+        opened.keys = frozenset([storage_key(tensor) for tensor in tensors if tensor.layout is torch.strided])
         device = device_of_call(tensors, {})
         opened.is_trusted = self._repeats is None or self._repeats.trusts(function, info, args, device)
         if record or not opened.is_trusted:
@@ -82,7 +84,7 @@ class OpaqueTape(Tape):
             opened.op = self._record(region, call, info, (), args, {})
             if opened.op is not None:
                 opened.call = call
-                opened.inputs = {key: self._current[key] for key in map(storage_key, tensors)}
+                opened.inputs = {key: self._current[key] for key in opened.keys}
                 if not opened.is_trusted and self._repeats is not None:
                     opened.repeat = self._repeats.begin(opened.op, args, {})
         self._open = opened
@@ -125,7 +127,7 @@ class OpaqueTape(Tape):
             return False
         key = storage_key(tensor)
         value = self._current.get(key)
-        if opened.is_trusted and value is not None and not self._is_inside(value, opened):
+        if opened.is_trusted and key in opened.keys and (value is None or not self._is_inside(value, opened)):
             return True
         if key not in self._writes.exposed:
             opened.exposed.append(key)

@@ -379,21 +379,27 @@ class Session(DispatchMode):
         ):
             return forward(*args)
         context, inputs = arguments_of(function, args)
-        self._busy = True
-        tape.begin_call(function, inputs)
-        self._busy = False
+        with self._as_own():
+            tape.begin_call(function, inputs)
         try:
             result = forward(*args)
         except BaseException:
             tape.abort_call()
             raise
-        self._busy = True
-        saved = saved_by(context)
-        tape.end_call(result, saved)
-        if saved:
-            hold_otherwise(context, tape.pack_if_dropped, unpack)
-        self._busy = False
+        with self._as_own():
+            saved = saved_by(context)
+            tape.end_call(result, saved)
+            if saved:
+                hold_otherwise(context, tape.pack_if_dropped, unpack)
         return result
+
+    @contextmanager
+    def _as_own(self) -> Iterator[None]:
+        was_busy, self._busy = self._busy, True
+        try:
+            yield
+        finally:
+            self._busy = was_busy
 
     @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
