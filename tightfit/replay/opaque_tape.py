@@ -26,8 +26,8 @@ class OpenCall:
     """An opaque call that is being made."""
 
     __slots__ = (
-        "call", "exposed", "first", "inputs", "is_graph", "is_trusted", "keys", "op", "position", "region", "repeat", "saved",
-        "sighted",
+        "call", "exposed", "first", "inputs", "is_graph", "is_trusted", "keys", "op", "position", "region",
+        "repeat", "saved", "sighted",
     )  # fmt: skip
 
     def __init__(self, region: TapedRegion, position: int, first: int) -> None:
