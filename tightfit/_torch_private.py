@@ -73,22 +73,47 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def in_compiled_call() -> bool:
-    """Tell whether a function that `torch.compile` made has been called and has not returned, in this thread.
-
-    PyTorch tells only who traces; a compiled function that runs eagerly shows by its wrapper on the stack.
-    """
-    if _DYNAMO not in sys.modules:
-        return False
-    frame = sys._getframe(1)
-    while (caller := frame.f_back) is not None:
-        frame = caller
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == _DYNAMO:
-            return True
-    return False
-
-
 _DYNAMO = "torch._dynamo.eval_frame"
+
+
+def hook_compiled_calls(enter: Callable[[], Callable[[], Any]] | None) -> None:
+    """Have `enter` called at the start of each call of what `torch.compile` made, and at its end what that returned.
+
+    Each such callable has a list of what to call then; it is read through here. None ends that.
+    """
+    dynamo = sys.modules.get(_DYNAMO)
+    if dynamo is None:
+        return
+    kind, name = dynamo._TorchDynamoContext, "enter_exit_hooks"
+    if enter is None:
+        if name in vars(kind):
+            delattr(kind, name)
+        return
+
+    def read(context: Any) -> Any:
+        return _Hooks(enter, vars(context)[name])
+
+    def write(context: Any, hooks: Any) -> None:
+        vars(context)[name] = hooks
+
+    setattr(kind, name, property(read, write))
+
+
+class _Hooks:
+    """A compiled callable's hooks, and one more in front."""
+
+    def __init__(self, first: Callable[[], Any], hooks: list[Callable[[], Any]]) -> None:
+        self._first = first
+        self._hooks = hooks
+        self.append = hooks.append
+
+    def __iter__(self) -> Iterator[Callable[[], Any]]:
+        yield self._first
+        yield from self._hooks
+
+
+#: Where the functions are defined by which compiled graphs run forward and backward.
+COMPILED_GRAPHS = "torch._functorch._aot_autograd.runtime_wrappers"
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -118,6 +143,11 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # PyTorch's own wrapper around `__torch_dispatch__`, which costs each operation: see above
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have what `torch.compile` made compiled and run compiled beneath the mode, as without it."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
@@ -282,9 +312,32 @@ def current_graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def backward_keeps_graph() -> bool:
+    """Tell whether the backward pass that runs in this thread was called with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]  # not in PyTorch's stubs
+
+
 def current_graph_node() -> Any:
     """Return the autograd node whose backward runs in this thread; None outside backward."""
     return torch._C._current_autograd_node()
+
+
+def current_dispatch_keys() -> tuple[Any, Any]:
+    """Return the dispatch keys that this thread includes and excludes, those of dispatch modes left out."""
+    keys, included = torch._C.DispatchKey, torch._C._dispatch_tls_local_include_set()
+    included = included.remove(keys.Python).remove(keys.PythonTLSSnapshot)
+    return included, torch._C._dispatch_tls_local_exclude_set()
+
+
+@contextmanager
+def dispatching_by(keys: tuple[Any, Any]) -> Iterator[None]:
+    """Dispatch inside by these keys, and past all dispatch modes: also beneath `below_autograd` as in a forward."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C._ForceDispatchKeyGuard(*keys):
+        yield
+
+
+#: The class of the autograd nodes that a class of functions makes; its instances are what ``forward`` gets as ``ctx``.
+node_class_of: Callable[[Any], type] = attrgetter("_backward_cls")
 
 
 def is_view(tensor: torch.Tensor) -> bool:

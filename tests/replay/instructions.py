@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from tests.replay import opaque_functions
+
 if TYPE_CHECKING:
     from tests.replay.programs import Program
 
@@ -387,6 +389,10 @@ INSTRUCTIONS: dict[str, Instruction] = {
     "two outputs": lambda m, a, b: TwoOutputs.apply(a.sin(), b)[m.form % 2],
     "marked dirty": lambda m, a, b: ScaleInPlace.apply(a.exp().clamp_max(2)).sin() * b,
     "raw kernel": lambda m, a, b: RawSine.apply(a).exp() * 0.1,
+    "raw kernels that draw": lambda m, a, b: opaque_functions.Masked.apply((a * 0.5).tanh()) + b,
+    "raw kernels that keep": lambda m, a, b: opaque_functions.Keeping.apply(a.sin(), b) * 0.5,
+    "library operator": lambda m, a, b: opaque_functions.squash(a + b).exp() * 0.1,
+    "library operator in place": opaque_functions.halved_in_place,
     "gradient penalty": gradient_penalty,
     "tensor hook": hooked,
     "save on cpu": saved_on_cpu,

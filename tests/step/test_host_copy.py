@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tightfit.step.host_copy import CopyFile, HostCopy, difference, memory_of, same_contents
+from tightfit.step.host_copy import CopyFile, HostCopy, difference, flat_chunks, memory_of, same_contents
 
 
 def test_memory_is_shared_and_not_marked() -> None:
@@ -84,3 +85,40 @@ def test_a_copy_of_another_shape_or_type_is_not_the_same() -> None:
     assert not same_contents(a, HostCopy(torch.zeros(300, dtype=torch.int32), file))
     assert difference(a, None) == difference(a, HostCopy(torch.zeros(299), file)) == float("inf")
     assert same_contents(HostCopy(torch.ones(30, 20), file), HostCopy(torch.ones(20, 30).t(), file))
+
+
+class Quantised(torch.Tensor):
+    """A weight that is stored as integers and a scale, and knows no operation but what it is asked for here."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Quantised:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)  # type: ignore[attr-defined, no-any-return]
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+def test_a_subclass_is_copied_by_the_tensors_that_it_wraps() -> None:
+    weight = Quantised(torch.arange(6, dtype=torch.int8).view(2, 3), torch.tensor([0.5]))
+    file = CopyFile()
+    before = HostCopy(weight, file)
+    assert same_contents(before, HostCopy(weight, file))
+    weight.values.add_(1)
+    weight.scale.mul_(2)
+    after = HostCopy(weight, file)
+    assert not same_contents(before, after)
+    assert difference(before, after) == 1.0
+    before.restore(weight)
+    assert same_contents(before, HostCopy(weight, file))
+    assert weight.values.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert [piece.tolist() for piece in flat_chunks(weight)] == [[0, 1, 2, 3, 4, 5], [0.5]]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from tightfit._torch_private import is_compiled
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.applied import Applied
 from tightfit.installation.region_forward import RegionForward
 from tightfit.records import Plan, Profile
+from tightfit.step.exclude import is_inside
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.model import check_model
 from tightfit.step.step import Step
@@ -55,5 +57,13 @@ def install(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, pro
             f"the plan is of another model: it was made for {plan.model} with fingerprint {plan.fingerprint}, and this "
             f"{type(model).__name__} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
             "Measure and solve for this model."
+        )
+    compiled = [name for name, module in model.named_modules() if is_compiled(module)]
+    inside = [path for path in plan.region_paths if is_inside(path, compiled)]
+    if inside:
+        raise UnsupportedInput(
+            f"{inside[0]}, in which the plan recomputes, was compiled with torch.compile after the plan was made. "
+            "Nothing can be dropped inside compiled code, and the budget would not hold. Measure and solve for the "
+            "model as it is now."
         )
     return Applied(model, plan, step or Step(), profile)

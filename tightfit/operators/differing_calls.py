@@ -10,6 +10,9 @@ import torch
 from tightfit.device.device import Device
 from tightfit.operators.facts import OpInfo
 
+#: Arguments that are part of what a call is; of others, only their class.
+DESCRIBED = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 _barred: dict[str, set[Hashable]] = {}
 
 
@@ -36,4 +39,4 @@ def _kind(argument: Any) -> Hashable:
         return argument.dtype, argument.device, tuple(argument.size()), tuple(argument.stride())
     if isinstance(argument, list | tuple):
         return tuple([_kind(part) for part in argument])
-    return type(argument).__name__, "" if isinstance(argument, torch.Generator) else str(argument)
+    return type(argument).__name__, str(argument) if isinstance(argument, DESCRIBED) else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import OpOverload, plain_call, schema_of
+from tightfit._torch_private import OpOverload, find_overload, plain_call, schema_of
 
 #: Operations that write arguments which their schema does not mark: the positions of those arguments, and of the flag
 #: that says whether they write. When they do, replay passes None: outputs are bit for bit the same and the running
@@ -46,6 +46,9 @@ _STATEFUL = frozenset(
         "_efficientzerotensor",
     }
 )  # fmt: skip
+
+#: Parts of the names of namespaces whose operations talk to other processes, or change state that the tape cannot see.
+_STATEFUL_NAMESPACES = ("c10d", "symm_mem", "fsdp", "inductor", "rngprims", "streams", "profiler", "rpc")
 
 #: Kernels that use atomics where devices have them, as CUDA, so that a second run may differ in the last bits
 #: (the list of torch.use_deterministic_algorithms, forward only).
@@ -155,6 +158,43 @@ class OpInfo:
         object.__setattr__(self, "may_differ", self.needs_self_check or bool(self.suspect_flag))
 
 
+class OpaqueFunction:
+    """A kind of opaque call, as it stands among the operations of a region; `opaque_function` has one for each name."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+#: What the names of opaque calls begin with, where the names of operators have a namespace.
+_OPAQUE_PREFIX = "call."
+_opaque: dict[str, OpaqueFunction] = {}
+
+
+def opaque_function(function: Any) -> OpaqueFunction:
+    """Return the kind of call for a class or function: the same for all that have its name."""
+    return _opaque_named(f"{_OPAQUE_PREFIX}{function.__module__}.{function.__qualname__}")
+
+
+def _opaque_named(name: str) -> OpaqueFunction:
+    found = _opaque.get(name)
+    return found if found is not None else _opaque.setdefault(name, OpaqueFunction(name))
+
+
+def is_opaque(name: str) -> bool:
+    """Tell whether an operation's name is that of an opaque call."""
+    return name.startswith(_OPAQUE_PREFIX)
+
+
+def operation_named(name: str) -> Any:
+    """Return the operator overload or the kind of opaque call with a name; None if PyTorch has no such operator."""
+    return _opaque_named(name) if is_opaque(name) else find_overload(name)
+
+
 #: By the operator's `id`, as hashing an operator is a Python call; the facts hold the operator, so that no other can
 #: get its number.
 _INFO: dict[int, OpInfo] = {}
@@ -170,12 +210,12 @@ def describe(func: Any) -> OpInfo:
 
 
 def _describe(func: Any) -> OpInfo:
-    if not isinstance(func, OpOverload):  # a higher-order operator: opaque
+    if not isinstance(func, OpOverload):
         return OpInfo(
             func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
-            blocker="a higher-order operator", blocker_with_atomics="", needs_self_check=True,
-            suspect_flag="", is_convolution=False, may_set_up=False,
+            blocker="" if isinstance(func, OpaqueFunction) else "a higher-order operator", blocker_with_atomics="",
+            needs_self_check=True, suspect_flag="", is_convolution=False, may_set_up=False,
         )  # fmt: skip
     schema = schema_of(func)
     name = str(func)
@@ -188,9 +228,11 @@ def _describe(func: Any) -> OpInfo:
     returns_alias = any(result.alias_info is not None for result in schema.returns)
     writes, flag = _UNDECLARED_WRITES.get(name, ((), -1))
     uninitialised = name in _UNINITIALISED
-    if func.namespace not in ("aten", "prims"):
+    is_foreign = func.namespace not in ("aten", "prims", "prim")
+    own = "" if is_foreign else base  # what is known of PyTorch's operations says nothing of others with their names
+    if func.namespace == "prim" or any(part in func.namespace for part in _STATEFUL_NAMESPACES):
         blocker = f"{func.namespace} operations are not replayed"
-    elif base in _STATEFUL:
+    elif own in _STATEFUL:
         blocker = "the operation changes state that the tape cannot see"
     else:
         blocker = ""
@@ -202,16 +244,16 @@ def _describe(func: Any) -> OpInfo:
         mutates=mutates,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_uninitialised=uninitialised,
-        is_full_writer=base in _FULL_WRITERS,
-        splits_silently=base in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
-        is_foreign=func.namespace not in ("aten", "prims", "prim"),
+        is_full_writer=own in _FULL_WRITERS,
+        splits_silently=own in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
+        is_foreign=is_foreign,
         undeclared_writes=writes,
         training_flag=flag,
         blocker=blocker,
-        blocker_with_atomics="not deterministic on this device" if base in _NONDETERMINISTIC_WITH_ATOMICS else "",
-        needs_self_check=base not in _KNOWN_GOOD and not uninitialised,
+        blocker_with_atomics="not deterministic on this device" if own in _NONDETERMINISTIC_WITH_ATOMICS else "",
+        needs_self_check=own not in _KNOWN_GOOD and not uninitialised,
         suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, ""),
-        is_convolution=base in _CONVOLUTIONS,
+        is_convolution=own in _CONVOLUTIONS,
         may_set_up=any(name in names for names in _SETTING_UP.values()),
     )
 

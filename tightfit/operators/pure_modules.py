@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import has_global_module_hooks, has_module_hooks
+from tightfit._torch_private import has_global_module_hooks, has_module_hooks, is_compiled
 from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
 
@@ -77,7 +77,7 @@ def is_pure(module: torch.nn.Module) -> bool:
     for below in module.modules():
         kind = type(below)
         own = vars(below)
-        if f"{kind.__module__}.{kind.__qualname__}" not in _pure or own.get("inplace"):
+        if f"{kind.__module__}.{kind.__qualname__}" not in _pure or own.get("inplace") or is_compiled(below):
             return False
         if own.get("max_norm") is not None:  # an embedding that scales its weight down in forward
             return False

@@ -15,7 +15,8 @@ from tightfit.device.device import Device
 from tightfit.operators.differing_calls import is_barred
 from tightfit.operators.facts import OpInfo
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+#: Tensors of which a replay can make new ones.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def blocker(
@@ -29,6 +30,10 @@ def blocker(
     """Return why a call may not be replayed, as a short phrase; empty if it may."""
     if info.blocker:
         return info.blocker
+    if info.undeclared_writes and info.training_flag < 0:
+        return "it writes arguments that its schema does not mark"
+    if info.is_foreign and any(isinstance(argument, torch.ScriptObject) for argument in (*args, *kwargs.values())):
+        return "an argument that is an object of C++"
     if info.blocker_with_atomics and device.adds_atomically:
         return info.blocker_with_atomics
     if info.is_convolution and (reason := device.convolutions_differ_by_thread()):
@@ -38,9 +43,9 @@ def blocker(
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             return f"a {str(tensor.layout).removeprefix('torch.')} argument"
-        if type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return f"an argument of the tensor subclass {type(tensor).__name__}"
-    if any(kind not in _PLAIN_TYPES for kind in types):
+    if any(kind not in PLAIN_TYPES for kind in types):
         return "a tensor subclass"
     return ""
 

@@ -30,7 +30,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,7 @@ def measure_costs(
     room_bytes: int | None = None,
     result_bytes: Mapping[int, int] | None = None,
     fake_layouts: Mapping[int, Layouts] | None = None,
+    measured: Mapping[int, Cost] | None = None,
 ) -> Costs:
     """Return time, workspace and output sizes of each call, from the cache where it knows them.
 
@@ -110,12 +111,14 @@ def measure_costs(
         room_bytes: memory that measuring may take; None: as much as it needs.
         result_bytes: by the call's number, memory that its results take.
         fake_layouts: by the call's number, how its results lie in memory according to a fake run, if there was one.
+        measured: by the call's number, what is known already.
 
     Leaves every random generator as it was.
     """
     result_bytes = result_bytes or {}
     fake_layouts = fake_layouts or {}
     known = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
+    known.update(measured or {})
     found = {index: cost for index, cost in known.items() if not cost.is_dangerous}
     shares = {
         index: fit_call(call, result_bytes.get(index, 0), room_bytes)
@@ -133,7 +136,7 @@ def measure_costs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             alone = _run_each(list(to_run.values()), said, misplacing, device_for(device), result) if to_run else {}
-            measured = _time_each(list(to_run.values()), alone, device_for(device), result, timed) if to_run else {}
+            times = _time_each(list(to_run.values()), alone, device_for(device), result, timed) if to_run else {}
     except _BrokenBy as broken:
         cache.put_dangerous(broken.call)
         raise _device_lost(broken, device) from broken
@@ -142,10 +145,10 @@ def measure_costs(
         raise
     random_state.restore()
     for place, index in enumerate(to_run):
-        if place in measured:
-            found[index] = shares[index].scaled(measured[place])
+        if place in times:
+            found[index] = shares[index].scaled(times[place])
             if not shares[index].note:
-                cache.put(calls[index], measured[place])
+                cache.put(calls[index], times[place])
     cache.save()
     result.layouts = {index: cost.layouts for index, cost in found.items()}
     sizes = [argument_bytes(call) + result_bytes.get(index, 0) for index, call in enumerate(calls)]
@@ -281,6 +284,26 @@ def _run_each(
     workspace_bytes = meter.workspace_bytes()
     costs.workspace_ms = (time.perf_counter() - begin) * 1e3
     return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}
+
+
+def cost_of_opaque(call: Call, again: Callable[..., object], args: tuple[Any, ...], device: Device) -> Cost:
+    """Return what an opaque call costs; `again` makes it, with the arguments that it was made with."""
+    with device.workspace_meter() as meter, meter.watch(0):
+        made = again(*args)
+        device.synchronize()
+    del made
+    return Cost(round(_opaque_ms(call, again, args, device), 6), meter.workspace_bytes()[0], ())
+
+
+def _opaque_ms(call: Call, again: Callable[..., object], args: tuple[Any, ...], device: Device) -> float:
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        device.synchronize()
+        begin = time.perf_counter()
+        again(*args)
+        device.synchronize()
+        best = min(best, (time.perf_counter() - begin) * 1e3)
+    return best
 
 
 class _BrokenBy(Exception):

@@ -16,7 +16,6 @@ from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_
 from tightfit.interrupts import waiting_interrupts
 from tightfit.operators.pure_modules import is_pure
 from tightfit.operators.region_names import ROOT
-from tightfit.profiling.compiled_calls import COMPILED_FUNCTIONS, REASON, keep_callers, regions_around_compiled
 from tightfit.profiling.excluded import keep_excluded
 from tightfit.profiling.fsdp_collectives import collective_workspace
 from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
@@ -135,14 +134,8 @@ def measure_step(
     seen = observer.observation
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     keep_excluded(seen, step.excluded)
-    compiled = observer.compiled_calls
     region_paths = choose_regions(seen, class_of, step.excluded)
-    if compiled.callers:
-        observer.switched_off.add(COMPILED_FUNCTIONS)
-        region_paths = regions_around_compiled(region_paths, compiled.callers, compiled.inside, step.excluded)
-        keep_callers(seen, region_paths, compiled.callers)
-    called_once = {*step.excluded, *compiled.callers, *compiled.inside}
-    tables = build_tables(seen, region_paths, signatures, _pure_paths(model, step, region_paths, called_once))
+    tables = build_tables(seen, region_paths, signatures, _pure_paths(model, step, region_paths))
     with clock.part("mechanism"):
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
         overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
@@ -174,19 +167,16 @@ def measure_step(
         allocator=allocator,
         is_sharded=is_sharded(model),
         excluded=step.excluded,
-        kept_whole=dict.fromkeys(sorted(compiled.callers), REASON),
         measuring_ms=clock.measuring_ms(),
         **tables,
     )
 
 
-def _pure_paths(
-    model: torch.nn.Module, step: Step, region_paths: Sequence[str], called_once: AbstractSet[str]
-) -> AbstractSet[str]:
-    """Return the regions whose whole forward may be recomputed: no module of `called_once` is in them."""
+def _pure_paths(model: torch.nn.Module, step: Step, region_paths: Sequence[str]) -> AbstractSet[str]:
+    """Return the regions whose whole forward may be recomputed: no excluded module is in them."""
     if step.autocast is not None or device_for(model).ambient_autocast() is not None:
         return set()  # whether a weight is found cast already differs between the first and a second forward
-    around = {path for path in region_paths if any(is_inside(one, [path]) for one in called_once)}
+    around = {path for path in region_paths if any(is_inside(one, [path]) for one in step.excluded)}
     return {path for path in region_paths if path != ROOT and path not in around and is_pure(model.get_submodule(path))}
 
 

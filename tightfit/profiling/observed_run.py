@@ -19,6 +19,7 @@ from tightfit._torch_private import (
     FakeTensorMode,
     clips_by_foreach,
     fake_mode,
+    is_compiled,
 )
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
@@ -27,7 +28,6 @@ from tightfit.interrupts import is_of_a_handler, safe_point
 from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
-from tightfit.profiling.compiled_calls import uncompiled
 from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
 from tightfit.profiling.fsdp_copy import ShardedCopy
 from tightfit.profiling.observer import Observer
@@ -163,7 +163,7 @@ def _observe(
     observer: Observer,
 ) -> None:
     """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
-    with torch.enable_grad(), own_steps(), uncompiled():
+    with torch.enable_grad(), own_steps():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one
             for optimizer in optimizers:
@@ -213,7 +213,7 @@ def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[No
 
         @functools.wraps(original)  # a model may look at its own forward
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return original(*args, **kwargs)
             observer.enter_module(path, are_plain((args, kwargs), _KINDS_OF_TENSORS))
             try:
@@ -223,8 +223,9 @@ def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[No
 
         module.__dict__["forward"] = forward
 
+    compiled = {id(part) for module in model.modules() if is_compiled(module) for part in module.modules()}
     for path, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
+        if not isinstance(module, torch.jit.ScriptModule) and id(module) not in compiled:
             watch(path or ROOT, module)
     try:
         yield

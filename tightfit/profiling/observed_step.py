@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tightfit._torch_private import is_compiled
 from tightfit.device.memory import resident_bytes
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import UnsupportedInput
@@ -94,6 +95,7 @@ class Pricer:
             room_bytes=self._room_bytes,
             result_bytes=table.result_bytes,
             fake_layouts={index: known[key] for index, key in enumerate(table.keys) if key in known},
+            measured=table.measured,
         )
         self.clock.add("workspace", costs.workspace_ms)
         self.clock.add("times", costs.times_ms)
@@ -118,6 +120,8 @@ def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer,
     Raises:
         UnsupportedInput: the step can only be observed with data, and the model is sharded.
     """
+    # A compiled module runs eagerly where its copy is called, and without data its own code could not run.
+    concrete = concrete or any(is_compiled(module) for module in model.modules())
     observer, costs, data_dependent = (None, None, False) if concrete else _observe_fake(model, batch, step, pricer)
     if observer is not None and costs is not None:
         with pricer.clock.part("observing"):
@@ -132,9 +136,12 @@ def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer,
             "without data), and a model that is sharded by fully_shard cannot be measured by running it yet. Use "
             "DistributedDataParallel for it, or train it without a budget."
         )
-    signatures = SignatureTable()
-    with pricer.clock.part("observing"):
-        observer = observe_concrete(model, batch, step, signatures)
+    for is_second in (False, True):
+        signatures = SignatureTable()
+        with pricer.clock.part("observing"):
+            observer = observe_concrete(model, batch, step, signatures)
+        if is_second or not observer.saw_compiled_calls:
+            break  # the first call of a compiled callable compiles it, and runs otherwise than all later ones
     return ObservedStep(observer=observer, costs=pricer.price(signatures), method="real", data_dependent=data_dependent)
 
 

@@ -19,16 +19,20 @@ from tightfit._torch_private import (
     current_graph_task,
     never_compiled,
     storage_key,
+    top_dispatch_mode,
     top_saved_tensor_hooks,
 )
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
+from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
-from tightfit.profiling.compiled_calls import CompiledCalls
+from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
+from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
+from tightfit.profiling.observed_calls import ObservedCalls
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
 from tightfit.profiling.saved_scalars import saved_scalar_bytes
 from tightfit.profiling.saved_tensors import CHECKPOINTING, SavedTensors, owner_of_hook
@@ -67,14 +71,15 @@ class Observer(DispatchMode):
         self._memory_only_depth = 0
         self._in_observer = False  # our own code asks for storages, too, which is no escape of memory
         self._escaped: set[int] = set()  # storages whose memory was handed out by numpy(), data_ptr(), ...
+        self._calls = ObservedCalls(ledger, signatures, device, unspill is not None, self._escapes)
+        self._functions = WatchedFunctions(self._call_function)
+        self._compiled = CompiledCalls(has_data=unspill is not None)
         self._signatures = signatures
         self.random_state_bytes = device.random_state_bytes()
         """What a copy of the default generator's state takes of the memory that counts."""
         self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
         self.switched_off: set[str] = set()
         """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
-        self.compiled_calls = CompiledCalls()
-        """Where forward calls functions that `torch.compile` made."""
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
@@ -82,6 +87,11 @@ class Observer(DispatchMode):
         self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
         """Result layouts as observed, by the key of the signature."""
+
+    @property
+    def saw_compiled_calls(self) -> bool:
+        """Whether the step called what `torch.compile` made."""
+        return self._compiled.seen
 
     @property
     def observation(self) -> Observation:
@@ -104,12 +114,16 @@ class Observer(DispatchMode):
         """Begin to record."""
         self._hooks.__enter__()
         self.activate()
+        self._functions.start()
+        self._compiled.start()
         self._ledger.is_open = True
 
     def stop(self) -> None:
         """Stop recording."""
         self._sums.resolve()
         self._ledger.is_open = False
+        self._functions.stop()
+        self._compiled.stop()
         self.deactivate()
         self._hooks.__exit__(None, None, None)
 
@@ -148,8 +162,15 @@ class Observer(DispatchMode):
         """Record that the tensor's memory was handed out: from now on it may be written at any moment, unseen."""
         forward = self._ledger.is_open and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
         recorded = not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
-        if forward and recorded and self._ledger.counts(tensor):
-            self._escaped.add(self.observation.values[self._ledger.overwrite(tensor)].storage)
+        if forward and recorded and self._ledger.counts(tensor) and not self._calls.escapes(tensor):
+            self._escapes(tensor)
+
+    def _escapes(self, tensor: torch.Tensor) -> None:
+        self._escaped.add(self.observation.values[self._ledger.overwrite(tensor)].storage)
+
+    def _is_escaped(self, value: int) -> bool:
+        storage = self.observation.values[value].storage
+        return storage in self._escaped or self._calls.is_escaped(storage)
 
     def begin_backward(self) -> None:
         """Mark the end of forward and the start of backward."""
@@ -166,12 +187,10 @@ class Observer(DispatchMode):
         """Mark the start of a module call."""
         if current_graph_task() >= 0:  # made again in backward
             self.switched_off.add(CHECKPOINTING)
-        self.compiled_calls.enter_module(path)
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """Mark the end of the innermost module call."""
-        self.compiled_calls.exit_module()
         self.observation.events.append(ModuleEvent(None))
 
     # ------------------------------------------------------------------------------------------------ for PyTorch
@@ -207,6 +226,10 @@ class Observer(DispatchMode):
         info = describe(func)
         if info.is_view:
             return func(*args, **kwargs)
+        if self._calls.is_in_graph:
+            for tensor in mutated_tensors(info, args, kwargs):
+                self._ledger.overwrite(tensor)
+            return self._record_memory(func, args, kwargs)
         self._sums.resolve()
         tensors = tensors_in((*args, *kwargs.values()))
         forward = not self._in_backward and not self.in_optimizer and graph_task < 0
@@ -247,7 +270,6 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
-        self.compiled_calls.note_op()
         hooks = top_saved_tensor_hooks()
         if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook:
             self.switched_off.add(owner_of_hook(hooks[0]))
@@ -257,7 +279,7 @@ class Observer(DispatchMode):
             reason = "its random state cannot be recorded"
         moved = undeclared_writes(info, args)  # running statistics, which a replay leaves alone
         inputs = [value for t in tensors if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)]
-        if not reason and any(self.observation.values[value].storage in self._escaped for value in inputs):
+        if not reason and any(self._is_escaped(value) for value in inputs):
             reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
         if not reason:
             for tensor in tensors:
@@ -304,14 +326,49 @@ class Observer(DispatchMode):
         return result
 
     @never_compiled
+    def _call_function(self, function: Any, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Make a call of the forward of an `autograd.Function`: an operation like others, made of operations."""
+        recorded = self._ledger.is_open and not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
+        in_forward = not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
+        recorded = recorded and in_forward and top_dispatch_mode() is self
+        if not recorded or self._calls.is_open or not can_be_made_again(function, args):
+            return forward(*args)
+        context, inputs = arguments_of(function, args)
+        with self._as_observer():
+            self._sums.resolve()
+            self._calls.begin(function, inputs)
+        try:
+            result = forward(*args)
+        except BaseException:
+            self._calls.abort()
+            raise
+        with self._as_observer():
+            self._sums.resolve()
+            saved = saved_by(context)
+            self._calls.end(result, saved)
+            if saved:
+                hold_otherwise(context, self._pack_stashed, self._saved_tensors.unpack)
+        return result
+
+    def _pack_stashed(self, tensor: torch.Tensor) -> Any:
+        packed = self._saved_tensors.pack(tensor)
+        return None if packed is tensor else packed
+
+    @contextmanager
+    def _as_observer(self) -> Iterator[None]:
+        was_in_observer, self._in_observer = self._in_observer, True
+        try:
+            yield
+        finally:
+            self._in_observer = was_in_observer
+
+    @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not self._ledger.is_open or self._memory_only_depth:
             return tensor
-        was_in_observer, self._in_observer = self._in_observer, True
-        try:
+        with self._as_observer():
+            self._calls.note_saved(tensor)
             return self._saved_tensors.pack(tensor)
-        finally:
-            self._in_observer = was_in_observer
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:

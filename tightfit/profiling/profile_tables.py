@@ -7,8 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
-from tightfit._torch_private import find_overload
-from tightfit.operators.facts import OpInfo, describe
+from tightfit.operators.facts import OpInfo, describe, operation_named
 from tightfit.operators.region_names import LOSS, RegionCursor
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
@@ -63,7 +62,7 @@ def build_tables(
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
     unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
-    infos = [describe(find_overload(signature.name)) for signature in signatures]
+    infos = [describe(operation_named(signature.name)) for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
     for index, key in enumerate(cut.keys):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import storage_key
+from tightfit.operators.differing_calls import DESCRIBED
+from tightfit.profiling.cost_cache import Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class SignatureTable:
         """A string that identifies each call, the same in every table."""
         self.result_bytes: dict[int, int] = {}
         """Bytes of the storages that a call allocates for its results, by its number."""
+        self.measured: dict[int, Cost] = {}
+        """What calls cost that cannot be run alone on made-up data, and were timed where they ran."""
         self._index: dict[str, int] = {}
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -86,4 +90,4 @@ def _spec(argument: Any) -> Any:
         return "<generator>"
     if isinstance(argument, torch.UntypedStorage):  # cuDNN's LSTM gives its weights one; its repr reads every byte
         return f"<storage of {argument.nbytes()} bytes>"
-    return argument
+    return argument if isinstance(argument, DESCRIBED) else f"<{type(argument).__name__}>"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tightfit._torch_private import find_overload
 from tightfit.device import device_for
+from tightfit.operators.facts import operation_named
 from tightfit.records import Recipe, SharedTape
 from tightfit.replay.executors import RegionCall, executor_of
 from tightfit.replay.executors.module import has_convolutions
@@ -41,7 +41,7 @@ class ResolvedRecipe:
         self.place = place
         """Its place among them."""
         # An operator that this PyTorch lacks is None: the live tape then leaves the plan at that operation, safely.
-        self.funcs: tuple[Any, ...] = tuple(find_overload(name) for name in recipe.op_names)
+        self.funcs: tuple[Any, ...] = tuple(operation_named(name) for name in recipe.op_names)
         self.length = len(self.funcs)
         needed = frozenset(recipe.replay)
         self.record = tuple(position in needed for position in range(self.length))

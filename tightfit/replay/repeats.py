@@ -8,8 +8,8 @@ done for each kind of call, since kernels are chosen by shape.  A kind of call t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from tightfit.device.generators import drawing_from
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.placement import device_of_call
 from tightfit.operators.differing_calls import bar, kind_of_call
-from tightfit.operators.facts import is_suspect, result_tensors, tensors_in, undefined_results
+from tightfit.operators.facts import OpInfo, is_suspect, result_tensors, tensors_in, undefined_results
+from tightfit.operators.opaque_calls import FunctionCall, OpaqueCall
 from tightfit.replay.self_check import checksum, same_bits
 from tightfit.replay.values import TapedOp
+from tightfit.step.snapshot import RandomState
 
 
 class Repeats:
@@ -30,7 +32,7 @@ class Repeats:
 
     def __init__(self) -> None:
         self.trusted: set[Hashable] = set()
-        """Kinds of calls; on a device whose kernels never add atomically, names of operators."""
+        """Kinds of calls; of PyTorch's operators, on a device whose kernels never add atomically, their names."""
 
     def begin(self, op: TapedOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Repeat | None:
         """Prepare to repeat a call that is about to be made; None if it is trusted."""
@@ -38,8 +40,19 @@ class Repeats:
         device = device_of_call(tensors_in((*args, *kwargs.values())), kwargs)
         if not (info.needs_self_check or (device.adds_atomically and is_suspect(info, args, kwargs))):
             return None
-        kind = kind_of_call(info, args, kwargs, device) if device.adds_atomically else info.name
+        kind: Hashable = info.name
+        if isinstance(op.func, FunctionCall):
+            kind = self._kind_of_function(op.func.function, info, args, device)
+        elif device.adds_atomically or info.is_foreign:
+            kind = kind_of_call(info, args, kwargs, device)
         return None if kind in self.trusted else Repeat(self, op, args, kwargs, device, kind)
+
+    def trusts(self, function: Any, info: OpInfo, args: tuple[Any, ...], device: Device) -> bool:
+        """Tell whether a call of this kind of an `autograd.Function` was repeated, and agreed."""
+        return self._kind_of_function(function, info, args, device) in self.trusted
+
+    def _kind_of_function(self, function: Any, info: OpInfo, args: tuple[Any, ...], device: Device) -> Hashable:
+        return function, kind_of_call(info, args, {}, device)  # compiled graphs have one name
 
 
 class Repeat:
@@ -62,7 +75,7 @@ class Repeat:
     def agrees(self, result: Any) -> bool:
         """Make the call, which has just been made, again; tell whether it may be replayed."""
         try:
-            agrees = self._inputs_are_as_before() and all(
+            agrees = not self.changed_inputs() and all(
                 self._same_again(result, left) for left in reversed(range(self._device.repetitions))
             )
         except RuntimeError as error:
@@ -75,27 +88,34 @@ class Repeat:
             bar(self._op.info, self._args, self._kwargs, self._device)
         return agrees
 
+    def changed_inputs(self) -> list[torch.Tensor]:
+        """Return the inputs whose contents are not as they were, though the operation does not say that it writes."""
+        written = self._written()
+        with below_autograd():
+            pairs = zip(self._tensors, self._before, strict=True)
+            return [t for t, before in pairs if id(t) not in written and checksum(t) != before]
+
     def _written(self) -> set[int]:
         places = self._op.info.mutates
         return {id(t) for position, name in places for t in _at(self._args, self._kwargs, position, name)}
 
-    def _inputs_are_as_before(self) -> bool:
-        written = self._written()
-        with below_autograd():
-            return all(
-                id(tensor) in written or checksum(tensor) == expected
-                for tensor, expected in zip(self._tensors, self._before, strict=True)
-            )
-
     def _same_again(self, result: Any, left: int) -> bool:
         """Make the call again, and compare; `left`: how many times more after this one."""
+        if self._op.info.is_foreign:
+            with _leaving_random_numbers() as moved:
+                return self._is_same_again(result, left) and not moved()
+        return self._is_same_again(result, left)
+
+    def _is_same_again(self, result: Any, left: int) -> bool:
         op, written = self._op, self._written()
         with below_autograd(), self._device.busy_beside() if left % 2 else nullcontext():
             copies = {key: _clone_with_storage(copy) for key, copy in self._copies.items()} if left else self._copies
             args = _replace(self._args, copies)
             kwargs = {name: _replace((a,), copies)[0] for name, a in self._kwargs.items()}
             set_grad_mode(op.grad)
-            if op.generator is not None:
+            if isinstance(op.func, OpaqueCall):
+                again: Any = op.func.watched(*args, **kwargs)
+            elif op.generator is not None:
                 assert op.random_state is not None
                 with drawing_from(op.generator, op.random_state):
                     again = op.func(*args, **kwargs)
@@ -105,7 +125,24 @@ class Repeat:
             results = zip(result_tensors(result), result_tensors(again), strict=True)
             pairs = [pair for place, pair in enumerate(results) if place not in undefined]
             pairs += [(t, copies[id(t)]) for t in self._tensors if id(t) in written]
-            return all(same_bits(a, b) for a, b in pairs)
+            return all(same_bits(a, b) for a, b in pairs) and not self.changed_inputs()
+
+
+@contextmanager
+def _leaving_random_numbers() -> Iterator[Callable[[], bool]]:
+    """Put all generators back afterwards; inside, tell whether they have moved."""
+    with below_autograd():
+        before = RandomState()
+
+    def moved() -> bool:
+        with below_autograd():
+            return not RandomState().equals(before)
+
+    try:
+        yield moved
+    finally:
+        with below_autograd():
+            before.restore()
 
 
 def _at(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> list[torch.Tensor]:

@@ -36,11 +36,15 @@ from tightfit._torch_private import (
 )
 from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
+from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
+from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
+from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
+from tightfit.replay.opaque_tape import OpaqueTape
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import captured_error
 from tightfit.replay.repeats import Repeats
@@ -48,7 +52,6 @@ from tightfit.replay.replayer import Handle
 from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.tape import Tape
 from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import WriteWatch
 
@@ -166,7 +169,7 @@ class Session(DispatchMode):
         if all(module.training for module in installed.fast_paths):
             self._watch = MemoryWatch(self._expose)
         self._cursor = RegionCursor()
-        self._tape: Tape | None = None
+        self._tape: OpaqueTape | None = None
         self._next: tuple[SharedTape | None, int] = (None, 0)  # the region that would go on with this tape
         self._active = False
         self.aside = 0
@@ -182,6 +185,10 @@ class Session(DispatchMode):
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
+        self._functions = WatchedFunctions(self._call_function)
+        self._functions.start()
+        self._compiled = CompiledCalls()
+        self._compiled.start()
 
     @property
     def is_over(self) -> bool:
@@ -190,6 +197,9 @@ class Session(DispatchMode):
 
     def close(self) -> None:
         """Let go of what refers back to the session, so that it is freed without garbage collection."""
+        self._functions.stop()
+        self._compiled.stop()
+        del self._functions
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
@@ -271,7 +281,7 @@ class Session(DispatchMode):
             check = SelfCheck() if unchecked else None
             tree = shared.tree if shared is not None else None
             repeats = installed.repeats if installed.self_check else None
-            self._tape = Tape(installed.statistics, installed.writes, tree, check, repeats)
+            self._tape = OpaqueTape(installed.statistics, installed.writes, tree, check, repeats)
         installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
@@ -347,8 +357,49 @@ class Session(DispatchMode):
         if self._busy or self.aside or current_graph_task() >= 0:
             return
         if self._tape is not None:
+            if self._tape.note_exposed(tensor):
+                return
             self._tape.about_to_write(tensor)
         self._writes.expose(tensor)
+
+    @never_compiled
+    def _call_function(self, function: Any, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Make a call of the forward of an `autograd.Function`, which the tape may have to make again as a whole."""
+        tape = self._tape
+        if (
+            tape is None
+            or tape.is_in_call
+            or self._busy
+            or self.aside
+            or not self._active
+            or current_graph_task() >= 0
+            or self._is_ddps()
+            or top_dispatch_mode() is not self
+            or not can_be_made_again(function, args)
+        ):
+            return forward(*args)
+        context, inputs = arguments_of(function, args)
+        with self._as_own():
+            tape.begin_call(function, inputs)
+        try:
+            result = forward(*args)
+        except BaseException:
+            tape.abort_call()
+            raise
+        with self._as_own():
+            saved = saved_by(context)
+            tape.end_call(result, saved)
+            if saved:
+                hold_otherwise(context, tape.pack_if_dropped, unpack)
+        return result
+
+    @contextmanager
+    def _as_own(self) -> Iterator[None]:
+        was_busy, self._busy = self._busy, True
+        try:
+            yield
+        finally:
+            self._busy = was_busy
 
     @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
@@ -415,7 +466,7 @@ class Session(DispatchMode):
             # should it be one after all, autograd keeps what it saves, as in the plain step.
             self._end_tape()
         # Not the region's own, but its writes count.
-        if in_backward or self._is_ddps() or (info.may_set_up and tape.is_set_up_by(info)):
+        if in_backward or self._is_ddps() or tape.is_in_graph or (info.may_set_up and tape.is_set_up_by(info)):
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)

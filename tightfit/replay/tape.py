@@ -33,7 +33,7 @@ from tightfit._torch_private import (
     version_of,
 )
 from tightfit.device import device_for
-from tightfit.device.placement import StreamWatch, device_of_call
+from tightfit.device.placement import StreamWatch, device_of_call, generators_of
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import (
     OpInfo,
@@ -44,6 +44,7 @@ from tightfit.operators.facts import (
     tensors_in,
     undeclared_writes,
 )
+from tightfit.operators.opaque_calls import OpaqueCall, OperatorCall
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.repeats import Repeats
@@ -157,19 +158,8 @@ class Tape(Replayer):
         position = self._position
         region = self._region
         assert region is not None
-        record = True
-        left_with: list[tuple[TapedValue, _Tensor | None]] | None = None
         held_count = len(self._held)
-        if region.on_plan:
-            recipe = region.recipe
-            assert recipe is not None
-            if position < recipe.length and recipe.funcs[position] is func:
-                record = recipe.record[position]
-            else:
-                region.on_plan = False
-                self._statistics.mismatches += 1
-                left_with = [(value, value.source) for value in self._movable]
-                self._copy_movable()
+        record, left_with = self._follow_plan(region, func)
         if position in region.refused:
             record = False
         op = self._record(region, func, info, types, args, kwargs) if record else None
@@ -196,12 +186,36 @@ class Tape(Replayer):
         if info.splits_silently:
             self._split[storage_key(args[0])] = WeakStorage(args[0])
         self._register(op, info, mutated, result)
+        if op is not None and isinstance(op.func, OpaqueCall):
+            op.func.done()
         if op is not None and repeat is not None and not repeat.agrees(result):
+            if info.is_foreign:
+                written = {id(tensor) for tensor in repeat.changed_inputs()}
+                places = [(n, t) for n, a in enumerate(args) for t in tensors_in((a,)) if id(t) in written]
+                self._written_unseen(func, places)
             region.refused.add(position)
             self._statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)
         return result
+
+    def _follow_plan(
+        self, region: TapedRegion, func: Any
+    ) -> tuple[bool, list[tuple[TapedValue, _Tensor | None]] | None]:
+        """Return whether the operation that comes now may have to be replayed; leave the plan if it has another there,
+        and return then what may be running statistics.
+        """
+        recipe = region.recipe
+        if not region.on_plan or recipe is None:
+            return True, None
+        position = self._position
+        if position < recipe.length and recipe.funcs[position] is func:
+            return recipe.record[position], None
+        region.on_plan = False
+        self._statistics.mismatches += 1
+        left_with = [(value, value.source) for value in self._movable]
+        self._copy_movable()
+        return True, left_with
 
     def _forget_failed(
         self,
@@ -246,6 +260,8 @@ class Tape(Replayer):
         exposed = self._writes.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
             return None
+        if info.is_foreign and not isinstance(func, OpaqueCall):
+            func = OperatorCall(func, device, generators_of(tensors))
         op = TapedOp(region, self._position, len(self._ops), self._leaf, func, info)
         op.grad = torch.is_grad_enabled()
         if info.is_random:
@@ -329,7 +345,11 @@ class Tape(Replayer):
         """
         if changed:
             learn_undeclared_writes(func, [place for place, _ in changed])
-        for _, tensor in changed:
+        self._forget_contents([tensor for _, tensor in changed])
+
+    def _forget_contents(self, changed: Sequence[_Tensor]) -> None:
+        """Forget what tensors held that were written unseen."""
+        for tensor in changed:
             old = self._current.pop(storage_key(tensor), None)
             if old is None:
                 continue

@@ -19,6 +19,7 @@ import torch
 
 from tightfit._torch_private import below_autograd, no_function_modes
 from tightfit.device import device_for
+from tightfit.distributed.dtensor import is_dtensor
 from tightfit.errors import TightfitError
 from tightfit.units import format_bytes
 
@@ -78,6 +79,9 @@ class HostCopy:
         self._begin = -1
         self._kept: torch.Tensor | None = None
         self.stride = tensor.stride() if tensor.layout is torch.strided else None
+        self._parts = {name: HostCopy(part, file) for name, part in parts_of(tensor).items()}
+        if self._parts:
+            return
         # A copy may be taken in the middle of a planned forward, which must not take it for one of its operations.
         plain = type(tensor) in _PLAIN_TYPES
         with no_function_modes() if plain else nullcontext(), below_autograd() if plain else nullcontext():
@@ -89,7 +93,10 @@ class HostCopy:
 
     def restore(self, tensor: torch.Tensor) -> None:
         """Give `tensor`, of which this is a copy, its contents back, bit for bit."""
-        if self._kept is not None:
+        if self._parts:
+            for name, part in parts_of(tensor).items():
+                self._parts[name].restore(part)
+        elif self._kept is not None:
             with torch.no_grad():
                 _without_repeats(tensor).copy_(self._kept)
         else:
@@ -98,7 +105,9 @@ class HostCopy:
             self._file.read_into(self._begin, memory_of(data))
 
     def load(self) -> torch.Tensor:
-        """Return a new tensor of the same contents, in host memory."""
+        """Return a new tensor of the same contents, in host memory; of a subclass, its parts' bytes."""
+        if self._parts:
+            return torch.cat([part.load().reshape(-1).view(torch.uint8) for part in self._parts.values()])
         if self._kept is not None:
             whole = self._kept.expand(self.shape) if self._kept.layout is torch.strided else self._kept
             return whole.clone()
@@ -111,6 +120,10 @@ class HostCopy:
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield the contents in flat pieces of bounded size, in the order of `flat_chunks`."""
+        if self._parts:
+            for part in self._parts.values():
+                yield from part.chunks()
+            return
         if self._kept is not None:
             yield from flat_chunks(self.load())
             return
@@ -157,6 +170,14 @@ def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tenso
     if a.stride == b.stride:
         return zip(a.chunks(), b.chunks(), strict=True)
     return iter([(a.load().reshape(-1), b.load().reshape(-1))])
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors that a tensor subclass wraps, by name (quantised weights, jagged tensors); none of others."""
+    if type(tensor) in _PLAIN_TYPES or is_dtensor(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -216,6 +237,10 @@ def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
 
 def flat_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the elements, flat, in bounded pieces: in the order of memory if the tensor is dense, else of indices."""
+    if parts := parts_of(tensor):
+        for part in parts.values():
+            yield from flat_chunks(part)
+        return
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()

@@ -27,10 +27,11 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} has no parameter that requires a gradient. There is nothing to train. "
             "Unfreeze parameters with requires_grad_(True)."
         )
-    if any(is_compiled(module) for module in model.modules()):
+    if is_compiled(model):
         raise UnsupportedInput(
-            "the model is compiled with torch.compile, where operations do not pass through PyTorch's dispatcher and "
-            "cannot be planned yet. Give tightfit the model as it was before torch.compile."
+            "the model is compiled as a whole with torch.compile, where operations do not pass through PyTorch's "
+            "dispatcher and cannot be planned yet. Give tightfit the model as it was before torch.compile, or compile "
+            "its blocks one by one (block.compile())."
         )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:

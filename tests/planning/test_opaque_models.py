@@ -1,0 +1,210 @@
+"""Models of fused kernels: a plan saves at least what checkpointing every block does, with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tightfit
+from tightfit.device import device_for
+from tightfit.device.memory import resident_bytes
+from tightfit.step.model import give_gradients
+
+WIDTH, HEADS, BLOCKS = 32, 4, 4
+
+
+class FusedNorm(torch.autograd.Function):
+    """As Liger's: normalises past the dispatcher, and saves its input and the reciprocal deviations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        out, reciprocal = torch.empty_like(x), torch.empty(x.shape[:-1])
+        array = x.detach().numpy()
+        reciprocal.numpy()[...] = 1 / np.sqrt((array**2).mean(-1) + epsilon)
+        np.multiply(array * reciprocal.numpy()[..., None], weight.detach().numpy(), out=out.numpy())
+        ctx.save_for_backward(x, weight, reciprocal)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
+        x, weight, reciprocal = ctx.saved_tensors
+        scale = reciprocal[..., None]
+        inner = grad * weight
+        projected = inner - x * scale**2 * (inner * x).mean(-1, keepdim=True)
+        return projected * scale, (grad * x * scale).flatten(0, -2).sum(0), None
+
+
+class FusedGate(torch.autograd.Function):
+    """As Liger's SwiGLU: one kernel for the activation and the product."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        out = torch.empty_like(gate)
+        array = gate.detach().numpy()
+        np.multiply(array / (1 + np.exp(-array)), up.detach().numpy(), out=out.numpy())
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
+        gate, up = ctx.saved_tensors
+        sigmoid = gate.sigmoid()
+        return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+
+
+class FusedAttention(torch.autograd.Function):
+    """As flash_attn's: a raw kernel that saves its result and the sums of its rows; options are arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+        assert scale is None
+        out, sums = torch.empty_like(q), torch.empty(q.shape[:-1])
+        scores = q.detach().numpy() @ k.detach().numpy().swapaxes(-1, -2) / q.shape[-1] ** 0.5
+        if causal:
+            scores = np.where(np.tri(q.shape[-2], dtype=bool), scores, -np.inf)
+        weights = np.exp(scores)
+        sums.numpy()[...] = weights.sum(-1)
+        out.numpy()[...] = (weights @ v.detach().numpy()) / sums.numpy()[..., None]
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
+        q, k, v, out, sums = ctx.saved_tensors
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if ctx.causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+        weights = scores.exp() / sums[..., None]
+        inner = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        return inner @ k, inner.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None
+
+
+@torch.library.custom_op("tightfit_tests::squash", mutates_args=())
+def squash(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.tanh(x.detach().numpy())) * 1.0
+
+
+@squash.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+squash.register_autograd(
+    lambda ctx, grad: grad * (1 - ctx.saved_tensors[0] ** 2),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+)
+
+
+class Block(nn.Module):
+    """A Llama layer of such parts."""
+
+    def __init__(self, norm: Any, attend: Callable[..., Tensor], gated: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.norm, self.attend, self.gated = norm, attend, gated
+        self.weights = nn.ParameterList(torch.ones(WIDTH) for _ in range(2))
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gate, self.up = (nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(2))
+        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(self.norm(x, self.weights[0])).view(n, t, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
+        x = x + self.out(self.attend(q, k, v).transpose(1, 2).reshape(n, t, d))
+        y = self.norm(x, self.weights[1])
+        return x + self.down(self.gated(self.gate(y), self.up(y)))
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, (WIDTH,), weight)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def plain_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def liger() -> Block:
+    return Block(lambda x, weight: FusedNorm.apply(x, weight, 1e-6), plain_attention, FusedGate.apply)
+
+
+def flash_attn() -> Block:
+    return Block(plain_norm, lambda q, k, v: FusedAttention.apply(q, k, v, None, True), plain_gate)
+
+
+def library() -> Block:
+    return Block(plain_norm, plain_attention, lambda gate, up: squash(gate) * up)
+
+
+class Net(nn.Module):
+    def __init__(self, make: Callable[[], Block]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(make() for _ in range(BLOCKS))
+        self.checkpoints = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+        return x.pow(2).mean()
+
+
+def peak_bytes(model: Net, batch: Tensor) -> int:
+    """The measured peak of a step without a plan."""
+    give_gradients(model)
+    resident = resident_bytes(model, batch, ())
+    return device_for(model).measure_peak(lambda: model(batch).backward(), resident)[1]
+
+
+@pytest.mark.parametrize("make", [liger, flash_attn, library])
+def test_a_plan_saves_what_checkpointing_every_block_saves(make: Callable[[], Block]) -> None:
+    batch = torch.randn(4, 32, WIDTH)
+    model = Net(make)
+    plain = peak_bytes(model, batch)
+    model.checkpoints = True
+    checkpointed = peak_bytes(model, batch)
+    model.checkpoints = False
+    profile = tightfit.measure(model, batch)
+    with pytest.raises(tightfit.BudgetInfeasible) as smallest:
+        tightfit.solve(profile, 1)
+    budget = smallest.value.required_bytes
+    assert plain - budget >= 0.9 * (plain - checkpointed)
+    applied = tightfit.fit(model, batch, budget=budget, profile=profile, reference_budget_bytes=2**30)
+    with applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok
+        assert applied.verdict.measured_peak_bytes <= budget
+        assert applied.verdict.mismatches == 0
+
+
+def test_a_function_that_gives_other_bits_each_time_is_kept_and_named() -> None:
+    class Restless(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            Restless.calls += 1
+            out = torch.empty_like(x)
+            out.numpy()[...] = x.detach().numpy() + 1e-3 * (Restless.calls % 5)
+            ctx.save_for_backward(out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return gradients[0] + 0 * ctx.saved_tensors[0]
+
+    model = Net(lambda: Block(plain_norm, plain_attention, lambda gate, up: Restless.apply(gate * up)))
+    profile = tightfit.measure(model, torch.randn(2, 8, WIDTH))
+    names = [profile.signatures[op.signature].name for op in profile.ops]
+    reasons = {op.keep_reason for name, op in zip(names, profile.ops, strict=True) if "Restless" in name}
+    assert all("other bits" in reason for reason in reasons)

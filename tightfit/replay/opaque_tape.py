@@ -1,0 +1,172 @@
+"""Record opaque calls on a tape: each is one operation, which makes what the operations inside it cannot.
+
+What an `autograd.Function` runs inside is recorded like everything else, and what can be rebuilt from that is.  The
+rest (memory that a kernel fills through its address, results of what the tape may not replay) is made by the call
+itself, which is then made again as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tightfit._torch_private import storage_key
+from tightfit.device.placement import device_of_call, generators_of
+from tightfit.operators.facts import describe, opaque_function, tensors_in
+from tightfit.operators.function_calls import is_compiled_graph
+from tightfit.operators.opaque_calls import FunctionCall, what_it_made
+from tightfit.replay.repeats import Repeat
+from tightfit.replay.replayer import Handle
+from tightfit.replay.tape import Tape
+from tightfit.replay.values import TapedOp, TapedRegion, TapedValue
+
+
+class OpenCall:
+    """An opaque call that is being made."""
+
+    __slots__ = (
+        "call", "exposed", "first", "inputs", "is_graph", "is_trusted", "keys", "op", "position", "region",
+        "repeat", "saved", "sighted",
+    )  # fmt: skip
+
+    def __init__(self, region: TapedRegion, position: int, first: int) -> None:
+        self.region = region
+        self.position = position
+        self.first = first  # of the operations inside, on the tape
+        self.call: FunctionCall | None = None
+        self.op: TapedOp | None = None
+        self.repeat: Repeat | None = None
+        self.is_graph = False
+        self.is_trusted = False  # its kind was repeated, and only reads the inputs whose addresses it takes
+        self.keys: frozenset[int] = frozenset()  # of the arguments' storages
+        self.inputs: dict[int, TapedValue] = {}  # by storage
+        self.saved: list[torch.Tensor] = []  # while it runs
+        self.sighted: set[TapedValue] = set()  # first seen inside
+        self.exposed: list[int] = []  # storages whose memory was handed out in it
+
+
+class OpaqueTape(Tape):
+    """A tape that records opaque calls, too."""
+
+    _open: OpenCall | None = None
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether an opaque call is being made."""
+        return self._open is not None
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether a compiled graph runs, whose operations are no others' concern."""
+        return self._open is not None and self._open.is_graph
+
+    def passes(self, func: Any) -> bool:
+        """Return whether the plan has no use for the operation that comes now; if so, the tape is past it."""
+        return not self.is_in_graph and super().passes(func)
+
+    def begin_call(self, function: Any, args: tuple[Any, ...]) -> None:
+        """Note that an opaque call begins; what it runs until `end_call` are operations of their own."""
+        region = self._region
+        assert region is not None
+        kind = opaque_function(function)
+        info = describe(kind)
+        position = self._position
+        record = self._follow_plan(region, kind)[0] and position not in region.refused
+        opened = OpenCall(region, position, len(self._ops) + 1)
+        opened.is_graph = is_compiled_graph(function)
+        tensors = tensors_in(args)
+        opened.keys = frozenset([storage_key(tensor) for tensor in tensors if tensor.layout is torch.strided])
+        device = device_of_call(tensors, {})
+        opened.is_trusted = self._repeats is None or self._repeats.trusts(function, info, args, device)
+        if record or not opened.is_trusted:
+            call = FunctionCall(function, args, device, generators_of(tensors))
+            opened.op = self._record(region, call, info, (), args, {})
+            if opened.op is not None:
+                opened.call = call
+                opened.inputs = {key: self._current[key] for key in opened.keys}
+                if not opened.is_trusted and self._repeats is not None:
+                    opened.repeat = self._repeats.begin(opened.op, args, {})
+        self._open = opened
+        self._go_to(position + 1)
+
+    def abort_call(self) -> None:
+        """Note that the opaque call has failed."""
+        self._open = None
+
+    def end_call(self, result: Any, saved: list[torch.Tensor]) -> None:
+        """Note what the opaque call has made: its results, and what it has autograd save at its end."""
+        opened, self._open = self._open, None
+        assert opened is not None
+        op, call = opened.op, opened.call
+        if op is None or call is None or self._region is not opened.region:
+            return
+        made = what_it_made(result, [*opened.saved, *saved])
+        call.made(made)
+        opaque = {place: tensor for place, tensor in enumerate(made) if self._is_opaque(tensor, opened, op)}
+        if not opaque:
+            return
+        if opened.repeat is not None and not opened.repeat.agrees(tuple(made)):
+            opened.region.refused.add(opened.position)
+            self._statistics.refused_ops += 1
+            self._forget_contents(opened.repeat.changed_inputs())
+            return
+        for key in opened.exposed:  # only to be read, or written before it was handed on
+            self._writes.exposed.pop(key, None)
+            if key in opened.inputs:
+                self._current[key] = opened.inputs[key]
+        for place, tensor in opaque.items():
+            value = self._current.get(storage_key(tensor))
+            if value is None or value.op is not op:  # two of them may be one
+                self._new_value(op, storage_key(tensor), tensor, place)
+
+    def note_exposed(self, tensor: torch.Tensor) -> bool:
+        """Note that memory is handed out; tell whether an opaque call took it that is known only to read its inputs."""
+        opened = self._open
+        if opened is None:
+            return False
+        key = storage_key(tensor)
+        value = self._current.get(key)
+        if opened.is_trusted and key in opened.keys and (value is None or not self._is_inside(value, opened)):
+            return True
+        if key not in self._writes.exposed:
+            opened.exposed.append(key)
+        return False
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Return what autograd shall hold instead of a tensor that it saves."""
+        if self._open is not None:
+            self._open.saved.append(tensor)
+        return super().pack(tensor)
+
+    def pack_if_dropped(self, tensor: torch.Tensor) -> Any:
+        """Return what to hold instead of a tensor that a call keeps for its backward; None: the tensor itself."""
+        packed = super().pack(tensor)
+        return packed if type(packed) is Handle else None
+
+    def _sight(self, tensor: torch.Tensor) -> TapedValue:
+        known = self._current.get(storage_key(tensor))
+        value = super()._sight(tensor)
+        if self._open is not None and value is not known:
+            self._open.sighted.add(value)
+        return value
+
+    def _is_inside(self, value: TapedValue, opened: OpenCall) -> bool:
+        return value.op is not None and value.op.order >= opened.first
+
+    def _is_opaque(self, tensor: torch.Tensor, opened: OpenCall, op: TapedOp) -> bool:
+        """Tell whether only the call itself can make this tensor."""
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+            return False
+        key = storage_key(tensor)
+        value = self._current.get(key)
+        if value is None:
+            return True
+        if value in op.inputs:
+            return False
+        if self._check is not None and not self._check.unchanged(value, tensor):
+            del self._current[key]
+            return True
+        if value.op is None:
+            return value in opened.sighted or key in opened.exposed
+        return self._is_inside(value, opened) and (value.uninitialised or key in opened.exposed)
