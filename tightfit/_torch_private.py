@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, TypeVar
 
 import torch
@@ -214,6 +214,11 @@ def set_grad_mode(enabled: bool) -> None:
     Some kernels read it: `mkldnn_rnn_layer` returns no workspace under no_grad.
     """
     torch._C._set_grad_enabled(enabled)
+
+
+#: How many nodes of autograd's graph this thread has made, and a node's number among them.
+graph_position: Callable[[], int] = torch._C._autograd._get_sequence_nr
+position_of_node: Callable[[Any], int] = methodcaller("_sequence_nr")
 
 
 def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:

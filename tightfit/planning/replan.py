@@ -154,7 +154,7 @@ class Replanner:
         """Return what a step that cannot be planned follows: all that is provably replayable is dropped."""
         if self._grad_checkpoint == "off":
             return ResolvedPlan.dropping_nothing()
-        return ResolvedPlan.dropping_everything(self._references[-1].profile.region_paths)
+        return ResolvedPlan.dropping_everything(self._references[-1].profile)
 
     # ------------------------------------------------------------------------------------------------ making plans
 

@@ -103,7 +103,17 @@ def search(
             {signature.name for signature in profile.signatures},
         )
         profile = replace(profile, allocator=now)
-    return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
+    try:
+        return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
+    except BudgetInfeasible as error:
+        if all(profile.checkpoints.values()) or grad_checkpoint == "off":
+            raise
+        trial.restore()
+        as_it_is = measure_together(trial.model, trial.batch, trial.step, budget_bytes=budget_bytes, as_it_is=True)
+        try:
+            return _Search(trial, as_it_is, budget_bytes, grad_checkpoint, within_budget).run()
+        except BudgetInfeasible as other:
+            raise min(error, other, key=lambda one: one.required_bytes) from None
 
 
 def confirm_smallest(trial: Trial, profile: Profile) -> Profile:

@@ -42,6 +42,11 @@ class CompiledCalls:
         """Paths of the modules that one calls."""
         self._open: list[tuple[str, bool]] = []  # module calls: the path, and whether a compiled function made it
 
+    @property
+    def open_paths(self) -> list[str]:
+        """Paths of the module calls that are open, the outermost first."""
+        return [path for path, _ in self._open]
+
     def enter_module(self, path: str) -> None:
         """Note the start of a module call."""
         self._open.append((path, in_compiled_call()))

@@ -63,6 +63,7 @@ def build_tables(
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
     unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    keys = set(cut.keys)
     infos = [describe(find_overload(signature.name)) for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
@@ -74,6 +75,7 @@ def build_tables(
         recomputable = (
             key in cut.plain_calls
             and key.partition("#")[0] in unsplit
+            and f"{key}/1" not in keys
             and all(_may_run_again(infos[op.signature], op) for op in ops[first : first + count])
         )
         class_id = classes.setdefault((structure, recomputable), len(classes))

@@ -224,6 +224,9 @@ class Profile:
     """Paths of the modules that are left untouched: nothing that runs inside them is recomputed."""
     kept_whole: Mapping[str, str] = field(default_factory=dict)
     """As `Plan.kept_whole`."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """Functions to which the model itself applies `torch.utils.checkpoint`: empty where a plan takes that over, else why
+    it is left to PyTorch. What is called plain is then the step without."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "workspace" and the "times" of operations that ran
     alone (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,9 +36,11 @@ from tightfit._torch_private import (
 )
 from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
+from tightfit.operators._checkpoint_private import CheckpointCall, taking_over
+from tightfit.operators.checkpoint_calls import checkpoint_path, reason_to_leave
 from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
-from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
+from tightfit.operators.region_names import LOSS, RegionCursor, is_module_below
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.recipe import ResolvedRecipe
@@ -77,6 +79,10 @@ class Installed:
     """Paths of the regions that run excluded modules among their own operations: what no plan decides about is kept."""
     kept_whole: frozenset[str] = frozenset()
     """Paths of the regions that run as plain PyTorch, whatever a plan says or does not say of one of their calls."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """The model's own checkpointed functions, as `Plan.checkpoints`; what is not in it is left alone."""
+    region_paths: frozenset[str] = frozenset()
+    """Paths of all regions."""
     enabled: bool = True
     """Off: regions run as plain PyTorch."""
     self_check: bool = True
@@ -113,15 +119,17 @@ class Installed:
                     "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
                     "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
                 )
-            if self.listener is not None and path not in (ROOT, LOSS) and current_graph_task() < 0:
+            if self.listener is not None and is_module_below(path) and current_graph_task() < 0:
                 self.listener.region_alone(path)
             session = self.sessions[thread] = Session(self)
+        depth = session.depth
         try:
             session.enter(path, call)
             try:
                 yield session.run
             finally:
-                session.exit()
+                while session.depth > depth:  # before PyTorch 2.13, a checkpointed function that fails is not ended
+                    session.exit()
         finally:
             if session.is_over:
                 self.sessions.pop(thread, None)
@@ -182,6 +190,15 @@ class Session(DispatchMode):
         self._frames: list[tuple[bool, object]] = []  # of each open region: active at entry, what lay beneath
         self._pack_hook: Callable[[torch.Tensor], Any] = self._pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
+        self._taking: AbstractContextManager[None] = nullcontext()
+        if not all(installed.checkpoints.values()):
+            self._taking = taking_over(self._take_checkpoint)
+        self._taking.__enter__()
+
+    @property
+    def depth(self) -> int:
+        """How many region calls are open."""
+        return self._cursor.depth
 
     @property
     def is_over(self) -> bool:
@@ -190,6 +207,8 @@ class Session(DispatchMode):
 
     def close(self) -> None:
         """Let go of what refers back to the session, so that it is freed without garbage collection."""
+        self._taking.__exit__(None, None, None)
+        del self._taking
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
@@ -219,6 +238,19 @@ class Session(DispatchMode):
             self._begin()
         else:
             self._end_tape()
+
+    def _take_checkpoint(self, call: CheckpointCall) -> AbstractContextManager[object] | None:
+        """Return what a checkpointed function of the model's runs in; None if it is left to PyTorch."""
+        installed, path = self._installed, checkpoint_path(call.function)
+        if (
+            installed.checkpoints.get(path, "it was not seen when the step was measured")
+            or current_graph_task() >= 0
+            or reason_to_leave(call)
+            or self._has_foreign_hooks()
+            or is_capturing()
+        ):
+            return None
+        return installed.region(path) if path in installed.region_paths else nullcontext()
 
     def _leave(self) -> None:
         self._cursor.pop()
