@@ -32,17 +32,14 @@ class _Open:
     """A call that was taken over."""
 
     path: str
-    call: CheckpointCall
+    preserves_random_state: bool
     first_storage: int
     """What it makes itself has this index, or a larger one."""
+    argument_count: int
+    """How many nodes of autograd's graph, the first ones that it makes, stand for arguments."""
     first_node: int = 0
     end_node: int = 0
-    """Between these, the nodes of autograd's graph that it makes."""
-
-    @property
-    def argument_count(self) -> int:
-        """How many of its nodes, the first ones, stand for arguments."""
-        return sum(isinstance(one, torch.Tensor) and one.requires_grad for one in self.call.args)
+    """Between these, the nodes that it makes."""
 
 
 class CheckpointCalls:
@@ -85,7 +82,8 @@ class CheckpointCalls:
     @contextmanager
     def inside(self, call: CheckpointCall, storage_count: int) -> Iterator[None]:
         """Run the function of a call that was taken over; so many storages are known before."""
-        one = _Open(checkpoint_path(call.function), call, storage_count)
+        arguments = sum(isinstance(one, torch.Tensor) and one.requires_grad for one in call.args)
+        one = _Open(checkpoint_path(call.function), call.preserves_random_state, storage_count, arguments)
         self._open.append(one)
         if call.is_reentrant:
             self._reentrant.append(one)
@@ -99,7 +97,7 @@ class CheckpointCalls:
     def note_op(self, *, is_random: bool, written_storages: Callable[[], list[int]]) -> None:
         """Note an operation of forward: whether it is random, and the storages that it writes in place."""
         for one in self._open:
-            if is_random and not one.call.preserves_random_state:
+            if is_random and not one.preserves_random_state:
                 self.left.setdefault(one.path, _DRAWS)
             if any(storage < one.first_storage for storage in written_storages()):
                 self.left.setdefault(one.path, _WRITES)
