@@ -410,6 +410,7 @@ class Applied:
         self._installed.region_paths = frozenset(resolved.region_paths)
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
+        self._installed.moves = resolved.moves
 
     def _make_room(self, plan: Plan | None) -> None:
         """Give the allocator's cache back where what other batches left in it could keep this plan from its budget.

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from tightfit.operators.region_names import LOSS
 from tightfit.records import Plan, Profile
+from tightfit.replay.executors.module_state import Moves
 from tightfit.replay.recipe import ResolvedRecipe
 
 
@@ -27,6 +28,8 @@ class ResolvedPlan:
     """Positions of operations, by region key, that a self-check refused. Shared by plans of equal operations."""
     checked: set[str] = field(default_factory=set)
     """Keys of regions whose self-check is done. Shared likewise."""
+    moves: dict[str, Moves] = field(default_factory=dict)
+    """See `Installed.moves`. Shared likewise."""
 
     @cached_property
     def loss_bytes(self) -> int:
@@ -57,6 +60,7 @@ class ResolvedPlan:
             checkpoints=plan.checkpoints,
             refused=like.refused if like else {},
             checked=like.checked if like else set(),
+            moves=like.moves if like else {},
         )
 
     @classmethod

@@ -26,6 +26,7 @@ from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.refusals import CannotRebuild
+from tightfit.replay.session import AS_A_WHOLE
 from tightfit.solver.solver import Solver, solver_of
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
@@ -392,10 +393,14 @@ def _room_bytes(plan: Plan) -> int:
 def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profile:
     """Return the profile with the refused operations marked as not replayable."""
     ops = list(profile.ops)
-    for region in profile.regions:
+    regions = list(profile.regions)
+    for place, region in enumerate(profile.regions):
         for position in refused.get(region.key, ()):
+            if position == AS_A_WHOLE:
+                regions[place] = replace(region, module_recomputable=False)
+                continue
             if position >= region.op_count:  # this call ran more operations than the measured one
                 continue
             index = region.first_op + position
             ops[index] = replace(ops[index], keep_reason="self-check: a second run gave other bits or changed inputs")
-    return replace(profile, ops=tuple(ops))
+    return replace(profile, ops=tuple(ops), regions=tuple(regions))

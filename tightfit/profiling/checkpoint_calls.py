@@ -46,7 +46,7 @@ class CheckpointCalls:
     """Notes the calls of one observed step.
 
     Args:
-        left: paths whose calls are left to PyTorch, and why, from earlier runs of the step; None leaves all calls alone.
+        left: paths whose calls are left to PyTorch, and why, from earlier runs of the step; None: all are.
     """
 
     def __init__(self, left: Mapping[str, str] | None) -> None:

@@ -14,7 +14,7 @@ from tightfit.device.memory import resident_bytes
 from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.interrupts import waiting_interrupts
-from tightfit.operators.pure_modules import is_pure
+from tightfit.operators.pure_modules import is_bare
 from tightfit.operators.region_names import ROOT, is_module_below
 from tightfit.profiling.compiled_calls import COMPILED_FUNCTIONS, REASON, keep_callers, regions_around_compiled
 from tightfit.profiling.excluded import keep_excluded
@@ -102,9 +102,7 @@ def measure_together(
     group = process_group_of(model)
 
     def mine() -> Profile:
-        return measure_step(
-            model, batch, step, budget_bytes=budget_bytes, cost_cache=cost_cache, as_it_is=as_it_is
-        )
+        return measure_step(model, batch, step, budget_bytes=budget_bytes, cost_cache=cost_cache, as_it_is=as_it_is)
 
     if group.is_single_process:
         return mine()
@@ -153,7 +151,7 @@ def measure_step(
         region_paths = regions_around_compiled(region_paths, compiled.callers, compiled.inside, step.excluded)
         keep_callers(seen, region_paths, compiled.callers)
     called_once = {*step.excluded, *compiled.callers, *compiled.inside}
-    tables = build_tables(seen, region_paths, signatures, _pure_paths(model, step, region_paths, called_once))
+    tables = build_tables(seen, region_paths, signatures, _callable_again(model, step, region_paths, called_once))
     with clock.part("mechanism"):
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
         overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
@@ -192,14 +190,19 @@ def measure_step(
     )
 
 
-def _pure_paths(
+def _callable_again(
     model: torch.nn.Module, step: Step, region_paths: Sequence[str], called_once: AbstractSet[str]
 ) -> AbstractSet[str]:
-    """Return the regions whose whole forward may be recomputed: no module of `called_once` is in them."""
+    """Return the regions whose whole forward can be recomputed: no module of `called_once` is in them."""
     if step.autocast is not None or device_for(model).ambient_autocast() is not None:
         return set()  # whether a weight is found cast already differs between the first and a second forward
     around = {path for path in region_paths if any(is_inside(one, [path]) for one in called_once)}
-    return {path for path in region_paths if is_module_below(path) and path not in around and is_pure(model.get_submodule(path))}
+    modules = {path: model.get_submodule(path) for path in region_paths if is_module_below(path)}
+    return {
+        path
+        for path, module in modules.items()
+        if path not in around and is_bare(module) and not isinstance(module, torch.jit.ScriptModule)
+    }
 
 
 def _bytes_by_component(seen: Observation) -> dict[str, int]:

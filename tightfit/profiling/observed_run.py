@@ -64,9 +64,7 @@ def observe_fake(
     """
     mode = fake_mode()
     device = device_for(model)
-    observer = Observer(
-        signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded
-    )
+    observer = Observer(signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded)
     surroundings = NamespaceSnapshot(step.loss)
     try:
         _observe_copy(model, batch, step, observer, mode)

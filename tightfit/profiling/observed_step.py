@@ -129,7 +129,9 @@ def observe_step(
     Raises:
         UnsupportedInput: the step can only be observed with data, and the model is sharded.
     """
-    observer, costs, data_dependent = (None, None, False) if concrete else _observe_fake(model, batch, step, pricer, left_checkpoints)
+    observer, costs, data_dependent = (
+        (None, None, False) if concrete else _observe_fake(model, batch, step, pricer, left_checkpoints)
+    )
     if observer is not None and costs is not None:
         with pricer.clock.part("observing"):
             # A real forward of a sharded model needs all its processes; whether this one is right, the trial run tells.

@@ -31,7 +31,7 @@ def build_tables(
     observation: Observation,
     region_paths: Sequence[str],
     signatures: Sequence[Signature],
-    pure_paths: AbstractSet[str] = frozenset(),
+    again_paths: AbstractSet[str] = frozenset(),
 ) -> Mapping[str, Any]:
     """Build the tables of a `Profile`, by field name: storages, values, ops, regions, slots, events.
 
@@ -39,7 +39,7 @@ def build_tables(
         observation: what was recorded of the step.
         region_paths: paths of the modules that are regions.
         signatures: the signatures that the ops refer to.
-        pure_paths: paths of the modules that may be recomputed by calling the module again.
+        again_paths: paths of the modules that can be recomputed by calling the module again.
     """
     cut = _cut(observation, frozenset(region_paths))
     storages = tuple(Storage(nbytes=s.nbytes, component=s.component) for s in observation.storages)
@@ -62,7 +62,7 @@ def build_tables(
     for slot in slots:
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
-    unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    unsplit = {path for path in again_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
     keys = set(cut.keys)
     infos = [describe(find_overload(signature.name)) for signature in signatures]
     classes: dict[Any, int] = {}
@@ -93,8 +93,8 @@ def build_tables(
 
 
 def _may_run_again(info: OpInfo, op: Op) -> bool:
-    """Tell whether an operation gives the same bits when its module is called again in backward."""
-    return not info.needs_self_check and not (info.is_convolution and op.keep_reason)
+    """Tell whether an operation may give the same bits when its module is called again in backward."""
+    return not (info.is_convolution and op.keep_reason)
 
 
 def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:

@@ -21,7 +21,7 @@ from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.placement import device_of_call
 from tightfit.operators.differing_calls import bar, kind_of_call
 from tightfit.operators.facts import is_suspect, result_tensors, tensors_in, undefined_results
-from tightfit.replay.self_check import checksum, same_bits
+from tightfit.replay.contents import checksum, same_bits
 from tightfit.replay.values import TapedOp
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,7 @@ from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tens
 from tightfit.operators.region_names import LOSS, RegionCursor, is_module_below
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
+from tightfit.replay.executors.module_state import NO_MOVES, Moves
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import captured_error
 from tightfit.replay.repeats import Repeats
@@ -53,6 +55,14 @@ from tightfit.replay.statistics import Statistics
 from tightfit.replay.tape import Tape
 from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import WriteWatch
+
+#: Among the positions of operations that a self-check refused: the call of the region's module, to be made again.
+AS_A_WHOLE = -1
+
+
+def as_a_whole(key: str) -> str:
+    """Return what `Installed.checked` holds where the call of the region's module has been judged."""
+    return f"{key} as a whole"
 
 
 class Listener(Protocol):
@@ -91,6 +101,10 @@ class Installed:
     refused: dict[str, set[int]] = field(default_factory=dict)
     """Positions, by region key, of operations that a self-check refused."""
     checked: set[str] = field(default_factory=set)
+    """Keys of regions whose self-check is done, and `as_a_whole` of those whose module is known to bear a second call
+    or not."""
+    moves: dict[str, Moves] = field(default_factory=dict)
+    """What a call moves that is made again, by region key."""
     repeats: Repeats = field(default_factory=Repeats)
     """Which calls gave the same bits twice."""
     writes: WriteWatch = field(default_factory=WriteWatch)
@@ -136,6 +150,15 @@ class Installed:
                 session.close()
         if session.is_over and self.listener is not None:
             session.tell(self.listener)
+
+    def takes_checkpoint(self, call: CheckpointCall) -> bool:
+        """Return whether a checkpointed function of the model's runs as any other code."""
+        reason = self.checkpoints.get(checkpoint_path(call.function), "it was not seen when the step was measured")
+        return not (reason or reason_to_leave(call))
+
+    def taking_checkpoints(self) -> AbstractContextManager[None]:
+        """Return a context in which checkpointed functions are no more than functions, in forward and in backward."""
+        return taking_over(lambda call: nullcontext() if self.takes_checkpoint(call) else None)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -243,9 +266,8 @@ class Session(DispatchMode):
         """Return what a checkpointed function of the model's runs in; None if it is left to PyTorch."""
         installed, path = self._installed, checkpoint_path(call.function)
         if (
-            installed.checkpoints.get(path, "it was not seen when the step was measured")
+            not installed.takes_checkpoint(call)
             or current_graph_task() >= 0
-            or reason_to_leave(call)
             or self._has_foreign_hooks()
             or is_capturing()
         ):
@@ -276,9 +298,11 @@ class Session(DispatchMode):
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
         if recipe is not None and on_tape:
-            if recipe.accepts(call):
+            if recipe.executor.on_tape:
                 self.run = recipe.carry_out
-                on_tape = recipe.executor.on_tape
+            elif recipe.accepts(call) and AS_A_WHOLE not in installed.refused.get(key, ()):
+                self.run = partial(self._run_as_a_whole, recipe, key)
+                on_tape = False
             else:
                 recipe = None  # a tape drops as much
         if not on_tape:
@@ -307,6 +331,22 @@ class Session(DispatchMode):
         installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
+
+    def _run_as_a_whole(self, recipe: ResolvedRecipe, key: str, call: RegionCall) -> Any:
+        """Make a call that may be made again in backward; the first time, only if it bears that."""
+        installed = self._installed
+        if not all(installed.checkpoints.values()):
+            call.inside = installed.taking_checkpoints
+        if installed.self_check and as_a_whole(key) not in installed.checked:
+            installed.checked.add(as_a_whole(key))
+            moves = recipe.find_moves(call)
+            if moves is None:
+                installed.refused.setdefault(key, set()).add(AS_A_WHOLE)
+                installed.statistics.refused_ops += 1
+                return call.run_forward()
+            installed.moves[key] = moves
+        call.moves = installed.moves.get(key, NO_MOVES)
+        return recipe.carry_out(call)
 
     def _runs_another_loss(self) -> bool:
         tape = self._tape

@@ -24,10 +24,10 @@ from tightfit.records import Plan, Verdict
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.step.exclude import Exclude, excluded_paths
+from tightfit.step.results import GRADIENT
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 from tightfit.verification.comparison import Comparison, paths_called_again
 from tightfit.verification.regions import compare_regions
-from tightfit.verification.results import GRADIENT
 from tightfit.verification.trial import Outcome, Trial
 
 _log = logging.getLogger(__name__)

@@ -49,18 +49,31 @@ class ModuleLever:
 
 
 def can_recompute_module(index: ProfileIndex, region: int) -> bool:
-    """Return whether the region's module may be called again: the second call is the same computation, changes nothing,
-    and rebuilds all that autograd saved of the first.
+    """Return whether the region's module may be called again, as far as its operations tell.
+
+    The second call finds what the first one found, changes nothing but buffers, which are put back, and rebuilds all
+    that autograd saved.
     """
     profile, facts, record = index.profile, index.facts[region], index.profile.regions[region]
     if not record.module_recomputable or not facts.slots:
         return False
     ops = profile.ops[record.first_op : record.first_op + record.op_count]
     saved = (profile.slots[slot].value for slot in index.slots_of_region[region])
+
+    def is_put_back(value: int) -> bool:
+        return profile.storages[profile.values[value].storage].component == "buffers"
+
+    moved = {value for op in ops for value in op.mutates if value not in facts.own}
+    made = {value for value in facts.own if not is_put_back(value)}
     return (
-        facts.own == facts.droppable
-        and all(value in facts.own for op in ops for value in op.mutates)
-        and not any(profile.values[value].overwritten for op in ops for value in op.inputs if value not in facts.own)
+        made <= facts.droppable
+        and all(is_put_back(value) for value in moved)
+        and not any(
+            profile.values[value].overwritten
+            for op in ops
+            for value in op.inputs
+            if value not in facts.own and value not in moved
+        )
         and not any(profile.values[value].overwritten for value in saved)
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from tightfit.device import device_for
 from tightfit.distributed.dtensor import local_shard
 from tightfit.step.snapshot import RandomState, attributes_of, class_attributes_of, generator_state, is_array
-from tightfit.verification.marks import Keep
 
 #: How the name of a gradient begins; the parameter's follows.
 GRADIENT = "gradient of "
 #: How the name of an attribute begins; the paths of module and attribute follow.
 ATTRIBUTE = "attribute "
+
+Keep = Callable[[str, torch.Tensor], object]
+"""Returns what to keep of a tensor's contents, given the name of what it is."""
 
 Results = Mapping[str, object]
 """What a run left behind, by name: `HostCopy` or `Mark` of tensors, `RandomState`, plain values of attributes."""
