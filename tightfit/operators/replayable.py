@@ -15,6 +15,9 @@ from tightfit.device.device import Device
 from tightfit.operators.differing_calls import is_barred
 from tightfit.operators.facts import OpInfo
 
+#: Why calls of a kind that once differed are not replayed.
+GAVE_OTHER_BITS = "it gave other bits when it was run again"
+
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
@@ -34,7 +37,7 @@ def blocker(
     if info.is_convolution and (reason := device.convolutions_differ_by_thread()):
         return reason
     if is_barred(info, args, kwargs, device):
-        return "it gave other bits when it was run again"
+        return GAVE_OTHER_BITS
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             return f"a {str(tensor.layout).removeprefix('torch.')} argument"

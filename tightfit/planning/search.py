@@ -401,6 +401,7 @@ def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profi
                 continue
             if position >= region.op_count:  # this call ran more operations than the measured one
                 continue
+            regions[place] = replace(region, module_recomputable=False)
             index = region.first_op + position
             ops[index] = replace(ops[index], keep_reason="self-check: a second run gave other bits or changed inputs")
     return replace(profile, ops=tuple(ops), regions=tuple(regions))

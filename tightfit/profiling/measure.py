@@ -150,7 +150,7 @@ def measure_step(
         observer.switched_off.add(COMPILED_FUNCTIONS)
         region_paths = regions_around_compiled(region_paths, compiled.callers, compiled.inside, step.excluded)
         keep_callers(seen, region_paths, compiled.callers)
-    called_once = {*step.excluded, *compiled.callers, *compiled.inside}
+    called_once = {*step.excluded, *compiled.callers, *compiled.inside, *observer.under_hooks}
     tables = build_tables(seen, region_paths, signatures, _callable_again(model, step, region_paths, called_once))
     with clock.part("mechanism"):
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])

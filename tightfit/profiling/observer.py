@@ -84,6 +84,8 @@ class Observer(DispatchMode):
         """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
         self.compiled_calls = CompiledCalls()
         """Where forward calls functions that `torch.compile` made."""
+        self.under_hooks: set[str] = set()
+        """Paths of modules in whose calls somebody else's saved-tensor hooks are active."""
         self.checkpoints = CheckpointCalls(left_checkpoints)
         """The model's own calls of `torch.utils.checkpoint`."""
         self._excluded = excluded
@@ -281,6 +283,7 @@ class Observer(DispatchMode):
         self.compiled_calls.note_op()
         if (hook := self._foreign_hook()) is not None:
             self.switched_off.add(owner_of_hook(hook))
+            self.under_hooks.update(self.compiled_calls.open_paths[-1:])
         device = device_of_call(tensors, kwargs)
         reason = safety.blocker(info, types, args, kwargs, tensors, device)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:

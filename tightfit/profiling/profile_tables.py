@@ -10,6 +10,7 @@ from typing import Any
 from tightfit._torch_private import find_overload
 from tightfit.operators.facts import OpInfo, describe
 from tightfit.operators.region_names import LOSS, RegionCursor
+from tightfit.operators.replayable import GAVE_OTHER_BITS
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 
@@ -94,7 +95,10 @@ def build_tables(
 
 def _may_run_again(info: OpInfo, op: Op) -> bool:
     """Tell whether an operation may give the same bits when its module is called again in backward."""
-    return not (info.is_convolution and op.keep_reason)
+    is_chosen_by_thread = info.is_convolution and bool(op.keep_reason)
+    return not (
+        is_chosen_by_thread or op.keep_reason in (GAVE_OTHER_BITS, info.blocker_with_atomics or GAVE_OTHER_BITS)
+    )
 
 
 def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:

@@ -21,7 +21,7 @@ from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.replay.contents import mark_of
 from tightfit.replay.executors.module_state import Moves, random_numbers
 from tightfit.step.results import results_of
-from tightfit.step.snapshot import RandomState
+from tightfit.step.snapshot import RandomState, TrainingState
 
 #: Makes the call again, given what it moves: with all that it found put in, and put back afterwards. Before that is put
 #: back, it shows the result.
@@ -29,7 +29,15 @@ CallAgain = Callable[[Moves, Callable[[Any], None]], None]
 
 
 def prove(module: torch.nn.Module, arguments: Any, device: Device, again: CallAgain) -> Moves | None:
-    """Return what a call of the module moves; None if it must not be made again."""
+    """Return what a call of the module moves; None if it must not be made again. All is as it was afterwards."""
+    state = TrainingState(module, (), also=(arguments,), contents=False)
+    moves = _prove(module, arguments, device, again)
+    if moves is None:
+        state.restore()
+    return moves
+
+
+def _prove(module: torch.nn.Module, arguments: Any, device: Device, again: CallAgain) -> Moves | None:
     before = _surroundings(module, arguments)
     try:
         first = _make(module, again, Moves(tuple(range(len(list(module.buffers())))), random_numbers=True))
