@@ -95,10 +95,9 @@ def build_tables(
 
 def _may_run_again(info: OpInfo, op: Op) -> bool:
     """Tell whether an operation may give the same bits when its module is called again in backward."""
-    is_chosen_by_thread = info.is_convolution and bool(op.keep_reason)
-    return not (
-        is_chosen_by_thread or op.keep_reason in (GAVE_OTHER_BITS, info.blocker_with_atomics or GAVE_OTHER_BITS)
-    )
+    if not op.keep_reason:
+        return True
+    return not info.is_convolution and op.keep_reason not in (GAVE_OTHER_BITS, info.blocker_with_atomics)
 
 
 def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:

@@ -12,7 +12,7 @@ class AlwaysHeld:
     """The storages, with the times from which and until which they are held."""
 
     def __init__(self, index: ProfileIndex, region: int, counted: Collection[int]) -> None:
-        """`counted`: storages that whoever asks counts already."""
+        """Find them; `counted`: storages that whoever asks counts already."""
         self._index = index
         self._spans: list[tuple[int, int, int]] = []
         profile, slots = index.profile, index.facts[region].only_again
