@@ -20,7 +20,8 @@ from tightfit.device import Device
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.replay.contents import mark_of
 from tightfit.replay.executors.module_state import Moves, random_numbers
-from tightfit.step.results import results_of
+from tightfit.step.outer_variables import outer_variables
+from tightfit.step.results import results_of, values_in
 from tightfit.step.snapshot import RandomState, TrainingState
 
 #: Makes the call again, given what it moves: with all that it found put in, and put back afterwards. Before that is put
@@ -30,9 +31,12 @@ CallAgain = Callable[[Moves, Callable[[Any], None]], None]
 
 def prove(module: torch.nn.Module, arguments: Any, device: Device, again: CallAgain) -> Moves | None:
     """Return what a call of the module moves; None if it must not be made again. All is as it was afterwards."""
-    state = TrainingState(module, (), also=(arguments,), contents=False)
+    outer = [(variable, variable.value) for variable in outer_variables(module)]
+    state = TrainingState(module, (), also=(arguments, *(value for _, value in outer)), contents=False)
     moves = _prove(module, arguments, device, again)
     if moves is None:
+        for variable, value in outer:
+            variable.bind(value)
         state.restore()
     return moves
 
@@ -104,6 +108,9 @@ def _mark(tensor: torch.Tensor) -> object:
 def _surroundings(module: torch.nn.Module, arguments: Any) -> dict[str, object]:
     """Return marks of everything that a call could change."""
     found = results_of(module, lambda _, tensor: _mark(tensor))
+    seen: set[int] = set()
+    for place, variable in enumerate(outer_variables(module)):
+        found |= values_in(f"variable {place} {variable.name}", variable.value, lambda _, tensor: _mark(tensor), seen)
     for name, parameter in module.named_parameters():
         found[f"parameter {name}"] = _mark(parameter)
     for place, leaf in enumerate(tree_leaves(arguments)):
