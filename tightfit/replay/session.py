@@ -297,10 +297,12 @@ class Session(DispatchMode):
         elsewhere = foreign or captured or torch.compiler.is_compiling()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
+        was_refused = False
         if recipe is not None and on_tape:
+            was_refused = not recipe.executor.on_tape and AS_A_WHOLE in installed.refused.get(key, ())
             if recipe.executor.on_tape:
                 self.run = recipe.carry_out
-            elif recipe.accepts(call) and AS_A_WHOLE not in installed.refused.get(key, ()):
+            elif recipe.accepts(call) and not was_refused:
                 self.run = partial(self._run_as_a_whole, recipe, key)
                 on_tape = False
             else:
@@ -315,7 +317,7 @@ class Session(DispatchMode):
         if not self._active:
             self._end_tape()
             return
-        if recipe is None:
+        if recipe is None and not was_refused:  # a refusal is told by itself, and plans heed it
             installed.statistics.unplanned_calls += 1
         shared = recipe.shared if recipe is not None else None
         place = recipe.place if recipe is not None else 0
