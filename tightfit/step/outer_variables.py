@@ -15,8 +15,6 @@ import torch
 
 from tightfit.step.snapshot import is_users
 
-_FUNCTIONS = (staticmethod, classmethod, property)
-
 
 @dataclass(frozen=True)
 class OuterVariable:
@@ -73,7 +71,7 @@ def _functions_of(kind: type) -> Iterator[Any]:
         if isinstance(thing, property):
             yield from (one for one in (thing.fget, thing.fset) if one is not None)
         else:
-            yield thing.__func__ if isinstance(thing, _FUNCTIONS) else thing
+            yield thing.__func__ if isinstance(thing, staticmethod | classmethod) else thing
 
 
 def _named_by(function: types.FunctionType) -> Iterator[OuterVariable]:

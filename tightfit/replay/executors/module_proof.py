@@ -86,7 +86,7 @@ def _make(module: torch.nn.Module, again: CallAgain, moves: Moves) -> _Made:
 
     def look(result: Any) -> None:
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        returned = [(tuple(leaf.shape), leaf.stride(), leaf.dtype, _mark(leaf)) for leaf in leaves]
+        returned: list[object] = [(tuple(leaf.shape), leaf.stride(), leaf.dtype, _mark(leaf)) for leaf in leaves]
         moved = [place for place, buffer in enumerate(buffers) if mark_of(buffer) != contents[place]]
         found.append(_Made(returned, saved, Moves(tuple(moved), repr(random_numbers()) != numbers)))
 
