@@ -302,14 +302,27 @@ def test_what_changed_after_planning_takes_the_tape(change: Callable[[Net], None
     assert not differences(step(model, data), planned)
 
 
-def test_autocast_takes_the_tape() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["", "weights that are found cast"])
+def test_autocast_is_that_of_forward(shared: bool) -> None:
+    """In forward a weight may be found cast, which backward casts anew."""
     model, data = Net(feed_forward), batch()
-    plan = recompute_all(tightfit.measure(model, data, loss=loss_of))
-    with tightfit.apply(model, plan) as applied, torch.autocast("cpu", torch.bfloat16):
-        planned = step(model, data)
-    assert applied.statistics.recomputed_calls == 0
+    if shared:
+        for block in model.blocks:
+            block[1] = model.blocks[0][1]
+    plan = recompute_all(tightfit.measure(model, data, loss=loss_of, autocast=torch.bfloat16))
+    with tightfit.apply(model, plan) as applied:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(3)
+            loss = loss_of(model, data)
+        loss.backward()
+        planned = snapshot(model, loss)
+        assert applied.statistics.recomputed_calls == 3
+    model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not differences(step(model, data), planned)
+        torch.manual_seed(3)
+        loss = loss_of(model, data)
+    loss.backward()
+    assert not differences(snapshot(model, loss), planned)
 
 
 def test_a_checkpoint_of_the_user_around_it_stays_in_charge() -> None:

@@ -6,6 +6,7 @@ PyTorch's `checkpoint` looks its two forms up in its own module, by private name
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -68,7 +69,7 @@ def taking_over(taker: Taker) -> Iterator[None]:
     with _lock:
         before = _by_thread.get(thread)
         _by_thread[thread] = _Taking(taker)
-        pytorch._checkpoint_without_reentrant_generator = _without_reentrant
+        setattr(pytorch, _GENERATOR, _without_reentrant)
         pytorch.CheckpointFunction = _Reentrant  # type: ignore[assignment,misc]  # has the one method that is called
     try:
         yield
@@ -79,42 +80,31 @@ def taking_over(taker: Taker) -> Iterator[None]:
             else:
                 del _by_thread[thread]
             if not _by_thread:
-                pytorch._checkpoint_without_reentrant_generator = _PYTORCHS_GENERATOR
+                setattr(pytorch, _GENERATOR, _PYTORCHS_GENERATOR)
                 pytorch.CheckpointFunction = _PYTORCHS_FUNCTION  # type: ignore[misc]
 
 
-_PYTORCHS_GENERATOR = pytorch._checkpoint_without_reentrant_generator
+#: Named so up to PyTorch 2.13, and since.
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+if hasattr(pytorch, f"{_GENERATOR}_impl"):
+    _GENERATOR += "_impl"
+_PYTORCHS_GENERATOR: Any = getattr(pytorch, _GENERATOR)
+_SIGNATURE = inspect.signature(_PYTORCHS_GENERATOR)
 _PYTORCHS_FUNCTION = pytorch.CheckpointFunction
 
 #: Contexts that choose, operation by operation, what is recomputed, and change nothing else.
 _SELECTIVE = (pytorch._CachingTorchDispatchMode, pytorch._CachedTorchDispatchMode)
 
 
-def _without_reentrant(
-    fn: Callable[..., Any],
-    preserve_rng_state: bool = True,
-    context_fn: Callable[[], Any] = pytorch.noop_context_fn,
-    determinism_check: str = "default",
-    debug: bool = False,
-    early_stop: bool = True,
-    *args: Any,
-    **kwargs: Any,
-) -> Iterator[None]:
-    """Go before and after the function, as PyTorch's generator of the private name does."""
+def _without_reentrant(*given: Any, **named: Any) -> Iterator[None]:
+    """Go before and after the function, as PyTorch's generator does."""
     taking = _by_thread.get(threading.get_ident())
+    bound = _SIGNATURE.bind(*given, **named)
     context = None
     if taking is not None:
-        has_own_context = False
-        if context_fn is not pytorch.noop_context_fn:
-            contexts = context_fn()
-            has_own_context = not all(isinstance(one, _SELECTIVE) for one in contexts)
-            context_fn = lambda: contexts  # noqa: E731  (it is asked once for each call)
-        switch = pytorch._checkpoint_debug_enabled
-        debugged = debug if switch is None else switch
-        context = taking.context_for(
-            CheckpointCall(fn, args, kwargs, False, preserve_rng_state, has_own_context, debugged)
-        )
-    own = _PYTORCHS_GENERATOR(fn, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs)
+        bound.apply_defaults()
+        context = taking.context_for(_call_of(bound.arguments))
+    own = _PYTORCHS_GENERATOR(*bound.args, **bound.kwargs)
     if taking is None:
         yield from own
     elif context is None:
@@ -124,6 +114,25 @@ def _without_reentrant(
         own.close()
         with context:
             yield
+
+
+def _call_of(arguments: dict[str, Any]) -> CheckpointCall:
+    """Return the call of which PyTorch's generator has these arguments; its context is asked for, once."""
+    has_own_context = False
+    if arguments["context_fn"] is not pytorch.noop_context_fn:
+        contexts = arguments["context_fn"]()
+        has_own_context = not all(isinstance(one, _SELECTIVE) for one in contexts)
+        arguments["context_fn"] = lambda: contexts
+    switch = pytorch._checkpoint_debug_enabled
+    return CheckpointCall(
+        function=arguments["function" if "function" in arguments else "fn"],
+        args=tuple(arguments["args"]),
+        kwargs=dict(arguments["kwargs"]),
+        is_reentrant=False,
+        preserves_random_state=arguments["preserve_rng_state"],
+        has_own_context=has_own_context,
+        is_debugged=arguments["debug"] if switch is None else switch,
+    )
 
 
 class _Reentrant:

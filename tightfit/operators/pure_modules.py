@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import has_global_module_hooks, has_module_hooks
-from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
 
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -112,10 +111,4 @@ def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.
 
 def can_call_again(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
     """Return whether this call of the module can be made again in backward, as far as can be told before."""
-    return are_plain(args) and are_plain(kwargs) and is_bare(module) and not _is_autocast(module)
-
-
-def _is_autocast(module: torch.nn.Module) -> bool:
-    """Return whether autocast is on: weights that it cast in forward, the second forward may find cast, or not."""
-    first = next(module.parameters(), None)
-    return first is not None and device_for(first).ambient_autocast() is not None
+    return are_plain(args) and are_plain(kwargs) and is_bare(module)

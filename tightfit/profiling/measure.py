@@ -151,7 +151,7 @@ def measure_step(
         region_paths = regions_around_compiled(region_paths, compiled.callers, compiled.inside, step.excluded)
         keep_callers(seen, region_paths, compiled.callers)
     called_once = {*step.excluded, *compiled.callers, *compiled.inside, *observer.under_hooks}
-    tables = build_tables(seen, region_paths, signatures, _callable_again(model, step, region_paths, called_once))
+    tables = build_tables(seen, region_paths, signatures, _callable_again(model, region_paths, called_once))
     with clock.part("mechanism"):
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
         overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
@@ -191,11 +191,9 @@ def measure_step(
 
 
 def _callable_again(
-    model: torch.nn.Module, step: Step, region_paths: Sequence[str], called_once: AbstractSet[str]
+    model: torch.nn.Module, region_paths: Sequence[str], called_once: AbstractSet[str]
 ) -> AbstractSet[str]:
     """Return the regions whose whole forward can be recomputed: no module of `called_once` is in them."""
-    if step.autocast is not None or device_for(model).ambient_autocast() is not None:
-        return set()  # whether a weight is found cast already differs between the first and a second forward
     around = {path for path in region_paths if any(is_inside(one, [path]) for one in called_once)}
     modules = {path: model.get_submodule(path) for path in region_paths if is_module_below(path)}
     return {
