@@ -249,6 +249,18 @@ def test_a_refusal_is_heeded_by_fit_and_promises_spare_the_proof(monkeypatch: py
     assert not any(region.module_recomputable for region in applied.profile.regions if "blocks" in region.key)
 
 
+def test_a_part_that_is_replaced_is_proven_anew() -> None:
+    plain, model = Net(Block), Net(Block)
+    with applied_everywhere(model, batch()) as applied:
+        assert_equal(trained(plain, batch(), steps=1), trained(model, batch(), steps=1))
+        for net in (plain, model):
+            net.blocks[1].norm = nn.PReLU(WIDTH)
+            net.blocks[2].narrow = nn.Sequential(Appending(), nn.Linear(WIDTH, WIDTH))
+            net.blocks[2].widen = nn.Linear(WIDTH, WIDTH)
+        assert_equal(trained(plain, batch()), trained(model, batch()))
+        assert set(applied.refused) == {"blocks.2#0"}
+
+
 def test_attributes_and_modes_that_change_between_forward_and_backward_are_those_of_forward() -> None:
     class Scaling(Block):
         scale = 1.0

@@ -28,7 +28,7 @@ class ResolvedPlan:
     """Positions of operations, by region key, that a self-check refused. Shared by plans of equal operations."""
     checked: set[str] = field(default_factory=set)
     """Keys of regions whose self-check is done. Shared likewise."""
-    moves: dict[str, Moves] = field(default_factory=dict)
+    moves: dict[str, tuple[tuple[type, ...], Moves]] = field(default_factory=dict)
     """See `Installed.moves`. Shared likewise."""
 
     @cached_property

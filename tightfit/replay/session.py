@@ -103,8 +103,8 @@ class Installed:
     checked: set[str] = field(default_factory=set)
     """Keys of regions whose self-check is done, and `as_a_whole` of those whose module is known to bear a second call
     or not."""
-    moves: dict[str, Moves] = field(default_factory=dict)
-    """What a call moves that is made again, by region key."""
+    moves: dict[str, tuple[tuple[type, ...], Moves]] = field(default_factory=dict)
+    """What a call moves that is made again, by region key, and the classes of the modules of which that is known."""
     repeats: Repeats = field(default_factory=Repeats)
     """Which calls gave the same bits twice."""
     writes: WriteWatch = field(default_factory=WriteWatch)
@@ -339,15 +339,17 @@ class Session(DispatchMode):
         installed = self._installed
         if not all(installed.checkpoints.values()):
             call.inside = installed.taking_checkpoints
-        if installed.self_check and as_a_whole(key) not in installed.checked:
+        kinds = tuple(map(type, call.module.modules()))
+        known, moves = installed.moves.get(key, ((), NO_MOVES))
+        if installed.self_check and known != kinds:
             installed.checked.add(as_a_whole(key))
             moves = recipe.find_moves(call)
             if moves is None:
                 installed.refused.setdefault(key, set()).add(AS_A_WHOLE)
                 installed.statistics.refused_ops += 1
                 return call.run_forward()
-            installed.moves[key] = moves
-        call.moves = installed.moves.get(key, NO_MOVES)
+            installed.moves[key] = kinds, moves
+        call.moves = moves
         return recipe.carry_out(call)
 
     def _runs_another_loss(self) -> bool:
