@@ -236,7 +236,7 @@ def test_hooks_inside_are_called_once() -> None:
     assert not [region for region in profile.regions if region.module_recomputable and region.key.startswith("blocks")]
 
 
-def test_a_refusal_is_heeded_by_fit_and_promises_spare_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_heeded_by_fit() -> None:
     model = Net(Appending)
     profile = tightfit.measure(model, batch(), loss=loss_of)
     free = replace(profile, module_ms_per_op=0.0, module_ms_per_call=0.0, mode_ms_per_op=1.0)
@@ -246,7 +246,8 @@ def test_a_refusal_is_heeded_by_fit_and_promises_spare_the_proof(monkeypatch: py
     assert applied.verdict.ok
     assert {recipe.lever for recipe in applied.plan.recipes} == {"tape"}
     assert applied.profile is not None
-    assert not any(region.module_recomputable for region in applied.profile.regions if "blocks" in region.key)
+    recomputable = {region.key: region.module_recomputable for region in applied.profile.regions}
+    assert not any(recomputable[region.key] for region in applied.plan.regions if region.recipe >= 0)
 
 
 def test_a_part_that_is_replaced_is_proven_anew() -> None:
@@ -254,6 +255,7 @@ def test_a_part_that_is_replaced_is_proven_anew() -> None:
     with applied_everywhere(model, batch()) as applied:
         assert_equal(trained(plain, batch(), steps=1), trained(model, batch(), steps=1))
         for net in (plain, model):
+            torch.manual_seed(7)
             net.blocks[1].norm = nn.PReLU(WIDTH)
             net.blocks[2].narrow = nn.Sequential(Appending(), nn.Linear(WIDTH, WIDTH))
             net.blocks[2].widen = nn.Linear(WIDTH, WIDTH)
