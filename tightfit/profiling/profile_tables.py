@@ -15,6 +15,10 @@ from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 
 
+#: How the names of operations between processes begin.
+_COLLECTIVES = ("c10d", "_c10d")
+
+
 @dataclass(slots=True)
 class _Cut:
     """Forward cut into regions; the lists are by region."""
@@ -95,6 +99,8 @@ def build_tables(
 
 def _may_run_again(info: OpInfo, op: Op) -> bool:
     """Tell whether an operation may give the same bits when its module is called again in backward."""
+    if info.name.startswith(_COLLECTIVES):
+        return False  # the other processes would have to take part
     if not op.keep_reason:
         return True
     return not info.is_convolution and op.keep_reason not in (GAVE_OTHER_BITS, info.blocker_with_atomics)
