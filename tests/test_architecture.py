@@ -15,7 +15,7 @@ PACKAGE = Path(tightfit.__file__).parent
 TORCH_FREE = ("units", "peak_breakdown", "errors", "records", "simulation", "solver")
 
 #: The doors: the only files that touch what PyTorch keeps private.
-DOORS = ("_torch_private.py", "distributed/_fsdp_private.py")
+DOORS = ("_torch_private.py", "distributed/_fsdp_private.py", "operators/_checkpoint_private.py")
 
 
 #: Other libraries, whose underscore names are not PyTorch's, and the documented ones of named tuples.

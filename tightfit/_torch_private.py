@@ -1,7 +1,8 @@
 """Every private API of PyTorch that tightfit uses, each with the reason.
 
-All were tested with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Beside `distributed/_fsdp_private.py`, nothing else in the
-package may touch `torch._*`, or an underscore attribute of an object that PyTorch made.
+All were tested with PyTorch 2.11 (CUDA) and 2.13 (CPU).  Beside `distributed/_fsdp_private.py` and
+`operators/_checkpoint_private.py`, nothing else in the package may touch `torch._*`, or an underscore attribute of an
+object that PyTorch made.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, TypeVar
 
 import torch
@@ -244,6 +245,11 @@ def set_grad_mode(enabled: bool) -> None:
     Some kernels read it: `mkldnn_rnn_layer` returns no workspace under no_grad.
     """
     torch._C._set_grad_enabled(enabled)
+
+
+#: How many nodes of autograd's graph this thread has made, and a node's number among them.
+graph_position: Callable[[], int] = torch._C._autograd._get_sequence_nr
+position_of_node: Callable[[Any], int] = methodcaller("_sequence_nr")
 
 
 def set_versions(tensors: list[torch.Tensor], versions: list[int]) -> None:

@@ -13,7 +13,7 @@ from tightfit.device import device_for
 from tightfit.device.placement import StreamWatch
 from tightfit.profiling import mechanism_cost
 from tightfit.profiling.cost_cache import CostCache
-from tightfit.replay.self_check import checksum
+from tightfit.replay.contents import checksum
 
 
 def test_a_streams_handle_is_the_one_that_pytorch_names() -> None:

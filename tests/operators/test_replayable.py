@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.replay.helpers import PATH, assert_same, run
-from tightfit.replay.self_check import checksum, same_bits
+from tightfit.replay.contents import checksum, same_bits
 from tightfit.replay.session import Installed
 
 Tensor = torch.Tensor

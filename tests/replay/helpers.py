@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tightfit.installation.region_forward import RegionForward
-from tightfit.replay.self_check import same_bits
+from tightfit.replay.contents import same_bits
 from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 

@@ -18,7 +18,7 @@ from tests.replay.instructions import INSTRUCTIONS
 from tests.replay.programs import Program, loss_of
 from tightfit._torch_private import storage_key
 from tightfit.operators import facts as ops
-from tightfit.replay.self_check import checksum
+from tightfit.replay.contents import checksum
 from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor

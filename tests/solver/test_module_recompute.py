@@ -101,11 +101,47 @@ def test_a_lone_block_that_runs_again_keeps_the_bound_below_it() -> None:
         assert plan.lower_bound_ms <= plan.predicted_step_ms
 
 
-def test_what_must_be_kept_or_is_written_forbids_it() -> None:
+def opaque(profile: Profile, places: tuple[int, ...]) -> Profile:
+    """The profile with these operations of each region beyond any tape."""
+    first = {region.first_op for region in profile.regions}
+    wanted = {start + place for start in first for place in places}
+    ops = tuple(replace(op, keep_reason="opaque") if i in wanted else op for i, op in enumerate(profile.ops))
+    return replace(profile, ops=ops)
+
+
+def test_what_is_written_later_forbids_it() -> None:
     plain = allowed(blocks(2))
     assert all(can_recompute_module(ProfileIndex(plain), region) for region in range(2))
-    kept = replace(plain, ops=(replace(plain.ops[0], keep_reason="unsafe"), *plain.ops[1:]))
-    assert not can_recompute_module(ProfileIndex(kept), 0)
     written = plain.ops[0].inputs[0]
     values = tuple(replace(v, overwritten=True) if i == written else v for i, v in enumerate(plain.values))
     assert not can_recompute_module(ProfileIndex(replace(plain, values=values)), 0)
+
+
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_second_call_drops_what_no_tape_can(seed: int, places: tuple[int, ...]) -> None:
+    profile = allowed(opaque(blocks(3, seed), places), per_op=1.0, per_call=2.0)
+    index = ProfileIndex(profile)
+    assert all(facts.only_again for facts in index.facts if facts.own)
+    walked = [
+        simulate(index, list(choice))
+        for choice in product(*(all_decisions(index, region) for region in range(len(profile.regions))))
+    ]
+    solver = Solver(profile)
+    lowest, highest = solver.smallest_at_one_level().peak_bytes, solver.plain(1 << 40).predicted_peak_bytes
+    assert lowest == min(one.peak_bytes for one in walked)
+    without = Solver(replace(profile, regions=tuple(replace(r, module_recomputable=False) for r in profile.regions)))
+    assert lowest < without.smallest_at_one_level().peak_bytes
+    for budget in range(lowest, highest + 1, max(1, (highest - lowest) // 5)):
+        plan = solver.solve(budget)
+        best = min(one.step_ms for one in walked if one.peak_bytes <= budget)
+        assert plan.predicted_peak_bytes <= budget
+        assert plan.lower_bound_ms <= best + 1e-9
+        assert plan.predicted_step_ms == pytest.approx(best)
+
+
+def test_the_full_plan_drops_what_no_tape_can() -> None:
+    profile = allowed(opaque(blocks(3), (1,)))
+    plan = Solver(profile).full(0)
+    assert {recipe.lever for recipe in plan.recipes} == {"module"}
+    assert plan.predicted_peak_bytes < Solver(profile).plain(0).predicted_peak_bytes

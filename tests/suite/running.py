@@ -10,7 +10,7 @@ import torch
 
 from tests.suite.case import Case, OptimizerKind
 from tightfit.device import memory as meter
-from tightfit.replay.self_check import same_bits
+from tightfit.replay.contents import same_bits
 from tightfit.step.model import give_gradients
 from tightfit.step.snapshot import RandomState
 from tightfit.step.step import Step

@@ -13,8 +13,8 @@ import tightfit
 from tightfit import Plan, UnsupportedInput, Verdict
 from tightfit.replay.tape import Tape
 from tightfit.solver.solver import full_plan
+from tightfit.step.results import results_of
 from tightfit.verification.marks import keeper
-from tightfit.verification.results import results_of
 
 Tensor = torch.Tensor
 

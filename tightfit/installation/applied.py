@@ -22,7 +22,7 @@ from tightfit.installation.promises import Promises
 from tightfit.installation.region_forward import RegionForward
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
-from tightfit.operators.region_names import LOSS, ROOT
+from tightfit.operators.region_names import LOSS, ROOT, is_module_below
 from tightfit.records import Plan, Profile, Verdict
 from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.session import Installed
@@ -246,7 +246,7 @@ class Applied:
             return self.plans.plan_for(batch)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
-        return ResolvedPlan.dropping_everything(self.plan.region_paths)
+        return ResolvedPlan.dropping_everything(self.plan)
 
     @contextmanager
     def _noticing_mismatches(self) -> Iterator[None]:
@@ -386,7 +386,8 @@ class Applied:
 
         Graphs built under another plan stay valid: they hold tapes, which hold all that they need.
         """
-        paths = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
+        regions = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
+        paths = [path for path in regions if path == ROOT or is_module_below(path)]
         wanted = [self._module(path) for path in paths]
         if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
             self._uninstall()
@@ -405,8 +406,11 @@ class Applied:
         self._watch.expects_forward = self.installed
         self._watch.plan = resolved.plan or self._watch.plan
         self._installed.recipes = resolved.recipes
+        self._installed.checkpoints = resolved.checkpoints
+        self._installed.region_paths = frozenset(resolved.region_paths)
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
+        self._installed.moves = resolved.moves
 
     def _make_room(self, plan: Plan | None) -> None:
         """Give the allocator's cache back where what other batches left in it could keep this plan from its budget.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tightfit.operators.region_names import LOSS
-from tightfit.records import Plan
+from tightfit.records import Plan, Profile
+from tightfit.replay.executors.module_state import Moves
 from tightfit.replay.recipe import ResolvedRecipe
 
 
@@ -21,10 +22,14 @@ class ResolvedPlan:
     """By region key, see `Installed.recipes`."""
     region_paths: tuple[str, ...]
     """Modules whose forward must be wrapped; none where nothing is dropped."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """See `Installed.checkpoints`."""
     refused: dict[str, set[int]] = field(default_factory=dict)
     """Positions of operations, by region key, that a self-check refused. Shared by plans of equal operations."""
     checked: set[str] = field(default_factory=set)
     """Keys of regions whose self-check is done. Shared likewise."""
+    moves: dict[str, tuple[tuple[type, ...], Moves]] = field(default_factory=dict)
+    """See `Installed.moves`. Shared likewise."""
 
     @cached_property
     def loss_bytes(self) -> int:
@@ -52,16 +57,18 @@ class ResolvedPlan:
             plan=plan,
             recipes=recipes,
             region_paths=() if plan.is_plain else plan.region_paths,
+            checkpoints=plan.checkpoints,
             refused=like.refused if like else {},
             checked=like.checked if like else set(),
+            moves=like.moves if like else {},
         )
 
     @classmethod
-    def dropping_everything(cls, region_paths: tuple[str, ...]) -> ResolvedPlan:
-        """Return no plan: the live tape drops what it proves replayable."""
-        return cls(plan=None, recipes={}, region_paths=region_paths)
+    def dropping_everything(cls, like: Plan | Profile) -> ResolvedPlan:
+        """Return no plan: the live tape drops what it proves replayable, in regions as those of `like`."""
+        return cls(plan=None, recipes={}, region_paths=like.region_paths, checkpoints=like.checkpoints)
 
     @classmethod
     def dropping_nothing(cls) -> ResolvedPlan:
-        """Return no plan, as none is needed: the model runs as plain PyTorch."""
+        """Return no plan, as none is needed: the model runs as plain PyTorch, and as it checkpoints itself."""
         return cls(plan=None, recipes={}, region_paths=())

@@ -1,4 +1,7 @@
-"""Tell which modules may be called a second time: pure functions of arguments, parameters and PyTorch's generators."""
+"""Tell which modules can be called a second time, and of which it is promised that they bear it.
+
+Promised are pure functions of arguments, parameters and PyTorch's generators; of all others it has to be proven.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import has_global_module_hooks, has_module_hooks, is_compiled
-from tightfit.device import device_for
 from tightfit.errors import UnsupportedInput
 
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -44,16 +46,18 @@ _pure = {f"{place}.{name}" for place, names in _PURE.items() for name in names.s
 
 
 def allow_recompute(*kinds: type[torch.nn.Module]) -> None:
-    """Allow plans to recompute whole calls of modules of these classes in backward, where that is faster.
+    """Promise that plans may recompute whole calls of modules of these classes in backward: nothing is proven.
 
         tightfit.allow_recompute(MyBlock, MyNorm)
         applied = tightfit.fit(model, batch, budget="8GiB")
 
-    You promise that their forward is a function of its arguments, the module's parameters and buffers, and random
+    Modules of any class are recomputed as a whole where that is faster, once a proof has shown that they bear it: at
+    its first call each is called several times and compared, with its surroundings.  This spares the proof, for a class
+    of which you know that its forward is a function of its arguments, the module's parameters and buffers, and random
     numbers of PyTorch's own generators, and that running it twice leaves nothing behind: no cache, no counter, no
-    statistics.  A block is recomputed as a whole only if its own class and those of all modules inside it are allowed.
-    Classes of `torch.nn` such as `Linear`, `LayerNorm`, `Dropout`, and the blocks of common transformers are allowed
-    from the start.  Call this before `measure` or `fit`.
+    statistics.  It is spared only where the classes of all modules inside are promised, too.  Classes of `torch.nn`
+    such as `Linear`, `LayerNorm`, `Dropout`, and the blocks of common transformers are from the start.  Call this
+    before `measure` or `fit`.
 
     Args:
         kinds: classes of modules.
@@ -71,9 +75,7 @@ def allow_recompute(*kinds: type[torch.nn.Module]) -> None:
 
 
 def is_pure(module: torch.nn.Module) -> bool:
-    """Return whether a module and all below it are of kinds that may run again, with the forward of their class."""
-    if has_global_module_hooks():
-        return False
+    """Return whether a module and all below it are of kinds of which it is promised that they may run again."""
     for below in module.modules():
         kind = type(below)
         own = vars(below)
@@ -81,9 +83,14 @@ def is_pure(module: torch.nn.Module) -> bool:
             return False
         if own.get("max_norm") is not None:  # an embedding that scales its weight down in forward
             return False
-        if below is not module and ("forward" in own or has_module_hooks(below)):
-            return False
-    return True
+    return is_bare(module)
+
+
+def is_bare(module: torch.nn.Module) -> bool:
+    """Return whether nothing runs in a module's call but the forwards of its classes: no hooks, no replaced forward."""
+    return not has_global_module_hooks() and not any(
+        "forward" in vars(below) or has_module_hooks(below) for below in module.modules() if below is not module
+    )
 
 
 def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)) -> bool:
@@ -103,11 +110,5 @@ def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.
 
 
 def can_call_again(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
-    """Return whether this call of the module may be made again in backward."""
-    return are_plain(args) and are_plain(kwargs) and is_pure(module) and not _is_autocast(module)
-
-
-def _is_autocast(module: torch.nn.Module) -> bool:
-    """Return whether autocast is on: weights that it cast in forward, the second forward may find cast, or not."""
-    first = next(module.parameters(), None)
-    return first is not None and device_for(first).ambient_autocast() is not None
+    """Return whether this call of the module can be made again in backward, as far as can be told before."""
+    return are_plain(args) and are_plain(kwargs) and is_bare(module)

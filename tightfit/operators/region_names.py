@@ -1,13 +1,21 @@
 """Name the regions of a forward, the same way when measuring and when running.
 
 A region is one call of a region module.  Where a region module calls another, its own operations before, between and
-after those calls are its *segments*: ``layers#0``, ``layers#0/1``, ``layers#0/2``.
+after those calls are its *segments*: ``layers#0``, ``layers#0/1``, ``layers#0/2``.  A function that the model itself
+checkpoints can be a region, too: ``<checkpoint Block.run>#0``.
 """
 
 from __future__ import annotations
 
 LOSS = "<loss>"
 ROOT = "<model>"
+#: How the path of a checkpointed function begins.
+CHECKPOINT = "<checkpoint "
+
+
+def is_module_below(path: str) -> bool:
+    """Return whether a region's path names a module inside the model."""
+    return path not in (LOSS, ROOT) and not path.startswith(CHECKPOINT)
 
 
 class RegionCursor:

@@ -17,6 +17,8 @@ from tightfit.operators.facts import OpInfo
 
 #: Tensors of which a replay can make new ones.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+#: Why calls of a kind that once differed are not replayed.
+GAVE_OTHER_BITS = "it gave other bits when it was run again"
 
 
 def blocker(
@@ -39,7 +41,7 @@ def blocker(
     if info.is_convolution and (reason := device.convolutions_differ_by_thread()):
         return reason
     if is_barred(info, args, kwargs, device):
-        return "it gave other bits when it was run again"
+        return GAVE_OTHER_BITS
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             return f"a {str(tensor.layout).removeprefix('torch.')} argument"

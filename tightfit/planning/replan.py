@@ -36,6 +36,7 @@ from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.executors import executor_of
+from tightfit.replay.session import as_a_whole
 from tightfit.solver.solver import solver_of
 from tightfit.step.key import StepKey
 from tightfit.step.step import Step
@@ -123,9 +124,11 @@ class Replanner:
         known = self._reference(key.kind, profile)
         if known is not None:  # the same operations: what was checked there counts here, and the other way round
             known.resolved.checked.update(resolved.checked)
+            known.resolved.moves.update(resolved.moves)
             for region, positions in resolved.refused.items():
                 known.resolved.refused.setdefault(region, set()).update(positions)
             resolved.checked, resolved.refused = known.resolved.checked, known.resolved.refused
+            resolved.moves = known.resolved.moves
         others = [one for one in self._references if one is not known]
         self._references = [*others[1 - MOST_KINDS :], reference]
         return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
@@ -154,7 +157,7 @@ class Replanner:
         """Return what a step that cannot be planned follows: all that is provably replayable is dropped."""
         if self._grad_checkpoint == "off":
             return ResolvedPlan.dropping_nothing()
-        return ResolvedPlan.dropping_everything(self._references[-1].profile.region_paths)
+        return ResolvedPlan.dropping_everything(self._references[-1].profile)
 
     # ------------------------------------------------------------------------------------------------ making plans
 
@@ -307,8 +310,12 @@ def _activation_bytes(profile: Profile) -> int:
 
 
 def _replaying(plan: Plan) -> set[str]:
-    """Return the keys of the regions that the plan replays something in, by a tape."""
-    return {r.key for r in plan.regions if r.recipe >= 0 and executor_of(plan.recipes[r.recipe]).on_tape}
+    """Return what `ResolvedPlan.checked` has to hold of the regions that the plan replays something in."""
+    return {
+        region.key if executor_of(plan.recipes[region.recipe]).on_tape else as_a_whole(region.key)
+        for region in plan.regions
+        if region.recipe >= 0
+    }
 
 
 def _estimated(profile: Profile) -> set[str]:

@@ -26,6 +26,7 @@ from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.refusals import CannotRebuild
+from tightfit.replay.session import AS_A_WHOLE
 from tightfit.solver.solver import Solver, solver_of
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint
@@ -103,7 +104,17 @@ def search(
             {signature.name for signature in profile.signatures},
         )
         profile = replace(profile, allocator=now)
-    return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
+    try:
+        return _Search(trial, profile, budget_bytes, grad_checkpoint, within_budget).run()
+    except BudgetInfeasible as error:
+        if all(profile.checkpoints.values()) or grad_checkpoint == "off":
+            raise
+        trial.restore()
+        as_it_is = measure_together(trial.model, trial.batch, trial.step, budget_bytes=budget_bytes, as_it_is=True)
+        try:
+            return _Search(trial, as_it_is, budget_bytes, grad_checkpoint, within_budget).run()
+        except BudgetInfeasible as other:
+            raise min(error, other, key=lambda one: one.required_bytes) from None
 
 
 def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
@@ -382,10 +393,15 @@ def _room_bytes(plan: Plan) -> int:
 def _without(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -> Profile:
     """Return the profile with the refused operations marked as not replayable."""
     ops = list(profile.ops)
-    for region in profile.regions:
+    regions = list(profile.regions)
+    for place, region in enumerate(profile.regions):
         for position in refused.get(region.key, ()):
+            if position == AS_A_WHOLE:
+                regions[place] = replace(region, module_recomputable=False)
+                continue
             if position >= region.op_count:  # this call ran more operations than the measured one
                 continue
+            regions[place] = replace(region, module_recomputable=False)
             index = region.first_op + position
             ops[index] = replace(ops[index], keep_reason="self-check: a second run gave other bits or changed inputs")
-    return replace(profile, ops=tuple(ops))
+    return replace(profile, ops=tuple(ops), regions=tuple(regions))

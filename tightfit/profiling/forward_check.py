@@ -8,11 +8,15 @@ branch like that.  For others, the trial run of a plan finds the difference.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from tightfit._torch_private import DispatchMode, current_graph_task
+from tightfit.operators._checkpoint_private import CheckpointCall, taking_over
+from tightfit.operators.checkpoint_calls import checkpoint_path
 from tightfit.operators.facts import describe, is_opaque
 from tightfit.profiling.observation import Observation
 from tightfit.step.snapshot import TrainingState
@@ -46,8 +50,16 @@ def _refuse_unpack(_: object) -> torch.Tensor:
     raise _BackwardInForward
 
 
-def forward_differs(observation: Observation, model: torch.nn.Module, batch: Any, step: Step) -> bool:
+def _plainly(call: CheckpointCall, checkpoints: Mapping[str, str]) -> AbstractContextManager[object] | None:
+    return None if checkpoints.get(checkpoint_path(call.function), "not seen") else nullcontext()
+
+
+def forward_differs(
+    observation: Observation, checkpoints: Mapping[str, str], model: torch.nn.Module, batch: Any, step: Step
+) -> bool:
     """Tell whether a real forward runs other ops than the observed one.
+
+    `checkpoints`: which checkpointed functions were taken over there, as `Profile.checkpoints`.
 
     The model, batch and optimizers are restored.  False for models that are not checked (see the module's docstring),
     and for a forward that runs a backward of its own.
@@ -61,6 +73,7 @@ def forward_differs(observation: Observation, model: torch.nn.Module, batch: Any
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(lambda _: None, _refuse_unpack),
             ops,
+            taking_over(lambda call: _plainly(call, checkpoints)),
         ):
             step.run_loss(model, batch)
     except _BackwardInForward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,8 @@ from tightfit.device.memory import resident_bytes
 from tightfit.distributed._fsdp_private import unsharded_class
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.interrupts import waiting_interrupts
-from tightfit.operators.pure_modules import is_pure
-from tightfit.operators.region_names import ROOT
+from tightfit.operators.pure_modules import is_bare
+from tightfit.operators.region_names import ROOT, is_module_below
 from tightfit.profiling.excluded import keep_excluded
 from tightfit.profiling.fsdp_collectives import collective_workspace
 from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
@@ -85,7 +85,13 @@ def measure(
 
 
 def measure_together(
-    model: torch.nn.Module, batch: Any, step: Step, *, budget_bytes: int | None = None, cost_cache: bool = True
+    model: torch.nn.Module,
+    batch: Any,
+    step: Step,
+    *,
+    budget_bytes: int | None = None,
+    cost_cache: bool = True,
+    as_it_is: bool = False,
 ) -> Profile:
     """Measure as `measure_step` does; of a sharded model, rank 0 does so for all who have a batch like its.
 
@@ -95,7 +101,7 @@ def measure_together(
     group = process_group_of(model)
 
     def mine() -> Profile:
-        return measure_step(model, batch, step, budget_bytes=budget_bytes, cost_cache=cost_cache)
+        return measure_step(model, batch, step, budget_bytes=budget_bytes, cost_cache=cost_cache, as_it_is=as_it_is)
 
     if group.is_single_process:
         return mine()
@@ -116,6 +122,7 @@ def measure_step(
     cost_cache: bool = True,
     untimed: bool = False,
     budget_bytes: int | None = None,
+    as_it_is: bool = False,
 ) -> Profile:
     """Measure one step, in this process.
 
@@ -124,18 +131,21 @@ def measure_step(
         concrete: skip the run without data.
         untimed: skip all measuring of times; they are zero.
         budget_bytes: estimate operations that cannot be run alone within it, beside what the model holds; they say so.
+        as_it_is: let the model checkpoint itself as it does without a plan.
     """
     clock = Clock()
     check_model(model)
     ensure_sharded(model)
     pricer = Pricer(model, batch, step, clock, cost_cache=cost_cache, timed=not untimed, budget_bytes=budget_bytes)
-    observed = observe_step(model, batch, step, pricer, concrete=concrete)
+    left: Mapping[str, str] | None = None if as_it_is else {}
+    observed = observe_step(model, batch, step, pricer, concrete=concrete, left_checkpoints=left)
     observer, signatures = observed.observer, observed.costs.signatures
     seen = observer.observation
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     keep_excluded(seen, step.excluded)
     region_paths = choose_regions(seen, class_of, step.excluded)
-    tables = build_tables(seen, region_paths, signatures, _pure_paths(model, step, region_paths))
+    called_once = {*step.excluded, *observer.under_hooks}
+    tables = build_tables(seen, region_paths, signatures, _callable_again(model, region_paths, called_once))
     with clock.part("mechanism"):
         evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
         overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
@@ -167,17 +177,23 @@ def measure_step(
         allocator=allocator,
         is_sharded=is_sharded(model),
         excluded=step.excluded,
+        checkpoints=observer.checkpoints.decisions,
         measuring_ms=clock.measuring_ms(),
         **tables,
     )
 
 
-def _pure_paths(model: torch.nn.Module, step: Step, region_paths: Sequence[str]) -> AbstractSet[str]:
-    """Return the regions whose whole forward may be recomputed: no excluded module is in them."""
-    if step.autocast is not None or device_for(model).ambient_autocast() is not None:
-        return set()  # whether a weight is found cast already differs between the first and a second forward
-    around = {path for path in region_paths if any(is_inside(one, [path]) for one in step.excluded)}
-    return {path for path in region_paths if path != ROOT and path not in around and is_pure(model.get_submodule(path))}
+def _callable_again(
+    model: torch.nn.Module, region_paths: Sequence[str], called_once: AbstractSet[str]
+) -> AbstractSet[str]:
+    """Return the regions whose whole forward can be recomputed: no module of `called_once` is in them."""
+    around = {path for path in region_paths if any(is_inside(one, [path]) for one in called_once)}
+    modules = {path: model.get_submodule(path) for path in region_paths if is_module_below(path)}
+    return {
+        path
+        for path, module in modules.items()
+        if path not in around and is_bare(module) and not isinstance(module, torch.jit.ScriptModule)
+    }
 
 
 def _bytes_by_component(seen: Observation) -> dict[str, int]:

@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
 from tightfit.interrupts import is_of_a_handler, safe_point
+from tightfit.operators._checkpoint_private import taking_over
 from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
 from tightfit.operators.pure_modules import are_plain
 from tightfit.operators.region_names import ROOT
@@ -53,14 +55,16 @@ def observe_fake(
     step: Step,
     signatures: SignatureTable,
     layouts: Mapping[str, Layouts],
+    left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
 ) -> tuple[Observer | None, bool]:
-    """Observe a run of a copy without data.
+    """Observe a run of a copy without data; `left_checkpoints` as for `Observer`.
 
     Returns:
         The observer, None if the run failed; and whether it failed because shapes depend on the data.
     """
     mode = fake_mode()
-    observer = Observer(signatures, device_for(model), layouts=layouts)
+    device = device_for(model)
+    observer = Observer(signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded)
     surroundings = NamespaceSnapshot(step.loss)
     try:
         _observe_copy(model, batch, step, observer, mode)
@@ -109,8 +113,16 @@ def _hushed(logger_name: str) -> Iterator[None]:
         logger.disabled = before
 
 
-def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures: SignatureTable) -> Observer:
+def observe_concrete(
+    model: torch.nn.Module,
+    batch: Any,
+    step: Step,
+    signatures: SignatureTable,
+    left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
+) -> Observer:
     """Observe a real step, with what autograd saves moved to a file; afterwards everything is put back.
+
+    `left_checkpoints` as for `Observer`.
 
     Raises:
         UnsupportedInput: the model uses `torch.func` transforms in its forward.
@@ -118,7 +130,14 @@ def observe_concrete(model: torch.nn.Module, batch: Any, step: Step, signatures:
     state = TrainingState(model, step.optimizers, also=(batch,))
     try:
         spill, unspill = _spill_to(CopyFile())
-        observer = Observer(signatures, device_for(model), spill=spill, unspill=unspill)
+        observer = Observer(
+            signatures,
+            device_for(model),
+            spill=spill,
+            unspill=unspill,
+            left_checkpoints=left_checkpoints,
+            excluded=step.excluded,
+        )
         give_gradients(model)
         device_for(model).warm_up(model)
         try:
@@ -185,8 +204,10 @@ def _observe(
         with _watching_modules(model, observer):
             observer.start()
             try:
-                with watching_memory(with_fast_paths(model), observer.mark_escaped):
+                watched = watching_memory(with_fast_paths(model), observer.mark_escaped)
+                with watched, taking_over(observer.take_checkpoint):
                     loss = step.run_loss(model, batch)
+                observer.checkpoints.note_graph(loss)
                 safe_point()
                 observer.begin_backward()
                 loss.backward()

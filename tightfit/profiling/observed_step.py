@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -114,19 +115,33 @@ class ObservedStep:
     """Shapes depend on the data."""
 
 
-def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer, *, concrete: bool) -> ObservedStep:
+def observe_step(
+    model: torch.nn.Module,
+    batch: Any,
+    step: Step,
+    pricer: Pricer,
+    *,
+    concrete: bool,
+    left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
+) -> ObservedStep:
     """Observe a step without data, or, where that fails or `concrete` asks for it, with data.
+
+    `left_checkpoints` as for `Observer`.
 
     Raises:
         UnsupportedInput: the step can only be observed with data, and the model is sharded.
     """
     # A compiled module runs eagerly where its copy is called, and without data its own code could not run.
     concrete = concrete or any(is_compiled(module) for module in model.modules())
-    observer, costs, data_dependent = (None, None, False) if concrete else _observe_fake(model, batch, step, pricer)
+    observer, costs, data_dependent = (
+        (None, None, False) if concrete else _observe_fake(model, batch, step, pricer, left_checkpoints)
+    )
     if observer is not None and costs is not None:
         with pricer.clock.part("observing"):
             # A real forward of a sharded model needs all its processes; whether this one is right, the trial run tells.
-            differs = not is_sharded(model) and forward_differs(observer.observation, model, batch, step)
+            differs = not is_sharded(model) and forward_differs(
+                observer.observation, observer.checkpoints.decisions, model, batch, step
+            )
         if not differs:
             return ObservedStep(observer=observer, costs=costs, method="fake", data_dependent=data_dependent)
         _log.info("a real forward runs other operations than the fake one; measuring with a real step")
@@ -136,17 +151,26 @@ def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer,
             "without data), and a model that is sharded by fully_shard cannot be measured by running it yet. Use "
             "DistributedDataParallel for it, or train it without a budget."
         )
-    for is_second in (False, True):
-        signatures = SignatureTable()
-        with pricer.clock.part("observing"):
-            observer = observe_concrete(model, batch, step, signatures)
-        if is_second or not observer.saw_compiled_calls:
-            break  # the first call of a compiled callable compiles it, and runs otherwise than all later ones
+    has_compiled = False
+    with pricer.clock.part("observing"):
+        while True:
+            signatures = SignatureTable()
+            observer = observe_concrete(model, batch, step, signatures, left_checkpoints)
+            # The first call of a compiled callable compiles it, and runs otherwise than all later ones.
+            compiled_now = observer.saw_compiled_calls and not has_compiled
+            if observer.checkpoints.is_consistent and not compiled_now:
+                break
+            has_compiled |= observer.saw_compiled_calls
+            left_checkpoints = observer.checkpoints.left
     return ObservedStep(observer=observer, costs=pricer.price(signatures), method="real", data_dependent=data_dependent)
 
 
 def _observe_fake(
-    model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer
+    model: torch.nn.Module,
+    batch: Any,
+    step: Step,
+    pricer: Pricer,
+    left: Mapping[str, str] | None,
 ) -> tuple[Observer | None, Costs | None, bool]:
     """Observe fake runs until results lie in memory as those of real kernels do.
 
@@ -157,11 +181,15 @@ def _observe_fake(
     observer: Observer | None = None
     costs: Costs | None = None
     for _ in range(_MOST_FAKE_RUNS):
-        signatures = SignatureTable()
-        with pricer.clock.part("observing"):
-            observer, data_dependent = observe_fake(model, batch, step, signatures, layouts)
-        if observer is None:
-            return None, None, data_dependent
+        while True:
+            signatures = SignatureTable()
+            with pricer.clock.part("observing"):
+                observer, data_dependent = observe_fake(model, batch, step, signatures, layouts, left)
+            if observer is None:
+                return None, None, data_dependent
+            if observer.checkpoints.is_consistent:
+                break
+            left = observer.checkpoints.left
         costs = pricer.price(signatures, observer.layouts)
         wrong = corrections(observer.layouts, {signatures.keys[i]: found for i, found in costs.layouts.items()})
         if not wrong:

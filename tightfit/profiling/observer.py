@@ -7,8 +7,9 @@ the lifetimes in the plain step and under any plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,10 +27,13 @@ from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
+from tightfit.operators._checkpoint_private import CheckpointCall
+from tightfit.operators.checkpoint_calls import checkpoint_path
 from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.stashed_tensors import hold_otherwise
+from tightfit.profiling.checkpoint_calls import CheckpointCalls
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
 from tightfit.profiling.observed_calls import ObservedCalls
@@ -39,6 +43,7 @@ from tightfit.profiling.saved_tensors import CHECKPOINTING, SavedTensors, owner_
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
+from tightfit.step.exclude import is_inside
 
 
 class Observer(DispatchMode):
@@ -51,6 +56,8 @@ class Observer(DispatchMode):
         spill: Callable[[torch.Tensor], Any] | None = None,
         unspill: Callable[[Any], torch.UntypedStorage] | None = None,
         layouts: Mapping[str, Layouts] | None = None,
+        left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
+        excluded: Sequence[str] = (),
     ) -> None:
         """Prepare to record a step.
 
@@ -59,6 +66,8 @@ class Observer(DispatchMode):
             device: the device whose memory counts.
             spill, unspill: move a saved tensor's storage out of memory and back; None on fake tensors.
             layouts: the real kernels' result layouts, by the key of the signature, where the fake kernels are wrong.
+            left_checkpoints: checkpointed functions of the model's that are left to PyTorch, and why; None: all are.
+            excluded: paths of the modules that are left untouched.
         """
         super().__init__()
         self._ledger = ledger = StorageLedger(device)
@@ -80,6 +89,12 @@ class Observer(DispatchMode):
         self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
         self.switched_off: set[str] = set()
         """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
+        self.under_hooks: set[str] = set()
+        """Paths of modules in whose calls somebody else's saved-tensor hooks are active."""
+        self.checkpoints = CheckpointCalls(left_checkpoints)
+        """The model's own calls of `torch.utils.checkpoint`."""
+        self._excluded = excluded
+        self._open_paths: list[str] = []  # of the module calls that run now, the outermost first
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self._has_data = unspill is not None
@@ -187,11 +202,32 @@ class Observer(DispatchMode):
         """Mark the start of a module call."""
         if current_graph_task() >= 0:  # made again in backward
             self.switched_off.add(CHECKPOINTING)
+        self._open_paths.append(path)
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """Mark the end of the innermost module call."""
+        self._open_paths.pop()
         self.observation.events.append(ModuleEvent(None))
+
+    def take_checkpoint(self, call: CheckpointCall) -> AbstractContextManager[None] | None:
+        """Return what a checkpointed function runs in, as a part of the step like any other; None if it is left alone.
+
+        For `taking_over`.
+        """
+        excluded = any(is_inside(path, self._excluded) for path in self._open_paths)
+        if self._foreign_hook() is not None or not self.checkpoints.takes(call, excluded=excluded):
+            return None
+        return self._checkpointed(call)
+
+    @contextmanager
+    def _checkpointed(self, call: CheckpointCall) -> Iterator[None]:
+        self.enter_module(checkpoint_path(call.function), has_plain_arguments=False)
+        try:
+            with self.checkpoints.inside(call, len(self.observation.storages)):
+                yield
+        finally:
+            self.exit_module()
 
     # ------------------------------------------------------------------------------------------------ for PyTorch
 
@@ -270,9 +306,9 @@ class Observer(DispatchMode):
         signature: int,
     ) -> Any:
         observation = self.observation
-        hooks = top_saved_tensor_hooks()
-        if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook:
-            self.switched_off.add(owner_of_hook(hooks[0]))
+        if (hook := self._foreign_hook()) is not None:
+            self.switched_off.add(owner_of_hook(hook))
+            self.under_hooks.update(self._open_paths[-1:])
         device = device_of_call(tensors, kwargs)
         reason = safety.blocker(info, types, args, kwargs, tensors, device)
         if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
@@ -290,6 +326,14 @@ class Observer(DispatchMode):
                         reason = "it reads uninitialised memory"
         mutated = [t for t in mutated_tensors(info, args, kwargs) if self._ledger.counts(t)]
         written = {storage_key(t): t for t in mutated}
+        self.checkpoints.note_op(
+            is_random=info.is_random,
+            written_storages=lambda: [
+                observation.values[value].storage
+                for tensor in (*written.values(), *moved)
+                if (value := self._ledger.value_of(tensor)) >= 0
+            ],
+        )
         op_index = len(observation.ops)
         op = RawOp(
             name=info.name,
@@ -324,6 +368,11 @@ class Observer(DispatchMode):
         if self._numbers_count:
             self._ledger.hold_unseen(saved_scalar_bytes(func, args, tensors))
         return result
+
+    def _foreign_hook(self) -> object:
+        """Return the pack hook of whoever has saved-tensor hooks above the observer's own; None if nobody has."""
+        hooks = top_saved_tensor_hooks()
+        return hooks[0] if isinstance(hooks, tuple) and hooks[0] is not self._hooks.pack_hook else None
 
     @never_compiled
     def _call_function(self, function: Any, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:

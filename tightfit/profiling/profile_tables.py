@@ -9,8 +9,12 @@ from typing import Any
 
 from tightfit.operators.facts import OpInfo, describe, operation_named
 from tightfit.operators.region_names import LOSS, RegionCursor
+from tightfit.operators.replayable import GAVE_OTHER_BITS
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
+
+#: How the names of operations between processes begin.
+_COLLECTIVES = ("c10d", "_c10d")
 
 
 @dataclass(slots=True)
@@ -30,7 +34,7 @@ def build_tables(
     observation: Observation,
     region_paths: Sequence[str],
     signatures: Sequence[Signature],
-    pure_paths: AbstractSet[str] = frozenset(),
+    again_paths: AbstractSet[str] = frozenset(),
 ) -> Mapping[str, Any]:
     """Build the tables of a `Profile`, by field name: storages, values, ops, regions, slots, events.
 
@@ -38,7 +42,7 @@ def build_tables(
         observation: what was recorded of the step.
         region_paths: paths of the modules that are regions.
         signatures: the signatures that the ops refer to.
-        pure_paths: paths of the modules that may be recomputed by calling the module again.
+        again_paths: paths of the modules that can be recomputed by calling the module again.
     """
     cut = _cut(observation, frozenset(region_paths))
     storages = tuple(Storage(nbytes=s.nbytes, component=s.component) for s in observation.storages)
@@ -61,7 +65,8 @@ def build_tables(
     for slot in slots:
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
-    unsplit = {path for path in pure_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    unsplit = {path for path in again_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    keys = set(cut.keys)
     infos = [describe(operation_named(signature.name)) for signature in signatures]
     classes: dict[Any, int] = {}
     regions = []
@@ -73,6 +78,7 @@ def build_tables(
         recomputable = (
             key in cut.plain_calls
             and key.partition("#")[0] in unsplit
+            and f"{key}/1" not in keys
             and all(_may_run_again(infos[op.signature], op) for op in ops[first : first + count])
         )
         class_id = classes.setdefault((structure, recomputable), len(classes))
@@ -90,8 +96,12 @@ def build_tables(
 
 
 def _may_run_again(info: OpInfo, op: Op) -> bool:
-    """Tell whether an operation gives the same bits when its module is called again in backward."""
-    return not info.needs_self_check and not (info.is_convolution and op.keep_reason)
+    """Tell whether an operation may give the same bits when its module is called again in backward."""
+    if info.name.startswith(_COLLECTIVES):
+        return False  # the other processes would have to take part
+    if not op.keep_reason:
+        return True
+    return not info.is_convolution and op.keep_reason not in (GAVE_OTHER_BITS, info.blocker_with_atomics)
 
 
 def _cut(observation: Observation, region_paths: frozenset[str]) -> _Cut:

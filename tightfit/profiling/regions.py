@@ -10,6 +10,9 @@ or classes of particular libraries:
 * So is a call with more than `_MAX_OPS` ops that has children with at least `_MIN_OPS`.
 * Any other call with at least `_MIN_OPS` ops is a region.
 
+A function that the model itself checkpoints is a call like any other, where it is not all of a module's forward, nor a
+single module's call: then the module stands for both.
+
 A module that is to be left untouched is no region, and neither is any module inside it.
 
 The model itself is always a region: its own ops between other regions are its segments.
@@ -21,7 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tightfit.operators.region_names import ROOT
+from tightfit.operators.region_names import CHECKPOINT, ROOT, is_module_below
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind
 from tightfit.step.exclude import is_inside
@@ -65,9 +68,23 @@ def _calls(observation: Observation) -> list[_Call]:
                 ended = stack.pop()
                 if stack:
                     stack[-1].ops += ended.ops
+                _merge_checkpoints(ended)
         elif isinstance(event, Event) and event.kind == EventKind.OP and stack:
             stack[-1].ops += 1
     return top
+
+
+def _merge_checkpoints(call: _Call) -> None:
+    """Take away the calls of checkpointed functions below a call that are all of it, or all of whose are one call's."""
+    call.children = [_all_of(child) for child in call.children]
+    if len(call.children) == 1 and call.children[0].ops == call.ops and not is_module_below(call.children[0].path):
+        call.children = call.children[0].children
+
+
+def _all_of(call: _Call) -> _Call:
+    """Return the module call that is all that a checkpointed function does; the call itself if there is none."""
+    is_one = len(call.children) == 1 and call.children[0].ops == call.ops
+    return call.children[0] if is_one and call.path.startswith(CHECKPOINT) else call
 
 
 def _choose(call: _Call, class_of: dict[str, str], chosen: set[str], *, repeated: bool = False) -> None:
@@ -75,7 +92,7 @@ def _choose(call: _Call, class_of: dict[str, str], chosen: set[str], *, repeated
     if large and (_is_container(call, class_of, recursive=not repeated) or call.ops > _MAX_OPS):
         counts = _class_counts(large, class_of)
         for child in large:
-            _choose(child, class_of, chosen, repeated=counts[class_of.get(child.path, "")] >= 2)
+            _choose(child, class_of, chosen, repeated=counts[class_of.get(child.path, child.path)] >= 2)
     elif call.ops >= _MIN_OPS:
         chosen.add(call.path)
 
@@ -83,7 +100,7 @@ def _choose(call: _Call, class_of: dict[str, str], chosen: set[str], *, repeated
 def _is_container(call: _Call, class_of: dict[str, str], *, recursive: bool) -> bool:
     large = _large_enough(call)
     counts = _class_counts(large, class_of)
-    repeated_ops = sum(child.ops for child in large if counts[class_of.get(child.path, "")] >= 2)
+    repeated_ops = sum(child.ops for child in large if counts[class_of.get(child.path, child.path)] >= 2)
     if large and 2 * repeated_ops >= call.ops:
         return True
     return recursive and any(
@@ -96,4 +113,4 @@ def _large_enough(call: _Call) -> list[_Call]:
 
 
 def _class_counts(calls: list[_Call], class_of: dict[str, str]) -> Counter[str]:
-    return Counter(class_of.get(call.path, "") for call in calls)
+    return Counter(class_of.get(call.path, call.path) for call in calls)

@@ -140,6 +140,8 @@ class Plan:
     kept_whole: Mapping[str, str] = field(default_factory=dict)
     """Paths of the modules whose own operations run as in the plain step, and why: ``<model>`` for the model's own,
     ``<loss>`` for code outside it."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """As `Profile.checkpoints`."""
     predicted_allocated_bytes: int = 0
     """The most that the step has allocated at a moment; the peak where the allocator reserves nothing beyond it."""
     predicted_reserved_bytes: int = 0
@@ -185,8 +187,13 @@ class Plan:
 
     @property
     def is_plain(self) -> bool:
-        """True when nothing is dropped: applying the plan installs nothing."""
-        return all(region.recipe < 0 for region in self.regions)
+        """True when nothing is dropped, nor kept that the model itself would: applying the plan installs nothing."""
+        return all(region.recipe < 0 for region in self.regions) and not self.takes_over_checkpoints
+
+    @property
+    def takes_over_checkpoints(self) -> bool:
+        """Whether functions to which the model itself applies `torch.utils.checkpoint` are the plan's to decide."""
+        return not all(self.checkpoints.values())
 
     def _repr_html_(self) -> str:
         planned = [self.recipes[region.recipe] for region in self.regions if region.recipe >= 0]

@@ -100,8 +100,8 @@ class Region:
     class_id: int
     """Regions with the same id have the same operations, wiring, sizes and saved tensors: one solve serves them all."""
     module_recomputable: bool = False
-    """Its module may be called a second time as a whole: the module is of kinds known to be pure, and was called with
-    tensors and constants only."""
+    """Its module can be called a second time as a whole: it was called with tensors and constants only, and has no
+    hooks inside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +224,9 @@ class Profile:
     """Paths of the modules that are left untouched: nothing that runs inside them is recomputed."""
     kept_whole: Mapping[str, str] = field(default_factory=dict)
     """As `Plan.kept_whole`."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """Functions to which the model itself applies `torch.utils.checkpoint`: empty where a plan takes that over, else
+    why it is left to PyTorch. Where plans take it over, plain means the step without."""
     measuring_ms: Mapping[str, float] = field(default_factory=dict)
     """What measuring itself took, by part: "observing" the step, the "workspace" and the "times" of operations that ran
     alone (next to nothing where the cost cache knew them), the "mechanism" of replay, and "tables"."""

@@ -9,6 +9,7 @@ from tightfit.operators.facts import operation_named
 from tightfit.records import Recipe, SharedTape
 from tightfit.replay.executors import RegionCall, executor_of
 from tightfit.replay.executors.module import has_convolutions
+from tightfit.replay.executors.module_state import Moves
 
 
 class ResolvedRecipe:
@@ -61,3 +62,7 @@ class ResolvedRecipe:
     def carry_out(self, call: RegionCall) -> Any:
         """Make a call of the region's module as the recipe says."""
         return self.executor.run(call, self.recipe)
+
+    def find_moves(self, call: RegionCall) -> Moves | None:
+        """Return what making a call again has to put back; None if it must not be made again."""
+        return self.executor.find_moves(call, self.recipe)

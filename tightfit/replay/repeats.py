@@ -22,7 +22,7 @@ from tightfit.device.placement import device_of_call
 from tightfit.operators.differing_calls import bar, kind_of_call
 from tightfit.operators.facts import OpInfo, is_suspect, result_tensors, tensors_in, undefined_results
 from tightfit.operators.opaque_calls import FunctionCall, OpaqueCall
-from tightfit.replay.self_check import checksum, same_bits
+from tightfit.replay.contents import checksum, same_bits
 from tightfit.replay.values import TapedOp
 from tightfit.step.snapshot import RandomState
 

@@ -17,8 +17,9 @@ from tightfit.device import device_for
 from tightfit.device.generators import drawing_from
 from tightfit.operators.facts import result_tensors
 from tightfit.records.recompute_tree import RecomputeTree
+from tightfit.replay.contents import mark_of
 from tightfit.replay.refusals import changed_error, modified_error, other_kernel_error
-from tightfit.replay.self_check import SelfCheck, mark_of
+from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import Ref, TapedOp, TapedValue, contents, rebuild, written_refs
 from tightfit.simulation.schedule import Pass, Schedule

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,14 +37,17 @@ from tightfit._torch_private import (
 )
 from tightfit.device.process_state import is_capturing
 from tightfit.errors import UnsupportedInput
+from tightfit.operators._checkpoint_private import CheckpointCall, taking_over
+from tightfit.operators.checkpoint_calls import checkpoint_path, reason_to_leave
 from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.operators.facts import OpInfo, describe, known_facts, mutated_tensors, undeclared_writes
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
-from tightfit.operators.region_names import LOSS, ROOT, RegionCursor
+from tightfit.operators.region_names import LOSS, RegionCursor, is_module_below
 from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.records import SharedTape
 from tightfit.replay.executors import RegionCall
+from tightfit.replay.executors.module_state import NO_MOVES, Moves
 from tightfit.replay.opaque_tape import OpaqueTape
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import captured_error
@@ -54,6 +58,14 @@ from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import Kept
 from tightfit.replay.write_watch import WriteWatch
+
+#: Among the positions of operations that a self-check refused: the call of the region's module, to be made again.
+AS_A_WHOLE = -1
+
+
+def as_a_whole(key: str) -> str:
+    """Return what `Installed.checked` holds where the call of the region's module has been judged."""
+    return f"{key} as a whole"
 
 
 class Listener(Protocol):
@@ -80,6 +92,10 @@ class Installed:
     """Paths of the regions that run excluded modules among their own operations: what no plan decides about is kept."""
     kept_whole: frozenset[str] = frozenset()
     """Paths of the regions that run as plain PyTorch, whatever a plan says or does not say of one of their calls."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """The model's own checkpointed functions, as `Plan.checkpoints`; what is not in it is left alone."""
+    region_paths: frozenset[str] = frozenset()
+    """Paths of all regions."""
     enabled: bool = True
     """Off: regions run as plain PyTorch."""
     self_check: bool = True
@@ -88,6 +104,10 @@ class Installed:
     refused: dict[str, set[int]] = field(default_factory=dict)
     """Positions, by region key, of operations that a self-check refused."""
     checked: set[str] = field(default_factory=set)
+    """Keys of regions whose self-check is done, and `as_a_whole` of those whose module is known to bear a second call
+    or not."""
+    moves: dict[str, tuple[tuple[type, ...], Moves]] = field(default_factory=dict)
+    """What a call moves that is made again, by region key, and the classes of the modules of which that is known."""
     repeats: Repeats = field(default_factory=Repeats)
     """Which calls gave the same bits twice."""
     writes: WriteWatch = field(default_factory=WriteWatch)
@@ -116,21 +136,32 @@ class Installed:
                     "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
                     "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
                 )
-            if self.listener is not None and path not in (ROOT, LOSS) and current_graph_task() < 0:
+            if self.listener is not None and is_module_below(path) and current_graph_task() < 0:
                 self.listener.region_alone(path)
             session = self.sessions[thread] = Session(self)
+        depth = session.depth
         try:
             session.enter(path, call)
             try:
                 yield session.run
             finally:
-                session.exit()
+                while session.depth > depth:  # before PyTorch 2.13, a checkpointed function that fails is not ended
+                    session.exit()
         finally:
             if session.is_over:
                 self.sessions.pop(thread, None)
                 session.close()
         if session.is_over and self.listener is not None:
             session.tell(self.listener)
+
+    def takes_checkpoint(self, call: CheckpointCall) -> bool:
+        """Return whether a checkpointed function of the model's runs as any other code."""
+        reason = self.checkpoints.get(checkpoint_path(call.function), "it was not seen when the step was measured")
+        return not (reason or reason_to_leave(call))
+
+    def taking_checkpoints(self) -> AbstractContextManager[None]:
+        """Return a context in which checkpointed functions are no more than functions, in forward and in backward."""
+        return taking_over(lambda call: nullcontext() if self.takes_checkpoint(call) else None)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -189,6 +220,15 @@ class Session(DispatchMode):
         self._functions.start()
         self._compiled = CompiledCalls()
         self._compiled.start()
+        self._taking: AbstractContextManager[None] = nullcontext()
+        if not all(installed.checkpoints.values()):
+            self._taking = taking_over(self._take_checkpoint)
+        self._taking.__enter__()
+
+    @property
+    def depth(self) -> int:
+        """How many region calls are open."""
+        return self._cursor.depth
 
     @property
     def is_over(self) -> bool:
@@ -200,6 +240,8 @@ class Session(DispatchMode):
         self._functions.stop()
         self._compiled.stop()
         del self._functions
+        self._taking.__exit__(None, None, None)
+        del self._taking
         if not self._active:
             del self._watch, self._hooks, self._pack_hook
 
@@ -230,6 +272,18 @@ class Session(DispatchMode):
         else:
             self._end_tape()
 
+    def _take_checkpoint(self, call: CheckpointCall) -> AbstractContextManager[object] | None:
+        """Return what a checkpointed function of the model's runs in; None if it is left to PyTorch."""
+        installed, path = self._installed, checkpoint_path(call.function)
+        if (
+            not installed.takes_checkpoint(call)
+            or current_graph_task() >= 0
+            or self._has_foreign_hooks()
+            or is_capturing()
+        ):
+            return None
+        return installed.region(path) if path in installed.region_paths else nullcontext()
+
     def _leave(self) -> None:
         self._cursor.pop()
         self._in_ddp = self._cursor.depth == 1 and self._cursor.path == LOSS and ddp_runs_its_module()
@@ -253,10 +307,14 @@ class Session(DispatchMode):
         elsewhere = foreign or captured or torch.compiler.is_compiling()
         self.run = RegionCall.run_forward
         on_tape = not (untouched or elsewhere)
+        was_refused = False
         if recipe is not None and on_tape:
-            if recipe.accepts(call):
+            was_refused = not recipe.executor.on_tape and AS_A_WHOLE in installed.refused.get(key, ())
+            if recipe.executor.on_tape:
                 self.run = recipe.carry_out
-                on_tape = recipe.executor.on_tape
+            elif recipe.accepts(call) and not was_refused:
+                self.run = partial(self._run_as_a_whole, recipe, key)
+                on_tape = False
             else:
                 recipe = None  # a tape drops as much
         if not on_tape:
@@ -269,7 +327,7 @@ class Session(DispatchMode):
         if not self._active:
             self._end_tape()
             return
-        if recipe is None:
+        if recipe is None and not was_refused:  # a refusal is told by itself, and plans heed it
             installed.statistics.unplanned_calls += 1
         shared = recipe.shared if recipe is not None else None
         place = recipe.place if recipe is not None else 0
@@ -285,6 +343,24 @@ class Session(DispatchMode):
         installed.checked.add(key)
         self._next = shared, place + 1
         self._tape.begin_region(recipe, installed.refused.setdefault(key, set()), keeps_rest=around_excluded)
+
+    def _run_as_a_whole(self, recipe: ResolvedRecipe, key: str, call: RegionCall) -> Any:
+        """Make a call that may be made again in backward; the first time, only if it bears that."""
+        installed = self._installed
+        if not all(installed.checkpoints.values()):
+            call.inside = installed.taking_checkpoints
+        kinds = tuple(map(type, call.module.modules()))
+        known, moves = installed.moves.get(key, ((), NO_MOVES))
+        if installed.self_check and known != kinds:
+            installed.checked.add(as_a_whole(key))
+            moves = recipe.find_moves(call)
+            if moves is None:
+                installed.refused.setdefault(key, set()).add(AS_A_WHOLE)
+                installed.statistics.refused_ops += 1
+                return call.run_forward()
+            installed.moves[key] = kinds, moves
+        call.moves = moves
+        return recipe.carry_out(call)
 
     def _runs_another_loss(self) -> bool:
         tape = self._tape

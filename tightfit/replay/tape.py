@@ -46,10 +46,11 @@ from tightfit.operators.facts import (
 )
 from tightfit.operators.opaque_calls import OpaqueCall, OperatorCall
 from tightfit.records.recompute_tree import RecomputeTree
+from tightfit.replay.contents import mark_of
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.repeats import Repeats
 from tightfit.replay.replayer import Handle, Replayer
-from tightfit.replay.self_check import SelfCheck, mark_of
+from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import (
     Kept,

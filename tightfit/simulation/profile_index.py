@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tightfit.records import Decision, Event, EventKind, Profile, ValueName
+from tightfit.simulation.second_call import made_storages, slots_made_again
 
 _OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
 
@@ -36,6 +37,10 @@ class RegionFacts:
     """Values that a decision may keep: keepable, and not forced to be held anyway."""
     names: tuple[tuple[int, int, ValueName], ...]
     """Of each optional value: itself, its region's place among the tape's, and its name there."""
+    only_again: frozenset[int] = frozenset()
+    """Further slots, which no tape can rebuild, but a second call of the region's module."""
+    again: frozenset[int] = frozenset()
+    """All slots that a second call rebuilds; empty where none may be made."""
 
 
 class ProfileIndex:
@@ -68,9 +73,14 @@ class ProfileIndex:
             owner = self.owner(event)
             if owner >= 0:
                 self.events_of_region[owner].append(time)
-        self.facts = tuple(self._facts(index, 1) for index in range(len(profile.regions)))
+        self._values_of_storage: list[list[int]] = [[] for _ in profile.storages]
+        for number, value in enumerate(profile.values):
+            self._values_of_storage[value.storage].append(number)
+        self.facts = tuple(self._region_facts(index) for index in range(len(profile.regions)))
         self._tape_facts: dict[tuple[int, int], RegionFacts] = {}
-        self.fixed_slots = frozenset(range(len(profile.slots))) - {s for f in self.facts for s in f.slots}
+        self.fixed_slots = frozenset(range(len(profile.slots))) - {
+            s for f in self.facts for s in (*f.slots, *f.only_again)
+        }
         """Slots that no decision for a single region concerns."""
         self.fixed_levels, self.fixed_spikes, self._fixed_intervals = self._fixed()
 
@@ -165,6 +175,20 @@ class ProfileIndex:
                 u for u in self.profile.ops[op].inputs if u in facts.own and u in facts.droppable and u not in held
             )
         return frozenset(needed)
+
+    def _region_facts(self, index: int) -> RegionFacts:
+        profile = self.profile
+        facts = self._facts(index, 1)
+        if not profile.regions[index].module_recomputable:
+            return facts
+        again = slots_made_again(
+            profile,
+            profile.regions[index],
+            self.slots_of_region[index],
+            made_storages(self.events_between(index)),
+            self._values_of_storage,
+        )
+        return replace(facts, again=again, only_again=again - set(facts.slots)) if again >= set(facts.slots) else facts
 
     def _facts(self, index: int, count: int) -> RegionFacts:
         profile = self.profile

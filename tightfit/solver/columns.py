@@ -222,8 +222,11 @@ def _holders(index: ProfileIndex) -> dict[int, set[int]]:
     profile = index.profile
     holders: dict[int, set[int]] = {}
     for facts in index.facts:
-        saved = {profile.slots[slot].value for slot in facts.slots}
+        saved = {profile.slots[slot].value for slot in (*facts.slots, *facts.only_again)}
         read = {u for v in facts.droppable for u in profile.ops[profile.values[v].op].inputs}
+        if facts.again:
+            region = profile.regions[facts.index]
+            read |= {u for op in profile.ops[region.first_op :][: region.op_count] for u in op.inputs}
         for value in saved | read:
             if not index.is_free(value):
                 holders.setdefault(profile.values[value].storage, set()).add(facts.index)

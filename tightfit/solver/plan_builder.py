@@ -52,6 +52,7 @@ def build_plan(
         optimizer=profile.optimizer,
         excluded=profile.excluded,
         kept_whole=profile.kept_whole,
+        checkpoints=profile.checkpoints,
         predicted_allocated_bytes=planned.allocated_bytes,
         predicted_reserved_bytes=planned.reserved_bytes,
         flushes_per_step=planned.flushes,

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from tightfit.records import Decision, EventKind
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.always_held import AlwaysHeld
 from tightfit.solver.columns import keeping, useful_values
 from tightfit.solver.min_cut import Closure
 
@@ -67,6 +68,7 @@ class PricingModel:
     _terms: dict[int, _Term] = field(init=False)
     _always: dict[int, _Term] = field(init=False)
     _covered: dict[int, tuple[list[int], list[int]]] = field(init=False)
+    _held: AlwaysHeld = field(init=False)
 
     def __post_init__(self) -> None:
         index, profile = self.index, self.index.profile
@@ -97,6 +99,9 @@ class PricingModel:
                 self._always[value] = self._term(value, unpacked, released)
             elif value in starts and starts[value] < ends[value]:
                 self._terms[value] = self._term(value, starts[value], ends[value])
+
+        counted = {term.storage for terms in (self._terms, self._always) for term in terms.values()}
+        self._held = AlwaysHeld(index, self.region, counted)
 
     def _term(self, value: int, start: int, end: int) -> _Term:
         storage = self.index.profile.values[value].storage
@@ -165,7 +170,7 @@ class PricingModel:
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
         price_of: dict[int, float] = {}
-        constant = 0.0
+        constant = self._held.cost(self.region, prices.private, prices.shared, self.shared)
         for time, price in prices.private.items():
             chosen, always = self._cover(time)
             for value in chosen:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import Decision, Plan, Profile, SharedTape
-from tightfit.simulation.levers import BY_VALUE
+from tightfit.simulation.levers import BY_VALUE, LEVERS
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.reserved import simulate_in_totals
 from tightfit.simulation.simulator import Simulation, simulate
@@ -65,8 +65,15 @@ class Solver:
 
     def full(self, budget_bytes: int) -> Plan:
         """Return the plan that drops all that may be dropped in every region, whether or not it fits the budget."""
-        decisions = [BY_VALUE.decide(()) if facts.slots else None for facts in self.index.facts]
+        decisions = [self._fullest(region) for region in range(len(self.profile.regions))]
         return build_plan(self.index, decisions, budget_bytes, plain=self._plain)
+
+    def _fullest(self, region: int) -> Decision | None:
+        """Return the decision that drops most in a region."""
+        facts = self.index.facts[region]
+        if facts.only_again:
+            return next(decision for lever in LEVERS for decision in lever.offers(self.index, [region]))
+        return BY_VALUE.decide(()) if facts.slots else None
 
     def minimum_budget(self) -> tuple[int, str]:
         """Return the smallest budget in bytes for which `solve` has a plan, and what sets it."""

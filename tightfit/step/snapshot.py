@@ -200,7 +200,7 @@ class TrainingState:
     def _note_classes(self, kind: type) -> Iterator[Any]:
         """Save what a module's classes hold themselves, such as a counter; yield what it leads to."""
         for one in kind.__mro__:
-            if id(one) not in self._seen and _is_users(one):
+            if id(one) not in self._seen and is_users(one):
                 self._seen[id(one)] = one
                 attributes = _own_class_attributes(one)
                 self._classes.append((one, attributes))
@@ -298,12 +298,12 @@ def _has_attributes(thing: Any) -> bool:
     """Tell whether an object's attributes are part of the model's or the optimizer's state."""
     if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | types.SimpleNamespace):
         return True
-    return _is_users(type(thing))
+    return is_users(type(thing))
 
 
-def _is_users(kind: type) -> bool:
-    """Tell whether a class is not PyTorch's, NumPy's, this package's, or the standard library's."""
-    home = str(kind.__module__).partition(".")[0]
+def is_users(thing: Any) -> bool:
+    """Tell whether a class, function or module is not PyTorch's, NumPy's, this package's, or the standard library's."""
+    home = str(getattr(thing, "__module__", None) or getattr(thing, "__name__", "")).partition(".")[0]
     return home == "__main__" or (home not in ("torch", "tightfit", "numpy") and home not in sys.stdlib_module_names)
 
 
@@ -320,7 +320,7 @@ def class_attributes_of(kind: type) -> dict[str, Any]:
     """Return the values and containers that a user's class and those above it hold themselves."""
     found: dict[str, Any] = {}
     for one in reversed(kind.__mro__):
-        if _is_users(one):
+        if is_users(one):
             found |= _own_class_attributes(one)
     return found
 

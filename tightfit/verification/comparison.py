@@ -12,9 +12,9 @@ from tightfit.operators.region_names import ROOT
 from tightfit.records import Plan
 from tightfit.replay.executors.module import ModuleExecutor
 from tightfit.step.host_copy import HostCopy, difference, same_contents
+from tightfit.step.results import ATTRIBUTE, GRADIENT, Results
 from tightfit.step.snapshot import RandomState
 from tightfit.verification.marks import Mark
-from tightfit.verification.results import ATTRIBUTE, GRADIENT, Results
 
 _MISSING = object()
 

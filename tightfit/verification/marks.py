@@ -5,7 +5,6 @@ On a CPU the contents themselves are kept, in a file: there, nothing is gained b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from tightfit._torch_private import below_autograd
 from tightfit.device import device_for
 from tightfit.step.host_copy import CopyFile, HostCopy
+from tightfit.step.results import Keep
 
 #: Elements that are mixed at a time, with some 30 MB of the device's memory on the way.
 _PIECE_ELEMENTS = 2**20
@@ -23,9 +23,6 @@ _BY_PLACE, _FIRST, _SECOND, _THIRD = (
     number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xFF51AFD7ED558CCD)
 )
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-
-Keep = Callable[[str, torch.Tensor], object]
-"""Returns what to keep of a tensor's contents, given the name of what it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,10 @@ from tightfit.installation.region_forward import RegionForward
 from tightfit.interrupts import pass_on
 from tightfit.operators.region_names import LOSS, ROOT
 from tightfit.step.host_copy import CopyFile, HostCopy
+from tightfit.step.results import Keep, Results, results_of
 from tightfit.step.snapshot import RandomState
 from tightfit.verification.comparison import Comparison, paths_called_again
-from tightfit.verification.marks import Keep, keeper
-from tightfit.verification.results import Results, results_of
+from tightfit.verification.marks import keeper
 from tightfit.verification.trial import Trial
 
 #: Keys of the model's own call, and of the loss function's.

@@ -21,10 +21,10 @@ from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_SLOT_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.model import device_of, give_gradients
 from tightfit.step.own_steps import own_steps
+from tightfit.step.results import Keep, Results, results_of
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
-from tightfit.verification.marks import Keep, keeper
-from tightfit.verification.results import Results, results_of
+from tightfit.verification.marks import keeper
 
 _TIMING_ROUNDS = 3
 #: Steps of a training after which the allocator's cache is taken to be as it stays.

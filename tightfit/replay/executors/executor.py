@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from tightfit.records import Action, Recipe
+from tightfit.replay.executors.module_state import NO_MOVES, Moves
 from tightfit.replay.statistics import Statistics
 
 
@@ -23,6 +25,10 @@ class RegionCall:
     kwargs: dict[str, Any]
     statistics: Statistics
     """What to count in."""
+    moves: Moves = NO_MOVES
+    """What the call changes, where it is to be made again."""
+    inside: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What it is made in, each time."""
 
     def run_forward(self) -> Any:
         """Make the call as it is."""
@@ -46,3 +52,9 @@ class Executor(Protocol):
 
     def run(self, call: RegionCall, recipe: Recipe) -> Any:
         """Make the call and return its result; only after `accepts`."""
+
+    def find_moves(self, call: RegionCall, recipe: Recipe) -> Moves | None:
+        """Find out, before `run` does it for the first time, what making this call again has to put back.
+
+        None if it must not be made again, whatever is put back.
+        """

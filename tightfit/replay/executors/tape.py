@@ -6,6 +6,7 @@ from typing import Any
 
 from tightfit.records import Action, Recipe
 from tightfit.replay.executors.executor import RegionCall
+from tightfit.replay.executors.module_state import NO_MOVES, Moves
 
 
 class TapeExecutor:
@@ -22,3 +23,7 @@ class TapeExecutor:
     def run(self, call: RegionCall, recipe: Recipe) -> Any:
         """Make the call; the tape watches."""
         return call.run_forward()
+
+    def find_moves(self, call: RegionCall, recipe: Recipe) -> Moves | None:
+        """Return that nothing moves: no call is made again."""
+        return NO_MOVES

@@ -9,6 +9,7 @@ from tightfit.simulation.levers.lever import RegionModel
 from tightfit.simulation.levers.module_model import ModuleModel
 from tightfit.simulation.levers.recipes import op_names_of, replay_ms_of
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.second_call import made_storages
 
 
 class ModuleLever:
@@ -32,15 +33,16 @@ class ModuleLever:
         facts = index.facts[region]
         ops = range(record.first_op, record.first_op + record.op_count)
         again = sorted({a for kind, a in _second_call(index, region) if kind == EventKind.OP})
-        arguments = {profile.values[v].storage for op in ops for v in profile.ops[op].inputs if v not in facts.own}
-        dropped = {profile.slots[slot].value for slot in facts.slots}
+        made = made_storages(index.events_between(region))
+        arguments = {profile.values[v].storage for op in ops for v in profile.ops[op].inputs} - made
+        dropped = {profile.slots[slot].value for slot in facts.again}
         return Recipe(
             class_id=record.class_id,
             op_names=op_names_of(index, region),
             lever=self.name,
             executor=self.executor,
             keep=(),
-            drop=tuple(sorted(index.local(value) for value in dropped)),
+            drop=tuple(sorted(index.local(value) for value in dropped if profile.values[value].op in ops)),
             replay=tuple(op - record.first_op for op in again),
             held_bytes=sum(profile.storages[s].nbytes for s in arguments if not index.is_resident(s)),
             dropped_bytes=sum(profile.storages[s].nbytes for s in {profile.values[v].storage for v in dropped}),
@@ -49,20 +51,8 @@ class ModuleLever:
 
 
 def can_recompute_module(index: ProfileIndex, region: int) -> bool:
-    """Return whether the region's module may be called again: the second call is the same computation, changes nothing,
-    and rebuilds all that autograd saved of the first.
-    """
-    profile, facts, record = index.profile, index.facts[region], index.profile.regions[region]
-    if not record.module_recomputable or not facts.slots:
-        return False
-    ops = profile.ops[record.first_op : record.first_op + record.op_count]
-    saved = (profile.slots[slot].value for slot in index.slots_of_region[region])
-    return (
-        facts.own == facts.droppable
-        and all(value in facts.own for op in ops for value in op.mutates)
-        and not any(profile.values[value].overwritten for op in ops for value in op.inputs if value not in facts.own)
-        and not any(profile.values[value].overwritten for value in saved)
-    )
+    """Return whether the region's module may be called again, as far as its operations tell."""
+    return bool(index.facts[region].again)
 
 
 def _second_call(index: ProfileIndex, region: int) -> list[Event]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from tightfit.records import Event, EventKind
 from tightfit.simulation.levers.lever import Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.second_call import made_storages
 
 
 class ModuleModel:
@@ -27,13 +28,13 @@ class ModuleModel:
         record = profile.regions[region]
         ops = range(record.first_op, record.first_op + record.op_count)
         facts = index.facts[region]
-        self.slots = frozenset(facts.slots)
+        self.slots = facts.again
         """Saved tensors that the decision is about."""
         self.replayed_ops: list[int] = []
         """Operations that run again, in order, once they have."""
         self.requests: Requests | None = None
         """Where the second call writes down what it asks of the allocator; None: nowhere."""
-        self._own = facts.own
+        self._made = made_storages(index.events_between(region))
         # The generator's state before the call is noted; and after it, to see whether anything was random.
         self._state_bytes = profile.random_state_bytes
         self._is_random = any(profile.ops[op].random_state_bytes for op in ops)
@@ -81,7 +82,7 @@ class ModuleModel:
             moment.memo_delta += self._state_bytes
         for value in profile.ops[op].inputs:
             storage = profile.values[value].storage
-            if value not in self._own and not self._index.is_free(value) and storage not in self._arguments:
+            if storage not in self._made and not self._index.is_free(value) and storage not in self._arguments:
                 self._arguments[storage] = None
                 moment.acquired.append(storage)
 
@@ -94,10 +95,9 @@ class ModuleModel:
 
     def _let_go(self, slot: int) -> int:
         """Return the bytes that go with the release of a slot."""
-        value = self._profile.slots[slot].value
-        if value not in self._own:
+        storage = self._profile.values[self._profile.slots[slot].value].storage
+        if storage not in self._made:
             return 0
-        storage = self._profile.values[value].storage
         self._copies[storage] -= 1
         if self._copies[storage]:
             return 0
@@ -108,7 +108,7 @@ class ModuleModel:
 
     def _recompute(self, moment: Moment) -> None:
         profile = self._profile
-        own = {profile.values[value].storage for value in self._own}
+        made = self._made
         references: Counter[int] = Counter()  # of each storage: one of Python's, and one for each saved tensor
         level = highest = self._state_bytes if self._is_random else 0
         for kind, a in self._events:
@@ -121,9 +121,9 @@ class ModuleModel:
                     self.requests.work(workspace_bytes)
             elif kind in (EventKind.ALLOC, EventKind.FREE):
                 storage, change = a, 1 if kind == EventKind.ALLOC else -1
-            elif kind == EventKind.SAVE and profile.slots[a].value in self._own:
+            elif kind == EventKind.SAVE:
                 storage, change = profile.values[profile.slots[a].value].storage, 1
-            if storage not in own:
+            if storage not in made:
                 continue
             before, references[storage] = references[storage], references[storage] + change
             if bool(before) != bool(references[storage]):
@@ -134,9 +134,9 @@ class ModuleModel:
                     ask(_copy_of(storage), nbytes)
             highest = max(highest, level)
         for slot in self._unreleased:
-            value = profile.slots[slot].value
-            if value in self._own:
-                self._copies[profile.values[value].storage] += 1
+            storage = profile.values[profile.slots[slot].value].storage
+            if storage in made:
+                self._copies[storage] += 1
         if self.requests is not None:
             for storage, count in references.items():
                 if count and storage not in self._copies:

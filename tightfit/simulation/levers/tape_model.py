@@ -60,7 +60,8 @@ class TapeModel(Schedule[_Value, _Op]):
         facts = index.tape_facts(first, len(decisions))
         self.replayed_ops: list[int] = []
         """Operations in the order of their replay, as often as they are replayed."""
-        self.slots = frozenset(facts.slots)
+        several = index.facts[first : first + len(decisions)]
+        self.slots = frozenset(facts.slots).union(*(one.only_again for one in several))
         """Saved tensors that the decisions are about."""
         self.requests: Requests | None = None
         """Where replay writes down what it asks of the allocator; None: nowhere."""

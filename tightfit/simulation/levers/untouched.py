@@ -12,7 +12,7 @@ class UntouchedModel:
 
     def __init__(self, index: ProfileIndex, region: int) -> None:
         self._profile = index.profile
-        self.slots = frozenset(index.facts[region].slots)
+        self.slots = frozenset(index.facts[region].slots) | index.facts[region].only_again
         self.replayed_ops: list[int] = []
         self.requests: Requests | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from itertools import islice
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from tightfit.device import device_for
 from tightfit.distributed.dtensor import local_shard
 from tightfit.step.snapshot import RandomState, attributes_of, class_attributes_of, generator_state, is_array
-from tightfit.verification.marks import Keep
 
 #: How the name of a gradient begins; the parameter's follows.
 GRADIENT = "gradient of "
 #: How the name of an attribute begins; the paths of module and attribute follow.
 ATTRIBUTE = "attribute "
+
+Keep = Callable[[str, torch.Tensor], object]
+"""Returns what to keep of a tensor's contents, given the name of what it is."""
 
 Results = Mapping[str, object]
 """What a run left behind, by name: `HostCopy` or `Mark` of tensors, `RandomState`, plain values of attributes."""
@@ -53,12 +55,28 @@ def results_of(model: torch.nn.Module, keep: Keep) -> dict[str, object]:
     for path, module in model.named_modules():
         for attribute, thing in (class_attributes_of(type(module)) | vars(module)).items():
             if attribute not in _MACHINERY:
-                for name, value in _values(ATTRIBUTE + (f"{path}.{attribute}" if path else attribute), thing, seen):
-                    if not isinstance(value, torch.Tensor):
-                        found[name] = value
-                    elif id(value) not in known and _has_contents(value):
-                        found[name] = keep(name, local_shard(value))
+                name = ATTRIBUTE + (f"{path}.{attribute}" if path else attribute)
+                found |= values_in(name, thing, keep, seen, known)
     found["random state"] = RandomState()
+    return found
+
+
+def values_in(name: str, thing: Any, keep: Keep, seen: set[int], known: Set[int] = frozenset()) -> dict[str, object]:
+    """Return what an object holds: numbers, strings, tensors, arrays and random generators, by names that begin so.
+
+    Args:
+        name: the object's.
+        thing: the object.
+        keep: what to keep of tensors.
+        seen: numbers (`id`) of objects that were looked at, to which its own are added.
+        known: numbers of tensors to pass over.
+    """
+    found: dict[str, object] = {}
+    for own_name, value in _values(name, thing, seen):
+        if not isinstance(value, torch.Tensor):
+            found[own_name] = value
+        elif id(value) not in known and _has_contents(value):
+            found[own_name] = keep(own_name, local_shard(value))
     return found
 
 

@@ -1,0 +1,142 @@
+"""Decide, in a step that is observed, which of the model's own `torch.utils.checkpoint` calls a plan takes over.
+
+What a call itself tells, `tightfit.operators.checkpoint_calls` looks at.  Here is what only the step shows: functions
+that change something when they run, so that the model's own second run changes it twice; random numbers that its second
+run would draw anew; and, of the reentrant form, gradients that would be added in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tightfit._torch_private import current_graph_task, graph_position, position_of_node
+from tightfit.operators._checkpoint_private import CheckpointCall
+from tightfit.operators.checkpoint_calls import checkpoint_path, reason_to_leave
+
+_WRITES = "it changes what it did not make, which checkpointing does twice"
+_DRAWS = "it draws random numbers, and preserve_rng_state=False has them drawn anew in backward"
+_SHARES = (
+    "it is reentrant, and uses weights or tensors that other code uses, too: their gradients would be added in another "
+    "order"
+)
+_EXCLUDED = "it is called inside an excluded module"
+_AS_IT_IS = "as the model does it, the step takes less memory than under any plan"
+
+
+@dataclass(slots=True)
+class _Open:
+    """A call that was taken over."""
+
+    path: str
+    preserves_random_state: bool
+    first_storage: int
+    """What it makes itself has this index, or a larger one."""
+    argument_count: int
+    """How many nodes of autograd's graph, the first ones that it makes, stand for arguments."""
+    first_node: int = 0
+    end_node: int = 0
+    """Between these, the nodes that it makes."""
+
+
+class CheckpointCalls:
+    """Notes the calls of one observed step.
+
+    Args:
+        left: paths whose calls are left to PyTorch, and why, from earlier runs of the step; None: all are.
+    """
+
+    def __init__(self, left: Mapping[str, str] | None) -> None:
+        self.left = dict(left or {})
+        self._leaves_all = left is None
+        self.taken: set[str] = set()
+        self._open: list[_Open] = []
+        self._reentrant: list[_Open] = []
+
+    @property
+    def decisions(self) -> Mapping[str, str]:
+        """By path, why its calls are left alone; empty for those that are taken over."""
+        return {**dict.fromkeys(sorted(self.taken), ""), **self.left}
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether no call was taken over that turned out to be one to leave alone."""
+        return self.taken.isdisjoint(self.left)
+
+    def takes(self, call: CheckpointCall, *, excluded: bool) -> bool:
+        """Decide about a call."""
+        path = checkpoint_path(call.function)
+        if current_graph_task() >= 0:
+            return False
+        reason = _AS_IT_IS if self._leaves_all else _EXCLUDED if excluded else reason_to_leave(call)
+        if reason:
+            self.left.setdefault(path, reason)
+        if path in self.left:
+            return False
+        self.taken.add(path)
+        return True
+
+    @contextmanager
+    def inside(self, call: CheckpointCall, storage_count: int) -> Iterator[None]:
+        """Run the function of a call that was taken over; so many storages are known before."""
+        arguments = sum(isinstance(one, torch.Tensor) and one.requires_grad for one in call.args)
+        one = _Open(checkpoint_path(call.function), call.preserves_random_state, storage_count, arguments)
+        self._open.append(one)
+        if call.is_reentrant:
+            self._reentrant.append(one)
+            one.first_node = graph_position()
+        try:
+            yield
+        finally:
+            one.end_node = graph_position()
+            self._open.remove(one)
+
+    def note_op(self, *, is_random: bool, written_storages: Callable[[], list[int]]) -> None:
+        """Note an operation of forward: whether it is random, and the storages that it writes in place."""
+        for one in self._open:
+            if is_random and not one.preserves_random_state:
+                self.left.setdefault(one.path, _DRAWS)
+            if any(storage < one.first_storage for storage in written_storages()):
+                self.left.setdefault(one.path, _WRITES)
+
+    def note_graph(self, loss: torch.Tensor) -> None:
+        """Look at the graph that forward has made, where calls of the reentrant form were taken over.
+
+        What goes into such a call beside its arguments must be weights that nothing else uses.
+        """
+        if not self._reentrant:
+            return
+        users: dict[object, set[int]] = {}  # of each leaf: the calls that use it; -1 for other code
+        seen, stack = set(), [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            here = self._calls_at(position_of_node(node))
+            for before, _ in node.next_functions:
+                if before is None:
+                    continue
+                stack.append(before)
+                if hasattr(before, "variable"):
+                    users.setdefault(before, set()).add(here[-1] if here else -1)
+                    continue
+                there = self._calls_at(position_of_node(before), with_arguments=True)
+                for index in set(here) - set(there):
+                    self.left.setdefault(self._reentrant[index].path, _SHARES)
+        for index in {index for calls in users.values() if len(calls) > 1 for index in calls if index >= 0}:
+            self.left.setdefault(self._reentrant[index].path, _SHARES)
+
+    def _calls_at(self, position: int, *, with_arguments: bool = False) -> list[int]:
+        """Return the calls that made the node at a position of the graph, the outermost first.
+
+        The first nodes stand for a call's arguments: there gradients are summed as by PyTorch's own node.
+        """
+        return [
+            index
+            for index, one in enumerate(self._reentrant)
+            if one.first_node + (0 if with_arguments else one.argument_count) <= position < one.end_node
+        ]
