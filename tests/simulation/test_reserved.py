@@ -104,7 +104,7 @@ def test_growing_segments_save_what_lies_in_between() -> None:
 
 
 def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:
-    return StepRequests(held=(), gradients=gradients, states=(), forward_backward=Requests(requests))
+    return StepRequests(held=(), batch=(), gradients=gradients, states=(), forward_backward=Requests(requests))
 
 
 def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
