@@ -13,7 +13,12 @@ from tightfit.records import AllocatorState, Decision, Profile
 from tightfit.simulation.levers import Request, Requests
 from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.reserved import reserved_for, saved_by_growing_segments, simulate_in_totals
+from tightfit.simulation.reserved import (
+    reserved_for,
+    saved_by_growing_segments,
+    simulate_in_totals,
+    totals_in_turn,
+)
 from tightfit.simulation.simulator import simulate
 from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests, requests_of
 from tightfit.solver.recursive import RecursivePlans
@@ -103,8 +108,8 @@ def test_growing_segments_save_what_lies_in_between() -> None:
     assert saved_by_growing_segments(ProfileIndex(replace(profile, allocator=None)), plain) == 0
 
 
-def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:
-    return StepRequests(held=(), batch=(), gradients=gradients, states=(), forward_backward=Requests(requests))
+def step_of(*requests: Request, gradients: tuple[int, ...] = (), batch: tuple[int, ...] = ()) -> StepRequests:
+    return StepRequests(held=(), batch=batch, gradients=gradients, states=(), forward_backward=Requests(requests))
 
 
 def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
@@ -121,6 +126,20 @@ def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
 def test_gradients_are_freed_after_each_step_or_kept() -> None:
     step = step_of(Request(1, 50 * MIB), Request(1, BECOMES_GRADIENT), gradients=(50 * MIB,))
     assert reserved_for(step, replace(STATE, beside_bytes=0)).peak_bytes == 100 * MIB
+
+
+def test_what_a_larger_step_leaves_serves_a_smaller_one_and_not_the_other_way_round() -> None:
+    state = replace(STATE, beside_bytes=0, outside_bytes=0)
+    large = step_of(Request(1, 100 * MIB), Request(2, 80 * MIB), Request(1, 0), Request(2, 0), batch=(30 * MIB,))
+    small = step_of(Request(1, 60 * MIB), Request(2, 50 * MIB), Request(1, 0), Request(2, 0), batch=(20 * MIB,))
+    assert totals_in_turn([large], state) == 210 * MIB
+    assert totals_in_turn([large, small], state) == 210 * MIB
+    assert totals_in_turn([large, small, small], replace(state, outside_bytes=7)) == 210 * MIB + 7
+    # 60, 50 and 20 MiB serve nothing of the large step but its batch.
+    assert totals_in_turn([small, large], state) == (60 + 50 + 20 + 100 + 80) * MIB
+    # Three things at a time, of which two find no place in what is there.
+    many = step_of(*(Request(thing, 90 * MIB) for thing in range(3)), *(Request(thing, 0) for thing in range(3)))
+    assert totals_in_turn([large, many], state) == (30 + 100 + 80 + 90 + 90) * MIB
 
 
 def test_under_a_cap_a_step_flushes_the_cache_or_counts_without_one() -> None:

@@ -8,6 +8,7 @@ budget in turn with the others', the largest first, by the model of the allocato
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from tightfit.records import Plan
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.reserved import totals_in_turn
 from tightfit.simulation.step_requests import StepRequests, requests_of
+
+_log = logging.getLogger(__name__)
 
 #: Steps that are walked in turn: those that reserve the most.
 _MOST_WALKED = 6
@@ -52,6 +55,11 @@ class SharedCache:
         sharers = self._with(index, resolved.plan)
         total_bytes = self._total_bytes(index, sharers)
         if total_bytes > self._budget_bytes:
+            _log.info(
+                "the plan for %s shares no cache with those for other sizes: it is given back around its steps, which "
+                "waits for the device",
+                resolved.plan.batch,
+            )
             return
         self._largest = sharers[:_MOST_WALKED]
         self._members.append(resolved)
