@@ -9,7 +9,7 @@ import pytest
 
 from tests.solver.profiles import gpt_profile, random_profile
 from tightfit.errors import BudgetInfeasible
-from tightfit.records import AllocatorState, Decision, Profile
+from tightfit.records import AllocatorState, Decision, Plan, Profile
 from tightfit.simulation.levers import Request, Requests
 from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
@@ -60,6 +60,21 @@ def test_a_budget_is_for_all_that_is_reserved() -> None:
     with pytest.raises(BudgetInfeasible) as refused:
         solver.solve(smallest - 1)
     assert refused.value.required_bytes == smallest
+
+
+def test_where_much_more_is_reserved_than_allocated_the_plan_is_not_the_smallest() -> None:
+    class Wasteful(Solver):
+        """As if so much were reserved that the difference to the budget led below the smallest plan."""
+
+        def _solve(self, budget_bytes: int) -> Plan:
+            times = {"predicted_step_ms": 2**40 / budget_bytes}
+            return replace(self.smallest_plan(), predicted_peak_bytes=4 * budget_bytes - 3 * least, **times)
+
+    profile = replace(gpt_profile(1), allocator=replace(STATE, beside_bytes=0, outside_bytes=0))
+    least = Solver(profile).smallest().peak_bytes
+    budget = least * 9 // 5
+    plan = Wasteful(profile).solve(budget)
+    assert 0.85 * budget <= plan.predicted_peak_bytes <= budget
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -176,9 +176,9 @@ class Solver:
             fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=0)
             exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=limit_bytes + 1)
             if exceeds_bytes <= limit_bytes:
-                limit_bytes = (
-                    (fits_bytes + exceeds_bytes) // 2 if fits_bytes else exceeds_bytes - over_bytes[exceeds_bytes]
-                )
+                limit_bytes = exceeds_bytes - over_bytes[exceeds_bytes]
+                if fits_bytes or limit_bytes < least_bytes:
+                    limit_bytes = (max(fits_bytes, least_bytes) + exceeds_bytes) // 2
             if limit_bytes < least_bytes or exceeds_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
                 break
             self._of_limits[limit_bytes] = self._solve(limit_bytes)
