@@ -74,7 +74,7 @@ def test_where_much_more_is_reserved_than_allocated_the_plan_is_not_the_smallest
     least = Solver(profile).smallest().peak_bytes
     budget = least * 9 // 5
     plan = Wasteful(profile).solve(budget)
-    assert 0.85 * budget <= plan.predicted_peak_bytes <= budget
+    assert 0.75 * budget <= plan.predicted_peak_bytes <= budget
 
 
 @pytest.mark.parametrize("seed", range(40))

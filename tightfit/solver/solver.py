@@ -30,7 +30,7 @@ DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
 #: Limits of allocated bytes that are solved for until what is reserved is close to the budget, and how close that is.
-_MOST_LIMITS = 6
+_MOST_LIMITS = 8
 _NEAR_LIMIT = 0.01
 
 
