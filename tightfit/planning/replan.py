@@ -9,8 +9,8 @@
 * No trial run confirms such a plan, so a margin is kept, and what repair had to add elsewhere is added here.  Where the
   budget leaves no room for the margin, or a region is recomputed for the first time, there is a trial run.  A model
   that FSDP2 has sharded is never run so: a trial would need all its processes.
-* A batch so small that its plain step must fit several times over is not even measured, unless the device caches memory:
-  what it leaves in the cache counts there, and is known of a measured step only.
+* A batch so small that its plain step must fit several times over is not even measured, unless the device caches
+  memory: what it leaves in the cache counts there, and is known of a measured step only.
 """
 
 from __future__ import annotations

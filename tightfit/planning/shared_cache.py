@@ -42,7 +42,10 @@ class SharedCache:
         """Return the first plan, of some in the order of their times, that shares the cache; the first if none does."""
         first: Plan | None = None
         for plan in rivals:
-            if self._total_bytes(index, self._with(index, plan)) <= self._budget_bytes:
+            if (
+                index.profile.allocator is None
+                or self._total_bytes(index, self._with(index, plan)) <= self._budget_bytes
+            ):
                 return plan
             first = first or plan
         assert first is not None
@@ -71,9 +74,8 @@ class SharedCache:
         return sorted([*self._largest, sharer], key=lambda one: -one.reserved_bytes)
 
     def _total_bytes(self, index: ProfileIndex, sharers: list[_Sharer]) -> int:
-        """Return what the process holds at most where such steps run in turn; 0 where nothing is cached."""
+        """Return what the process holds at most where such steps run in turn."""
         profile = index.profile
-        if profile.allocator is None:
-            return 0
+        assert profile.allocator is not None
         steps = [one.requests for one in sharers]
         return profile.correction_bytes + totals_in_turn(steps, profile.allocator, passes=profile.accumulation_steps)
