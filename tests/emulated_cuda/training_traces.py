@@ -149,103 +149,110 @@ def train(training: Training) -> None:
         optimizer.zero_grad(set_to_none=training.set_to_none)
 
 
-def empty() -> None:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+class Followed:
+    """PyTorch's allocator and the model of it, which gets the requests of the whole process: where a growing segment
+    begins is nowhere to be read once its first pages are given back.
+    """
 
+    def __init__(self) -> None:
+        torch.cuda.init()
+        assert torch.cuda.memory_reserved() == 0
+        self.available_bytes, self.capacity_bytes = torch.cuda.mem_get_info()
+        self.model = CachingAllocator(
+            AllocatorSettings.parse(cuda_allocator_settings()),
+            available_bytes=self.available_bytes,
+            capacity_bytes=self.capacity_bytes,
+        )
+        self._addresses: dict[int, int] = {}  # the model's, by PyTorch's
 
-def reserved_peak(training: Training) -> int:
-    empty()
-    torch.cuda.reset_peak_memory_stats()
-    train(training)
-    return torch.cuda.max_memory_reserved()
+    def compare(self, training: Training) -> Found:
+        """Train, and give the model of the allocator the same requests."""
+        if not training.cap_share:
+            return self._train(training)
+        uncapped = self._train(training)
+        fraction = training.cap_share * uncapped.peak_reserved_bytes / self.capacity_bytes
+        self.model.cap_bytes = int(fraction * self.capacity_bytes)
+        found = self._train(training, fraction)
+        self.model.cap_bytes = None
+        return found
 
-
-def compare(training: Training) -> Found:
-    """Train, and give the model of the allocator the same requests."""
-    capacity_bytes = torch.cuda.mem_get_info()[1]
-    cap = None
-    if training.cap_share:
-        fraction = training.cap_share * reserved_peak(training) / capacity_bytes
-        cap = int(fraction * capacity_bytes)
-    empty()
-    model = CachingAllocator.of_segments(
-        torch.cuda.memory_snapshot(),
-        AllocatorSettings.parse(cuda_allocator_settings()),
-        available_bytes=torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(),
-        cap_bytes=cap,
-        capacity_bytes=capacity_bytes,
-    )
-    real_reserved = torch.cuda.memory_reserved()
-    assert (model.reserved_bytes, model.allocated_bytes) == (real_reserved, torch.cuda.memory_allocated())
-    torch.cuda.reset_peak_memory_stats()
-    torch.cuda.reset_accumulated_memory_stats()
-    ran_out = False
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000, context=None)
-    try:
-        if cap is not None:
+    def _train(self, training: Training, fraction: float = 1.0) -> Found:
+        self._empty()
+        model, reserved_bytes = self.model, torch.cuda.memory_reserved()
+        assert (model.reserved_bytes, model.allocated_bytes) == (reserved_bytes, torch.cuda.memory_allocated())
+        model.reset_peaks()
+        retries = model.retries
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_accumulated_memory_stats()
+        ran_out = False
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000, context=None)
+        try:
             torch.cuda.set_per_process_memory_fraction(fraction)
-        train(training)
-    except torch.OutOfMemoryError:
-        ran_out = True
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+            train(training)
+        except torch.OutOfMemoryError:
+            ran_out = True
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            gc.collect()
+            entries = torch.cuda.memory._snapshot()["device_traces"][0]
+            stats = torch.cuda.memory_stats()
+            torch.cuda.memory._record_memory_history(enabled=None)
+        difference = self._first_difference(entries, reserved_bytes)
+        totals = {
+            "allocated": (model.allocated_bytes, stats["allocated_bytes.all.current"]),
+            "peak allocated": (model.peak_allocated_bytes, stats["allocated_bytes.all.peak"]),
+            "reserved": (model.reserved_bytes, stats["reserved_bytes.all.current"]),
+            "peak reserved": (model.peak_reserved_bytes, stats["reserved_bytes.all.peak"]),
+            "retries": (model.retries - retries, stats["num_alloc_retries"]),
+        }
+        for name, (predicted, real) in totals.items():
+            if predicted != real and not difference:
+                difference = f"{name}: PyTorch {real}, model {predicted}"
+        return Found(
+            name=training.name,
+            requests=sum(entry["action"] == "alloc" for entry in entries),
+            segments=sum(entry["action"] in ("segment_alloc", "segment_map") for entry in entries),
+            retries=stats["num_alloc_retries"],
+            ran_out=ran_out,
+            peak_reserved_bytes=stats["reserved_bytes.all.peak"],
+            difference=difference,
+        )
+
+    def _empty(self) -> None:
         gc.collect()
-        entries = torch.cuda.memory._snapshot()["device_traces"][0]
-        stats = torch.cuda.memory_stats()
-        torch.cuda.memory._record_memory_history(enabled=None)
-    difference = first_difference(entries, model, real_reserved)
-    totals = {
-        "allocated": (model.allocated_bytes, stats["allocated_bytes.all.current"]),
-        "peak allocated": (model.peak_allocated_bytes, stats["allocated_bytes.all.peak"]),
-        "reserved": (model.reserved_bytes, stats["reserved_bytes.all.current"]),
-        "peak reserved": (model.peak_reserved_bytes, stats["reserved_bytes.all.peak"]),
-        "retries": (model.retries, stats["num_alloc_retries"]),
-    }
-    for name, (predicted, real) in totals.items():
-        if predicted != real and not difference:
-            difference = f"{name}: PyTorch {real}, model {predicted}"
-    return Found(
-        name=training.name,
-        requests=sum(entry["action"] == "alloc" for entry in entries),
-        segments=sum(entry["action"] in ("segment_alloc", "segment_map") for entry in entries),
-        retries=stats["num_alloc_retries"],
-        ran_out=ran_out,
-        peak_reserved_bytes=stats["reserved_bytes.all.peak"],
-        difference=difference,
-    )
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.model.empty_cache()
 
-
-def first_difference(entries: list[dict[str, Any]], model: CachingAllocator, reserved_bytes: int) -> str:
-    """Return where the model has reserved other bytes than PyTorch; "" if nowhere."""
-    addresses: dict[int, int] = {}
-    for place, entry in enumerate(entries):
-        kind, address, nbytes = entry["action"], entry.get("addr", 0), entry["size"]
-        if kind in ("segment_alloc", "segment_map"):
-            reserved_bytes += nbytes
-        elif kind in ("segment_free", "segment_unmap"):
-            reserved_bytes -= nbytes
-        elif kind == "free_completed":
-            model.free(addresses.pop(address, address))
-        elif kind in ("alloc", "oom"):
-            try:
-                made = model.allocate(nbytes, entry["stream"])
-            except OutOfDeviceMemory:
-                if kind == "alloc":
-                    return f"entry {place}: the model ran out of memory"
-            else:
-                if kind == "oom":
-                    return f"entry {place}: PyTorch ran out of memory, the model did not"
-                addresses[address] = made
-            if model.reserved_bytes != reserved_bytes:
-                return f"entry {place}, {nbytes} bytes: PyTorch {reserved_bytes}, model {model.reserved_bytes}"
-    return ""
+    def _first_difference(self, entries: list[dict[str, Any]], reserved_bytes: int) -> str:
+        """Return where the model has reserved other bytes than PyTorch; "" if nowhere."""
+        model, found = self.model, ""
+        for place, entry in enumerate(entries):
+            kind, address, nbytes = entry["action"], entry.get("addr", 0), entry["size"]
+            if kind in ("segment_alloc", "segment_map"):
+                reserved_bytes += nbytes
+            elif kind in ("segment_free", "segment_unmap"):
+                reserved_bytes -= nbytes
+            elif kind == "free_completed":
+                model.free(self._addresses.pop(address))
+            elif kind in ("alloc", "oom"):
+                try:
+                    made = model.allocate(nbytes, entry["stream"])
+                except OutOfDeviceMemory:
+                    if kind == "alloc":
+                        return f"entry {place}: the model ran out of memory"
+                else:
+                    if kind == "oom":
+                        return f"entry {place}: PyTorch ran out of memory, the model did not"
+                    self._addresses[address] = made
+                if model.reserved_bytes != reserved_bytes and not found:
+                    found = f"entry {place}, {nbytes} bytes: PyTorch {reserved_bytes}, model {model.reserved_bytes}"
+        return found
 
 
 def main() -> None:
-    torch.cuda.init()
-    found = [compare(training) for training in TRAININGS]
+    followed = Followed()
+    found = [followed.compare(training) for training in TRAININGS]
     if "--json" in sys.argv:
         print(json.dumps([asdict(one) for one in found]))
     else:

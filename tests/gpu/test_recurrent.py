@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tightfit.solver.solver import full_plan
+from tightfit.device.memory import resident_bytes
+from tightfit.solver.solver import full_plan, plain_plan
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -61,3 +62,21 @@ def test_the_step_that_makes_that_state_and_the_later_ones_are_the_planned_one()
         losses_and_states(model, batch)
         assert applied.statistics.dropped_slots > 0
         assert applied.statistics.mismatches == 0
+
+
+def test_what_recurrent_layers_take_for_themselves_is_in_the_prediction() -> None:
+    model = nn.LSTM(128, 256, num_layers=2, dropout=0.1, batch_first=True).to("cuda")
+    batch = torch.randn(64, 128, 128, device="cuda")
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)[0].square().mean()
+
+    profile = tightfit.measure(model, batch, loss=loss)
+    assert profile.allocator is not None
+    predicted = plain_plan(profile, 2**50).predicted_allocated_bytes - profile.allocator.beside_bytes
+    loss(model, batch).backward()
+    base = torch.cuda.memory_allocated() - resident_bytes(model, batch)
+    torch.cuda.reset_peak_memory_stats()
+    loss(model, batch).backward()
+    measured = torch.cuda.max_memory_allocated() - base
+    assert abs(predicted - measured) <= 0.03 * measured

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tightfit.errors import UnsupportedInput
@@ -62,46 +60,3 @@ def test_growing_segments_leave_no_slivers() -> None:
         reserved.append(allocator.peak_reserved_bytes)
     assert reserved[1] == 460 * MIB  # 4 x 112, in pages of 20
     assert reserved[0] >= 2 * reserved[1]
-
-
-@pytest.mark.parametrize("text", ["", "expandable_segments:True"])
-def test_a_model_that_begins_with_a_process_s_segments_goes_on_as_it(text: str) -> None:
-    settings = AllocatorSettings.parse(text)
-    first = CachingAllocator(settings)
-    addresses = [first.allocate(size) for size in (100, 3 * MIB, 50 * MIB, 700, 20 * MIB)]
-    for address in addresses[1:3]:
-        first.free(address)
-    second = CachingAllocator.of_segments(segments_of(first), settings)
-    assert second.reserved_bytes == first.reserved_bytes
-    assert second.allocated_bytes == first.allocated_bytes
-    for nbytes in (49 * MIB, 2 * MIB, 600, 30 * MIB):
-        first.allocate(nbytes)
-        second.allocate(nbytes)
-        assert second.reserved_bytes == first.reserved_bytes
-    for allocator in (first, second):
-        allocator.free(addresses[0])
-        allocator.empty_cache()
-    assert second.reserved_bytes == first.reserved_bytes
-
-
-def segments_of(allocator: CachingAllocator) -> list[dict[str, Any]]:
-    """Describe an allocator's segments as ``torch.cuda.memory_snapshot`` would."""
-    blocks = sorted(
-        (
-            *allocator._used.values(),
-            *(block for pool in (allocator._small, allocator._large) for block in pool.free_blocks()),
-        ),
-        key=lambda block: block.address,
-    )
-    segments: list[dict[str, Any]] = []
-    for block in blocks:
-        if block.before is None or not block.before.is_mapped:
-            segments.append({
-                "address": block.address, "total_size": 0, "stream": block.stream, "blocks": [],
-                "segment_type": "small" if block.pool.is_small else "large",
-                "is_expandable": block.segment is not None,
-            })  # fmt: skip
-        state = "inactive" if block.is_free else "active_allocated"
-        segments[-1]["blocks"].append({"address": block.address, "size": block.nbytes, "state": state})
-        segments[-1]["total_size"] += block.nbytes
-    return segments

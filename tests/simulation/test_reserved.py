@@ -9,11 +9,16 @@ import pytest
 
 from tests.solver.profiles import gpt_profile, random_profile
 from tightfit.errors import BudgetInfeasible
-from tightfit.records import AllocatorState, Decision, Profile
+from tightfit.records import AllocatorState, Decision, Plan, Profile
 from tightfit.simulation.levers import Request, Requests
 from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.reserved import reserved_for, saved_by_growing_segments, simulate_in_totals
+from tightfit.simulation.reserved import (
+    reserved_for,
+    saved_by_growing_segments,
+    simulate_in_totals,
+    totals_in_turn,
+)
 from tightfit.simulation.simulator import simulate
 from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests, requests_of
 from tightfit.solver.recursive import RecursivePlans
@@ -55,6 +60,21 @@ def test_a_budget_is_for_all_that_is_reserved() -> None:
     with pytest.raises(BudgetInfeasible) as refused:
         solver.solve(smallest - 1)
     assert refused.value.required_bytes == smallest
+
+
+def test_where_much_more_is_reserved_than_allocated_the_plan_is_not_the_smallest() -> None:
+    class Wasteful(Solver):
+        """As if so much were reserved that the difference to the budget led below the smallest plan."""
+
+        def _solve(self, budget_bytes: int) -> Plan:
+            times = {"predicted_step_ms": 2**40 / budget_bytes}
+            return replace(self.smallest_plan(), predicted_peak_bytes=4 * budget_bytes - 3 * least, **times)
+
+    profile = replace(gpt_profile(1), allocator=replace(STATE, beside_bytes=0, outside_bytes=0))
+    least = Solver(profile).smallest().peak_bytes
+    budget = least * 9 // 5
+    plan = Wasteful(profile).solve(budget)
+    assert 0.75 * budget <= plan.predicted_peak_bytes <= budget
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -103,8 +123,8 @@ def test_growing_segments_save_what_lies_in_between() -> None:
     assert saved_by_growing_segments(ProfileIndex(replace(profile, allocator=None)), plain) == 0
 
 
-def step_of(*requests: Request, gradients: tuple[int, ...] = ()) -> StepRequests:
-    return StepRequests(held=(), gradients=gradients, states=(), forward_backward=Requests(requests))
+def step_of(*requests: Request, gradients: tuple[int, ...] = (), batch: tuple[int, ...] = ()) -> StepRequests:
+    return StepRequests(held=(), batch=batch, gradients=gradients, states=(), forward_backward=Requests(requests))
 
 
 def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
@@ -121,6 +141,20 @@ def test_what_a_step_leaves_in_the_cache_is_what_the_next_one_finds() -> None:
 def test_gradients_are_freed_after_each_step_or_kept() -> None:
     step = step_of(Request(1, 50 * MIB), Request(1, BECOMES_GRADIENT), gradients=(50 * MIB,))
     assert reserved_for(step, replace(STATE, beside_bytes=0)).peak_bytes == 100 * MIB
+
+
+def test_what_a_larger_step_leaves_serves_a_smaller_one_and_not_the_other_way_round() -> None:
+    state = replace(STATE, beside_bytes=0, outside_bytes=0)
+    large = step_of(Request(1, 100 * MIB), Request(2, 80 * MIB), Request(1, 0), Request(2, 0), batch=(30 * MIB,))
+    small = step_of(Request(1, 60 * MIB), Request(2, 50 * MIB), Request(1, 0), Request(2, 0), batch=(20 * MIB,))
+    assert totals_in_turn([large], state) == 210 * MIB
+    assert totals_in_turn([large, small], state) == 210 * MIB
+    assert totals_in_turn([large, small, small], replace(state, outside_bytes=7)) == 210 * MIB + 7
+    # 60, 50 and 20 MiB serve nothing of the large step but its batch.
+    assert totals_in_turn([small, large], state) == (60 + 50 + 20 + 100 + 80) * MIB
+    # Three things at a time, of which two find no place in what is there.
+    many = step_of(*(Request(thing, 90 * MIB) for thing in range(3)), *(Request(thing, 0) for thing in range(3)))
+    assert totals_in_turn([large, many], state) == (30 + 100 + 80 + 90 + 90) * MIB
 
 
 def test_under_a_cap_a_step_flushes_the_cache_or_counts_without_one() -> None:

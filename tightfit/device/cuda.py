@@ -143,6 +143,15 @@ class CudaDevice(Device):
         return lambda: torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
 
     @contextmanager
+    def capped(self, nbytes: int) -> Iterator[None]:
+        """Open a context with that cap; see `cap_held`."""
+        put_back = self.cap_held(nbytes)
+        try:
+            yield
+        finally:
+            put_back()
+
+    @contextmanager
     def uncapped(self) -> Iterator[None]:
         """Open a context in which the process's memory fraction is 1."""
         before = torch.cuda.get_per_process_memory_fraction(self.torch_device)

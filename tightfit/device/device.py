@@ -158,6 +158,10 @@ class Device(ABC):
             "The budget would not be enforced. Leave memory_cap out."
         )
 
+    def capped(self, nbytes: int) -> AbstractContextManager[object]:
+        """Open a context in which this process holds no more of the device, where its allocator can be told so."""
+        return nullcontext()
+
     def uncapped(self) -> AbstractContextManager[object]:
         """Open a context in which the allocator may reserve all that the device has."""
         return nullcontext()

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tightfit.device import device_for
 from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch
+from tightfit.installation.cache_room import CacheRoom
 from tightfit.installation.optimizer_watch import OptimizerWatch
 from tightfit.installation.plans import Plans
 from tightfit.installation.promises import Promises
@@ -98,6 +98,7 @@ class Applied:
         self._batch_is_known = False
         self._in_step = False
         self._loss_was_seen = False
+        self.cache_room = CacheRoom(model, plan.budget_bytes, self._own)
         self._promises = Promises(model, plan.budget_bytes)
         self._watch = OptimizerWatch(model, self._promises)
         self._forwards: list[RegionForward] = []
@@ -401,7 +402,7 @@ class Applied:
             if wanted:
                 self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
         if resolved is not self._resolved:
-            self._make_room(resolved.plan)
+            self.cache_room.make_for(resolved, self._resolved)
         self._resolved = resolved
         self._watch.expects_forward = self.installed
         self._watch.plan = resolved.plan or self._watch.plan
@@ -411,20 +412,6 @@ class Applied:
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
         self._installed.moves = resolved.moves
-
-    def _make_room(self, plan: Plan | None) -> None:
-        """Give the allocator's cache back where what other batches left in it could keep this plan from its budget.
-
-        What is cached for batches of other sizes may serve this one not at all.
-        """
-        device = device_for(self._model)
-        if not device.caches_memory or device.is_capturing():
-            return
-        budget_bytes = self.plan.budget_bytes
-        # A step without a plan is one that the budget is ample for.
-        needed_bytes = plan.predicted_peak_bytes - plan.baseline_bytes if plan is not None else budget_bytes // 2
-        if device.held_bytes() + needed_bytes > budget_bytes:
-            device.give_back()
 
     def _around(self, excluded: Sequence[str]) -> frozenset[str]:
         """Return the paths of all modules around the excluded ones, and the loss, which may call any."""

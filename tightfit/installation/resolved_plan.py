@@ -30,6 +30,15 @@ class ResolvedPlan:
     """Keys of regions whose self-check is done. Shared likewise."""
     moves: dict[str, tuple[tuple[type, ...], Moves]] = field(default_factory=dict)
     """See `Installed.moves`. Shared likewise."""
+    may_find_bytes: int = 0
+    """What the process may hold where a step begins, with what larger ones that share the cache have left there; above
+    it the cache is given back if in doubt."""
+
+    def needs_no_more_than(self, other: ResolvedPlan) -> bool:
+        """Tell whether it shares the cache with another plan, whose steps reserve as much or more."""
+        if self.plan is None or other.plan is None or not other.may_find_bytes:
+            return False
+        return self.plan.predicted_reserved_bytes <= other.plan.predicted_reserved_bytes
 
     @cached_property
     def loss_bytes(self) -> int:

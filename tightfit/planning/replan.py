@@ -9,14 +9,15 @@
 * No trial run confirms such a plan, so a margin is kept, and what repair had to add elsewhere is added here.  Where the
   budget leaves no room for the margin, or a region is recomputed for the first time, there is a trial run.  A model
   that FSDP2 has sharded is never run so: a trial would need all its processes.
-* A batch so small that its plain step must fit several times over is not even measured.
+* A batch so small that its plain step must fit several times over is not even measured, unless the device caches
+  memory: what it leaves in the cache counts there, and is known of a measured step only.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from tightfit.installation.applied import Applied
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.planning.reuse import plans_like
 from tightfit.planning.search import FoundPlan, find_plan
+from tightfit.planning.shared_cache import SharedCache
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
@@ -44,6 +46,8 @@ from tightfit.units import format_bytes
 
 _log = logging.getLogger(__name__)
 
+_Way = Literal["tried", "solved", "reused", "plain", "ample"]
+
 #: Kinds of steps (see `StepKey.kind`) of which a profile is kept to measure others by.
 MOST_KINDS = 8
 #: Part of the memory above what is resident that a plan leaves free if no trial run confirmed it: the memory model's
@@ -51,6 +55,8 @@ MOST_KINDS = 8
 UNCONFIRMED_MARGIN = 0.02
 #: A batch is not measured if the plain step of one like it, grown by the cube of the ratio of sizes, fits so often.
 _AMPLE = 2.0
+#: Shares of what the budget leaves above the smallest plan, for which plans are solved that may share the cache.
+_LESSER_SHARES = (0.75, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class Replanned:
     """A plan for the steps of one key, and how it was made."""
 
     resolved: ResolvedPlan
-    way: Literal["tried", "solved", "reused", "plain", "ample"]
+    way: _Way
     """The field of `PlanStatistics` that counts it."""
     is_data_dependent: bool = False
     """The batch's contents, too, decide which operations run."""
@@ -108,6 +114,7 @@ class Replanner:
         self._grad_checkpoint: GradCheckpoint = grad_checkpoint
         self._is_sharded = is_sharded(model)
         self._references: list[_Reference] = []  # the latest last
+        self._cache = SharedCache(budget.step_bytes)
 
     def learn(self, key: StepKey, found: FoundPlan) -> Replanned:
         """Take a plan that a trial run confirmed as a reference for others."""
@@ -131,6 +138,7 @@ class Replanner:
             resolved.moves = known.resolved.moves
         others = [one for one in self._references if one is not known]
         self._references = [*others[1 - MOST_KINDS :], reference]
+        self._cache.join(solver_of(profile).index, resolved)
         return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
 
     def note_call(self, resolved: ResolvedPlan, call: StepKey) -> None:
@@ -177,7 +185,7 @@ class Replanner:
         made: Replanned | None = None
         if reference is None:
             self._tell_of_new_kind()
-        elif self._is_ample(key, reference.key, reference):
+        elif not device_for(self._model).caches_memory and self._is_ample(key, reference.key, reference):
             return Replanned(resolved=ResolvedPlan.dropping_nothing(), way="ample")
         elif not reference.profile.data_dependent:
             made = self._plan_by_measuring(key, batch, reference, neighbours, may_reuse)
@@ -194,7 +202,7 @@ class Replanner:
             BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
         """
         step = self._step_now()
-        with self._applied.removed(), _no_ambient_autocast(self._model):
+        with self._applied.removed(), self._beside_training():
             found = find_plan(self._model, batch, step, self._budget_bytes, self._grad_checkpoint, within_budget=True)
         return self.learn(key, found)
 
@@ -202,18 +210,17 @@ class Replanner:
         """Make a plan from a measurement of its own, corrected by what the latest trial showed."""
         latest = self._references[-1]
         step = self._step_now()
-        with self._applied.paused(), _no_ambient_autocast(self._model):
+        with self._applied.paused(), self._beside_training():
             profile = measure_step(self._model, batch, step, budget_bytes=self._budget_bytes)
         profile = replace(profile, correction_bytes=latest.correction_bytes)
-        plan, way = self._choose(profile, neighbours, may_reuse)
-        return Replanned(resolved=ResolvedPlan.of(plan), way=way)
+        return self._chosen(profile, *self._choose(profile, neighbours, may_reuse))
 
     def _plan_by_measuring(
         self, key: StepKey, batch: Any, reference: _Reference, neighbours: Iterable[Plan], may_reuse: bool
     ) -> Replanned | None:
         """Make a plan for another size from a measurement, with a margin; None where only a trial run can tell."""
         step = self._step_now()
-        with self._applied.paused(), _no_ambient_autocast(self._model):
+        with self._applied.paused(), self._beside_training():
             profile = measure_reshaped(self._model, batch, step, reference.profile, self._budget_bytes)
         same = self._reference(key.kind, profile)
         if same is None or profile.method != same.profile.method:  # another branch, perhaps by the batch's size
@@ -233,12 +240,15 @@ class Replanner:
         if _replaying(plan) - same.resolved.checked:  # a first call checks its replay, which takes memory
             return None
         _log.info("planned %s: %s, peak %s", profile.batch, way, format_bytes(plan.predicted_peak_bytes))
-        return Replanned(resolved=ResolvedPlan.of(plan, like=same.resolved), way=way)
+        return self._chosen(profile, plan, way, like=same.resolved)
 
-    def _choose(
-        self, profile: Profile, neighbours: Iterable[Plan], may_reuse: bool
-    ) -> tuple[Plan, Literal["solved", "reused", "plain"]]:
-        """Return a plan that fits, and how it was found."""
+    def _chosen(self, profile: Profile, plan: Plan, way: _Way, like: ResolvedPlan | None = None) -> Replanned:
+        resolved = ResolvedPlan.of(plan, like)
+        self._cache.join(solver_of(profile).index, resolved)
+        return Replanned(resolved=resolved, way=way)
+
+    def _choose(self, profile: Profile, neighbours: Iterable[Plan], may_reuse: bool) -> tuple[Plan, _Way]:
+        """Return a plan that fits, if possible also in turn with the others, and how it was found."""
         solver = solver_of(profile)
         budget_bytes = self._budget_bytes
         plain = solver.plain(budget_bytes)
@@ -247,17 +257,38 @@ class Replanner:
             if plan.predicted_peak_bytes > budget_bytes:
                 raise BudgetInfeasible(plan.predicted_peak_bytes, budget_bytes, plan.peak_where)
             return plan, "plain" if plan.is_plain else "solved"
-        if plain.predicted_peak_bytes <= budget_bytes:
-            return plain, "plain"
-        rivals = [
-            plan
-            for plan in plans_like(neighbours, solver.index, budget_bytes)
-            if plan.predicted_peak_bytes <= budget_bytes
-        ]
-        is_reused = may_reuse and bool(rivals)
-        if not is_reused:
-            rivals.append(solver.solve(budget_bytes))
-        return min(rivals, key=lambda plan: plan.predicted_step_ms), "reused" if is_reused else "solved"
+        reused: list[Plan] = []
+
+        def rivals() -> Iterator[Plan]:
+            """Yield plans that fit, the fastest first; later ones are made only where these do not share the cache."""
+            plain_fits = plain.predicted_peak_bytes <= budget_bytes
+            if plain_fits:
+                yield plain
+            like = plans_like(neighbours, solver.index, budget_bytes)
+            fitting = [plan for plan in like if plan.predicted_peak_bytes <= budget_bytes]
+            if may_reuse:
+                reused.extend(fitting)
+            if not plain_fits and not reused:
+                fitting.append(solver.solve(budget_bytes))
+            yield from sorted(fitting, key=lambda plan: plan.predicted_step_ms)
+            smallest_bytes = solver.smallest().peak_bytes
+            for share in _LESSER_SHARES:
+                lesser_bytes = smallest_bytes + int(share * (budget_bytes - smallest_bytes))
+                yield replace(solver.solve(lesser_bytes), budget_bytes=budget_bytes)
+
+        plan = self._cache.fastest(solver.index, rivals())
+        is_reused = any(plan is one for one in reused)
+        return plan, "plain" if plan.is_plain else "reused" if is_reused else "solved"
+
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """Open a context for what is run to plan: it finds no cache of other steps, and leaves none to them."""
+        self._applied.cache_room.give_back()
+        try:
+            with _no_ambient_autocast(self._model):
+                yield
+        finally:
+            self._applied.cache_room.give_back()
 
     def _with_margin(self, profile: Profile, reference: _Reference) -> Profile:
         growth = max(1.0, _activation_bytes(profile) / max(1, _activation_bytes(reference.profile)))

@@ -8,11 +8,12 @@ inputs and outputs, which no dispatcher shows (convolutions, attention); see `De
 
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
 be run on such data is estimated by its size; so is one that a made-up argument could crash: anything outside ATen, and
-backward kernels that read a buffer which only their own forward can fill (oneDNN's RNN gets it from one).  An argument
-on the wrong device crashes, too: a kernel that expects a random seed in host memory reads it there.  So once an
-operation returns a result elsewhere than its fake kernel said, only operations like it are run; the others wait for the
-next fake run, which knows where their arguments are.  An operation that breaks the device all the same (an assertion in
-a kernel, an access out of bounds) ends the process's work with its name; with a cost cache, it is not run alone again.
+backward kernels that read a buffer which only their own forward can fill (cuDNN's and oneDNN's RNNs get it from one).
+An argument on the wrong device crashes, too: a kernel that expects a random seed in host memory reads it there.  So
+once an operation returns a result elsewhere than its fake kernel said, only operations like it are run; the others
+wait for the next fake run, which knows where their arguments are.  An operation that breaks the device all the same (an
+assertion in a kernel, an access out of bounds) ends the process's work with its name; with a cost cache, it is not run
+alone again.
 
 What a machine has measured once is remembered by `cost_cache`.
 
@@ -59,9 +60,7 @@ _MS_PER_BYTE = 1e-7
 #: Read opaque state (a reserve buffer, packed weights) whose contents they trust.
 _OPAQUE = frozenset(
     {
-        "aten._cudnn_rnn_backward.default",
         "aten.miopen_rnn_backward.default",
-        "aten._cudnn_rnn.default",
         "aten.miopen_rnn.default",
         "aten._ctc_loss_backward.default",
         "aten._cudnn_ctc_loss.default",
@@ -336,12 +335,18 @@ def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:
     if not name.startswith(("aten.", "prims.")) or name in _OPAQUE:
         raise ValueError("an operation that made-up data could crash")
     args, kwargs = [_value(a) for a in call.args], {name: _value(a) for name, a in call.kwargs}
-    if name == "aten.mkldnn_rnn_layer_backward.default":
-        _fill_rnn_workspace(args)
+    if name in _FILLED_BY_FORWARD:
+        _FILLED_BY_FORWARD[name](args)
     return args, kwargs
 
 
-def _fill_rnn_workspace(args: list[Any]) -> None:
+def _fill_cudnn_reserve(args: list[Any]) -> None:
+    """Run the forward of cuDNN's RNN, which alone can write the reserve that its backward reads."""
+    with below_autograd():
+        args[6], _, _, args[20], _ = torch.ops.aten._cudnn_rnn.default(*args[:6], *args[10:20])
+
+
+def _fill_onednn_workspace(args: list[Any]) -> None:
     """Run the forward of oneDNN's RNN, which alone can write the workspace that its backward reads."""
     tensors = args[:7]  # input, four weights, hx, cx
     reverse, mode, hidden_size, num_layers, has_biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
@@ -350,6 +355,13 @@ def _fill_rnn_workspace(args: list[Any]) -> None:
         args[7], args[8], args[9], args[22] = torch.ops.aten.mkldnn_rnn_layer.default(
             *tensors, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
         )
+
+
+#: Backward operations that read what only their forward can write.
+_FILLED_BY_FORWARD = {
+    "aten._cudnn_rnn_backward.default": _fill_cudnn_reserve,
+    "aten.mkldnn_rnn_layer_backward.default": _fill_onednn_workspace,
+}
 
 
 def _value(argument: Any) -> Any:

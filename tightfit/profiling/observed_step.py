@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private import is_compiled
+from tightfit.device import device_for
 from tightfit.device.memory import resident_bytes
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import UnsupportedInput
@@ -78,9 +79,15 @@ class Pricer:
         self.device = device_of(model)
         self.timed = timed
         self.cache = CostCache(self.device) if cost_cache and timed else NoCache()
+        self._within: Callable[[], AbstractContextManager[object]] = nullcontext
         self._room_bytes: int | None = None
         if budget_bytes is not None:
-            self._room_bytes = budget_bytes - resident_bytes(model, batch, step.optimizers)
+            where = device_for(self.device)
+            where.give_back()
+            # The operations run one after another, and what one leaves in the cache may serve the next one not at all.
+            self._within = lambda: where.capped(budget_bytes)
+            there_bytes = max(resident_bytes(model, batch, step.optimizers), where.held_bytes())
+            self._room_bytes = budget_bytes - there_bytes
 
     def price(self, table: SignatureTable, fake_layouts: Mapping[str, Layouts] | None = None) -> Costs:
         """Return what each operation of a run costs.
@@ -88,16 +95,17 @@ class Pricer:
         `fake_layouts`: of a run without data, how results lay in memory, by the key of the signature.
         """
         known = fake_layouts or {}
-        costs = measure_costs(
-            table.calls,
-            self.device,
-            self.cache,
-            timed=self.timed,
-            room_bytes=self._room_bytes,
-            result_bytes=table.result_bytes,
-            fake_layouts={index: known[key] for index, key in enumerate(table.keys) if key in known},
-            measured=table.measured,
-        )
+        with self._within():
+            costs = measure_costs(
+                table.calls,
+                self.device,
+                self.cache,
+                timed=self.timed,
+                room_bytes=self._room_bytes,
+                result_bytes=table.result_bytes,
+                fake_layouts={index: known[key] for index, key in enumerate(table.keys) if key in known},
+                measured=table.measured,
+            )
         self.clock.add("workspace", costs.workspace_ms)
         self.clock.add("times", costs.times_ms)
         return costs

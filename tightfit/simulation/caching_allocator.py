@@ -13,9 +13,6 @@ driver's addresses are taken to rise; among free blocks of one size in several s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from tightfit.simulation.allocator_blocks import Block, Pool, Segment
 from tightfit.simulation.allocator_settings import GRANULE_BYTES, AllocatorSettings
 
@@ -72,61 +69,6 @@ class CachingAllocator:
         self._small, self._large = Pool(True), Pool(False)
         self._used: dict[int, Block] = {}
         self._next_address = _SEGMENT_STEP_BYTES
-
-    @classmethod
-    def of_segments(
-        cls,
-        segments: Iterable[Mapping[str, Any]],
-        settings: AllocatorSettings,
-        *,
-        available_bytes: int | None = None,
-        cap_bytes: int | None = None,
-        capacity_bytes: int = _UNKNOWN_CAPACITY_BYTES,
-    ) -> CachingAllocator:
-        """Begin with the segments that a process has, as ``torch.cuda.memory_snapshot`` lists those of one device.
-
-        Blocks that are used can be freed by their address.
-        """
-        made = cls(settings, available_bytes=available_bytes, cap_bytes=cap_bytes, capacity_bytes=capacity_bytes)
-        last: dict[tuple[bool, int], Block] = {}  # the end of each growing segment, which has no memory
-        for record in sorted(segments, key=lambda record: int(record["address"])):
-            made._add(record, last)
-        made.reset_peaks()
-        return made
-
-    def _add(self, record: Mapping[str, Any], last: dict[tuple[bool, int], Block]) -> None:
-        """Take over one segment; of a growing one, a stretch that has memory."""
-        is_small, stream, address = record["segment_type"] == "small", record["stream"], record["address"]
-        pool = self._small if is_small else self._large
-        segment, before, after = None, None, None
-        if record.get("is_expandable"):
-            after = last.get((is_small, stream))
-            if after is None or after.address + after.nbytes < address + record["total_size"]:
-                after = self._unmapped(pool, stream, address)
-            pool.remove(after)
-            segment, before = after.segment, after.before
-            if address > after.address:
-                gap = Block(pool, stream, after.address, address - after.address, segment)
-                gap.is_mapped = False
-                gap.put_between(before, after)
-                pool.insert(gap)
-                before = gap
-            end = address + record["total_size"]
-            after.address, after.nbytes = end, after.address + after.nbytes - end
-            pool.insert(after)
-            last[is_small, stream] = after
-        for one in record["blocks"]:
-            block = Block(pool, stream, one["address"], one["size"], segment)
-            block.put_between(before, after)
-            before = block
-            if one["state"] == "inactive":
-                pool.insert(block)
-                continue
-            block.is_free = False
-            self._used[block.address] = block
-            self.allocated_bytes += block.nbytes
-        self.reserved_bytes += record["total_size"]
-        self._next_address = max(self._next_address, address + record["total_size"] + _SEGMENT_STEP_BYTES)
 
     def reset_peaks(self) -> None:
         """Let the peaks begin at what is allocated and reserved now."""

@@ -69,13 +69,23 @@ def reserved_for(step: StepRequests, state: AllocatorState, *, passes: int = 1) 
     take without one.
     """
     try:
-        found = [_Repetition(step, state, passes, keeps).run() for keeps in (False, True)]
+        found = [_Repetition([step], state, passes, keeps).run() for keeps in (False, True)]
     except OutOfDeviceMemory:
         return reserved_for(step, replace(state, cap_bytes=None), passes=passes)
     flushes = max(one.flushes for one in found)
     if flushes > _MOST_FLUSHES:
         return reserved_for(step, replace(state, cap_bytes=None), passes=passes)
     return Reserved(peak_bytes=max(one.peak_bytes for one in found), flushes=flushes)
+
+
+def totals_in_turn(steps: Sequence[StepRequests], state: AllocatorState, *, passes: int = 1) -> int:
+    """Return the most bytes that the process holds where steps of one model on batches of several sizes run in turn.
+
+    The first of them finds an empty cache.  What it leaves serves smaller steps, not the other way round.
+    """
+    uncapped = replace(state, cap_bytes=None)
+    found = [_Repetition(steps, uncapped, passes, keeps).run() for keeps in (False, True)]
+    return max(one.peak_bytes for one in found) + state.outside_bytes
 
 
 def saved_by_growing_segments(
@@ -91,10 +101,12 @@ def saved_by_growing_segments(
 
 
 class _Repetition:
-    """The same step again and again."""
+    """The same steps again and again, one after another."""
 
-    def __init__(self, step: StepRequests, state: AllocatorState, passes: int, keeps_gradients: bool) -> None:
-        self._step = step
+    def __init__(
+        self, steps: Sequence[StepRequests], state: AllocatorState, passes: int, keeps_gradients: bool
+    ) -> None:
+        self._steps = steps
         self._passes = passes
         self._keeps_gradients = keeps_gradients
         self._beside_bytes = state.beside_bytes
@@ -107,14 +119,20 @@ class _Repetition:
         self._gradients: list[int] = []
 
     def run(self) -> Reserved:
-        allocator, step = self._allocator, self._step
-        for nbytes in step.held:
+        allocator, steps = self._allocator, self._steps
+        for nbytes in steps[0].held:
             allocator.allocate(nbytes)
+        if len(steps) == 1:  # each batch then takes the last one's place
+            self._put(steps[0].batch)
         peak = before = (0, 0)
         for number in range(_MOST_STEPS):
             allocator.reset_peaks()
             flushes = allocator.retries
-            self._take_step(is_first=number == 0)
+            for step in steps:
+                batch = self._put(step.batch) if len(steps) > 1 else []
+                self._take(step, makes_states=number == 0 and step is steps[0])
+                for address in batch:
+                    allocator.free(address)
             now = allocator.peak_reserved_bytes, allocator.retries - flushes
             peak = max(peak[0], now[0]), now[1]
             if now == before:
@@ -122,15 +140,17 @@ class _Repetition:
             before = now
         return Reserved(peak_bytes=peak[0] + self._beside_bytes, flushes=peak[1])
 
-    def _take_step(self, is_first: bool) -> None:
-        allocator, step = self._allocator, self._step
+    def _put(self, sizes: Sequence[int]) -> list[int]:
+        return [self._allocator.allocate(nbytes) for nbytes in sizes]
+
+    def _take(self, step: StepRequests, makes_states: bool) -> None:
+        allocator = self._allocator
         for _ in range(self._passes):
             self._ask(step.forward_backward)
-            missing = list(step.gradients[len(self._gradients) :])  # not seen to be made; sizes are not told apart
-            self._gradients += [allocator.allocate(nbytes) for nbytes in missing]
-        if is_first:
-            for nbytes in step.states:
-                allocator.allocate(nbytes)
+            # Not seen to be made; sizes are not told apart.
+            self._gradients += self._put(step.gradients[len(self._gradients) :])
+        if makes_states:
+            self._put(step.states)
         self._ask(step.optimizer)
         if not self._keeps_gradients:
             for address in self._gradients:

@@ -22,7 +22,8 @@ class StepRequests:
     """What one step asks for, and what is there before it."""
 
     held: tuple[int, ...]
-    """Sizes of parameters, buffers and the batch, in the order in which they are there."""
+    """Sizes of parameters and buffers, in the order in which they are there."""
+    batch: tuple[int, ...]
     gradients: tuple[int, ...]
     states: tuple[int, ...]
     """Sizes of the optimizer's state, which its first step makes."""
@@ -37,7 +38,8 @@ def requests_of(
     """Walk the step with one decision per region (`None`: untouched)."""
     profile = index.profile
     found = StepRequests(
-        held=_resident(profile, "parameters") + _resident(profile, "buffers") + _resident(profile, "batch"),
+        held=_resident(profile, "parameters") + _resident(profile, "buffers"),
+        batch=_resident(profile, "batch"),
         gradients=_resident(profile, "gradients"),
         states=_resident(profile, "optimizer_state"),
     )

@@ -30,7 +30,7 @@ DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
 #: Limits of allocated bytes that are solved for until what is reserved is close to the budget, and how close that is.
-_MOST_LIMITS = 6
+_MOST_LIMITS = 8
 _NEAR_LIMIT = 0.01
 
 
@@ -183,9 +183,9 @@ class Solver:
             fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=0)
             exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=limit_bytes + 1)
             if exceeds_bytes <= limit_bytes:
-                limit_bytes = (
-                    (fits_bytes + exceeds_bytes) // 2 if fits_bytes else exceeds_bytes - over_bytes[exceeds_bytes]
-                )
+                limit_bytes = exceeds_bytes - over_bytes[exceeds_bytes]
+                if fits_bytes or limit_bytes < least_bytes:
+                    limit_bytes = (max(fits_bytes, least_bytes) + exceeds_bytes) // 2
             if limit_bytes < least_bytes or exceeds_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
                 break
             self._of_limits[limit_bytes] = self._solve(limit_bytes)
