@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from tightfit._torch_private import cuda_allocator_settings, cuda_process_bytes, current_cuda_stream
+from tightfit._torch_private import cuda_allocator_settings, current_cuda_stream
 from tightfit.device.device import Device
 from tightfit.device.fp32_precision import fp32_precision
+from tightfit.device.nvml import process_bytes
 from tightfit.errors import UnsupportedInput
 from tightfit.records import AllocatorState
 from tightfit.simulation.allocator_settings import AllocatorSettings
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 
 #: Operations that use cuBLAS, which keeps a workspace for each thread that does.
 _OF_CUBLAS = re.compile(r"aten\.(?:\w*mm|mv|addmv|dot|vdot|linear|addbmm)\b|aten\.\w*attention\w*\b")
+
+#: A context and libraries with the kernels that they have loaded take no more, usually.
+_CONTEXT_BYTES = 640 << 20
 
 #: What a second stream works on, so that its kernels take longer than their launches, and how many there are.
 _BESIDE_BYTES = 8 << 20
@@ -135,6 +139,11 @@ class CudaDevice(Device):
         """Return the bytes of the allocator's segments, and those of the context and the libraries."""
         return self.reserved_bytes() + self._bytes_outside_pytorch()
 
+    def context_bytes(self) -> int:
+        """Return the bytes of the context and of the libraries, after a product of matrices and its backward."""
+        self._start_cublas()
+        return self._bytes_outside_pytorch()
+
     def cap_held(self, nbytes: int) -> Callable[[], None]:
         """Set the process's memory fraction; see `Device.cap_held`."""
         before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
@@ -212,9 +221,19 @@ class CudaDevice(Device):
         return result, torch.cuda.max_memory_reserved(device) + self._bytes_outside_pytorch()
 
     def _bytes_outside_pytorch(self) -> int:
-        """Return what this process holds that the allocator does not manage; 0 where it cannot be told."""
-        used = cuda_process_bytes(self.torch_device)
-        return max(0, used - self.reserved_bytes()) if used is not None else 0
+        """Return what this process holds that the allocator does not manage.
+
+        The driver tells what each process holds, and which one is this, but for containers: there it is known only if
+        no other one holds as much as this one's allocator.  Otherwise it is what the GPU's users hold together beside
+        that, up to what a context takes.
+        """
+        free_bytes, capacity_bytes = torch.cuda.mem_get_info(self.torch_device)
+        reserved_bytes = self.reserved_bytes()
+        most_bytes = max(0, capacity_bytes - free_bytes - reserved_bytes)
+        told = process_bytes(str(torch.cuda.get_device_properties(self.torch_device).uuid))
+        mine = {pid: nbytes - reserved_bytes for pid, nbytes in told.items() if nbytes >= reserved_bytes}
+        candidates = [mine[os.getpid()]] if os.getpid() in mine else list(mine.values())
+        return min(most_bytes, candidates[0] if len(candidates) == 1 else _CONTEXT_BYTES)
 
     @contextmanager
     def workspace_meter(self) -> Iterator[_WorkspaceMeter]:
