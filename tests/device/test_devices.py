@@ -259,7 +259,7 @@ def test_what_a_process_holds_outside_pytorch_is_told_by_the_driver_or_what_a_co
 @pytest.mark.usefixtures("cuda")
 def test_a_budget_beside_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[CudaDevice] = []
-    monkeypatch.setattr(CudaDevice, "_start_cublas", started.append)
+    monkeypatch.setattr(CudaDevice, "_start_cublas", lambda device: started.append(device))
     gpu = torch.device("cuda:0")
     budget = Budget.of("70 B + Context", gpu)
     assert (budget.total_bytes, budget.origin) == (75, "70 B + Context")
@@ -272,7 +272,8 @@ def test_a_budget_beside_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_about_a_budget_names_the_context() -> None:
-    error = tightfit.BudgetInfeasible(700 << 20, 270 << 20, "optimizer step", {"parameters": 180 << 20, "context": 520 << 20})
+    parts = {"parameters": 180 << 20, "context": 520 << 20}
+    error = tightfit.BudgetInfeasible(700 << 20, 270 << 20, "optimizer step", parts)
     assert "the device's context and libraries 520.0 MiB" in str(error)
     assert "SIZE+context asks for a size beside the 520.0 MiB" in str(error)
     assert "+context" not in str(tightfit.BudgetInfeasible(2, 1, "optimizer step", {"parameters": 2}))
