@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import tightfit
+from tightfit.errors import RanOutOfMemory
 from tightfit.solver.solver import Solver
 
 MIB = 2**20
@@ -89,7 +90,7 @@ def fits(rank: int) -> Iterator[tuple[str, str]]:
                 applied = tightfit.fit(model, batch, budget=budget, step=step, profile=profile, memory_cap=True)
             except tightfit.BudgetInfeasible as error:
                 yield case, f"refused, {error.required_bytes / MIB:.1f} MiB needed"
-            except tightfit.RanOutOfMemory as error:
+            except RanOutOfMemory as error:
                 yield case, f"RAN OUT: {error}"
                 return
             else:
