@@ -146,20 +146,22 @@ class CudaDevice(Device):
 
     def cap_held(self, nbytes: int) -> Callable[[], None]:
         """Set the process's memory fraction; see `Device.cap_held`."""
-        before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        index = self._index()
+        before = torch.cuda.get_per_process_memory_fraction(index)
         fraction = max(0, nbytes - self._bytes_outside_pytorch()) / self.capacity_bytes()
-        torch.cuda.set_per_process_memory_fraction(min(before, fraction), self.torch_device)
-        return lambda: torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
+        torch.cuda.set_per_process_memory_fraction(min(before, fraction), index)
+        return lambda: torch.cuda.set_per_process_memory_fraction(before, index)
 
     @contextmanager
     def uncapped(self) -> Iterator[None]:
         """Open a context in which the process's memory fraction is 1."""
-        before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
-        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        index = self._index()
+        before = torch.cuda.get_per_process_memory_fraction(index)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
+            torch.cuda.set_per_process_memory_fraction(before, index)
 
     def allocator_settings(self) -> AllocatorSettings:
         """Read how PyTorch's caching allocator is set up.
@@ -187,7 +189,7 @@ class CudaDevice(Device):
         if any(_OF_CUBLAS.match(name) for name in operations):
             self._start_cublas()
         capacity_bytes = self.capacity_bytes()
-        fraction = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        fraction = torch.cuda.get_per_process_memory_fraction(self._index())
         return AllocatorState(
             settings=cuda_allocator_settings(),
             capacity_bytes=capacity_bytes,
