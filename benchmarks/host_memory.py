@@ -3,9 +3,9 @@
     EMULATED_CUDA_SPARSE_COPIES=1 python -m tests.emulated_cuda.run python -m benchmarks.host_memory 0.3 0.7 1.5
     EMULATED_CUDA_SPARSE_COPIES=1 python -m tests.emulated_cuda.run python -m benchmarks.host_memory 8 --ranks 8
 
-Llama in fp32 with AdamW is fitted at half of what can be saved.  What is counted are the requests to PyTorch's allocator of
-host memory; with that switch emulated devices need none of it.  With `--ranks` this process is one of a sharded model's
-(FSDP2), the others of which do not exist: what they would say is taken to be what this one says.
+Llama in fp32 with AdamW is fitted at half of what can be saved.  What is counted are the requests to PyTorch's
+allocator of host memory; with that switch emulated devices need none of it.  With `--ranks` this process is one of a
+sharded model's (FSDP2), the others of which do not exist: what they would say is taken to be what this one says.
 """
 
 from __future__ import annotations

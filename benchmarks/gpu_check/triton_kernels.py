@@ -1,4 +1,4 @@
-"""Llama's norm, rotation and gate as Triton kernels that are launched from Python, as Liger's are: no dispatcher sees them."""
+"""Llama's norm, rotation and gate by Triton kernels, launched from Python as Liger's are: no dispatcher sees them."""
 
 from __future__ import annotations
 

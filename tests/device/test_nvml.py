@@ -1,4 +1,4 @@
-"""What the driver's library tells about processes; it is played by a stand-in, and `tests/emulated_cuda` has another."""
+"""What the driver's library tells about processes: a stand-in plays it, and `tests/emulated_cuda` has another."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def driver(processes: dict[int, int], handles: tuple[bytes, ...] = (b"GPU-u",), 
     def running(gpu: Any, count: Any, found: Any) -> int:
         assert count._obj.value == len(found) >= len(processes)
         count._obj.value = len(processes)
-        for entry, (entry.pid, entry.used_bytes) in zip(found, processes.items(), strict=False):
-            pass
+        for place, (found[place].pid, found[place].used_bytes) in enumerate(processes.items()):
+            assert place < len(found)
         return 0
 
     functions = {

@@ -70,7 +70,9 @@ def test_a_budget_is_filled_although_much_of_what_is_no_longer_allocated_stays_r
 
     def of_limit(limit: int) -> Plan:
         limits.append(limit)
-        return replace(smallest, predicted_peak_bytes=budget + (limit - fits) // 4, predicted_step_ms=1e3 - limit / 2**40)
+        return replace(
+            smallest, predicted_peak_bytes=budget + (limit - fits) // 4, predicted_step_ms=1e3 - limit / 2**40
+        )
 
     monkeypatch.setattr(solver, "_solve", of_limit)
     plan = solver.solve(budget)

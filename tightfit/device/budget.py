@@ -1,4 +1,4 @@
-"""`Budget`: the memory that a process may hold, read from what people write: ``8GiB``, ``75%``, ``8GiB+context``, ``auto``."""
+"""`Budget`: the memory that a process may hold, read from what people write: ``8GiB``, ``75%``, ``auto``."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ _RECURSIVE_SHARE = 0.9
 DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
-#: Limits of allocated bytes that are solved for until what is reserved is close to the budget; how many of them are guessed
-#: from how far the last one exceeded it, before the search halves what is between; and how close is enough.
+#: Limits of allocated bytes that are solved for until what is reserved is close to the budget; how many of them are
+#: guessed from how far the last one exceeded it, before the search halves what is between; and how close is enough.
 _MOST_LIMITS = 8
 _MOST_GUESSES = 2
 _NEAR_LIMIT = 0.01
@@ -165,7 +165,8 @@ class Solver:
         """Return the fastest plan found for which the process holds no more than the budget.
 
         What the allocator reserves beyond what is allocated is known of a plan, not before.  So plans are solved for
-        limits of what is allocated, the next one lower by what the last one was too much, then in between.
+        limits of what is allocated: the next one lower by what the last one was too much, soon halfway between one that
+        fits, or the smallest there is, and one that exceeds.
         """
         state = self.profile.allocator
         assert state is not None

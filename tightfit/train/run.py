@@ -279,6 +279,5 @@ def _introduce(prepared: _Prepared, reporter: Reporter) -> None:
         reporter.say(f"eval    {len(evaluator.samples):,} held-out samples{origin}")
     split = f", {work.accumulation_steps} microbatches a step" if work.accumulation_steps > 1 else ""
     origin = f" ({work.budget.origin})" if work.budget.origin else ""
-    reporter.say(
-        f"run     {prepared.folder.path} on {work.device}{split}, budget {format_bytes(work.budget.total_bytes)}{origin}"
-    )
+    budget = f"{format_bytes(work.budget.total_bytes)}{origin}"
+    reporter.say(f"run     {prepared.folder.path} on {work.device}{split}, budget {budget}")
