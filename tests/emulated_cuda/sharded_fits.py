@@ -1,11 +1,11 @@
 """Fit sharded models (FSDP2) on two emulated GPUs, and count what runs out of memory.
 
     python -m tests.emulated_cuda.run python -m tests.emulated_cuda.sharded_fits         # 24 fits with memory_cap=True
-    python -m tests.emulated_cuda.run python -m tests.emulated_cuda.sharded_fits --full  # on cards that the budget fills
+    python -m tests.emulated_cuda.run python -m tests.emulated_cuda.sharded_fits --full  # on cards that it fills
 
 FSDP2 cannot leave a backward that ran out of memory: there is no second try.  Each of two processes has a device of its
-own; collectives go through gloo.  After each fit the model is trained for a few steps.  `--full` lets the allocator have
-no more than the budget from the beginning, as a card does that has no more.
+own; collectives go through gloo.  After each fit the model is trained for a few steps.  `--full` lets the allocator
+have no more than the budget from the beginning, as a card does that has no more.
 """
 
 from __future__ import annotations

@@ -177,14 +177,15 @@ class Solver:
         for tried in range(_MOST_LIMITS):
             over_bytes = {limit: plan.predicted_peak_bytes - budget_bytes for limit, plan in self._of_limits.items()}
             fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=least_bytes - 1)
-            exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=highest_bytes + 1)
-            if exceeds_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
+            exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=None)
+            end_bytes = min(highest_bytes + 1, exceeds_bytes or highest_bytes + 1)
+            if end_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
                 break
-            limit_bytes = min(highest_bytes, exceeds_bytes - over_bytes.get(exceeds_bytes, 1))
-            if exceeds_bytes <= highest_bytes and (
-                fits_bytes >= least_bytes or tried >= _MOST_GUESSES or limit_bytes <= least_bytes
-            ):
-                limit_bytes = (fits_bytes + exceeds_bytes) // 2
+            limit_bytes = highest_bytes
+            if exceeds_bytes is not None:
+                limit_bytes = min(limit_bytes, exceeds_bytes - over_bytes[exceeds_bytes])
+                if fits_bytes >= least_bytes or tried >= _MOST_GUESSES or limit_bytes <= least_bytes:
+                    limit_bytes = (fits_bytes + end_bytes) // 2
             self._of_limits[limit_bytes] = self._solve(limit_bytes)
         fitting = [plan for plan in self._of_limits.values() if plan.predicted_peak_bytes <= budget_bytes]
         found = min(fitting, key=lambda plan: plan.predicted_step_ms, default=None)
