@@ -126,8 +126,8 @@ def fitted(model: nn.Module, batch: Tensor, budget: int, step: tightfit.Step, pr
     return within + "predicted {:.1f}, measured {:.1f}, in training {:.1f} MiB".format(*(n / MIB for n in sizes))
 
 
-def take_part(rank: int, port: int, most: int, is_full: bool) -> None:
-    """Be one of the two processes."""
+def take_part(rank: int, port: int, most: int, is_full: bool) -> int:
+    """Be one of the two processes; return how many fits ran out of memory."""
     torch.cuda.set_device(rank)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
     warnings.simplefilter("ignore")
@@ -139,6 +139,7 @@ def take_part(rank: int, port: int, most: int, is_full: bool) -> None:
     lost = sum(outcome.startswith("RAN OUT") for outcome in outcomes)
     print(f"rank {rank}: {lost} of {len(outcomes)} fits ran out of memory", flush=True)
     dist.destroy_process_group()
+    return lost
 
 
 def main() -> int:
@@ -150,8 +151,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
-        take_part(given.rank, given.port, given.most, given.full)
-        return 0
+        return int(take_part(given.rank, given.port, given.most, given.full) > 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
