@@ -15,6 +15,7 @@ from torch import Tensor, nn
 Norm = Callable[[int], nn.Module]
 Gate = Callable[[Tensor, Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn (batch, heads, time, width) by the angles of its positions."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What a model is made of, so that kernels can take the place of PyTorch's operations."""
@@ -63,6 +70,7 @@ class Parts:
     norm: Norm = RmsNorm
     gate: Gate = silu_times
     attention: Attention = attend
+    rotate: Rotation = rotate
 
 
 class Block(nn.Module):
@@ -84,8 +92,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         hidden = self.norm_1(x)
-        query = _rotated(self._split(self.query(hidden), self._heads), cosine, sine)
-        key = _rotated(self._split(self.key(hidden), self._kv_heads), cosine, sine)
+        query = self._parts.rotate(self._split(self.query(hidden), self._heads), cosine, sine)
+        key = self._parts.rotate(self._split(self.key(hidden), self._kv_heads), cosine, sine)
         value = self._split(self.value(hidden), self._kv_heads)
         mixed = self._parts.attention(query, key, value)
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
@@ -122,8 +130,3 @@ def rotary(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine

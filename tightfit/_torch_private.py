@@ -497,26 +497,6 @@ def current_cuda_stream(index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
-def cuda_process_bytes(device: torch.device) -> int | None:
-    """Return the bytes that this process holds on a CUDA device according to the driver; None where it cannot tell."""
-    try:
-        import pynvml  # type: ignore[import-not-found]  # nvidia-ml-py, as in torch.cuda.list_gpu_processes
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        index = torch.cuda._get_nvml_device_index(device)
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        # In a container the numbers are the host's, and this process's own is not among them: alone it is known.
-        own = [p for p in processes if p.pid == os.getpid()] or (processes if len(processes) == 1 else [])
-        if own and own[0].usedGpuMemory is not None:
-            return int(own[0].usedGpuMemory)
-    except pynvml.NVMLError:
-        return None
-    return None
-
-
 def cuda_allocator_settings() -> str:
     """Return the caching allocator's options as text: those last set in this process, else those of its environment."""
     read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # PyTorch 2.11 may lack it

@@ -65,11 +65,17 @@ class BudgetInfeasible(TightfitError):
             f" A part of the step is beyond tightfit's reach because of {', '.join(self.switched_off)}: what is saved "
             f"there can be neither seen nor dropped. Switch that off (tightfit drops at least as much), or give more."
         )
+        context_bytes = self.breakdown.get("context", 0)
+        beside = (
+            f" (SIZE+context asks for a size beside the {format_bytes(context_bytes)} that are no tensors)"
+            if context_bytes
+            else ""
+        )
         super().__init__(
             f"the budget of {format_bytes(budget_bytes)} is too small: even with everything recomputed that can be, "
             f"this step needs {format_budget(required_bytes)} ({required_bytes} bytes), set by {where}"
             f"{f': {parts}' if self.breakdown else ''}. "
-            f"Give at least {required_bytes} bytes, or use a smaller batch or model."
+            f"Give at least {required_bytes} bytes{beside}, or use a smaller batch or model."
             f"{obstacle if self.switched_off else ''}"
         )
 

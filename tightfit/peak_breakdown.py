@@ -13,6 +13,7 @@ _LABELS = {
     "optimizer state and temporaries": "optimizer state and temporaries",
     "values kept": "activations kept",
     "replay transient": "recomputed activations",
+    "context": "the device's context and libraries",
     "other": "other",
 }
 PARTS = tuple(_LABELS)
@@ -33,7 +34,7 @@ def parts_of_peak(breakdown: Mapping[str, int], where: str) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     in_optimizer = where == "optimizer step"
     for name, size in breakdown.items():
-        if name in ("parameters", "gradients"):
+        if name in ("parameters", "gradients", "context"):
             parts[name] += size
         elif name == "optimizer_state" or (in_optimizer and name in ("activations", "workspace")):
             parts["optimizer state and temporaries"] += size

@@ -1,4 +1,4 @@
-"""Llama's norm and gate as Triton kernels that are launched from Python, as Liger's are: no dispatcher sees them."""
+"""Llama's norm, rotation and gate by Triton kernels, launched from Python as Liger's are: no dispatcher sees them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,20 @@ def _gate_backward(gate, up, given, d_gate, d_up, count, BLOCK: tl.constexpr):  
     tl.store(d_up + place, (g * a * sigmoid).to(d_up.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _turn(x, cosine, sine, y, length, half, direction, BLOCK: tl.constexpr):  # noqa: N803
+    row = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    inside = place < half
+    angle = (row % length) * 2 * half + place  # the second half of the angles repeats the first
+    c = tl.load(cosine + angle, mask=inside).to(tl.float32)
+    s = tl.load(sine + angle, mask=inside).to(tl.float32) * direction
+    first = tl.load(x + row * 2 * half + place, mask=inside).to(tl.float32)
+    second = tl.load(x + row * 2 * half + half + place, mask=inside).to(tl.float32)
+    tl.store(y + row * 2 * half + place, (first * c - second * s).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row * 2 * half + half + place, (second * c + first * s).to(y.dtype.element_ty), mask=inside)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -100,6 +114,25 @@ class _Gate(torch.autograd.Function):
         return d_gate, d_up
 
 
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turned(x, cosine, sine, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(given, *ctx.saved_tensors, -1.0), None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+    x = x.contiguous()
+    y, (length, width) = torch.empty_like(x), x.shape[-2:]
+    block = triton.next_power_of_2(width // 2)
+    _turn[(x.numel() // width,)](x, cosine, sine, y, length, width // 2, direction, BLOCK=block)
+    return y
+
+
 class TritonRmsNorm(nn.Module):
     """As `benchmarks.llama.RmsNorm`."""
 
@@ -114,3 +147,8 @@ class TritonRmsNorm(nn.Module):
 def triton_silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """As `benchmarks.llama.silu_times`."""
     return _Gate.apply(gate, up)
+
+
+def triton_rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """As `benchmarks.llama.rotate`."""
+    return _Rotation.apply(x, cosine, sine)

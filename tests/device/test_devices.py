@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit._torch_private import cuda_process_bytes
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.cpu import CpuDevice
@@ -53,7 +51,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "is_initialized": lambda: True,
         "is_current_stream_capturing": lambda: state["capturing"],
         "get_device_name": lambda device: f"GPU {device.index}",
-        "get_device_properties": lambda device: SimpleNamespace(total_memory=100, major=9, minor=0),
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=100, major=9, minor=0, uuid="u"),
         "mem_get_info": lambda device: (30, 100),
         "memory_reserved": lambda device: 60,
         "max_memory_reserved": lambda device: 80,
@@ -70,7 +68,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr("tightfit.device.cuda.cuda_process_bytes", lambda device: 65)
+    monkeypatch.setattr("tightfit.device.cuda.process_bytes", lambda uuid: {os.getpid(): 65})
     monkeypatch.setattr("tightfit.device.cuda.current_cuda_stream", lambda index: state["stream"])
     return state
 
@@ -233,29 +231,52 @@ def test_without_a_number_a_gpu_is_the_current_one(cuda: dict[str, Any]) -> None
     assert device_for(CPU).numbered() == CPU
 
 
-def test_the_process_is_found_by_the_driver_also_where_it_has_another_number_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def process(pid: int, nbytes: int) -> SimpleNamespace:
-        return SimpleNamespace(pid=pid, usedGpuMemory=nbytes)
+OWN = os.getpid()
 
-    running: list[SimpleNamespace] = []
-    driver = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetComputeRunningProcesses=lambda handle: running,
-        NVMLError=OSError,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", lambda device: 0)
-    gpu, own = torch.device("cuda", 0), os.getpid()
-    assert cuda_process_bytes(gpu) is None
-    running[:] = [process(-1, 10), process(own, 20)]
-    assert cuda_process_bytes(gpu) == 20
-    running[:] = [process(-1, 10)]  # a container's: the number is the host's
-    assert cuda_process_bytes(gpu) == 10
-    running[:] = [process(-1, 10), process(-2, 20)]
-    assert cuda_process_bytes(gpu) is None
+
+@pytest.mark.parametrize(
+    ("told", "outside"),
+    [
+        ({OWN: 65}, 5),
+        ({-1: 90, OWN: 65}, 5),
+        ({-1: 65}, 5),  # a container's: the number is the host's
+        ({-1: 65, -2: 59}, 5),  # the other holds less than this process's allocator has reserved
+        ({-1: 65, -2: 90}, 8),  # it could be either
+        ({OWN: 20, -1: 65}, 5),  # a stranger that happens to have the number
+        ({}, 8),  # WSL, for example
+        ({OWN: 99}, 10),  # all users together hold 70
+    ],
+)
+@pytest.mark.usefixtures("cuda")
+def test_what_a_process_holds_outside_pytorch_is_told_by_the_driver_or_what_a_context_may_take(
+    told: dict[int, int], outside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tightfit.device.cuda.process_bytes", lambda uuid: told)
+    monkeypatch.setattr("tightfit.device.cuda._CONTEXT_BYTES", 8)
+    assert device_for("cuda:0").held_bytes() == 60 + outside
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_budget_beside_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[CudaDevice] = []
+    monkeypatch.setattr(CudaDevice, "_start_cublas", lambda device: started.append(device))
+    gpu = torch.device("cuda:0")
+    budget = Budget.of("70 B + Context", gpu)
+    assert (budget.total_bytes, budget.origin) == (75, "70 B + Context")
+    assert started == [device_for(gpu)]  # or the context grows when the first step begins
+    assert Budget.of("1KiB+context", CPU).total_bytes == 1024
+    assert [Budget.of(text, gpu).origin for text in ("70B", "auto", "50%")] == ["", "all that is free", "50%"]
+    for text in ("50%+context", "auto+context", "+context", "99B+context"):
+        with pytest.raises(UnsupportedInput):
+            Budget.of(text, gpu)
+
+
+def test_an_error_about_a_budget_names_the_context() -> None:
+    parts = {"parameters": 180 << 20, "context": 520 << 20}
+    error = tightfit.BudgetInfeasible(700 << 20, 270 << 20, "optimizer step", parts)
+    assert "the device's context and libraries 520.0 MiB" in str(error)
+    assert "SIZE+context asks for a size beside the 520.0 MiB" in str(error)
+    assert "+context" not in str(tightfit.BudgetInfeasible(2, 1, "optimizer step", {"parameters": 2}))
 
 
 def test_libraries_are_deterministic_inside_and_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ KIND_MODULES = (
 KIND_ATTRIBUTES = ("is_cpu", "is_cuda", "is_ipu", "is_meta", "is_mps", "is_mtia", "is_vulkan", "is_xla", "is_xpu")
 
 #: Outside the folder, with the reason.
-EXCEPTIONS = {"_torch_private.py": "the door for private PyTorch: asks NVML by torch.cuda's own private index"}
+EXCEPTIONS: dict[str, str] = {}
 
 
 def questions_of_kind(tree: ast.AST) -> list[str]:

@@ -132,3 +132,17 @@ def test_a_read_by_the_host_kills_the_process_as_on_a_gpu() -> None:
         ctypes.string_at(address, 4)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize("in_container", [0, 1])
+def test_the_context_counts_as_what_the_driver_says_that_it_takes(in_container: int) -> None:
+    script = """
+        import torch
+        from tightfit.device import device_for
+
+        held = torch.empty(100 << 20, dtype=torch.uint8, device="cuda:1")
+        for device in map(device_for, ("cuda:0", "cuda:1")):
+            print(device.held_bytes() - device.reserved_bytes() >> 20, device.context_bytes() >> 20)
+    """
+    found = run_script(script, DEVICES=2, CONTEXT_MIB=333, IN_CONTAINER=in_container)
+    assert found == "333 333\n333 333\n"

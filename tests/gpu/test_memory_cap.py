@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
+from tightfit.device import device_for
 from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.solver.solver import Solver
 
@@ -142,3 +143,14 @@ def test_tensors_beside_the_step_and_cublas_s_workspaces_are_counted() -> None:
     torch.cuda.synchronize()
     own = sum(-(-one.nbytes // 512) * 512 for one in (*model.parameters(), batch))
     assert torch.cuda.memory_allocated() - own == allocator[0].beside_bytes
+
+
+def test_a_gpu_without_a_number_is_capped_as_the_current_one() -> None:
+    device = device_for("cuda")
+    undo = device.cap_held(device.capacity_bytes() // 2)
+    capped = torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device())
+    with device.uncapped():
+        assert torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()) == 1.0
+    assert 0.4 < capped < 0.5
+    undo()
+    assert torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()) == 1.0

@@ -77,6 +77,30 @@ def test_where_much_more_is_reserved_than_allocated_the_plan_is_not_the_smallest
     assert 0.75 * budget <= plan.predicted_peak_bytes <= budget
 
 
+def test_a_budget_is_filled_although_much_of_what_is_no_longer_allocated_stays_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The search went down by what the last plan was too much, met its end, and took the slowest plan there is."""
+    solver = Solver(large_profile())
+    smallest, plain = solver.smallest_plan(), solver.plain(0).predicted_peak_bytes
+    budget = (smallest.predicted_peak_bytes + plain) // 2
+    highest = budget - STATE.outside_bytes - STATE.beside_bytes
+    fits = highest - (highest - smallest.predicted_allocated_bytes + STATE.beside_bytes) // 3
+    limits: list[int] = []
+
+    def of_limit(limit: int) -> Plan:
+        limits.append(limit)
+        return replace(
+            smallest, predicted_peak_bytes=budget + (limit - fits) // 4, predicted_step_ms=1e3 - limit / 2**40
+        )
+
+    monkeypatch.setattr(solver, "_solve", of_limit)
+    plan = solver.solve(budget)
+    assert budget * 0.99 < plan.predicted_peak_bytes <= budget
+    assert len(limits) == len(set(limits)) <= 8
+    assert solver.solve(budget - 1).predicted_peak_bytes < budget
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_asked_for_adds_up_to_what_the_simulator_counts(seed: int) -> None:
     profile = random_profile(seed, regions=4)

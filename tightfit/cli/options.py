@@ -51,7 +51,7 @@ class FrontierOptions(WorkConfig):
     TITLE = "output"
 
     memory: str = "auto"
-    """Budget to mark in the curve: 8GiB, 8GB, 75% of the device's memory; auto marks none"""
+    """Budget to mark in the curve: 8GiB, 8GB, 8GiB+context, 75% of the device's memory; auto marks none"""
     points: int = 20
     """Number of budgets to solve for, from the smallest that runs to the plain peak"""
     output: str | None = None

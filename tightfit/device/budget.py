@@ -1,4 +1,4 @@
-"""`Budget`: the memory that a process may hold, read from what people write: ``8GiB``, ``8GB``, ``75%``, ``auto``."""
+"""`Budget`: the memory that a process may hold, read from what people write: ``8GiB``, ``75%``, ``auto``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tightfit.errors import BudgetInfeasible, RanOutOfMemory, UnsupportedInput
 from tightfit.units import format_bytes, parse_bytes
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_BESIDE_CONTEXT = re.compile(r"(.+)\+\s*context\s*", re.IGNORECASE)
 _AUTO = "auto"
 
 
@@ -50,8 +51,9 @@ class Budget:
         """Read a budget.
 
         Args:
-            budget: a size, a share of all the device's memory, ``auto`` (what is free there now, and what this process
-                holds there already), or a `Budget`.
+            budget: a size, a size ``+context`` (and what this process holds of the device outside PyTorch), a share of
+                all the device's memory, ``auto`` (what is free there now, and what this process holds there already),
+                or a `Budget`.
             device: whose memory.
             name: what messages call it, for example a flag.
 
@@ -67,8 +69,8 @@ class Budget:
         size_bytes = _parsed(budget, device)
         if size_bytes <= 0:
             raise UnsupportedInput(
-                f"{name} {budget!r} is not a memory size. Write it like 8GiB, 8GB or 512MiB, as a share of the "
-                f"device's memory like 75%, or auto."
+                f"{name} {budget!r} is not a memory size. Write it like 8GiB, 8GB or 512MiB, like 8GiB+context "
+                f"for that much beside the device's context, as a share of its memory like 75%, or auto."
             )
         _require_there(size_bytes, budget, device, name)
         return cls(total_bytes=size_bytes, text=text)
@@ -82,6 +84,13 @@ class Budget:
     def is_auto(self) -> bool:
         """Whether it is what the device had free."""
         return self.text == _AUTO
+
+    @property
+    def origin(self) -> str:
+        """What its bytes come from, where it was not given as bytes; else empty."""
+        if self.is_auto:
+            return "all that is free"
+        return self.text.strip() if "%" in self.text or "+" in self.text else ""
 
     def reserving(self, nbytes: int) -> Budget:
         """Return the same budget with `nbytes` more reserved beside the step."""
@@ -119,9 +128,14 @@ def _available_bytes(device: torch.device) -> int:
 
 def _parsed(budget: int | str, device: torch.device) -> int:
     """Bytes; 0 for what is no size."""
-    percent = _PERCENT.fullmatch(budget) if isinstance(budget, str) else None
+    text = budget if isinstance(budget, str) else ""
+    percent, beside_context = _PERCENT.fullmatch(text), _BESIDE_CONTEXT.fullmatch(text)
     try:
-        return int(device_for(device).capacity_bytes() * float(percent[1]) / 100) if percent else parse_bytes(budget)
+        if percent:
+            return int(device_for(device).capacity_bytes() * float(percent[1]) / 100)
+        if beside_context:
+            return parse_bytes(beside_context[1]) + device_for(device).context_bytes()
+        return parse_bytes(budget)
     except ValueError:
         return 0
 

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from tightfit._torch_private import cuda_allocator_settings, cuda_process_bytes, current_cuda_stream
+from tightfit._torch_private import cuda_allocator_settings, current_cuda_stream
 from tightfit.device.device import Device
 from tightfit.device.fp32_precision import fp32_precision
+from tightfit.device.nvml import process_bytes
 from tightfit.errors import UnsupportedInput
 from tightfit.records import AllocatorState
 from tightfit.simulation.allocator_settings import AllocatorSettings
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 
 #: Operations that use cuBLAS, which keeps a workspace for each thread that does.
 _OF_CUBLAS = re.compile(r"aten\.(?:\w*mm|mv|addmv|dot|vdot|linear|addbmm)\b|aten\.\w*attention\w*\b")
+
+#: A context and libraries with the kernels that they have loaded take no more, usually.
+_CONTEXT_BYTES = 640 << 20
 
 #: What a second stream works on, so that its kernels take longer than their launches, and how many there are.
 _BESIDE_BYTES = 8 << 20
@@ -135,12 +139,18 @@ class CudaDevice(Device):
         """Return the bytes of the allocator's segments, and those of the context and the libraries."""
         return self.reserved_bytes() + self._bytes_outside_pytorch()
 
+    def context_bytes(self) -> int:
+        """Return the bytes of the context and of the libraries, after a product of matrices and its backward."""
+        self._start_cublas()
+        return self._bytes_outside_pytorch()
+
     def cap_held(self, nbytes: int) -> Callable[[], None]:
         """Set the process's memory fraction; see `Device.cap_held`."""
-        before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        index = self._index()
+        before = torch.cuda.get_per_process_memory_fraction(index)
         fraction = max(0, nbytes - self._bytes_outside_pytorch()) / self.capacity_bytes()
-        torch.cuda.set_per_process_memory_fraction(min(before, fraction), self.torch_device)
-        return lambda: torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
+        torch.cuda.set_per_process_memory_fraction(min(before, fraction), index)
+        return lambda: torch.cuda.set_per_process_memory_fraction(before, index)
 
     @contextmanager
     def capped(self, nbytes: int) -> Iterator[None]:
@@ -154,12 +164,13 @@ class CudaDevice(Device):
     @contextmanager
     def uncapped(self) -> Iterator[None]:
         """Open a context in which the process's memory fraction is 1."""
-        before = torch.cuda.get_per_process_memory_fraction(self.torch_device)
-        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        index = self._index()
+        before = torch.cuda.get_per_process_memory_fraction(index)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(before, self.torch_device)
+            torch.cuda.set_per_process_memory_fraction(before, index)
 
     def allocator_settings(self) -> AllocatorSettings:
         """Read how PyTorch's caching allocator is set up.
@@ -187,7 +198,7 @@ class CudaDevice(Device):
         if any(_OF_CUBLAS.match(name) for name in operations):
             self._start_cublas()
         capacity_bytes = self.capacity_bytes()
-        fraction = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        fraction = torch.cuda.get_per_process_memory_fraction(self._index())
         return AllocatorState(
             settings=cuda_allocator_settings(),
             capacity_bytes=capacity_bytes,
@@ -221,9 +232,19 @@ class CudaDevice(Device):
         return result, torch.cuda.max_memory_reserved(device) + self._bytes_outside_pytorch()
 
     def _bytes_outside_pytorch(self) -> int:
-        """Return what this process holds that the allocator does not manage; 0 where it cannot be told."""
-        used = cuda_process_bytes(self.torch_device)
-        return max(0, used - self.reserved_bytes()) if used is not None else 0
+        """Return what this process holds that the allocator does not manage.
+
+        The driver tells what each process holds, and which one is this, but for containers: there it is known only if
+        no other one holds as much as this one's allocator.  Otherwise it is what the GPU's users hold together beside
+        that, up to what a context takes.
+        """
+        free_bytes, capacity_bytes = torch.cuda.mem_get_info(self.torch_device)
+        reserved_bytes = self.reserved_bytes()
+        most_bytes = max(0, capacity_bytes - free_bytes - reserved_bytes)
+        told = process_bytes(str(torch.cuda.get_device_properties(self.torch_device).uuid))
+        mine = {pid: nbytes - reserved_bytes for pid, nbytes in told.items() if nbytes >= reserved_bytes}
+        candidates = [mine[os.getpid()]] if os.getpid() in mine else list(mine.values())
+        return min(most_bytes, candidates[0] if len(candidates) == 1 else _CONTEXT_BYTES)
 
     @contextmanager
     def workspace_meter(self) -> Iterator[_WorkspaceMeter]:

@@ -141,6 +141,10 @@ class Device(ABC):
         """Return what this process holds of the device's memory, of all that a budget counts, used or not."""
         return self.reserved_bytes()
 
+    def context_bytes(self) -> int:
+        """Return what this process holds of the device's memory outside PyTorch, once computing there has begun."""
+        return 0
+
     def give_back(self) -> None:  # noqa: B027  # most allocators have nothing to give back
         """Give memory that the allocator holds on to, and nobody uses, back to the device."""
 

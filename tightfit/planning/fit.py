@@ -130,7 +130,7 @@ def fit(
     key = step_key(watch, batch, step.optimizers)  # before anything runs, which may change what is compared
     group = process_group_of(model)
     with ExitStack() as cap, _failures_explained(budget, group), Trial(model, batch, step) as trial:
-        if memory_cap:
+        if memory_cap and group.is_single_process:
             cap.callback(device_for(device).cap_held(budget.total_bytes))
         with budget.in_totals():
             applied, found = search(trial, budget.step_bytes, grad_checkpoint, profile=profile)
@@ -153,6 +153,8 @@ def fit(
                 raise VerificationFailed(verdict.reason, verdict)
             if not verdict.ok and trial.group.is_main_process:
                 _warn(verdict)
+            if memory_cap and not group.is_single_process:  # not before: nobody can leave a trial step that runs out
+                cap.callback(device_for(device).cap_held(budget.total_bytes))
         except BaseException:
             applied.remove()
             raise

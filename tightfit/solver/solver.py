@@ -29,8 +29,10 @@ _RECURSIVE_SHARE = 0.9
 DATA_DEPENDENT_MARGIN = 0.05
 #: How far a plan's time may be from the best choice among the columns, in parts of the plain step.
 _TIME_GAP = 1e-9
-#: Limits of allocated bytes that are solved for until what is reserved is close to the budget, and how close that is.
+#: Limits of allocated bytes that are solved for until what is reserved is close to the budget; how many of them are
+#: guessed from how far the last one exceeded it, before the search halves what is between; and how close is enough.
 _MOST_LIMITS = 8
+_MOST_GUESSES = 2
 _NEAR_LIMIT = 0.01
 
 
@@ -170,24 +172,27 @@ class Solver:
         """Return the fastest plan found for which the process holds no more than the budget.
 
         What the allocator reserves beyond what is allocated is known of a plan, not before.  So plans are solved for
-        limits of what is allocated, the next one lower by what the last one was too much, then in between.
+        limits of what is allocated: the next one lower by what the last one was too much, soon halfway between one that
+        fits, or the smallest there is, and one that exceeds.
         """
         state = self.profile.allocator
         assert state is not None
         if budget_bytes < self.smallest().peak_bytes:  # what is named as the smallest budget is it, by chance or not
             raise self._infeasible(budget_bytes)
         least_bytes = min(walked.peak_bytes for walked in (self._one_level, *(c.simulation for c in self._recursive)))
-        limit_bytes = budget_bytes - state.outside_bytes - state.beside_bytes
-        for _ in range(_MOST_LIMITS):
+        highest_bytes = budget_bytes - state.outside_bytes - state.beside_bytes
+        for tried in range(_MOST_LIMITS):
             over_bytes = {limit: plan.predicted_peak_bytes - budget_bytes for limit, plan in self._of_limits.items()}
-            fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=0)
-            exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=limit_bytes + 1)
-            if exceeds_bytes <= limit_bytes:
-                limit_bytes = exceeds_bytes - over_bytes[exceeds_bytes]
-                if fits_bytes or limit_bytes < least_bytes:
-                    limit_bytes = (max(fits_bytes, least_bytes) + exceeds_bytes) // 2
-            if limit_bytes < least_bytes or exceeds_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
+            fits_bytes = max((limit for limit, over in over_bytes.items() if over <= 0), default=least_bytes - 1)
+            exceeds_bytes = min((limit for limit in over_bytes if limit > fits_bytes), default=None)
+            end_bytes = min(highest_bytes + 1, exceeds_bytes or highest_bytes + 1)
+            if end_bytes - fits_bytes < budget_bytes * _NEAR_LIMIT:
                 break
+            limit_bytes = highest_bytes
+            if exceeds_bytes is not None:
+                limit_bytes = min(limit_bytes, exceeds_bytes - over_bytes[exceeds_bytes])
+                if fits_bytes >= least_bytes or tried >= _MOST_GUESSES or limit_bytes <= least_bytes:
+                    limit_bytes = (fits_bytes + end_bytes) // 2
             self._of_limits[limit_bytes] = self._solve(limit_bytes)
         fitting = [plan for plan in self._of_limits.values() if plan.predicted_peak_bytes <= budget_bytes]
         found = min(fitting, key=lambda plan: plan.predicted_step_ms, default=None)

@@ -289,7 +289,6 @@ def _introduce(prepared: _Prepared, reporter: Reporter) -> None:
         origin = f" of {evaluator.data.description}" if config.eval_dataset is not None else ""
         reporter.say(f"eval    {len(evaluator.samples):,} held-out samples{origin}")
     split = f", {work.accumulation_steps} microbatches a step" if work.accumulation_steps > 1 else ""
-    reporter.say(
-        f"run     {prepared.folder.path} on {work.device}{split}, budget {format_bytes(work.budget.total_bytes)}"
-        f"{' (all that is free)' if work.budget.is_auto else ''}"
-    )
+    origin = f" ({work.budget.origin})" if work.budget.origin else ""
+    budget = f"{format_bytes(work.budget.total_bytes)}{origin}"
+    reporter.say(f"run     {prepared.folder.path} on {work.device}{split}, budget {budget}")

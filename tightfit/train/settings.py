@@ -155,7 +155,7 @@ class MemorySettings(Settings):
     TITLE = "memory"
 
     memory: str = "auto"
-    """Memory budget: 8GiB, 8GB, 75% of the device's memory, or auto: what the device has free"""
+    """Memory budget: 8GiB, 8GB, 8GiB+context (beside a GPU's context), 75% of the device, or auto: all that is free"""
     exclude: tuple[str, ...] = ()
     """Leave the modules whose path matches untouched, e.g. layers.*.attn; may be given several times"""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 import os
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 import tightfit
 from benchmarks.gpu_check.models import trained_llama
-from benchmarks.gpu_check.registry import Report, Skip, check
+from benchmarks.gpu_check.registry import Report, check
 from tests.emulated_cuda.counters import is_active
 from tightfit.device import device_for
 from tightfit.solver.solver import Solver
@@ -41,22 +40,18 @@ def expandable_segments(report: Report) -> None:
 @check("memory-cap", place=8, seconds=60, shows="a budget that the allocator itself enforces")
 def memory_cap(report: Report) -> None:
     """Fit the same budgets with the allocator capped."""
-    if "memory_cap" not in inspect.signature(tightfit.fit).parameters:
-        raise Skip("this tightfit's fit has no memory_cap=")
     _fit_and_train(report, _SHARES[1:], memory_cap=True)
 
 
 def _fit_and_train(report: Report, shares: tuple[float, ...], **settings: Any) -> None:
-    device = device_for("cuda")
     model, tokens, step = trained_llama()
     profile = tightfit.measure(model, tokens, step=step)
     solver = Solver(profile)
     smallest, plain = solver.smallest().peak_bytes, solver.plain(0).predicted_peak_bytes
     report.note("predicted", smallest_bytes=smallest, plain_bytes=plain, resident_bytes=profile.baseline_bytes)
-    outside = device.held_bytes() - device.reserved_bytes()
     for share in shares:
         case = f"{share:.0%} of what can be saved is kept"
-        budget = int(smallest + share * (plain - smallest)) + outside
+        budget = int(smallest + share * (plain - smallest))
         try:
             applied = tightfit.fit(model, tokens, budget=budget, step=step, profile=profile, **settings)
         except tightfit.BudgetInfeasible as error:
@@ -77,8 +72,8 @@ def _fit_and_train(report: Report, shares: tuple[float, ...], **settings: Any) -
             case,
             budget_bytes=budget,
             predicted_bytes=plan.predicted_peak_bytes,
-            predicted_allocated_bytes=getattr(plan, "predicted_allocated_bytes", None),
-            predicted_reserved_bytes=getattr(plan, "predicted_reserved_bytes", None),
+            predicted_allocated_bytes=plan.predicted_allocated_bytes,
+            predicted_reserved_bytes=plan.predicted_reserved_bytes,
             measured_by_fit_bytes=verdict.measured_peak_bytes,
             **peaks,
             correction_bytes=applied.profile.correction_bytes if applied.profile is not None else None,
@@ -129,8 +124,9 @@ def auto(report: Report) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     for share in (0.7, 0.4):
-        left = int(smallest + share * (plain - smallest)) + 2**28  # a part for cuBLAS's workspaces and whole segments
-        free_and_held = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        left = int(smallest + share * (plain - smallest))
+        device = device_for("cuda")
+        free_and_held = device.free_bytes() + device.held_bytes()
         taken = torch.empty(max(0, free_and_held - left), dtype=torch.uint8, device="cuda")
         case = f"{share:.0%} of what can be saved fits beside what is taken"
         retries = torch.cuda.memory_stats().get("num_ooms", 0)

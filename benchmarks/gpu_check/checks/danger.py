@@ -14,22 +14,28 @@ from torch import Tensor, nn
 import tightfit
 from benchmarks.gpu_check.checks.layouts import Attention
 from benchmarks.gpu_check.registry import Report, Skip, check
+from tests.emulated_cuda.counters import is_active
 from tightfit.solver.solver import Solver
 
-_SECONDS_EACH = 120
+#: One that hangs must not take the others' time; on emulated devices all are slow.
+_SECONDS_EACH = None if is_active() else 45
 
 
 @check("danger", place=2, seconds=100, shows="measuring what made-up data could crash leaves a working CUDA context")
 def danger(report: Report) -> None:
     """Measure each in a process of its own, and multiply two matrices there afterwards."""
     for name in DANGERS:
-        done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import measured; measured({name!r})"],
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS_EACH,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", f"from {__name__} import measured; measured({name!r})"],
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS_EACH,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            report.claim(name, "measured, and the context is alive", False, says=f"no end in {_SECONDS_EACH} s")
+            continue
         print(done.stdout, done.stderr, flush=True)  # into the check's log
         lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
         errors = [line for line in lines if "Error" in line]

@@ -9,22 +9,23 @@ import tightfit
 from benchmarks.gpu_check.flash_attention import flash_attend
 from benchmarks.gpu_check.models import trained_llama
 from benchmarks.gpu_check.registry import Report, check
-from benchmarks.llama import Parts, RmsNorm, attend, silu_times
-from tightfit.simulation.profile_index import ProfileIndex
+from benchmarks.llama import RmsNorm, attend, rotary, rotate, silu_times
+from benchmarks.llama_kernels import LayerBytes, variants
 from tightfit.solver.solver import Solver
 
 
 @check("kernels", place=14, seconds=90, shows="what is droppable of Llama's saved bytes, by whose kernels it runs on")
 def kernels(report: Report) -> None:
     """Measure Llama at the sizes of 8 B with several kernels, and verify the plans that drop the most."""
-    for case, parts in _variants(report).items():
+    _claim_all_alike(report)
+    for case, parts in variants().items():
         model, tokens, step = trained_llama(parts)
         profile = tightfit.measure(model, tokens, step=step)
-        saved, held = _layer_bytes(profile)
+        layer = LayerBytes.of(profile)
         solver = Solver(profile)
         report.note(
-            case, method=profile.method, saved_by_layer_bytes=saved, held_by_layer_bytes=held,
-            droppable=1 - held / saved if saved else None,
+            case, method=profile.method, saved_by_layer_bytes=layer.saved, held_by_layer_bytes=layer.held,
+            droppable=layer.droppable,
             smallest_above_resident_bytes=solver.smallest().peak_bytes - profile.baseline_bytes,
             plain_above_resident_bytes=solver.plain(0).predicted_peak_bytes - profile.baseline_bytes,
         )  # fmt: skip
@@ -38,21 +39,20 @@ def kernels(report: Report) -> None:
         torch.cuda.empty_cache()
 
 
-def _variants(report: Report) -> dict[str, Parts]:
-    found = {"PyTorch": Parts(), "attention as a custom operator": Parts(attention=flash_attend)}
-    try:
-        from benchmarks.gpu_check.triton_kernels import TritonRmsNorm, triton_silu_times
-    except ImportError as error:
-        report.note("norms and gates by Triton", reason=f"not run: Triton cannot be imported: {error}")
-        return found
-    found["norms and gates by Triton"] = Parts(norm=TritonRmsNorm, gate=triton_silu_times)
+def _claim_all_alike(report: Report) -> None:
     x, y = (torch.randn(64, 512, device="cuda", requires_grad=True) for _ in range(2))
-    _claim_alike(report, "norm", RmsNorm(512).to("cuda")(x), TritonRmsNorm(512).to("cuda")(x), x)
-    _claim_alike(report, "gate", silu_times(x, y), triton_silu_times(x, y), x)
     shape = (2, 4, 256, 64)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     _claim_alike(report, "attention", attend(q, k, v), flash_attend(q, k, v), q)
-    return found
+    try:
+        from benchmarks.gpu_check.triton_kernels import TritonRmsNorm, triton_rotate, triton_silu_times
+    except ImportError as error:
+        report.note("kernels by Triton", reason=f"not run: Triton cannot be imported: {error}")
+        return
+    _claim_alike(report, "norm", RmsNorm(512).to("cuda")(x), TritonRmsNorm(512).to("cuda")(x), x)
+    _claim_alike(report, "gate", silu_times(x, y), triton_silu_times(x, y), x)
+    angles = rotary(256, 64, q)
+    _claim_alike(report, "rotation", rotate(q, *angles), triton_rotate(q, *angles), q)
 
 
 def _claim_alike(report: Report, case: str, ours: Tensor, theirs: Tensor, x: Tensor) -> None:
@@ -62,20 +62,3 @@ def _claim_alike(report: Report, case: str, ours: Tensor, theirs: Tensor, x: Ten
     allowed = 3e-2 if x.dtype is torch.bfloat16 else 1e-4
     close = torch.allclose(ours, theirs, atol=allowed) and torch.allclose(*gradients, atol=allowed)
     report.claim(case, "the kernel computes what PyTorch computes", close, needs_results=True)
-
-
-def _layer_bytes(profile: tightfit.Profile) -> tuple[int, int]:
-    """Return what the first layer saves, and what of it is held by the plan that drops all that can be dropped."""
-    index = ProfileIndex(profile)
-    full = Solver(profile).full(2**50)
-    recipe_of = {region.key: full.recipes[region.recipe] for region in full.regions if region.recipe >= 0}
-    saved = held = 0
-    for number, region in enumerate(profile.regions):
-        if not region.key.startswith("layers.0"):
-            continue
-        slots = [slot for slot in index.profile.slots if slot.region == number]
-        storages = {profile.values[slot.value].storage for slot in slots}
-        nbytes = sum(profile.storages[s].nbytes for s in storages if profile.storages[s].component == "activation")
-        saved += nbytes
-        held += recipe_of[region.key].held_bytes if region.key in recipe_of else nbytes
-    return saved, held

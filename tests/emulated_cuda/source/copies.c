@@ -2,7 +2,24 @@
 // is read from there is zeros. A single byte is 1: it is mostly a comparison's answer, and "equal" lets programs go on.
 #include "runtime.h"
 
+#include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
+
+enum { PAGE = 4096, SPARSE_FROM = 1 << 20 };
+
+// Zeros of an ordinary allocation need no memory: its pages are given back, and are zeros when they are read.
+static void zero(void *to, size_t bytes) {
+    char *begin = (char *)(((uintptr_t)to + PAGE - 1) & ~(uintptr_t)(PAGE - 1));
+    char *end = (char *)(((uintptr_t)to + bytes) & ~(uintptr_t)(PAGE - 1));
+    bool is_sparse = settings()->sparse_copies && bytes >= SPARSE_FROM;
+    if (!is_sparse || madvise(begin, (size_t)(end - begin), MADV_DONTNEED) != 0) {
+        memset(to, 0, bytes);
+        return;
+    }
+    memset(to, 0, (size_t)(begin - (char *)to));
+    memset(end, 0, (size_t)((char *)to + bytes - end));
+}
 
 static void copy(void *to, const void *from, size_t bytes) {
     if (settings()->real_memory) {
@@ -10,7 +27,8 @@ static void copy(void *to, const void *from, size_t bytes) {
     } else if (is_device_address(to)) {
         return;
     } else if (is_device_address(from)) {
-        memset(to, bytes == 1, bytes);
+        if (bytes == 1) *(char *)to = 1;
+        else zero(to, bytes);
     } else {
         memmove(to, from, bytes);
     }

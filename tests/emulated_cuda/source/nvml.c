@@ -31,6 +31,13 @@ EXPORT int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, nvml_device *device
     return nvmlDeviceGetHandleByIndex_v2(number - 1, device);
 }
 
+// As cudaGetDeviceProperties tells it: its first byte is the device's number, from 1 on.
+EXPORT int nvmlDeviceGetHandleByUUID(const char *uuid, nvml_device *device) {
+    unsigned number;
+    if (sscanf(uuid, "GPU-%2x", &number) != 1 || number == 0) return NVML_ERROR_INVALID_ARGUMENT;
+    return nvmlDeviceGetHandleByIndex_v2(number - 1, device);
+}
+
 EXPORT int nvmlSystemGetCudaDriverVersion_v2(int *version) { return (int)cudaDriverGetVersion(version); }
 
 EXPORT int nvmlDeviceGetNvLinkRemoteDeviceType(void) { return NVML_ERROR_NOT_SUPPORTED; }
@@ -50,7 +57,7 @@ EXPORT int nvmlDeviceGetGpuFabricInfoV(nvml_device device, struct fabric_info *i
     return NVML_SUCCESS;
 }
 
-// ---- processes on a device: this one
+// ---- processes on a device: this one, by the number that it has or, as in a container, by another
 
 struct process {
     unsigned pid;
@@ -62,6 +69,8 @@ struct process_3 {
     unsigned gpu_instance, compute_instance;
 };
 
+static unsigned own_number(void) { return (unsigned)getpid() + (settings()->in_container ? 1u << 24 : 0); }
+
 static unsigned long long bytes_with_context(nvml_device device) {
     return used_bytes((int)(uintptr_t)device - 1) + settings()->context_bytes;
 }
@@ -70,7 +79,7 @@ EXPORT int nvmlDeviceGetComputeRunningProcesses(nvml_device device, unsigned *co
     unsigned room = *count;
     *count = 1;
     if (room == 0 || processes == NULL) return NVML_ERROR_INSUFFICIENT_SIZE;
-    processes[0] = (struct process){.pid = (unsigned)getpid(), .bytes = bytes_with_context(device)};
+    processes[0] = (struct process){.pid = own_number(), .bytes = bytes_with_context(device)};
     return NVML_SUCCESS;
 }
 
@@ -78,6 +87,6 @@ EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(nvml_device device, unsigned 
     unsigned room = *count;
     *count = 1;
     if (room == 0 || processes == NULL) return NVML_ERROR_INSUFFICIENT_SIZE;
-    processes[0] = (struct process_3){.pid = (unsigned)getpid(), .bytes = bytes_with_context(device)};
+    processes[0] = (struct process_3){.pid = own_number(), .bytes = bytes_with_context(device)};
     return NVML_SUCCESS;
 }

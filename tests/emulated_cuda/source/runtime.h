@@ -24,7 +24,9 @@ struct settings {
     size_t device_bytes;
     size_t context_bytes;  // taken from each device before the first allocation, as by a real context
     bool real_memory;      // there is memory behind the addresses, and copies copy
+    bool sparse_copies;    // the zeros that large copies to the host bring take no memory there
     bool show_launches;
+    bool in_container;     // the driver knows this process by another number than it has itself
     const char *broken_by;  // part of the name of a kernel that fails, or NULL
 };
 const struct settings *settings(void);

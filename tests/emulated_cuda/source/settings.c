@@ -18,6 +18,8 @@ static void read_environment(void) {
     values.context_bytes = (size_t)(number("EMULATED_CUDA_CONTEXT_MIB", 520) * (1 << 20));
     values.real_memory = number("EMULATED_CUDA_REAL_MEMORY", 0) != 0;
     values.show_launches = number("EMULATED_CUDA_SHOW_LAUNCHES", 0) != 0;
+    values.sparse_copies = number("EMULATED_CUDA_SPARSE_COPIES", 0) != 0;
+    values.in_container = number("EMULATED_CUDA_IN_CONTAINER", 0) != 0;
     const char *kernel = getenv("EMULATED_CUDA_BROKEN_BY");
     values.broken_by = kernel != NULL && *kernel != '\0' ? kernel : NULL;
 }
