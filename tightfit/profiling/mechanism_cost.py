@@ -6,21 +6,24 @@ mechanism is measured twice: in a loop, and with other data sent through the cac
 (`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
 loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
 Python's alone; what counts there is the time until all is submitted, on tensors of that GPU, whose streams and
-generators are asked for.
+generators are asked for.  There the same goes for the plain step: many of its operations take longer to be asked for than
+to be done, so what modules and autograd do around them is measured, too.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 
 from tightfit.device import device_for
 from tightfit.profiling.cost_cache import Cost, CostCache
+from tightfit.profiling.costs import time_alone
 from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget
 from tightfit.records import Op, Recipe, Storage, Value
 from tightfit.replay.executors import RegionCall
@@ -41,8 +44,11 @@ _KEY = "<overhead>"
 class Overhead:
     """Milliseconds; see the fields of the same names of `Profile`."""
 
+    forward_ms_per_op: float = 0.0
+    backward_ms_per_op: float = 0.0
     mode_ms_per_op: float = 0.0
     tape_ms_per_op: float = 0.0
+    replay_ms_per_op: float = 0.0
     module_ms_per_op: float = 0.0
     module_ms_per_call: float = 0.0
 
@@ -80,7 +86,10 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
         return Overhead(*known)
     random_state = RandomState()
     with torch.enable_grad():
-        overhead = Overhead(*_measure_tape(device, cold), *_measure_module(device, cold))
+        alone_ms = {} if device_for(device).is_host else _measure_alone(device)
+        overhead = Overhead(
+            *_measure_plain(device, alone_ms), *_measure_tape(device, cold, alone_ms), *_measure_module(device, cold)
+        )
     random_state.restore()
     forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
@@ -124,8 +133,44 @@ def _weight(device: torch.device) -> torch.Tensor:
     return torch.full((1,), 0.5, device=device, requires_grad=True)
 
 
-def _measure_tape(device: torch.device, cold: bool) -> tuple[float, float]:
-    """Return what an operation costs in a planned region, and further when taped and replayed."""
+def _measure_alone(device: torch.device) -> dict[str, float]:
+    """Return what the chain's operations, of forward and backward, take the host as operations are timed alone."""
+    aten = torch.ops.aten
+    x = _weight(device).detach()
+    timer = device_for(device).operation_timer()
+    calls: tuple[tuple[str, Any, tuple[torch.Tensor, ...]], ...]
+    calls = ("abs", aten.abs.default, (x,)), ("sgn", aten.sgn.default, (x,)), ("mul", aten.mul.Tensor, (x, x))
+    return {
+        name: time_alone(timer, func, args, {}, _ROUNDS, grad_enabled=True).host_ms for name, func, args in calls
+    }
+
+
+def _measure_plain(device: torch.device, alone_ms: Mapping[str, float]) -> tuple[float, float]:
+    """Return what the host does in a plain step for each operation of forward, and of backward, beside the operation."""
+    if not alone_ms:  # the host does them itself, which takes much longer
+        return 0.0, 0.0
+    chain, weight = _Chain(_OPS, cold=False), _weight(device)
+    gradient = torch.ones_like(weight)
+    forward: list[float] = []
+    backward: list[float] = []
+    for _ in range(_ROUNDS):
+        device_for(device).synchronize()
+        begin = time.perf_counter()
+        result = chain(weight, [])
+        middle = time.perf_counter()
+        result.backward(gradient)
+        forward.append((middle - begin) * 1e3 / _OPS)
+        backward.append((time.perf_counter() - middle) * 1e3 / _OPS)
+        weight.grad = None
+    forward_ms = statistics.median(forward) - alone_ms["abs"]
+    backward_ms = (statistics.median(backward) - alone_ms["sgn"] - alone_ms["mul"]) / 2
+    return round(max(0.0, forward_ms), 6), round(max(0.0, backward_ms), 6)
+
+
+def _measure_tape(device: torch.device, cold: bool, alone_ms: Mapping[str, float]) -> tuple[float, float, float]:
+    """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time
+    where that is known.
+    """
     passing, taped = _installed(), Installed(recipes={}, self_check=False)
     contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "plain": nullcontext,
@@ -157,8 +202,8 @@ def _measure_tape(device: torch.device, cold: bool) -> tuple[float, float]:
     scale = 1.0
     if cold:
         scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
-    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"])
-    return round(mode_ms, 6), round(record_ms + replay_ms, 6)
+    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"] - alone_ms.get("abs", 0.0))
+    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6)
 
 
 def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:

@@ -121,8 +121,11 @@ def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> 
         events=tuple(events),
         baseline={**profile.baseline, "optimizer_state": reference.baseline["optimizer_state"]},
         optimizer=reference.optimizer,
+        forward_ms_per_op=reference.forward_ms_per_op,
+        backward_ms_per_op=reference.backward_ms_per_op,
         mode_ms_per_op=reference.mode_ms_per_op,
         tape_ms_per_op=reference.tape_ms_per_op,
+        replay_ms_per_op=reference.replay_ms_per_op,
         module_ms_per_op=reference.module_ms_per_op,
         module_ms_per_call=reference.module_ms_per_call,
     )

@@ -18,13 +18,16 @@ from operator import le
 import numpy as np
 
 from tightfit.records import Decision
-from tightfit.solver.columns import Array, Column, ColumnSource
+from tightfit.solver.columns import Column, ColumnSource
 from tightfit.solver.highs import INFINITY, Program, Solution
 from tightfit.solver.pricing import Prices
+from tightfit.solver.time_cuts import Array, Cut
 
 #: Moments added at once, at most: the worst of as many stretches of the timeline.
 _MOMENTS_PER_ROUND = 12
-
+#: What a millisecond of added work weighs beside one of the step's time: of equally fast plans the one of least work is
+#: taken.
+_WORK = 1e-6
 
 #: Bytes at each of the master's moments.
 _Levels = tuple[int, ...]
@@ -44,6 +47,8 @@ class _Group:
     """For each column, the bytes at each moment, a shared storage included if no other region may hold it then."""
     linked: list[_Links]
     """For each column, the shared storages that others may hold too, at the moments that have any."""
+    times: list[tuple[float, ...]]
+    """For each column, what it adds to each way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class _Built:
     variables: list[list[int]]
     """For each group, one variable for each column."""
     moment_rows: list[int]
+    cut_rows: list[int]
+    """None where there is but one way, whose time is the cost."""
     links: list[_Link]
 
 
@@ -76,10 +83,14 @@ class Master:
     """Class to the decisions on offer, in order of arrival."""
     unit: int = field(init=False)
     """Greatest common divisor of all sizes: bytes are counted in it."""
+    cuts: list[Cut] = field(init=False)
+    """Of the ways considered so far, see `time_cuts`."""
     _classes: list[int] = field(init=False)
     _stretches: Array = field(init=False)
     _places: list[list[tuple[int, bool]]] = field(init=False)
     """Region, moment: where the moment is in the region's timeline."""
+    _cut_places: list[list[tuple[int, bool]]] = field(init=False)
+    """The same for the ways' cuts."""
     _vectors: list[list[list[tuple[int, tuple[int, ...]]]]] = field(init=False)
     """Region, decision, moment: what the column says at the moment; for the regions that were looked up."""
     _holding: list[dict[int, set[int]]] = field(default_factory=list)
@@ -89,12 +100,14 @@ class Master:
         profile = self.source.index.profile
         sizes = [s.nbytes for s in profile.storages] + [s.workspace_bytes for s in profile.signatures]
         self.unit = gcd(*sizes) or 1
+        self.cuts = list(self.source.cuts.first)
         self._classes = [region.class_id for region in profile.regions]
         for class_id in self._classes:
             self.decisions.setdefault(class_id, {None: None})
         self._stretches = np.array(_stretches(self.source))
         self._vectors = [[] for _ in self._classes]
         self._places = [[] for _ in self._classes]
+        self._cut_places = [[] for _ in self._classes]
         plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
         self.add_moments(plain, 0)
 
@@ -119,6 +132,16 @@ class Master:
         self.moments += new.tolist()
         return bool(new.size)
 
+    def add_cut(self, chosen: Sequence[tuple[Column, float]], known_ms: float) -> bool:
+        """Add the longest way for these columns, unless no way is longer than `known_ms`; return whether it is new."""
+        if self.source.cuts.is_single:
+            return False
+        cut, ms = self.source.longest_way(chosen)
+        if not self.source.cuts.is_longer(ms, known_ms) or cut in self.cuts:
+            return False
+        self.cuts.append(cut)
+        return True
+
     def _build(self, budget_bytes: int | None, *, relaxed: bool = False) -> _Built:
         """Build the program. With a budget: least time within it; without: least peak, which is the last variable."""
         source = self.source
@@ -127,12 +150,20 @@ class Master:
         rows: list[dict[int, float]] = [{} for _ in self.moments]
         holders: dict[tuple[int, int], dict[int, list[int]]] = {}  # (moment, storage) -> region -> variables
         variables: list[list[int]] = []
+        is_single = self.source.cuts.is_single
+        ways: list[dict[int, float]] = [{} for _ in self.cuts]
         for group in groups:
             size = len(group.regions)
             numbers = []
-            for column, levels, linked in zip(group.columns, group.levels, group.linked, strict=True):
-                number = program.variable(column.overhead_ms if budget_bytes is not None else 0.0, size, integer=True)
+            for column, levels, linked, times in zip(
+                group.columns, group.levels, group.linked, group.times, strict=True
+            ):
+                cost = times[0] if is_single else _WORK * column.work_ms
+                number = program.variable(cost if budget_bytes is not None else 0.0, size, integer=True)
                 numbers.append(number)
+                for entries, added_ms in zip(ways, times, strict=True):
+                    if added_ms:
+                        entries[number] = added_ms
                 for entries, level in zip(rows, levels, strict=True):
                     if level:
                         entries[number] = level // self.unit
@@ -148,7 +179,13 @@ class Master:
                 moment_rows.append(program.row({**entries, peak: -1.0}, -INFINITY, -source.base[time] / self.unit))
             else:
                 moment_rows.append(program.row(entries, -INFINITY, (budget_bytes - source.base[time]) // self.unit))
-        return _Built(program, groups, variables, moment_rows, links)
+        cut_rows = []
+        if budget_bytes is not None and not is_single:
+            step = program.variable(1.0)
+            for cut, entries in zip(self.cuts, ways, strict=True):
+                base_ms = self.source.cuts.base_ms(cut)
+                cut_rows.append(program.row({**entries, step: -1.0}, -INFINITY, -base_ms))
+        return _Built(program, groups, variables, moment_rows, cut_rows, links)
 
     def _link(
         self,
@@ -196,7 +233,9 @@ class Master:
         same: dict[Hashable, list[int]] = {}
         for region, (timeline, places) in enumerate(zip(self.source.timelines, self._places, strict=True)):
             places += [timeline.place(time) for time in self.moments[len(places) :]]
-            same.setdefault((timeline.pattern, tuple(places)), []).append(region)
+            ways = self._cut_places[region]
+            ways += [timeline.place(cut.event) for cut in self.cuts[len(ways) :]]
+            same.setdefault((timeline.pattern, tuple(places), tuple(ways)), []).append(region)
         with_shared: list[int] = []
         alike: dict[Hashable, tuple[list[int], list[_Levels], list[_Links]]] = {}
         for key, regions in same.items():
@@ -210,15 +249,20 @@ class Master:
             self._look_up(region)
         for region in with_shared:
             levels, linked = self._coefficients(region)
-            key = (self._classes[region], tuple(levels), tuple(linked))
+            key = (self._classes[region], tuple(levels), tuple(linked), tuple(self._times(region)))
             alike.setdefault(key, ([], levels, linked))[0].append(region)
         groups = []
         for regions, levels, linked in sorted(alike.values(), key=lambda entry: entry[0][0]):
             decisions = self.decisions[self._classes[regions[0]]]
             columns = [self.source.column(regions[0], decision) for decision in decisions]
-            group = _Group(regions, columns, levels, linked)
+            group = _Group(regions, columns, levels, linked, self._times(regions[0]))
             groups.append(_undominated(group) if pruned else group)
         return groups
+
+    def _times(self, region: int) -> list[tuple[float, ...]]:
+        """Return, for each column of a region, what it adds to each way."""
+        columns = (self.source.column(region, decision) for decision in self.decisions[self._classes[region]])
+        return [tuple(column.added_ms(cut) for cut in self.cuts) for column in columns]
 
     def _coefficients(self, region: int) -> tuple[list[_Levels], list[_Links]]:
         """Return, for each column of a region, bytes, and what is shared, at each moment."""
@@ -252,7 +296,10 @@ class Master:
                 for region in group.regions
             ]
             limit = budget_bytes if budget_bytes is not None else solution.cost * self.unit
-            if not self.add_moments(self.source.peaks(weights), limit * (1 + 1e-9) + 1e-3):
+            grown = self.add_moments(self.source.peaks(weights), limit * (1 + 1e-9) + 1e-3)
+            if budget_bytes is not None:
+                grown |= self.add_cut(weights, self._step_ms(built, solution))
+            if not grown:
                 return Relaxation(self._prices(built, solution, budget_bytes), solution.cost)
 
     def _prices(self, built: _Built, solution: Solution, budget_bytes: int | None) -> Prices:
@@ -278,7 +325,25 @@ class Master:
                     for time in link.moments:
                         if time in private:
                             shared[time, link.storage, region] = part * factor * private[time]
-        return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
+        return Prices(times=self._weights(built, solution, budget_bytes), private=private, shared=shared)
+
+    def _weights(self, built: _Built, solution: Solution, budget_bytes: int | None) -> dict[Cut, float]:
+        """Return what each way weighs in the relaxation's time."""
+        if budget_bytes is None:
+            return {}
+        if not built.cut_rows:
+            return dict.fromkeys(self.cuts, 1.0)
+        weights = {
+            cut: weight
+            for cut, row in zip(self.cuts, built.cut_rows, strict=False)
+            if (weight := -solution.duals[row]) > 1e-12
+        }
+        whole = max(1.0, sum(weights.values()))  # more than 1 only by the solver's tolerance
+        return {cut: weight / whole for cut, weight in weights.items()}
+
+    def _step_ms(self, built: _Built, solution: Solution) -> float:
+        """Return what the longest of the ways considered adds in a solution."""
+        return solution.values[-1] if built.cut_rows else solution.cost
 
     def fastest(self, budget_bytes: int, gap_ms: float) -> tuple[list[Decision | None], float] | None:
         """Return the decisions of least time that hold at every moment; None if there are none.
@@ -293,13 +358,25 @@ class Master:
             if solution is None:
                 return None
             if tightened == budget_bytes:  # and some moments left out: fewer rows, so no choice is left out
-                bound_ms = max(bound_ms, solution.bound)
+                bound_ms = max(bound_ms, solution.bound - self._most_work_ms(built))
             decisions = self._decisions(built, solution)
-            peaks = self.source.peaks(self.chosen(decisions))
+            chosen = self.chosen(decisions)
+            peaks = self.source.peaks(chosen)
+            longer = self.add_cut(chosen, self._step_ms(built, solution))
             if peaks.max() <= budget_bytes:
+                if longer:
+                    continue
                 return decisions, bound_ms
             if not self.add_moments(peaks, budget_bytes):  # the solver's tolerance was more than a byte
                 tightened -= max(self.unit, int(peaks.max()) - budget_bytes)
+
+    @staticmethod
+    def _most_work_ms(built: _Built) -> float:
+        """Return how much of a solution's cost may be the price of work instead of time."""
+        if not built.cut_rows:
+            return 0.0
+        most = (len(group.regions) * max(column.work_ms for column in group.columns) for group in built.groups)
+        return _WORK * sum(most)
 
     def smallest(self) -> tuple[int, list[Decision | None]]:
         """Return the least peak in bytes that the columns on offer can reach, and decisions that reach it."""
@@ -342,17 +419,23 @@ class Relaxation:
 
 def _undominated(group: _Group) -> _Group:
     """Leave out the columns that another one equals or beats in time, in every row and in what it shares."""
-    order = sorted(range(len(group.columns)), key=lambda place: group.columns[place].overhead_ms)
+    order = sorted(range(len(group.columns)), key=lambda place: group.times[place])
     kept: list[int] = []
     for place in order:
-        levels, linked = group.levels[place], group.linked[place]
-        if not any(all(map(le, group.levels[other], levels)) and group.linked[other] <= linked for other in kept):
+        levels, linked, times = group.levels[place], group.linked[place], group.times[place]
+        if not any(
+            all(map(le, group.levels[other], levels))
+            and group.linked[other] <= linked
+            and all(map(le, group.times[other], times))
+            for other in kept
+        ):
             kept.append(place)
     return _Group(
         group.regions,
         [group.columns[place] for place in kept],
         [group.levels[place] for place in kept],
         [group.linked[place] for place in kept],
+        [group.times[place] for place in kept],
     )
 
 
