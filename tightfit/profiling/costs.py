@@ -231,7 +231,13 @@ def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def time_alone(
-    timer: OperationTimer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], repeats: int, *, grad_enabled: bool
+    timer: OperationTimer,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    repeats: int,
+    *,
+    grad_enabled: bool,
 ) -> OperationTimes:
     """Return the shortest times of an operation, without autograd, on a device beside the host."""
     with below_autograd():
