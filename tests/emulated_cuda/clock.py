@@ -32,8 +32,7 @@ class Costs:
     of_processor: bool = False
     """The processor's time of this process passes for the host, too."""
     call_us: float = 0.0
-    """The host, for each call that Python makes of a function, its own or another: by which Python's work is counted the
-    same way every time."""
+    """The host, for each function that Python calls, of its own or in C: so Python's work is the same every time."""
 
 
 def seconds() -> float:

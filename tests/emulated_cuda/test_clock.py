@@ -5,27 +5,14 @@ The host's time is counted in launches and in Python's calls, so that it is the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
 import pytest
 import torch
-from torch import nn
 
-import tightfit
+from benchmarks.gpu_clock import COUNTED, RATIOS, Row, Training, rows_of
 from tests.emulated_cuda import clock, counters
 from tests.support import fixed_costs
 from tightfit.device import device_for
 from tightfit.profiling.costs import time_alone
-from tightfit.records import Plan, Profile
-from tightfit.solver.solver import Solver, full_plan
-from tightfit.step.step import Step
-
-#: A step's launches take as long as Python's calls, about; copies and large kernels take long enough to get ahead.
-HOST = clock.Costs(launch_us=20.0, call_us=0.5, kernel_ps_per_thread=20.0)
-#: Calls of libraries (matrix products) take so many times as long as other kernels.
-HEAVY = 6.0
 
 
 def test_the_host_goes_on_until_it_waits() -> None:
@@ -112,122 +99,31 @@ def test_a_timer_writes_no_more_than_it_may() -> None:
 # ------------------------------------------------------------------------------------------------ steps
 
 
-class Block(nn.Module):
-    """Products of matrices, and small kernels between them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.up(self.norm(x))
-        return x + self.down(y * y.sigmoid().tanh())
-
-
-@dataclass
-class Found:
-    """What a step took, and what was said."""
-
-    plain_ms: float
-    planned_ms: float
-    profile: Profile
-    full: Plan
-    chosen: Plan
-
-
 @pytest.fixture(scope="module")
-def steps() -> dict[float, Found]:
-    """By the ratio of the kernels' time to the host's under the full tape, steps on the clock."""
-    model = nn.Sequential(*(Block(32) for _ in range(3))).cuda()
-    batch = torch.randn(16, 32, device="cuda")
-    step = Step(
-        loss=lambda model, batch: model(batch).square().mean(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-    )
+def rows() -> dict[tuple[float, str], Row]:
+    """By the ratio of the kernels' time to the host's, and the plan."""
     with fixed_costs.measured():
-        for _ in range(2):
-            step.run(model, batch)
-        with clock.ticking(HOST):
-            profile = tightfit.measure(model, batch, step=step, cost_cache=False)
-            full = full_plan(profile, 2**50)
-            host_ms = planned_step_ms(model, batch, step, full)
-            with counters.counted() as calls:
-                step.run(model, batch)
-        found = {}
-        for ratio in (0.2, 1.0, 5.0):
-            kernel_us = 1e3 * ratio * host_ms / (calls.launches + HEAVY * calls.library_calls)
-            with clock.ticking(replace(HOST, kernel_us=kernel_us, library_us=HEAVY * kernel_us)):
-                profile = tightfit.measure(model, batch, step=step, cost_cache=False)
-                full = full_plan(profile, 2**50)
-                solver = Solver(profile)
-                least, most = solver.smallest().peak_bytes, solver.plain(0).plain_peak_bytes
-                found[ratio] = Found(
-                    plain_ms=step_ms(lambda: step.run(model, batch)),
-                    planned_ms=planned_step_ms(model, batch, step, full),
-                    profile=profile,
-                    full=full,
-                    chosen=solver.solve((least + most) // 2),
-                )
-    return found
-
-
-def planned_step_ms(model: nn.Module, batch: torch.Tensor, step: Step, plan: Plan) -> float:
-    with tightfit.apply(model, plan, step=step) as applied:
-
-        def run() -> None:
-            applied.loss(model, batch).backward()
-            step.run_optimizers(model)
-
-        run()  # checks itself
-        return step_ms(run)
-
-
-def step_ms(run: Callable[[], None]) -> float:
-    times = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return min(times)
+        return {(row.ratio, row.plan): row for row in rows_of(Training.small(), COUNTED)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio", [0.2, 1.0, 5.0])
-def test_steps_take_what_was_predicted(steps: dict[float, Found], ratio: float) -> None:
-    found = steps[ratio]
-    assert found.profile.plain_step_ms == pytest.approx(found.plain_ms, rel=0.05)
-    assert found.full.predicted_step_ms == pytest.approx(found.planned_ms, rel=0.05)
+@pytest.mark.parametrize("plan", ["plain", "all dropped", "half-way"])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_steps_take_what_was_predicted(rows: dict[tuple[float, str], Row], ratio: float, plan: str) -> None:
+    assert abs(rows[ratio, plan].error) <= 0.05
 
 
 @pytest.mark.slow
-def test_a_tape_costs_what_python_takes_where_the_host_is_behind_and_nothing_where_the_gpu_is(
-    steps: dict[float, Found],
+def test_a_tape_costs_nothing_where_the_gpu_is_behind_and_all_its_python_where_the_host_is(
+    rows: dict[tuple[float, str], Row],
 ) -> None:
-    replayed = {op for recipe in steps[5.0].full.recipes for op in recipe.replay}
-    assert replayed
-    gpu_bound, host_bound = steps[5.0], steps[0.2]
-    kernels_ms = sum(recipe_ms(gpu_bound.full))
-    added_ms = gpu_bound.planned_ms - gpu_bound.plain_ms
-    assert added_ms == pytest.approx(kernels_ms, rel=0.05)
-    work = host_bound.profile.plain_work()
-    assert sum(work.host_ms) == pytest.approx(host_bound.profile.plain_step_ms, rel=0.05)
-    assert host_bound.planned_ms - host_bound.plain_ms > 0.5 * host_bound.plain_ms
-
-
-def recipe_ms(plan: Plan) -> list[float]:
-    return [plan.recipes[region.recipe].replay_ms for region in plan.regions if region.recipe >= 0]
+    """What is left where the GPU is behind are the kernels that run again."""
+    gpu_bound, host_bound = rows[5.0, "all dropped"], rows[0.2, "all dropped"]
+    assert gpu_bound.added_ms - gpu_bound.kernels_ms == pytest.approx(0.0, abs=0.05 * gpu_bound.tape_ms)
+    assert host_bound.added_ms == pytest.approx(host_bound.tape_ms, rel=0.05)
 
 
 @pytest.mark.slow
-def test_what_is_dropped_depends_on_the_ratio(steps: dict[float, Found]) -> None:
-    """Where launches are what counts, the product of matrices is as cheap as anything; where kernels are, it is kept."""
-    heavy = {}
-    for ratio in (0.2, 5.0):
-        plan = steps[ratio].chosen
-        names = [recipe.op_names[op] for recipe in plan.recipes for op in recipe.replay]
-        heavy[ratio] = sum(name.startswith("aten.addmm") for name in names)
-        assert names
-    assert heavy[5.0] < heavy[0.2]
+def test_what_is_dropped_depends_on_the_ratio(rows: dict[tuple[float, str], Row]) -> None:
+    """Where launches count, a product of matrices is as cheap as anything; where kernels do, its result is kept."""
+    assert rows[5.0, "half-way"].products < rows[0.2, "half-way"].products

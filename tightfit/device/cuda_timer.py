@@ -1,4 +1,4 @@
-"""Times of single operations on a GPU: what they take the host until they are submitted, and the GPU by its own clock."""
+"""Times of single operations on a GPU: the host's until they are submitted, and the GPU's by its own clock."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def flushing_bytes(device: torch.device) -> int:
 class CudaTimer(OperationTimer):
     """Times operations of one GPU: the host's part by Python's clock, the GPU's between two events.
 
-    Before the first event other memory is written, so that the operation finds its arguments out of the cache, and
-    long enough for the operation's launches to be submitted meanwhile: the GPU does not wait for them between the events.
+    Before the first event other memory is written, so that the operation finds its arguments out of the cache; and for
+    so long that the operation's launches are submitted meanwhile: the GPU does not wait for them between the events.
     """
 
     def __init__(self, device: Device, nbytes: int) -> None:
-        """`nbytes`: of memory to write; 0: nothing is written, so that short operations seem as long as their launches."""
+        """`nbytes`: of memory to write. With 0 nothing is, and short operations seem as long as their launches."""
         super().__init__(device)
         self._flushed: torch.Tensor | None = None
         with suppress(torch.OutOfMemoryError):

@@ -6,8 +6,8 @@ mechanism is measured twice: in a loop, and with other data sent through the cac
 (`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
 loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
 Python's alone; what counts there is the time until all is submitted, on tensors of that GPU, whose streams and
-generators are asked for.  There the same goes for the plain step: many of its operations take longer to be asked for than
-to be done, so what modules and autograd do around them is measured, too.
+generators are asked for.  There the same goes for the plain step: many of its operations take longer to be asked for
+than to be done, so what modules and autograd do around them is measured, too.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> 
         cache: what is known, and what is to be remembered.
         evicted: the model's `eviction_ratio`.
     """
-    hot = _remembered("hot", device, cache)
+    hot = _remembered("hot", device, cache, cold=False)
     return hot.towards(_remembered("cold", device, cache, cold=True), evicted) if device_for(device).is_host else hot
 
 
@@ -113,7 +113,7 @@ class _Chain(torch.nn.Module):
     """Operations on next to no data, in modules; notes what each took until it was submitted.
 
     On the host they are of one element and kind, as what is measured is little beside what a real one computes.  Beside
-    it they are a transformer's, as Python's work for an operation depends on how many tensors it reads, makes and saves.
+    it they are a transformer's: Python's work for an operation depends on how many tensors it reads, makes and saves.
     """
 
     def __init__(self, device: torch.device, links: int, *, cold: bool = False, short: bool = False) -> None:
@@ -205,7 +205,7 @@ def _measure_alone(device: torch.device) -> _Alone:
 
 
 def _measure_plain(device: torch.device, alone: _Alone) -> tuple[float, float]:
-    """Return what the host does in a plain step for each operation of forward, and of backward, beside the operation."""
+    """Return what the host does in a plain step beside an operation of forward, and beside one of backward."""
     if not alone.backward_count:  # the host does them itself, which takes much longer
         return 0.0, 0.0
     chain, weight = _Chain(device, _LINKS), _weight(device)

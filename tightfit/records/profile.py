@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tightfit.records import json_codec
 from tightfit.records.allocator_state import AllocatorState
 from tightfit.records.checks import require
-from tightfit.records.stretch import Stretch, StepWork, step_ms
+from tightfit.records.stretch import StepWork, step_ms
 
 #: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
 COMPONENTS = ("parameters", "buffers", "gradients", "optimizer_state", "batch", "activation")
@@ -71,11 +71,6 @@ class Signature:
     """Most memory it holds inside, beyond its inputs and outputs."""
     note: str = ""
     """Where the figures are estimates: why. Empty if the operation was run alone as it is."""
-
-    @property
-    def stretch(self) -> Stretch:
-        """Both of its times."""
-        return Stretch.of(self.ms, self.device_ms)
 
     @property
     def slower_ms(self) -> float:
@@ -221,8 +216,8 @@ class Profile:
     allocator: AllocatorState | None = None
     """The device's caching allocator before the step; None where all that is freed goes back to the system."""
     forward_ms_per_op: float = 0.0
-    """Time of the host's for each operation of forward, beside what it takes alone: modules, autograd. Only where a device
-    works beside the host."""
+    """Time of the host's for each operation of forward, beside what it takes alone: modules, autograd. Only where a
+    device works beside the host."""
     backward_ms_per_op: float = 0.0
     """The same for each operation of backward."""
     mode_ms_per_op: float = 0.0
@@ -332,14 +327,8 @@ def _check_sizes(profile: Profile) -> None:
     require(profile.margin_bytes >= 0, "margin_bytes is negative")
     require(profile.accumulation_steps >= 1, "accumulation_steps is below 1")
     require(all(part >= 0 for part in profile.measuring_ms.values()), "measuring_ms holds a negative time")
-    per_op = (
-        profile.forward_ms_per_op,
-        profile.backward_ms_per_op,
-        profile.mode_ms_per_op,
-        profile.tape_ms_per_op,
-        profile.replay_ms_per_op,
-    )
-    require(min(per_op) >= 0, "a time per operation is negative")
+    for part in ("forward", "backward", "mode", "tape", "replay"):
+        require(getattr(profile, f"{part}_ms_per_op") >= 0, "a time per operation is negative")
     for place, storage in enumerate(profile.storages):
         require(storage.nbytes >= 0, f"storages[{place}] has a negative size")
         require(storage.component in COMPONENTS, f"storages[{place}] is of no known component")

@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
-from operator import le
 
 import numpy as np
 
 from tightfit.records import Decision
 from tightfit.solver.columns import Column, ColumnSource
+from tightfit.solver.groups import NO_LINKS, Group, Levels, Links, undominated
 from tightfit.solver.highs import INFINITY, Program, Solution
 from tightfit.solver.pricing import Prices
+from tightfit.solver.region_timelines import neighbourhoods
 from tightfit.solver.time_cuts import Array, Cut
 
 #: Moments added at once, at most: the worst of as many stretches of the timeline.
@@ -28,27 +29,6 @@ _MOMENTS_PER_ROUND = 12
 #: What a millisecond of added work weighs beside one of the step's time: of equally fast plans the one of least work is
 #: taken.
 _WORK = 1e-6
-
-#: Bytes at each of the master's moments.
-_Levels = tuple[int, ...]
-#: (place of the moment, storage) of shared storages held.
-_Links = frozenset[tuple[int, int]]
-_NO_LINKS: _Links = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Regions that the rows cannot tell apart, and the columns among which each of them chooses."""
-
-    regions: list[int]
-    columns: list[Column]
-    """Of the first region; those of the others have the same decisions."""
-    levels: list[_Levels]
-    """For each column, the bytes at each moment, a shared storage included if no other region may hold it then."""
-    linked: list[_Links]
-    """For each column, the shared storages that others may hold too, at the moments that have any."""
-    times: list[tuple[float, ...]]
-    """For each column, what it adds to each way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +44,7 @@ class _Link:
 @dataclass(slots=True)
 class _Built:
     program: Program
-    groups: list[_Group]
+    groups: list[Group]
     variables: list[list[int]]
     """For each group, one variable for each column."""
     moment_rows: list[int]
@@ -104,7 +84,7 @@ class Master:
         self._classes = [region.class_id for region in profile.regions]
         for class_id in self._classes:
             self.decisions.setdefault(class_id, {None: None})
-        self._stretches = np.array(_stretches(self.source))
+        self._stretches = np.array(neighbourhoods(self.source.index))
         self._vectors = [[] for _ in self._classes]
         self._places = [[] for _ in self._classes]
         self._cut_places = [[] for _ in self._classes]
@@ -226,7 +206,7 @@ class Master:
                         self._holding[moment].setdefault(storage, set()).add(region)
         return vectors
 
-    def _groups(self, *, pruned: bool) -> list[_Group]:
+    def _groups(self, *, pruned: bool) -> list[Group]:
         """Put regions with equal coefficients together; if `pruned`, without columns that another equals or beats."""
         self._holding += [{} for _ in self.moments[len(self._holding) :]]
         # Regions with one pattern, in which the moments fall on the same places, have the same columns.
@@ -237,14 +217,14 @@ class Master:
             ways += [timeline.place(cut.event) for cut in self.cuts[len(ways) :]]
             same.setdefault((timeline.pattern, tuple(places), tuple(ways)), []).append(region)
         with_shared: list[int] = []
-        alike: dict[Hashable, tuple[list[int], list[_Levels], list[_Links]]] = {}
+        alike: dict[Hashable, tuple[list[int], list[Levels], list[Links]]] = {}
         for key, regions in same.items():
             vectors = self._look_up(regions[0])
             if any(held for vector in vectors for _, held in vector):
                 with_shared += regions
             else:
                 levels = [tuple(level for level, _ in vector) for vector in vectors]
-                alike[key] = regions, levels, [_NO_LINKS] * len(levels)
+                alike[key] = regions, levels, [NO_LINKS] * len(levels)
         for region in with_shared:
             self._look_up(region)
         for region in with_shared:
@@ -255,8 +235,8 @@ class Master:
         for regions, levels, linked in sorted(alike.values(), key=lambda entry: entry[0][0]):
             decisions = self.decisions[self._classes[regions[0]]]
             columns = [self.source.column(regions[0], decision) for decision in decisions]
-            group = _Group(regions, columns, levels, linked, self._times(regions[0]))
-            groups.append(_undominated(group) if pruned else group)
+            group = Group(regions, columns, levels, linked, self._times(regions[0]))
+            groups.append(undominated(group) if pruned else group)
         return groups
 
     def _times(self, region: int) -> list[tuple[float, ...]]:
@@ -264,7 +244,7 @@ class Master:
         columns = (self.source.column(region, decision) for decision in self.decisions[self._classes[region]])
         return [tuple(column.added_ms(cut) for cut in self.cuts) for column in columns]
 
-    def _coefficients(self, region: int) -> tuple[list[_Levels], list[_Links]]:
+    def _coefficients(self, region: int) -> tuple[list[Levels], list[Links]]:
         """Return, for each column of a region, bytes, and what is shared, at each moment."""
         storages = self.source.index.profile.storages
         all_levels, all_linked = [], []
@@ -415,39 +395,3 @@ class Relaxation:
     prices: Prices
     cost: float
     """Least added time in ms; or least peak in units when no budget was given."""
-
-
-def _undominated(group: _Group) -> _Group:
-    """Leave out the columns that another one equals or beats in time, in every row and in what it shares."""
-    order = sorted(range(len(group.columns)), key=lambda place: group.times[place])
-    kept: list[int] = []
-    for place in order:
-        levels, linked, times = group.levels[place], group.linked[place], group.times[place]
-        if not any(
-            all(map(le, group.levels[other], levels))
-            and group.linked[other] <= linked
-            and all(map(le, group.times[other], times))
-            for other in kept
-        ):
-            kept.append(place)
-    return _Group(
-        group.regions,
-        [group.columns[place] for place in kept],
-        [group.levels[place] for place in kept],
-        [group.linked[place] for place in kept],
-        [group.times[place] for place in kept],
-    )
-
-
-def _stretches(source: ColumnSource) -> list[int]:
-    """Return, for each event, a number for its neighbourhood: which region runs, forward or backward."""
-    index = source.index
-    owner = {time: region for region, times in enumerate(index.events_of_region) for time in times}
-    middle = index.backward_event()
-    stretches = []
-    current = 0
-    for time in range(len(source.base)):
-        if time in owner:
-            current = 2 * owner[time] + (time >= middle)
-        stretches.append(current)
-    return stretches

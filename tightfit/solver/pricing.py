@@ -31,7 +31,7 @@ from tightfit.solver.time_cuts import Cut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prices:
-    """What a byte costs at the moments that bind, in ms per byte, and what a millisecond weighs of the ways that bind."""
+    """What a byte costs at the moments that bind, in ms per byte, and how much each way that binds weighs."""
 
     times: Mapping[Cut, float]
     """What each way weighs, together at most 1; nothing where only the peak is sought."""

@@ -12,9 +12,7 @@ from tightfit.simulation.profile_index import ProfileIndex
 
 @dataclass(slots=True)
 class Moment:
-    """What one event does to what a region holds (storages acquired and let go, bytes of its own, a spike), and the time
-    that it takes.
-    """
+    """What one event does to what a region holds, storages acquired and let go and bytes of its own; and its time."""
 
     acquired: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
