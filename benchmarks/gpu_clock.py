@@ -26,7 +26,7 @@ from tightfit.step.step import Step
 
 RATIOS = (0.2, 1.0, 5.0)
 #: Copies and large kernels take long enough for the host to get ahead.
-COUNTED = clock.Costs(launch_us=20.0, call_us=0.5, kernel_ps_per_thread=20.0)
+COUNTED = clock.Costs(launch_us=20.0, call_us=0.5, kernel_ps_per_thread=8.0)
 PROCESSOR = clock.Costs(of_processor=True, kernel_ps_per_thread=100.0)
 #: Calls of libraries (matrix products) take so many times as long as other kernels.
 HEAVY = 6.0
@@ -81,11 +81,11 @@ class Training:
     step: Step
 
     @classmethod
-    def small(cls, layers: int = 3, width: int = 32) -> Training:
+    def small(cls, layers: int = 3, width: int = 256, rows: int = 4096) -> Training:
         model = nn.Sequential(*(Block(width) for _ in range(layers))).cuda()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         step = Step(loss=lambda model, batch: model(batch).square().mean(), optimizer=optimizer)
-        return cls(model, torch.randn(16, width, device="cuda"), step)
+        return cls(model, torch.randn(rows, width, device="cuda"), step)
 
     def plain(self) -> None:
         self.step.run(self.model, self.batch)
@@ -163,7 +163,7 @@ def run_again(profile: Profile, plan: Plan) -> Iterator[int]:
 
 def table(rows: list[Row]) -> list[str]:
     lines = [
-        "| kernels : Python | plan | predicted ms | emulated ms | off by | added ms | replayed kernels ms | products replayed |",
+        "| kernels : Python | plan | predicted ms | emulated ms | off by | added ms | kernels again ms | products again |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
