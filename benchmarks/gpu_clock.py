@@ -163,7 +163,7 @@ def run_again(profile: Profile, plan: Plan) -> Iterator[int]:
 
 def table(rows: list[Row]) -> list[str]:
     lines = [
-        "| kernels : Python | plan | predicted ms | emulated ms | off by | added ms | kernels again ms | products again |",
+        "| kernels : Python | plan | predicted ms | emulated ms | off by | added ms | kernels again | products again |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -27,9 +27,9 @@ _CALL_MS = 0.002
 _BYTES_PER_MS = 5e6
 #: Operations that compute more than they move.
 _HEAVY = ("mm", "conv", "attention", "rnn", "lstm", "gru")
-#: Milliseconds for each operation of forward and backward, in a region, taped, replayed, of a module run again; and for
-#: each call of such a module.
-_MECHANISM_MS = (0.0, 0.0, 0.001, 0.0005, 0.0005, 0.0005, 0.001)
+#: Milliseconds for each operation of forward and backward, in a region, taped, replayed; for each region; for each
+#: operation of a module run again, and for each call of such a module.
+_MECHANISM_MS = (0.0, 0.0, 0.001, 0.0005, 0.0005, 0.0, 0.0005, 0.001)
 
 
 def times_ms(call: Any, *_: Any, **__: Any) -> Any:

@@ -60,6 +60,7 @@ class Overhead:
     mode_ms_per_op: float = 0.0
     tape_ms_per_op: float = 0.0
     replay_ms_per_op: float = 0.0
+    region_ms_per_call: float = 0.0
     module_ms_per_op: float = 0.0
     module_ms_per_call: float = 0.0
 
@@ -226,11 +227,12 @@ def _measure_plain(device: torch.device, alone: _Alone) -> tuple[float, float]:
     return round(max(0.0, beside_ms[0]), 6), round(max(0.0, beside_ms[1]), 6)
 
 
-def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float]:
+def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float, float]:
     """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time
-    where that is known.
+    where that is known; and what a region costs beside the host.
     """
     chains = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
+    single = _Chain(device, 1)
     passing, taped = _installed(chains[0].op_names), Installed(recipes={}, self_check=False)
     contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "plain": nullcontext,
@@ -243,6 +245,7 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
     hot: dict[str, list[float]] = {name: [] for name in contexts}
     backward: dict[str, list[float]] = {name: [] for name in contexts}
     whole: dict[str, list[float]] = {name: [] for name in contexts}
+    small: dict[str, list[float]] = {name: [] for name in contexts}
     for _ in range(_ROUNDS):
         for name, context in contexts.items():
             device_for(device).synchronize()  # nothing is in the way of what is submitted
@@ -251,24 +254,37 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
             begin = time.perf_counter()
             with context():
                 result = chains[1](weight, hot[name])
-            whole[name].append((time.perf_counter() - begin) * 1e3 / len(chains[1].op_names))
+            whole[name].append((time.perf_counter() - begin) * 1e3)
+            if alone.backward_count:
+                begin = time.perf_counter()
+                with context():
+                    short = single(weight, [])
+                small[name].append((time.perf_counter() - begin) * 1e3)
+                del short  # frees what it holds
             begin = time.perf_counter()
             result.backward(gradient)
             backward[name].append((time.perf_counter() - begin) * 1e3 / len(chains[1].op_names))
             weight.grad = None
             chains[1].zero_grad()
-    if alone.backward_count:  # there Python's work is all that counts, and some of it is done when a region ends
-        forward = hot = whole
     forward_ms, hot_ms, backward_ms = (
         {name: statistics.median(found) for name, found in times.items()} for times in (forward, hot, backward)
     )
+    region_ms = 0.0
+    if alone.backward_count:  # there Python's work is all that counts, and some of it is done when a region ends
+        whole_ms, small_ms = (
+            {name: statistics.median(found) for name, found in times.items()} for times in (whole, small)
+        )
+        more = len(chains[1].op_names) - len(single.op_names)
+        forward_ms = {name: (whole_ms[name] - small_ms[name]) / more for name in contexts}
+        of_ops_ms = len(single.op_names) * (forward_ms["tape"] - forward_ms["plain"])
+        region_ms = max(0.0, small_ms["tape"] - small_ms["plain"] - of_ops_ms)
     mode_ms = max(0.0, forward_ms["mode"] - forward_ms["plain"])
     record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
     scale = 1.0
     if cold:
         scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
     replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"] - alone.forward_ms)
-    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6)
+    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6), round(region_ms, 6)
 
 
 def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:

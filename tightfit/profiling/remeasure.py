@@ -136,6 +136,7 @@ def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> 
         mode_ms_per_op=reference.mode_ms_per_op,
         tape_ms_per_op=reference.tape_ms_per_op,
         replay_ms_per_op=reference.replay_ms_per_op,
+        region_ms_per_call=reference.region_ms_per_call,
         module_ms_per_op=reference.module_ms_per_op,
         module_ms_per_call=reference.module_ms_per_call,
     )

@@ -226,6 +226,8 @@ class Profile:
     """Further time for each operation that is written to the tape."""
     replay_ms_per_op: float = 0.0
     """Further time for each operation that is replayed, beside its own."""
+    region_ms_per_call: float = 0.0
+    """Further time for each region that has a tape, where a device works beside the host."""
     module_ms_per_op: float = 0.0
     """Time that calling a module a second time costs for each operation, beside the operation's own time."""
     module_ms_per_call: float = 0.0
@@ -307,6 +309,7 @@ class Profile:
             mode_ms_per_op=0.0,
             tape_ms_per_op=0.0,
             replay_ms_per_op=0.0,
+            region_ms_per_call=0.0,
             module_ms_per_op=0.0,
             module_ms_per_call=0.0,
         )
@@ -329,6 +332,7 @@ def _check_sizes(profile: Profile) -> None:
     require(all(part >= 0 for part in profile.measuring_ms.values()), "measuring_ms holds a negative time")
     for part in ("forward", "backward", "mode", "tape", "replay"):
         require(getattr(profile, f"{part}_ms_per_op") >= 0, "a time per operation is negative")
+    require(profile.region_ms_per_call >= 0, "region_ms_per_call is negative")
     for place, storage in enumerate(profile.storages):
         require(storage.nbytes >= 0, f"storages[{place}] has a negative size")
         require(storage.component in COMPONENTS, f"storages[{place}] is of no known component")

@@ -75,7 +75,7 @@ class LeastCosts:
         exit_, first, last = index.recomputing_span(region)
         forward, host, device = prices.host_weight(exit_), prices.host_weight(last), prices.device_weight(first)
         return cls(
-            region=forward * costs.region_ms_per_op * profile.regions[region].op_count,
+            region=forward * (costs.region_ms + costs.region_ms_per_op * profile.regions[region].op_count),
             host=host,
             device=device,
             per_op=forward * costs.tape_ms_per_op + host * costs.replay_ms_per_op,

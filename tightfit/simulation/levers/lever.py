@@ -95,6 +95,8 @@ class Lever(Protocol):
 class ValueCosts(NamedTuple):
     """What choosing value by value costs, in milliseconds."""
 
+    region_ms: float
+    """For a region in which anything is recomputed, when forward runs."""
     region_ms_per_op: float
     """For each operation of a region in which anything is recomputed, when forward runs."""
     tape_ms_per_op: float

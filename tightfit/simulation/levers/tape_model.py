@@ -182,7 +182,7 @@ class TapeModel(Schedule[_Value, _Op]):
             self._released = None
             moment = self._end()
         mode_ms = profile.mode_ms_per_op * profile.regions[region].op_count
-        moment.added = Stretch.of(mode_ms + profile.tape_ms_per_op * self._taped[region])
+        moment.added = Stretch.of(profile.region_ms_per_call + mode_ms + profile.tape_ms_per_op * self._taped[region])
         return moment
 
     def _ran(self, op: int) -> None:
