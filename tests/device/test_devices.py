@@ -102,6 +102,11 @@ def test_the_processor() -> None:
     assert device.reserved_bytes() == 0
     assert device.round_up(513) == 513
     assert device.time_ms(lambda: sum(range(100_000))) > 0
+    done: list[str] = []
+    times = device.operation_timer().times_ms(lambda: done.append("run"), 3, before=lambda: done.append("before"))
+    assert done == ["before", "run"] * 3
+    assert times.host_ms > 0
+    assert times.device_ms == 0
     assert device.generator() is torch.default_generator
     assert device.random_state_bytes() == torch.get_rng_state().numel()
     assert device.name() in device.cost_key()["device"]

@@ -36,7 +36,7 @@ def only_file(folder: Path) -> Path:
 def fill(folder: Path, count: int = 3) -> Path:
     known = CostCache(CPU)
     for number in range(count):
-        known.put(f"call {number}", Cost(1.5 + number, 10 * number, ((4, 0), ())))
+        known.put(f"call {number}", Cost(1.5 + number, 10 * number, ((4, 0), ()), number / 4))
     known.save()
     return only_file(folder)
 
@@ -100,7 +100,7 @@ def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_put_comes_back(folder: Path) -> None:
     fill(folder)
     known = CostCache(CPU)
-    assert known.get("call 2") == Cost(3.5, 20, ((4, 0), ()))
+    assert known.get("call 2") == Cost(3.5, 20, ((4, 0), ()), 0.5)
     assert known.get("call 3") is None
 
 
@@ -175,7 +175,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         path.write_text("")
     elif how == "other version":
-        path.write_text(text.replace("operation-costs/4", "operation-costs/0"))
+        path.write_text(text.replace("operation-costs/5", "operation-costs/0"))
     elif how == "other machine":
         path.write_text(text.replace('"threads": "', '"threads": "7'))
     elif how == "deeply nested":
@@ -217,12 +217,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(folder: Path) -> None:
 
 def test_two_measurements_leave_the_shorter_time_and_the_larger_scratch(folder: Path) -> None:
     first, second = CostCache(CPU), CostCache(CPU)
-    first.put("call", Cost(2.0, 10, ((1,),)))
+    first.put("call", Cost(2.0, 10, ((1,),), 4.0))
     first.save()
-    second.put("call", Cost(3.0, 20, ((1,),)))
+    second.put("call", Cost(3.0, 20, ((1,),), 0.5))
     second.put("other", Cost(1.0, 0, ()))
     second.save()
-    assert CostCache(CPU).get("call") == Cost(2.0, 20, ((1,),))
+    assert CostCache(CPU).get("call") == Cost(2.0, 20, ((1,),), 0.5)
     assert CostCache(CPU).get("other") == Cost(1.0, 0, ())
 
 

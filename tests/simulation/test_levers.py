@@ -8,7 +8,7 @@ import pytest
 
 from tests.solver.profiles import gpt_profile, random_profile
 from tightfit.errors import PlanMismatch
-from tightfit.records import Action, Decision, EventKind, Recipe
+from tightfit.records import Action, Decision, EventKind, Recipe, Stretch
 from tightfit.simulation import levers
 from tightfit.simulation.levers import (
     BY_VALUE,
@@ -37,10 +37,7 @@ class _Vanishing:
         self._cost_ms = cost_ms
 
     def handle(self, kind: EventKind, a: int) -> Moment:
-        return NOTHING
-
-    def overhead_ms(self, replay_ms: float) -> float:
-        return self._cost_ms
+        return Moment(added=Stretch.of(self._cost_ms)) if kind == EventKind.EXIT else NOTHING
 
 
 class VanishingLever:
@@ -110,4 +107,5 @@ def test_the_solver_chooses_what_a_new_lever_offers(vanishing: Lever) -> None:
 def test_untouched_regions_recompute_nothing() -> None:
     index = ProfileIndex(gpt_profile(1))
     model = UntouchedModel(index, 1)
-    assert (model.replayed_ops, model.overhead_ms(1.0)) == ([], 0.0)
+    assert model.replayed_ops == []
+    assert model.handle(EventKind.EXIT, 1) is NOTHING

@@ -41,7 +41,7 @@ def test_at_prices_it_is_a_bound_and_mostly_the_least_cost() -> None:
             times = rng.sample(range(len(index.profile.events)), 3)
             private = {time: rng.choice((0.005, 0.02, 0.1)) for time in times}
             parts = {(time, storage, region): private[time] * rng.random() for time in times for storage in shared}
-            prices = Prices(time_weight=1.0, private=private, shared=parts)
+            prices = Prices(times={source.cuts.first[0]: 1.0}, private=private, shared=parts)
             least = min(pool.cost(source.column(region, d), prices) for d in all_decisions(index, region))
             bound, decision = exact.bound(prices)
             cut, _ = PricingModel(index, region, shared).best(prices)

@@ -27,18 +27,20 @@ _CALL_MS = 0.002
 _BYTES_PER_MS = 5e6
 #: Operations that compute more than they move.
 _HEAVY = ("mm", "conv", "attention", "rnn", "lstm", "gru")
-#: Milliseconds for each operation in a region, taped, of a module run again; and for each call of such a module.
-_MECHANISM_MS = (0.001, 0.001, 0.0005, 0.001)
+#: Milliseconds for each operation of forward and backward, in a region, taped, replayed; for each region; for each
+#: operation of a module run again, and for each call of such a module.
+_MECHANISM_MS = (0.0, 0.0, 0.001, 0.0005, 0.0005, 0.0, 0.0005, 0.001)
 
 
-def time_ms(call: Any, *_: Any, **__: Any) -> float:
-    """What the call costs; no two operations cost the same for the same bytes, so that plans have no ties."""
+def times_ms(call: Any, *_: Any, **__: Any) -> Any:
+    """What the call costs the host; no two operations cost the same for the same bytes, so that plans have no ties."""
+    from tightfit.device.device import OperationTimes
     from tightfit.profiling.partial_call import argument_bytes
 
     name = str(call.func)
     weight = 8.0 if any(part in name for part in _HEAVY) else 1.0
     weight *= 1 + zlib.crc32(name.encode()) % 997 / 10_000
-    return _CALL_MS + weight * argument_bytes(call) / _BYTES_PER_MS
+    return OperationTimes(_CALL_MS + weight * argument_bytes(call) / _BYTES_PER_MS)
 
 
 def _mechanism(*_: Any, **__: Any) -> Any:
@@ -49,7 +51,7 @@ def _mechanism(*_: Any, **__: Any) -> Any:
 
 #: What measures a time that decides, by module.
 _REPLACED: dict[str, dict[str, Callable[..., Any]]] = {
-    "tightfit.profiling.costs": {"_time_ms": time_ms, "_opaque_ms": time_ms, "_cold_code_ms": lambda: 0.0},
+    "tightfit.profiling.costs": {"_times_ms": times_ms, "_opaque_times_ms": times_ms, "_cold_code_ms": lambda: 0.0},
     "tightfit.profiling.mechanism_cost": {"_remembered": _mechanism},
 }
 _measured: dict[str, dict[str, Any]] = {}

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 from tightfit._torch_private import cuda_allocator_settings, current_cuda_stream
-from tightfit.device.device import Device
+from tightfit.device.cuda_timer import CudaTimer, flushing_bytes
+from tightfit.device.device import Device, OperationTimer
 from tightfit.device.fp32_precision import fp32_precision
 from tightfit.device.nvml import process_bytes
 from tightfit.errors import UnsupportedInput
@@ -258,6 +259,14 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         """Wait for all streams of the GPU."""
         torch.cuda.synchronize(self.torch_device)
+
+    def timer_bytes(self) -> int:
+        """Return the memory that flushes the second-level cache."""
+        return flushing_bytes(self.torch_device)
+
+    def operation_timer(self, nbytes: int = 0) -> OperationTimer:
+        """Return a timer that tells the GPU's time from the host's."""
+        return CudaTimer(self, nbytes)
 
     def cost_key(self) -> dict[str, str]:
         """Return the GPU, cuDNN's version and settings, and where TF32 is used."""

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Protocol, Self, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
@@ -25,6 +25,36 @@ class WorkspaceMeter(Protocol):
 
     def workspace_bytes(self) -> dict[int, int]:
         """Return, by index, the most that each held beyond what it returned; ask after the meter's end."""
+
+
+class OperationTimes(NamedTuple):
+    """What one run of an operation takes, in milliseconds."""
+
+    host_ms: float
+    """The host: until it is done where the host waits for it or does it itself, else until it is submitted."""
+    device_ms: float = 0.0
+    """A device that works beside the host."""
+
+
+class OperationTimer:
+    """Times operations that run alone on the host, or on a device of which nothing more is known: until they are done.
+
+    A device that works beside the host has a timer of its own.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def times_ms(
+        self, run: Callable[[], object], repeats: int, *, before: Callable[[], object] | None = None
+    ) -> OperationTimes:
+        """Return the shortest times of some runs. `before`: what is done before each, untimed."""
+        best = float("inf")
+        for _ in range(repeats):
+            if before is not None:
+                before()
+            best = min(best, self.device.time_ms(run))
+        return OperationTimes(best)
 
 
 class Device(ABC):
@@ -217,6 +247,14 @@ class Device(ABC):
         fn()
         self.synchronize()
         return (time.perf_counter() - begin) * 1e3
+
+    def timer_bytes(self) -> int:
+        """Return the memory that `operation_timer` takes for being exact."""
+        return 0
+
+    def operation_timer(self, nbytes: int = 0) -> OperationTimer:
+        """Return what times single operations; it may hold so many bytes of the device's memory."""
+        return OperationTimer(self)
 
     @abstractmethod
     def cost_key(self) -> dict[str, str]:

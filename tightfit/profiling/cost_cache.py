@@ -25,7 +25,7 @@ import os
 import platform
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tightfit.profiling.output_strides import Layouts
 _log = logging.getLogger(__name__)
 
 #: Raised when what an entry means changes.
-_FORMAT = "tightfit.operation-costs/4"
+_FORMAT = "tightfit.operation-costs/5"
 _MOST_ENTRIES = 20_000
 _MOST_FILES = 16
 _OFF = ("off", "0", "false", "no")
@@ -48,11 +48,18 @@ class Cost:
     """What running one operation alone showed."""
 
     ms: float
-    """Shortest time of several runs."""
+    """Shortest time of several runs: the host's."""
     workspace_bytes: int
     """Most memory held inside, beyond inputs and outputs."""
     layouts: Layouts
     """How each result lies in memory."""
+    device_ms: float = 0.0
+    """Shortest time of a device that works beside the host."""
+
+    @property
+    def slower_ms(self) -> float:
+        """The longer of its two times."""
+        return max(self.ms, self.device_ms)
 
     @property
     def is_dangerous(self) -> bool:
@@ -99,7 +106,8 @@ class CostCache:
             other = merged.pop(key, cost)
             # The machine was busy in the slower of two measurements; a workspace errs to the safe side.
             workspace_bytes = max(cost.workspace_bytes, other.workspace_bytes)
-            merged[key] = Cost(min(cost.ms, other.ms), workspace_bytes, cost.layouts)
+            device_ms = min(cost.device_ms, other.device_ms)
+            merged[key] = Cost(min(cost.ms, other.ms), workspace_bytes, cost.layouts, device_ms)
         self._known = dict(list(merged.items())[-_MOST_ENTRIES:])
         self._new = {}
         try:
@@ -109,7 +117,7 @@ class CostCache:
             _log.info("the costs of operations cannot be kept in %s (%s)", self._path, error)
 
     def _document(self, known: Mapping[str, Cost]) -> str:
-        costs = {k: "dangerous" if c.is_dangerous else [c.ms, c.workspace_bytes, c.layouts] for k, c in known.items()}
+        costs = {k: "dangerous" if c.is_dangerous else astuple(c) for k, c in known.items()}
         text = json.dumps(costs, separators=(",", ":"))
         head = {"format": _FORMAT, "environment": self._environment, "checksum": _checksum(text)}
         return f"{json.dumps(head)}\n{text}\n"
@@ -147,14 +155,14 @@ class NoCache(CostCache):
 def _cost(entry: Any) -> Cost:
     if entry == "dangerous":
         return _DANGEROUS
-    ms, workspace_bytes, layouts = entry
+    ms, workspace_bytes, layouts, device_ms = entry
     # A layout's second number may be -1.
     sizes = (workspace_bytes, *(number + (place == 1) for layout in layouts for place, number in enumerate(layout)))
-    if not isinstance(ms, float | int) or not math.isfinite(ms) or ms < 0:
+    if not all(isinstance(time, float | int) and math.isfinite(time) and time >= 0 for time in (ms, device_ms)):
         raise ValueError("a time in it is no time")
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("a size in it is no size")
-    return Cost(float(ms), workspace_bytes, tuple(tuple(layout) for layout in layouts))
+    return Cost(float(ms), workspace_bytes, tuple(tuple(layout) for layout in layouts), float(device_ms))
 
 
 def _key(call: object) -> str:

@@ -1,7 +1,8 @@
 """What each distinct operation costs, measured by running it alone on made-up data of the right shapes.
 
 Time: the minimum of a few runs, the runs of all operations interleaved so that a burst of other work on the machine
-does not fall on one of them.  On a CPU, an operation that moves much data is timed with its arguments out of the caches
+does not fall on one of them.  On a GPU there are two times, the host's and the device's, see `Device.operation_timer`.
+On a CPU, an operation that moves much data is timed with its arguments out of the caches
 (see `processor_caches`), less what that costs an operation without data: its code is then cold, too, which in a step of
 some hundred operations of the same kinds it is not.  Workspace: the most memory the operation held inside, beyond
 inputs and outputs, which no dispatcher shows (convolutions, attention); see `Device.workspace_meter`.
@@ -39,6 +40,7 @@ import torch
 
 from tightfit._torch_private import below_autograd, set_grad_mode
 from tightfit.device import Device, device_for
+from tightfit.device.device import OperationTimer, OperationTimes
 from tightfit.errors import DeviceLost
 from tightfit.interrupts import pass_on, safe_point
 from tightfit.profiling.cost_cache import Cost, CostCache
@@ -51,6 +53,8 @@ from tightfit.step.snapshot import RandomState
 
 _ROUNDS = 3
 _LONG_RUN_MS = 60.0
+#: Of the memory that measuring may take, what a timer may at most.
+_TIMERS_SHARE = 0.25
 #: Arguments of an operation that are likely to be out of the caches when it runs.
 _MUCH_DATA_BYTES = 256 << 10
 _COLD_ROUNDS = 9
@@ -116,6 +120,10 @@ def measure_costs(
     """
     result_bytes = result_bytes or {}
     fake_layouts = fake_layouts or {}
+    timer_bytes = device_for(device).timer_bytes() if timed else 0
+    if room_bytes is not None:
+        timer_bytes = timer_bytes if timer_bytes <= room_bytes * _TIMERS_SHARE else 0
+        room_bytes -= timer_bytes
     known = {index: cost for index, call in enumerate(calls) if (cost := cache.get(call)) is not None}
     known.update(measured or {})
     found = {index: cost for index, cost in known.items() if not cost.is_dangerous}
@@ -135,7 +143,8 @@ def measure_costs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             alone = _run_each(list(to_run.values()), said, misplacing, device_for(device), result) if to_run else {}
-            times = _time_each(list(to_run.values()), alone, device_for(device), result, timed) if to_run else {}
+            timer = device_for(device).operation_timer(timer_bytes) if to_run and timed else None
+            times = _time_each(list(to_run.values()), alone, timer, device_for(device).is_host, result)
     except _BrokenBy as broken:
         cache.put_dangerous(broken.call)
         raise _device_lost(broken, device) from broken
@@ -157,6 +166,7 @@ def measure_costs(
         Signature(
             name=name,
             ms=costs[index].ms,
+            device_ms=costs[index].device_ms,
             workspace_bytes=costs[index].workspace_bytes,
             note=shares[index].note if index in shares else "",
         )
@@ -171,42 +181,48 @@ def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Map
     rivals = alike or [other for other in known if sizes[other]]
     if not rivals:
         return Cost(round(_CALL_MS + sizes[index] * _MS_PER_BYTE, 6) if timed else 0.0, 0, ())
-    ms = statistics.median(known[other].ms / sizes[other] for other in rivals) * sizes[index]
-    ms = max(ms, min(known[other].ms for other in rivals))  # whatever it moves, it is called
+    by_size = statistics.median(known[other].slower_ms / sizes[other] for other in rivals) * sizes[index]
+    least_ms = min(known[other].ms for other in rivals)  # whatever it moves, it is called
+    on_device = any(known[other].device_ms for other in rivals)
+    ms, device_ms = (least_ms, by_size) if on_device else (max(by_size, least_ms), 0.0)
     workspace_bytes = 0
     if alike:
         nearest = min(alike, key=lambda other: abs(math.log(max(1, sizes[index]) / sizes[other])))
         scaled_bytes = known[nearest].workspace_bytes * sizes[index] // sizes[nearest]
         workspace_bytes = min(scaled_bytes, max(sizes[index], known[nearest].workspace_bytes))
-    return Cost(round(ms, 6), workspace_bytes, ())
+    return Cost(round(ms, 6), workspace_bytes, (), round(device_ms, 6))
 
 
 def _time_each(
-    calls: Sequence[Call], alone: Mapping[int, RunAlone], device: Device, result: Costs, timed: bool
+    calls: Sequence[Call], alone: Mapping[int, RunAlone], timer: OperationTimer | None, on_host: bool, result: Costs
 ) -> dict[int, Cost]:
-    """Return the cost of each call that could be run alone, by its place."""
+    """Return the cost of each call that could be run alone, by its place. `timer`: None leaves times at zero."""
     begin = time.perf_counter()
-    best = {} if timed else dict.fromkeys(alone, 0.0)
-    cold = device.is_host and timed
-    cold_code_ms = _cold_code_ms() if cold else 0.0
-    for round_number in range(_ROUNDS if timed else 0):
-        for index, call in enumerate(calls):
-            if index not in alone or (round_number > 0 and best.get(index, 0.0) > _LONG_RUN_MS):
-                continue
-            safe_point()
-            repeats = 1 if round_number == 0 else 2
-            elapsed = _time_ms(call, device, repeats)
-            if elapsed is not None and cold and argument_bytes(call) >= _MUCH_DATA_BYTES and elapsed < _LONG_RUN_MS:
-                in_cold_ms = _time_ms(call, device, repeats, cold=True)
-                elapsed = max(elapsed, in_cold_ms - cold_code_ms) if in_cold_ms is not None else elapsed
-            if elapsed is not None:
-                best[index] = min(best.get(index, elapsed), elapsed)
-    forget()
+    best: dict[int, OperationTimes] = {}
+    if timer is None:
+        best = dict.fromkeys(alone, OperationTimes(0.0))
+    else:
+        cold_code_ms = _cold_code_ms() if on_host and calls else 0.0
+        for round_number in range(_ROUNDS):
+            for index, call in enumerate(calls):
+                if index not in alone or (round_number > 0 and index in best and max(best[index]) > _LONG_RUN_MS):
+                    continue
+                safe_point()
+                repeats = 1 if round_number == 0 else 2
+                found = _times_ms(call, timer, repeats)
+                if found is None:
+                    continue
+                if on_host and argument_bytes(call) >= _MUCH_DATA_BYTES and found.host_ms < _LONG_RUN_MS:
+                    in_cold = _times_ms(call, timer, repeats, cold=True)
+                    if in_cold is not None:
+                        found = OperationTimes(max(found.host_ms, in_cold.host_ms - cold_code_ms))
+                best[index] = OperationTimes(*map(min, found, best.get(index, found)))
+        forget()
     result.times_ms = (time.perf_counter() - begin) * 1e3
     return {
-        index: Cost(round(best[index], 6), found.workspace_bytes, found.layouts)
+        index: Cost(round(times.host_ms, 6), found.workspace_bytes, found.layouts, round(times.device_ms, 6))
         for index, found in alone.items()
-        if index in best
+        if (times := best.get(index)) is not None
     }
 
 
@@ -214,6 +230,21 @@ def _run(call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
     with below_autograd():
         set_grad_mode(call.grad_enabled)
         return call.func(*args, **kwargs)
+
+
+def time_alone(
+    timer: OperationTimer,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    repeats: int,
+    *,
+    grad_enabled: bool,
+) -> OperationTimes:
+    """Return the shortest times of an operation, without autograd, on a device beside the host."""
+    with below_autograd():
+        set_grad_mode(grad_enabled)
+        return timer.times_ms(lambda: func(*args, **kwargs), repeats)
 
 
 def _cold_code_ms() -> float:
@@ -229,22 +260,15 @@ def _cold_code_ms() -> float:
     return max(0.0, statistics.median(times_ms[True]) - min(times_ms[False]))
 
 
-def _time_ms(call: Call, device: Device, repeats: int, *, cold: bool = False) -> float | None:
+def _times_ms(call: Call, timer: OperationTimer, repeats: int, *, cold: bool = False) -> OperationTimes | None:
     try:
         args, kwargs = _make_up(call)
-        best = float("inf")
-        for _ in range(repeats):
-            if cold:
-                fill_caches()
-            device.synchronize()
-            begin = time.perf_counter()
-            _run(call, args, kwargs)
-            device.synchronize()
-            best = min(best, (time.perf_counter() - begin) * 1e3)
-        return best
+        if timer.device.is_host:
+            return timer.times_ms(lambda: _run(call, args, kwargs), repeats, before=fill_caches if cold else None)
+        return time_alone(timer, call.func, args, kwargs, repeats, grad_enabled=call.grad_enabled)
     except Exception as error:
         pass_on(error)
-        _require_usable(device, call)
+        _require_usable(timer.device, call)
         return None
 
 
@@ -291,18 +315,12 @@ def cost_of_opaque(call: Call, again: Callable[..., object], args: tuple[Any, ..
         made = again(*args)
         device.synchronize()
     del made
-    return Cost(round(_opaque_ms(call, again, args, device), 6), meter.workspace_bytes()[0], ())
+    times = _opaque_times_ms(call, again, args, device)
+    return Cost(round(times.host_ms, 6), meter.workspace_bytes()[0], (), round(times.device_ms, 6))
 
 
-def _opaque_ms(call: Call, again: Callable[..., object], args: tuple[Any, ...], device: Device) -> float:
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        device.synchronize()
-        begin = time.perf_counter()
-        again(*args)
-        device.synchronize()
-        best = min(best, (time.perf_counter() - begin) * 1e3)
-    return best
+def _opaque_times_ms(call: Call, again: Callable[..., object], args: tuple[Any, ...], device: Device) -> OperationTimes:
+    return device.operation_timer().times_ms(lambda: again(*args), _ROUNDS)
 
 
 class _BrokenBy(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -169,10 +169,7 @@ def measure_step(
         data_dependent=observed.data_dependent,
         switched_off=tuple(sorted(observer.switched_off)),
         margin_bytes=observer.margin_bytes,
-        mode_ms_per_op=overhead.mode_ms_per_op,
-        tape_ms_per_op=overhead.tape_ms_per_op,
-        module_ms_per_op=overhead.module_ms_per_op,
-        module_ms_per_call=overhead.module_ms_per_call,
+        **asdict(overhead),
         random_state_bytes=observer.random_state_bytes,
         allocator=allocator,
         is_sharded=is_sharded(model),

@@ -6,7 +6,8 @@ mechanism is measured twice: in a loop, and with other data sent through the cac
 (`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
 loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
 Python's alone; what counts there is the time until all is submitted, on tensors of that GPU, whose streams and
-generators are asked for.
+generators are asked for.  There the same goes for the plain step: many of its operations take longer to be asked for
+than to be done, so what modules and autograd do around them is measured, too.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 
+from tightfit._torch_private import DispatchMode
 from tightfit.device import device_for
+from tightfit.operators.facts import describe
 from tightfit.profiling.cost_cache import Cost, CostCache
+from tightfit.profiling.costs import time_alone
 from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget
 from tightfit.records import Op, Recipe, Storage, Value
 from tightfit.replay.executors import RegionCall
@@ -30,9 +35,18 @@ from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.step.snapshot import RandomState
 
-_OPS = 16
-#: Operations in a module: what Python does around modules is done again when a module is recomputed.
-_OPS_PER_MODULE = 4
+_LINKS = 4
+#: Operations in each of that many modules: what Python does around modules is done again when a module is recomputed.
+_LINK = ("aten.abs.default",) * 4
+_BLOCK = (
+    "aten.native_layer_norm.default",
+    "aten.addmm.default",
+    "aten.gelu.default",
+    "aten.addmm.default",
+    "aten.native_dropout.default",
+    "aten.add.Tensor",
+)
+_WIDTH = 8
 _ROUNDS = 5
 _KEY = "<overhead>"
 
@@ -41,8 +55,12 @@ _KEY = "<overhead>"
 class Overhead:
     """Milliseconds; see the fields of the same names of `Profile`."""
 
+    forward_ms_per_op: float = 0.0
+    backward_ms_per_op: float = 0.0
     mode_ms_per_op: float = 0.0
     tape_ms_per_op: float = 0.0
+    replay_ms_per_op: float = 0.0
+    region_ms_per_call: float = 0.0
     module_ms_per_op: float = 0.0
     module_ms_per_call: float = 0.0
 
@@ -80,7 +98,10 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
         return Overhead(*known)
     random_state = RandomState()
     with torch.enable_grad():
-        overhead = Overhead(*_measure_tape(device, cold), *_measure_module(device, cold))
+        alone = _Alone() if device_for(device).is_host else _measure_alone(device)
+        overhead = Overhead(
+            *_measure_plain(device, alone), *_measure_tape(device, cold, alone), *_measure_module(device, cold)
+        )
     random_state.restore()
     forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
@@ -90,12 +111,19 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
 
 
 class _Chain(torch.nn.Module):
-    """Operations of one element, in modules; notes what each took until it was submitted."""
+    """Operations on next to no data, in modules; notes what each took until it was submitted.
 
-    def __init__(self, ops: int, *, cold: bool) -> None:
+    On the host they are of one element and kind, as what is measured is little beside what a real one computes.  Beside
+    it they are a transformer's: Python's work for an operation depends on how many tensors it reads, makes and saves.
+    """
+
+    def __init__(self, device: torch.device, links: int, *, cold: bool = False, short: bool = False) -> None:
+        """`short`: no more operations than need be."""
         super().__init__()
-        counts = [_OPS_PER_MODULE] * (ops // _OPS_PER_MODULE) or [ops]
-        self.links = torch.nn.ModuleList([_Link(count, cold) for count in counts])
+        on_host = device_for(device).is_host
+        names = _BLOCK if not on_host else _LINK[:1] if short else _LINK
+        self.links = torch.nn.ModuleList([_Link(len(names), cold) if on_host else _Block(device) for _ in range(links)])
+        self.op_names = links * names
 
     def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
         for link in self.links:
@@ -120,50 +148,149 @@ class _Link(torch.nn.Module):
         return x
 
 
+class _Block(torch.nn.Module):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(_WIDTH, device=device)
+        self.up, self.down = (torch.nn.Linear(_WIDTH, _WIDTH, device=device) for _ in range(2))
+        self.dropout = torch.nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
+        begin = time.perf_counter()
+        y = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        x = x + self.dropout(y)
+        times_ms.append((time.perf_counter() - begin) * 1e3 / len(_BLOCK))
+        return x
+
+
 def _weight(device: torch.device) -> torch.Tensor:
-    return torch.full((1,), 0.5, device=device, requires_grad=True)
+    size = (1,) if device_for(device).is_host else (1, _WIDTH)
+    return torch.full(size, 0.5, device=device, requires_grad=True)
 
 
-def _measure_tape(device: torch.device, cold: bool) -> tuple[float, float]:
-    """Return what an operation costs in a planned region, and further when taped and replayed."""
-    passing, taped = _installed(), Installed(recipes={}, self_check=False)
+class _Calls(DispatchMode):
+    """Writes down the operations that run; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not describe(func).is_view:
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """What the chain's operations take the host as operations are timed alone, and how many backward has."""
+
+    forward_ms: float = 0.0
+    backward_ms: float = 0.0
+    backward_count: int = 0
+
+
+def _measure_alone(device: torch.device) -> _Alone:
+    """Time the operations of forward and of backward of a link, each alone."""
+    chain, weight = _Chain(device, 1), _weight(device)
+    timer = device_for(device).operation_timer()
+    with _Calls() as forward:
+        result = chain(weight, [])
+    with _Calls() as backward:
+        result.backward(torch.ones_like(weight))
+    parts_ms = [
+        [time_alone(timer, func, args, kwargs, _ROUNDS, grad_enabled=True).host_ms for func, args, kwargs in part.calls]
+        for part in (forward, backward)
+    ]
+    return _Alone(statistics.fmean(parts_ms[0]), statistics.fmean(parts_ms[1]), len(backward.calls))
+
+
+def _measure_plain(device: torch.device, alone: _Alone) -> tuple[float, float]:
+    """Return what the host does in a plain step beside an operation of forward, and beside one of backward."""
+    if not alone.backward_count:  # the host does them itself, which takes much longer
+        return 0.0, 0.0
+    chain, weight = _Chain(device, _LINKS), _weight(device)
+    gradient = torch.ones_like(weight)
+    forward: list[float] = []
+    backward: list[float] = []
+    for _ in range(_ROUNDS):
+        device_for(device).synchronize()
+        begin = time.perf_counter()
+        result = chain(weight, [])
+        middle = time.perf_counter()
+        result.backward(gradient)
+        forward.append((middle - begin) * 1e3 / len(chain.op_names))
+        backward.append((time.perf_counter() - middle) * 1e3 / (_LINKS * alone.backward_count))
+        weight.grad = None
+        chain.zero_grad()
+    beside_ms = statistics.median(forward) - alone.forward_ms, statistics.median(backward) - alone.backward_ms
+    return round(max(0.0, beside_ms[0]), 6), round(max(0.0, beside_ms[1]), 6)
+
+
+def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float, float]:
+    """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time
+    where that is known; and what a region costs beside the host.
+    """
+    chains = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
+    single = _Chain(device, 1)
+    passing, taped = _installed(chains[0].op_names), Installed(recipes={}, self_check=False)
     contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "plain": nullcontext,
         "mode": lambda: passing.region(_KEY),
         "tape": lambda: taped.region(_KEY),
     }
-    chains = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False)
     weight = _weight(device)
     gradient = torch.ones_like(weight)
     forward: dict[str, list[float]] = {name: [] for name in contexts}
     hot: dict[str, list[float]] = {name: [] for name in contexts}
     backward: dict[str, list[float]] = {name: [] for name in contexts}
+    whole: dict[str, list[float]] = {name: [] for name in contexts}
+    small: dict[str, list[float]] = {name: [] for name in contexts}
     for _ in range(_ROUNDS):
         for name, context in contexts.items():
             device_for(device).synchronize()  # nothing is in the way of what is submitted
             with context():
                 chains[0](weight, forward[name])
+            begin = time.perf_counter()
             with context():
                 result = chains[1](weight, hot[name])
+            whole[name].append((time.perf_counter() - begin) * 1e3)
+            if alone.backward_count:
+                begin = time.perf_counter()
+                with context():
+                    short = single(weight, [])
+                small[name].append((time.perf_counter() - begin) * 1e3)
+                del short  # frees what it holds
             begin = time.perf_counter()
             result.backward(gradient)
-            backward[name].append((time.perf_counter() - begin) * 1e3 / _OPS)
+            backward[name].append((time.perf_counter() - begin) * 1e3 / len(chains[1].op_names))
             weight.grad = None
+            chains[1].zero_grad()
     forward_ms, hot_ms, backward_ms = (
         {name: statistics.median(found) for name, found in times.items()} for times in (forward, hot, backward)
     )
+    region_ms = 0.0
+    if alone.backward_count:  # there Python's work is all that counts, and some of it is done when a region ends
+        whole_ms, small_ms = (
+            {name: statistics.median(found) for name, found in times.items()} for times in (whole, small)
+        )
+        more = len(chains[1].op_names) - len(single.op_names)
+        forward_ms = {name: (whole_ms[name] - small_ms[name]) / more for name in contexts}
+        of_ops_ms = len(single.op_names) * (forward_ms["tape"] - forward_ms["plain"])
+        region_ms = max(0.0, small_ms["tape"] - small_ms["plain"] - of_ops_ms)
     mode_ms = max(0.0, forward_ms["mode"] - forward_ms["plain"])
     record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
     scale = 1.0
     if cold:
         scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
-    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"])
-    return round(mode_ms, 6), round(record_ms + replay_ms, 6)
+    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"] - alone.forward_ms)
+    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6), round(region_ms, 6)
 
 
 def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:
     """Return what calling a module again costs: for each operation, and further for each call."""
-    chain, hot, single = _Chain(_OPS, cold=cold), _Chain(_OPS, cold=False), _Chain(1, cold=False)
+    chain, hot = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
+    single = _Chain(device, 1, short=True)
     weight = _weight(device)
     gradient = torch.ones_like(weight)
     plain: list[float] = []
@@ -177,8 +304,8 @@ def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:
         hot(weight, alone)
         both: list[float] = []
         _call(chain, weight, both, again=True).backward(gradient)
-        first += both[:_OPS]
-        second += both[_OPS:]
+        first += both[: len(both) // 2]
+        second += both[len(both) // 2 :]
         for again, times_ms in calls.items():
             if cold:
                 fill_caches()
@@ -194,7 +321,8 @@ def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:
     # The operation's own time is counted elsewhere, as it is when the same operation runs over and over.
     saving_ms = max(0.0, statistics.median(first) - statistics.median(plain))
     op_ms = saving_ms + max(0.0, statistics.median(second) - statistics.median(alone))
-    call_ms = statistics.median(calls[True]) - statistics.median(calls[False]) - op_ms
+    of_ops_ms = len(single.op_names) * op_ms
+    call_ms = statistics.median(calls[True]) - statistics.median(calls[False]) - of_ops_ms
     return round(op_ms, 6), round(max(0.0, call_ms), 6)
 
 
@@ -202,14 +330,14 @@ def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, again: 
     if not again:
         return chain(weight, times_ms)  # type: ignore[no-any-return]  # what it returns is a tensor
     call = RegionCall(chain, chain.forward, (weight,), {"times_ms": times_ms}, Statistics())
-    return ModuleCall(call, _OPS, convolves=False).run()  # type: ignore[no-any-return]  # what it returns is a tensor
+    return ModuleCall(call, len(chain.op_names), convolves=False).run()  # type: ignore[no-any-return]  # what it returns is a tensor
 
 
-def _installed() -> Installed:
+def _installed(op_names: tuple[str, ...]) -> Installed:
     """Return a plan for the chain that has no use for its operations."""
     recipe = Recipe(
         class_id=0,
-        op_names=("aten.abs.default",) * _OPS,
+        op_names=op_names,
         lever="tape",
         executor="tape",
         keep=(),

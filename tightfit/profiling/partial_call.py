@@ -28,7 +28,8 @@ class PartialCall:
         """Scale this call's cost to that of the full call."""
         if not self.note:
             return cost
-        return Cost(round(cost.ms * self.scale, 6), int(cost.workspace_bytes * self.workspace_scale), ())
+        ms, device_ms = round(cost.ms * self.scale, 6), round(cost.device_ms * self.scale, 6)
+        return Cost(ms, int(cost.workspace_bytes * self.workspace_scale), (), device_ms)
 
 
 def argument_bytes(call: Call) -> int:

@@ -71,21 +71,31 @@ def _backward_and_optimizer(reference: Profile) -> tuple[list[int], list[Event]]
 
 
 def _scaled_times(profile: Profile, reference: Profile, others: list[int], theirs: list[int]) -> tuple[Signature, ...]:
-    """Return the signatures with the reference's times, scaled by the bytes that the operations read and make."""
-    times_ms: dict[int, float] = {}
+    """Return the signatures with the reference's times, scaled by the bytes that the operations read and make.
+
+    Submitting an operation takes the host as long whatever its size, so beside a device only that one's time is scaled.
+    """
+    times_ms: dict[int, tuple[float, float]] = {}
     ours_bytes = theirs_bytes = 0
+    beside = reference.has_device_times
+
+    def scaled(signature: Signature, ratio: float) -> tuple[float, float]:
+        return signature.ms if beside else signature.ms * ratio, signature.device_ms * ratio
+
     for op, other in zip(profile.ops, reference.ops, strict=True):
         mine, yours = _handled_bytes(profile, op), _handled_bytes(reference, other)
         ours_bytes += mine
         theirs_bytes += yours
         ratio = mine / yours if yours else 1.0
-        times_ms.setdefault(op.signature, reference.signatures[other.signature].ms * ratio)
+        times_ms.setdefault(op.signature, scaled(reference.signatures[other.signature], ratio))
     overall = ours_bytes / theirs_bytes if theirs_bytes else 1.0
     for signature, other_signature in zip(others, theirs, strict=True):
-        times_ms.setdefault(signature, reference.signatures[other_signature].ms * overall)
-    return tuple(
-        replace(signature, ms=round(times_ms.get(place, 0.0), 6)) for place, signature in enumerate(profile.signatures)
-    )
+        times_ms.setdefault(signature, scaled(reference.signatures[other_signature], overall))
+    timed = []
+    for place, untimed in enumerate(profile.signatures):
+        ms, device_ms = times_ms.get(place, (0.0, 0.0))
+        timed.append(replace(untimed, ms=round(ms, 6), device_ms=round(device_ms, 6)))
+    return tuple(timed)
 
 
 def _handled_bytes(profile: Profile, op: Op) -> int:
@@ -121,8 +131,12 @@ def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> 
         events=tuple(events),
         baseline={**profile.baseline, "optimizer_state": reference.baseline["optimizer_state"]},
         optimizer=reference.optimizer,
+        forward_ms_per_op=reference.forward_ms_per_op,
+        backward_ms_per_op=reference.backward_ms_per_op,
         mode_ms_per_op=reference.mode_ms_per_op,
         tape_ms_per_op=reference.tape_ms_per_op,
+        replay_ms_per_op=reference.replay_ms_per_op,
+        region_ms_per_call=reference.region_ms_per_call,
         module_ms_per_op=reference.module_ms_per_op,
         module_ms_per_call=reference.module_ms_per_call,
     )

@@ -23,6 +23,7 @@ from tightfit.records.profile import (
     Storage,
     Value,
 )
+from tightfit.records.stretch import StepWork, Stretch, step_ms
 from tightfit.records.verdict import Verdict
 
 __all__ = [
@@ -45,7 +46,10 @@ __all__ = [
     "Signature",
     "Slot",
     "Storage",
+    "StepWork",
+    "Stretch",
     "Value",
     "ValueName",
     "Verdict",
+    "step_ms",
 ]

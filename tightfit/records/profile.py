@@ -27,6 +27,7 @@ from typing import NamedTuple
 from tightfit.records import json_codec
 from tightfit.records.allocator_state import AllocatorState
 from tightfit.records.checks import require
+from tightfit.records.stretch import StepWork, step_ms
 
 #: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
 COMPONENTS = ("parameters", "buffers", "gradients", "optimizer_state", "batch", "activation")
@@ -63,11 +64,18 @@ class Signature:
     name: str
     """The overload's name, e.g. ``aten.mm.default``."""
     ms: float = 0.0
-    """Time of one run in milliseconds (minimum of several)."""
+    """Milliseconds that one run takes the host (minimum of several): until it is done, or submitted to a device."""
+    device_ms: float = 0.0
+    """Milliseconds that it takes a device which works beside the host."""
     workspace_bytes: int = 0
     """Most memory it holds inside, beyond its inputs and outputs."""
     note: str = ""
     """Where the figures are estimates: why. Empty if the operation was run alone as it is."""
+
+    @property
+    def slower_ms(self) -> float:
+        """What it takes in the middle of others like it: the longer of its two times."""
+        return max(self.ms, self.device_ms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,10 +215,19 @@ class Profile:
     """Added to every moment: what a trial run measured beyond (or below) the prediction."""
     allocator: AllocatorState | None = None
     """The device's caching allocator before the step; None where all that is freed goes back to the system."""
+    forward_ms_per_op: float = 0.0
+    """Time of the host's for each operation of forward, beside what it takes alone: modules, autograd. Only where a
+    device works beside the host."""
+    backward_ms_per_op: float = 0.0
+    """The same for each operation of backward."""
     mode_ms_per_op: float = 0.0
     """Time that a planned region costs for each operation that runs in it."""
     tape_ms_per_op: float = 0.0
-    """Further time for each operation written to the tape and replayed."""
+    """Further time for each operation that is written to the tape."""
+    replay_ms_per_op: float = 0.0
+    """Further time for each operation that is replayed, beside its own."""
+    region_ms_per_call: float = 0.0
+    """Further time for each region that has a tape, where a device works beside the host."""
     module_ms_per_op: float = 0.0
     """Time that calling a module a second time costs for each operation, beside the operation's own time."""
     module_ms_per_call: float = 0.0
@@ -243,18 +260,30 @@ class Profile:
         _check_timeline(self)
 
     @property
+    def has_device_times(self) -> bool:
+        """Whether a device works beside the host, so that the longer of two times counts (see `Stretch`)."""
+        return any(signature.device_ms for signature in self.signatures)
+
+    @property
     def plain_step_ms(self) -> float:
-        """Predicted time of the plain step: each operation that ran, alone."""
-        total_ms = 0.0
-        passes = self.accumulation_steps
-        for event in self.events:
-            if event.kind == EventKind.OP:
-                total_ms += passes * self.signatures[self.ops[event.a].signature].ms
-            elif event.kind == EventKind.OTHER_OP:
-                total_ms += passes * self.signatures[event.a].ms
-            elif event.kind == EventKind.OPTIMIZER:
-                passes = 1
-        return total_ms
+        """Predicted time of the plain step: each operation that ran, as it does alone."""
+        return step_ms(self.plain_work(), {}, self.accumulation_steps)
+
+    def plain_work(self) -> StepWork:
+        """Return what the plain step takes the host and the device within each event."""
+        host_ms, device_ms = [0.0] * len(self.events), [0.0] * len(self.events)
+        optimizer = len(self.events)
+        beside_ms = self.backward_ms_per_op
+        for time, (kind, a) in enumerate(self.events):
+            if kind == EventKind.OP:
+                signature = self.signatures[self.ops[a].signature]
+                host_ms[time], device_ms[time] = signature.ms + self.forward_ms_per_op, signature.device_ms
+            elif kind == EventKind.OTHER_OP:
+                signature = self.signatures[a]
+                host_ms[time], device_ms[time] = signature.ms + beside_ms, signature.device_ms
+            elif kind == EventKind.OPTIMIZER and optimizer > time:
+                optimizer, beside_ms = time, 0.0
+        return StepWork(host_ms, device_ms, optimizer)
 
     def saved_bytes(self, *, only: str = "") -> int:
         """Return the bytes of the storages that autograd saves, resident ones left out.
@@ -277,9 +306,13 @@ class Profile:
         """
         return replace(
             self,
-            signatures=tuple(replace(signature, ms=1.0) for signature in self.signatures),
+            signatures=tuple(replace(signature, ms=1.0, device_ms=0.0) for signature in self.signatures),
+            forward_ms_per_op=0.0,
+            backward_ms_per_op=0.0,
             mode_ms_per_op=0.0,
             tape_ms_per_op=0.0,
+            replay_ms_per_op=0.0,
+            region_ms_per_call=0.0,
             module_ms_per_op=0.0,
             module_ms_per_call=0.0,
         )
@@ -300,12 +333,14 @@ def _check_sizes(profile: Profile) -> None:
     require(profile.margin_bytes >= 0, "margin_bytes is negative")
     require(profile.accumulation_steps >= 1, "accumulation_steps is below 1")
     require(all(part >= 0 for part in profile.measuring_ms.values()), "measuring_ms holds a negative time")
-    require(profile.mode_ms_per_op >= 0 and profile.tape_ms_per_op >= 0, "a time per operation is negative")
+    for part in ("forward", "backward", "mode", "tape", "replay"):
+        require(getattr(profile, f"{part}_ms_per_op") >= 0, "a time per operation is negative")
+    require(profile.region_ms_per_call >= 0, "region_ms_per_call is negative")
     for place, storage in enumerate(profile.storages):
         require(storage.nbytes >= 0, f"storages[{place}] has a negative size")
         require(storage.component in COMPONENTS, f"storages[{place}] is of no known component")
     for place, signature in enumerate(profile.signatures):
-        require(signature.ms >= 0, f"signatures[{place}] has a negative time")
+        require(min(signature.ms, signature.device_ms) >= 0, f"signatures[{place}] has a negative time")
         require(signature.workspace_bytes >= 0, f"signatures[{place}] has a negative size")
 
 

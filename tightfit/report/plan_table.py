@@ -100,7 +100,9 @@ def format_table(plan: Plan, most: int | None = None) -> str:
     table += [(label, str(line[0]), format_bytes(int(line[1])), f"{line[2]:.2f} ms") for label, line in lines_of]
     # All but the first replay: recording ops or recomputing a whole module, and further replays where regions share a
     # tape.
-    table.append(("recording, repeats", "", "", f"{added_ms - replay_ms:.2f} ms"))
+    # Beside a device it may be less than nothing: what the one does while the other is behind takes no time.
+    beside = "recording, repeats" if added_ms >= replay_ms else "done meanwhile"
+    table.append((beside, "", "", f"{added_ms - replay_ms:.2f} ms"))
     table.append(("all", str(calls), format_bytes(saved), f"{added_ms:.2f} ms"))
     if len(plan.regions) > calls:
         table.append(("nothing dropped", str(len(plan.regions) - calls), "", ""))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tightfit.records import Decision, Event, EventKind, Profile, ValueName
+from tightfit.records import Decision, Event, EventKind, Profile, StepWork, ValueName
 from tightfit.simulation.second_call import made_storages, slots_made_again
 
 _OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
@@ -77,6 +77,7 @@ class ProfileIndex:
         for number, value in enumerate(profile.values):
             self._values_of_storage[value.storage].append(number)
         self.facts = tuple(self._region_facts(index) for index in range(len(profile.regions)))
+        self._spans: dict[int, tuple[int, int, int]] = {}
         self._tape_facts: dict[tuple[int, int], RegionFacts] = {}
         self.fixed_slots = frozenset(range(len(profile.slots))) - {
             s for f in self.facts for s in (*f.slots, *f.only_again)
@@ -88,13 +89,24 @@ class ProfileIndex:
         """Return look-ups into a profile that differs from this one's in nothing but times."""
         other = copy.copy(self)
         other.profile = profile
-        other.__dict__.pop("plain_step_ms", None)
+        for name in ("plain_step_ms", "plain_work", "has_device_times"):
+            other.__dict__.pop(name, None)
         return other
 
     @cached_property
     def plain_step_ms(self) -> float:
         """Predicted time of the plain step."""
         return self.profile.plain_step_ms
+
+    @cached_property
+    def plain_work(self) -> StepWork:
+        """What the plain step does within each event."""
+        return self.profile.plain_work()
+
+    @cached_property
+    def has_device_times(self) -> bool:
+        """Whether a device works beside the host."""
+        return self.profile.has_device_times
 
     def backward_event(self) -> int:
         """Return when backward begins: the moment at which everything held from forward is held; 0 without backward."""
@@ -108,6 +120,21 @@ class ProfileIndex:
         if kind == EventKind.EXIT:
             return a
         return self.region_of_slot[a] if kind in _OF_SLOTS else -1
+
+    def recomputing_span(self, region: int) -> tuple[int, int, int]:
+        """Return when a region ends in forward, and between which events it is recomputed: its droppable slots' first
+        read and last.
+        """
+        found = self._spans.get(region)
+        if found is None:
+            events, slots = self.profile.events, frozenset(self.facts[region].slots)
+            reads = [
+                time
+                for time in self.events_of_region[region]
+                if events[time].kind == EventKind.UNPACK and events[time].a in slots
+            ] or [len(events)]
+            found = self._spans[region] = self._exited[region], reads[0], reads[-1]
+        return found
 
     def producer_region(self, value: int) -> int:
         """Return the index of the region that made a value; -1 if none did."""

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tightfit.records import Decision, EventKind, Profile, SharedTape
+from tightfit.records import Decision, EventKind, Profile, SharedTape, Stretch, step_ms
 from tightfit.simulation.levers import BY_VALUE, NOTHING, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
 
@@ -42,10 +42,12 @@ class RegionCurve:
     life. Another region may hold the same storage at the same time; in memory it is there once."""
     replayed_ops: tuple[int, ...]
     """Operations recomputed, in that order."""
+    added: tuple[tuple[int, Stretch], ...]
+    """(event, work): what is done within that event of each pass: recomputation, and the lever's own work."""
     replay_ms: float
     """Time of the recomputed operations."""
     overhead_ms: float
-    """What the decision adds to the step: recomputation and the lever's own cost."""
+    """What the decision adds to the host's time of the step."""
 
 
 def _model_of(index: ProfileIndex, region: int, decision: Decision | None) -> RegionModel:
@@ -55,7 +57,7 @@ def _model_of(index: ProfileIndex, region: int, decision: Decision | None) -> Re
 
 
 def _replay_ms(profile: Profile, model: RegionModel) -> float:
-    return sum(profile.signatures[profile.ops[op].signature].ms for op in model.replayed_ops)
+    return sum(profile.signatures[profile.ops[op].signature].slower_ms for op in model.replayed_ops)
 
 
 def region_curve(index: ProfileIndex, region: int, decision: Decision | None) -> RegionCurve:
@@ -65,6 +67,7 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
     deltas: Counter[int] = Counter()
     spikes: list[tuple[int, int]] = []
     held: Counter[int] = Counter()
+    added: list[tuple[int, Stretch]] = []
 
     def change(time: int, storage: int, sign: int) -> None:
         deltas[time] += sign * profile.storages[storage].nbytes
@@ -85,6 +88,8 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
             if held[storage] == 0:
                 intervals.append((storage, opened.pop(storage), time))
         deltas[time] += moment.memo_delta
+        if moment.added is not None:
+            added.append((time, moment.added))
         # As high as the level after the event, and higher than it if a source is let go within the event.
         if moment.spike > moment.memo_delta or (moment.spike > 0 and moment.released):
             spikes.append((time, moment.spike))
@@ -102,14 +107,14 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
                 change(a, storage, +1)
                 if b < len(profile.events):
                     change(b, storage, -1)
-    replay_ms = _replay_ms(profile, model)
     return RegionCurve(
         deltas=tuple(sorted((t, d) for t, d in deltas.items() if d)),
         spikes=tuple(spikes),
         holds=tuple(sorted(holds)),
         replayed_ops=tuple(model.replayed_ops),
-        replay_ms=replay_ms,
-        overhead_ms=model.overhead_ms(replay_ms),
+        added=tuple(added),
+        replay_ms=_replay_ms(profile, model),
+        overhead_ms=profile.accumulation_steps * sum(work.host_ms for _, work in added),
     )
 
 
@@ -184,6 +189,7 @@ def simulate(
     phase = "forward"
     peak_label = ""
     components_at_peak: dict[str, int] = {}
+    added: dict[int, Stretch] = {}
     offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
     for time, (kind, a) in enumerate(profile.events):
         spike = workspace = 0
@@ -211,6 +217,8 @@ def simulate(
             model = models[owner]
             moment = model.handle(kind, a)
             acquired, released = moment.acquired, moment.released
+            if moment.added is not None:
+                added[time] = moment.added
             if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in model.slots:
                 storage = profile.values[profile.slots[a].value].storage
                 if kind == EventKind.SAVE:
@@ -250,13 +258,14 @@ def simulate(
         peak = 0
         components_at_peak = {"activations": 0}
         peak_memo = peak_workspace = 0
-    step_ms = index.plain_step_ms
+    if index.has_device_times:
+        predicted_ms = step_ms(index.plain_work, added, profile.accumulation_steps)
+    else:
+        predicted_ms = index.plain_step_ms + profile.accumulation_steps * sum(work.host_ms for work in added.values())
     replay_total = 0.0
     replayed: list[int] = []
     for model in {id(model): model for model in models}.values():
-        replay_ms = _replay_ms(profile, model)
-        replay_total += replay_ms
-        step_ms += model.overhead_ms(replay_ms)
+        replay_total += _replay_ms(profile, model)
         replayed += model.replayed_ops
     breakdown = {
         **profile.baseline,
@@ -270,7 +279,7 @@ def simulate(
         peak_event=peak_event,
         peak_where=peak_label or "parameters and optimizer state",
         breakdown=breakdown,
-        step_ms=step_ms,
+        step_ms=predicted_ms,
         replay_ms=replay_total,
         replayed_ops=tuple(replayed),
         allocated_bytes=peak + offset,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tightfit.records import Decision
-from tightfit.solver.columns import Array, Column, ColumnSource
+from tightfit.solver.columns import Column, ColumnSource
+from tightfit.solver.time_cuts import Array
 
 
 class Assignment:

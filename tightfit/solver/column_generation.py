@@ -31,6 +31,7 @@ from tightfit.solver.columns import Column, ColumnSource, keeping, useful_values
 from tightfit.solver.master import Master, Relaxation
 from tightfit.solver.pricing import Prices, PricingModel
 from tightfit.solver.region_mip import RegionProgram
+from tightfit.solver.time_cuts import Cut
 
 #: A class is enumerated when that takes at most so many columns over all its regions.
 ENUMERATE_AT_MOST = 3000
@@ -109,8 +110,9 @@ class ColumnPool:
         if self.structure is None and larger:
             self._generate(None)  # from few columns and again from many: descents end elsewhere
         for class_id, regions in larger.items():
-            for decision in self._sweep(regions[len(regions) // 2]):
-                self._offer(class_id, decision)
+            for cut in self.source.cuts.first:
+                for decision in self._sweep(regions[len(regions) // 2], cut):
+                    self._offer(class_id, decision)
         if self.structure is None:
             if larger:
                 self._generate(None)
@@ -124,8 +126,9 @@ class ColumnPool:
         for share in _LADDER:
             self._generate(smallest + math.ceil((plain - smallest) * share))
         for class_id, regions in larger.items():
-            for decision in self._between(class_id, regions):
-                self._offer(class_id, decision)
+            for cut in self.source.cuts.first:
+                for decision in self._between(class_id, regions, cut):
+                    self._offer(class_id, decision)
 
     @property
     def is_complete(self) -> bool:
@@ -170,7 +173,7 @@ class ColumnPool:
 
     def alike(self, regions: Iterable[int], prices: Prices) -> list[list[int]]:
         """Return the regions in groups whose decisions all cost the same at these prices."""
-        times = list(prices.private)
+        times = [*prices.private, *(cut.event for cut in prices.times)]
         with_parts = {region for _, _, region in prices.shared}
         groups: dict[Hashable, list[int]] = {}
         for region in regions:
@@ -209,8 +212,8 @@ class ColumnPool:
             return False
         return self.master.offer(class_id, decision)
 
-    def _sweep(self, region: int) -> Iterator[Decision | None]:
-        """Yield decisions on the lower hull of added time against bytes held when backward begins.
+    def _sweep(self, region: int, cut: Cut) -> Iterator[Decision | None]:
+        """Yield decisions on the lower hull of a way's added time against bytes held when backward begins.
 
         The hull's vertices by bisection of slopes (Eisner & Severance 1976).
         """
@@ -219,9 +222,9 @@ class ColumnPool:
 
         def point(price: float, weight: float) -> tuple[float, int, Decision | None]:
             shared = {(middle, storage, region): price for storage in model.shared}
-            _, decision = model.best(Prices(time_weight=weight, private={middle: price}, shared=shared))
+            _, decision = model.best(Prices(times={cut: weight}, private={middle: price}, shared=shared))
             column = self.source.column(region, decision)
-            return column.overhead_ms, column.held_bytes, decision
+            return column.added_ms(cut), column.held_bytes, decision
 
         cheap: tuple[float, int, Decision | None] = (0.0, self.source.column(region, None).held_bytes, None)
         small = point(1.0, 0.0)
@@ -240,7 +243,7 @@ class ColumnPool:
                 yield found[2]
                 spans += [((ms_a, bytes_a, a), found), (found, (ms_b, bytes_b, b))]
 
-    def _between(self, class_id: int, regions: list[int]) -> Iterator[Decision | None]:
+    def _between(self, class_id: int, regions: list[int], cut: Cut) -> Iterator[Decision | None]:
         """Yield the fastest decisions of a region within evenly spaced numbers of bytes held when backward begins."""
         region = regions[len(regions) // 2]
         points = min(_BETWEEN_AT_MOST, _BETWEEN_ALL // len(regions))
@@ -255,7 +258,7 @@ class ColumnPool:
             capacity = smallest + (largest - smallest) * place // points
             if capacity >= most:
                 continue  # the fastest within more bytes holds no more than these
-            answer = self.program(region).within({middle: capacity}, {middle: frozenset()})
+            answer = self.program(region).within(cut, {middle: capacity}, {middle: frozenset()})
             if answer is not None:
                 most = self.source.column(region, answer[1]).held_bytes
                 yield answer[1]
@@ -327,7 +330,7 @@ class ColumnPool:
 
     def cost(self, column: Column, prices: Prices) -> float:
         """Return what a column costs at these prices, in full."""
-        total = prices.time_weight * column.overhead_ms
+        total = sum(weight * column.added_ms(cut) for cut, weight in prices.times.items())
         storages = self.source.index.profile.storages
         for time, price in prices.private.items():
             level, held = column.at(time)

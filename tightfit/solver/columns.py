@@ -14,17 +14,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
-from tightfit.records import Decision, Profile
+from tightfit.records import Decision, Profile, Stretch
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import fixed_peaks, region_curve
 from tightfit.solver.region_timelines import Timeline, timelines
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from tightfit.solver.time_cuts import Array, Cut, TimeCuts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,6 +30,8 @@ class Shape:
     """One decision for all regions of a pattern: times are ranks, storages are places (see `patterns`)."""
 
     overhead_ms: float
+    work: tuple[tuple[int, Stretch], ...]
+    """(rank, what is done within that moment of each pass)."""
     held_bytes: int
     deltas: tuple[tuple[int, int], ...]
     """(rank, private bytes): changes of level."""
@@ -54,8 +54,35 @@ class Column:
 
     @property
     def overhead_ms(self) -> float:
-        """What the decision adds to the step."""
+        """What the decision adds to the host's time of the step."""
         return self.shape.overhead_ms
+
+    @cached_property
+    def work_ms(self) -> float:
+        """What the decision adds to the host's and to the device's time of a pass."""
+        return sum(work.host_ms + work.device_ms for _, work in self.shape.work)
+
+    def added_ms(self, cut: Cut) -> float:
+        """Return what the decision adds to the way with that cut."""
+        found = self._added_ms.get(cut)
+        if found is None:
+            moments = self.timeline.moments
+            found = self._added_ms[cut] = cut.added_ms((moments[rank], work) for rank, work in self.shape.work)
+        return found
+
+    @cached_property
+    def _added_ms(self) -> dict[Cut, float]:
+        return {}
+
+    @cached_property
+    def work_arrays(self) -> tuple[Array, Array, Array]:
+        """Times of the work that the decision adds, the host's milliseconds, and the device's."""
+        moments, work = self.timeline.moments, self.shape.work
+        return (
+            np.array([moments[rank] for rank, _ in work], dtype=np.int64),
+            np.array([stretch.host_ms for _, stretch in work], dtype=np.float64),
+            np.array([stretch.device_ms for _, stretch in work], dtype=np.float64),
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -110,6 +137,7 @@ class ColumnSource:
         self.base = fixed_peaks(index)
         self.holders = _holders(index)
         self.timelines = timelines(index, self.holders)
+        self.cuts = TimeCuts(index)
         self._base = np.array(self.base, dtype=np.float64)
         self._columns: list[dict[Decision | None, Column]] = [{} for _ in index.profile.regions]
         self._shapes: dict[tuple[int, Decision | None], Shape] = {}
@@ -119,6 +147,7 @@ class ColumnSource:
         """Return columns of a profile that differs from this one's in nothing but times."""
         other = copy.copy(self)
         other.index = self.index.repriced(profile)
+        other.cuts = TimeCuts(other.index)
         other._columns = [{} for _ in profile.regions]
         other._shapes = {}
         return other
@@ -159,6 +188,7 @@ class ColumnSource:
         levels = accumulate(changes.get(rank, 0) for rank in range(len(moments)))
         return Shape(
             overhead_ms=curve.overhead_ms,
+            work=tuple((rank_of(time), work) for time, work in curve.added),
             held_bytes=sum(delta for t, delta in curve.deltas if t <= self._middle),
             deltas=tuple(changes.items()),
             extras={rank_of(t): spike - deltas[t] for t, spike in spikes.items()},
@@ -166,6 +196,10 @@ class ColumnSource:
             shared=tuple((places[s], rank_of(start), rank_of(end), end in spikes) for s, start, end in shared),
             levels=tuple(levels),
         )
+
+    def longest_way(self, chosen: Iterable[tuple[Column, float]]) -> tuple[Cut, float]:
+        """Return the longest way (see `time_cuts`) for columns with weights, and what it adds to the plain step."""
+        return self.cuts.longest([(*column.work_arrays, weight) for column, weight in chosen if column.shape.work])
 
     def peaks(self, chosen: Iterable[tuple[Column, float]]) -> Array:
         """Return the highest bytes within every event, for columns with weights (fractions in a relaxation)."""

@@ -2,7 +2,9 @@
 
 Lagrangian relaxation of the memory rows (Geoffrion 1974): at any prices of bytes at moments, no plan is faster than
 
-    sum over regions of (the least cost of a decision at these prices) - sum over moments of price x bytes to spare.
+    sum over regions of (the least cost of a decision at these prices) - sum over moments of price x bytes to spare
+
+where time is a mean of the ways that it may take (`time_cuts`), none of which is longer than the step.
 
 The least cost of a region is exact where all its choices of values are enumerated.  Elsewhere it is bounded from below
 by the minimum cut of `pricing` and, where that leaves much room, by the program of `region_mip`; what other levers
@@ -23,7 +25,7 @@ def added_ms_bound(pool: ColumnPool, prices: Prices, budget_bytes: int) -> float
     source = pool.source
     loose_ms = _LOOSE * source.index.plain_step_ms
     spare = sum(price * (budget_bytes - source.base[time]) for time, price in prices.private.items())
-    total = -spare
+    total = sum(weight * source.cuts.base_ms(cut) for cut, weight in prices.times.items()) - spare
     magnitude = abs(spare)
     for class_id, members in pool.members.items():
         for regions in pool.alike(members, prices):

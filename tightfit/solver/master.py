@@ -13,37 +13,22 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
-from operator import le
 
 import numpy as np
 
 from tightfit.records import Decision
-from tightfit.solver.columns import Array, Column, ColumnSource
+from tightfit.solver.columns import Column, ColumnSource
+from tightfit.solver.groups import NO_LINKS, Group, Levels, Links, undominated
 from tightfit.solver.highs import INFINITY, Program, Solution
 from tightfit.solver.pricing import Prices
+from tightfit.solver.region_timelines import neighbourhoods
+from tightfit.solver.time_cuts import Array, Cut
 
 #: Moments added at once, at most: the worst of as many stretches of the timeline.
 _MOMENTS_PER_ROUND = 12
-
-
-#: Bytes at each of the master's moments.
-_Levels = tuple[int, ...]
-#: (place of the moment, storage) of shared storages held.
-_Links = frozenset[tuple[int, int]]
-_NO_LINKS: _Links = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Regions that the rows cannot tell apart, and the columns among which each of them chooses."""
-
-    regions: list[int]
-    columns: list[Column]
-    """Of the first region; those of the others have the same decisions."""
-    levels: list[_Levels]
-    """For each column, the bytes at each moment, a shared storage included if no other region may hold it then."""
-    linked: list[_Links]
-    """For each column, the shared storages that others may hold too, at the moments that have any."""
+#: What a millisecond of added work weighs beside one of the step's time: of equally fast plans the one of least work is
+#: taken.
+_WORK = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +44,12 @@ class _Link:
 @dataclass(slots=True)
 class _Built:
     program: Program
-    groups: list[_Group]
+    groups: list[Group]
     variables: list[list[int]]
     """For each group, one variable for each column."""
     moment_rows: list[int]
+    cut_rows: list[int]
+    """None where there is but one way, whose time is the cost."""
     links: list[_Link]
 
 
@@ -76,10 +63,14 @@ class Master:
     """Class to the decisions on offer, in order of arrival."""
     unit: int = field(init=False)
     """Greatest common divisor of all sizes: bytes are counted in it."""
+    cuts: list[Cut] = field(init=False)
+    """Of the ways considered so far, see `time_cuts`."""
     _classes: list[int] = field(init=False)
     _stretches: Array = field(init=False)
     _places: list[list[tuple[int, bool]]] = field(init=False)
     """Region, moment: where the moment is in the region's timeline."""
+    _cut_places: list[list[tuple[int, bool]]] = field(init=False)
+    """The same for the ways' cuts."""
     _vectors: list[list[list[tuple[int, tuple[int, ...]]]]] = field(init=False)
     """Region, decision, moment: what the column says at the moment; for the regions that were looked up."""
     _holding: list[dict[int, set[int]]] = field(default_factory=list)
@@ -89,12 +80,14 @@ class Master:
         profile = self.source.index.profile
         sizes = [s.nbytes for s in profile.storages] + [s.workspace_bytes for s in profile.signatures]
         self.unit = gcd(*sizes) or 1
+        self.cuts = list(self.source.cuts.first)
         self._classes = [region.class_id for region in profile.regions]
         for class_id in self._classes:
             self.decisions.setdefault(class_id, {None: None})
-        self._stretches = np.array(_stretches(self.source))
+        self._stretches = np.array(neighbourhoods(self.source.index))
         self._vectors = [[] for _ in self._classes]
         self._places = [[] for _ in self._classes]
+        self._cut_places = [[] for _ in self._classes]
         plain = self.source.peaks([(self.source.column(r, None), 1) for r in range(len(self._classes))])
         self.add_moments(plain, 0)
 
@@ -119,6 +112,16 @@ class Master:
         self.moments += new.tolist()
         return bool(new.size)
 
+    def add_cut(self, chosen: Sequence[tuple[Column, float]], known_ms: float) -> bool:
+        """Add the longest way for these columns, unless no way is longer than `known_ms`; return whether it is new."""
+        if self.source.cuts.is_single:
+            return False
+        cut, ms = self.source.longest_way(chosen)
+        if not self.source.cuts.is_longer(ms, known_ms) or cut in self.cuts:
+            return False
+        self.cuts.append(cut)
+        return True
+
     def _build(self, budget_bytes: int | None, *, relaxed: bool = False) -> _Built:
         """Build the program. With a budget: least time within it; without: least peak, which is the last variable."""
         source = self.source
@@ -127,12 +130,20 @@ class Master:
         rows: list[dict[int, float]] = [{} for _ in self.moments]
         holders: dict[tuple[int, int], dict[int, list[int]]] = {}  # (moment, storage) -> region -> variables
         variables: list[list[int]] = []
+        is_single = self.source.cuts.is_single
+        ways: list[dict[int, float]] = [{} for _ in self.cuts]
         for group in groups:
             size = len(group.regions)
             numbers = []
-            for column, levels, linked in zip(group.columns, group.levels, group.linked, strict=True):
-                number = program.variable(column.overhead_ms if budget_bytes is not None else 0.0, size, integer=True)
+            for column, levels, linked, times in zip(
+                group.columns, group.levels, group.linked, group.times, strict=True
+            ):
+                cost = times[0] if is_single else _WORK * column.work_ms
+                number = program.variable(cost if budget_bytes is not None else 0.0, size, integer=True)
                 numbers.append(number)
+                for entries, added_ms in zip(ways, times, strict=True):
+                    if added_ms:
+                        entries[number] = added_ms
                 for entries, level in zip(rows, levels, strict=True):
                     if level:
                         entries[number] = level // self.unit
@@ -148,7 +159,13 @@ class Master:
                 moment_rows.append(program.row({**entries, peak: -1.0}, -INFINITY, -source.base[time] / self.unit))
             else:
                 moment_rows.append(program.row(entries, -INFINITY, (budget_bytes - source.base[time]) // self.unit))
-        return _Built(program, groups, variables, moment_rows, links)
+        cut_rows = []
+        if budget_bytes is not None and not is_single:
+            step = program.variable(1.0)
+            for cut, entries in zip(self.cuts, ways, strict=True):
+                base_ms = self.source.cuts.base_ms(cut)
+                cut_rows.append(program.row({**entries, step: -1.0}, -INFINITY, -base_ms))
+        return _Built(program, groups, variables, moment_rows, cut_rows, links)
 
     def _link(
         self,
@@ -189,38 +206,45 @@ class Master:
                         self._holding[moment].setdefault(storage, set()).add(region)
         return vectors
 
-    def _groups(self, *, pruned: bool) -> list[_Group]:
+    def _groups(self, *, pruned: bool) -> list[Group]:
         """Put regions with equal coefficients together; if `pruned`, without columns that another equals or beats."""
         self._holding += [{} for _ in self.moments[len(self._holding) :]]
         # Regions with one pattern, in which the moments fall on the same places, have the same columns.
         same: dict[Hashable, list[int]] = {}
         for region, (timeline, places) in enumerate(zip(self.source.timelines, self._places, strict=True)):
             places += [timeline.place(time) for time in self.moments[len(places) :]]
-            same.setdefault((timeline.pattern, tuple(places)), []).append(region)
+            ways = self._cut_places[region]
+            ways += [timeline.place(cut.event) for cut in self.cuts[len(ways) :]]
+            same.setdefault((timeline.pattern, tuple(places), tuple(ways)), []).append(region)
         with_shared: list[int] = []
-        alike: dict[Hashable, tuple[list[int], list[_Levels], list[_Links]]] = {}
+        alike: dict[Hashable, tuple[list[int], list[Levels], list[Links]]] = {}
         for key, regions in same.items():
             vectors = self._look_up(regions[0])
             if any(held for vector in vectors for _, held in vector):
                 with_shared += regions
             else:
                 levels = [tuple(level for level, _ in vector) for vector in vectors]
-                alike[key] = regions, levels, [_NO_LINKS] * len(levels)
+                alike[key] = regions, levels, [NO_LINKS] * len(levels)
         for region in with_shared:
             self._look_up(region)
         for region in with_shared:
             levels, linked = self._coefficients(region)
-            key = (self._classes[region], tuple(levels), tuple(linked))
+            key = (self._classes[region], tuple(levels), tuple(linked), tuple(self._times(region)))
             alike.setdefault(key, ([], levels, linked))[0].append(region)
         groups = []
         for regions, levels, linked in sorted(alike.values(), key=lambda entry: entry[0][0]):
             decisions = self.decisions[self._classes[regions[0]]]
             columns = [self.source.column(regions[0], decision) for decision in decisions]
-            group = _Group(regions, columns, levels, linked)
-            groups.append(_undominated(group) if pruned else group)
+            group = Group(regions, columns, levels, linked, self._times(regions[0]))
+            groups.append(undominated(group) if pruned else group)
         return groups
 
-    def _coefficients(self, region: int) -> tuple[list[_Levels], list[_Links]]:
+    def _times(self, region: int) -> list[tuple[float, ...]]:
+        """Return, for each column of a region, what it adds to each way."""
+        columns = (self.source.column(region, decision) for decision in self.decisions[self._classes[region]])
+        return [tuple(column.added_ms(cut) for cut in self.cuts) for column in columns]
+
+    def _coefficients(self, region: int) -> tuple[list[Levels], list[Links]]:
         """Return, for each column of a region, bytes, and what is shared, at each moment."""
         storages = self.source.index.profile.storages
         all_levels, all_linked = [], []
@@ -252,7 +276,10 @@ class Master:
                 for region in group.regions
             ]
             limit = budget_bytes if budget_bytes is not None else solution.cost * self.unit
-            if not self.add_moments(self.source.peaks(weights), limit * (1 + 1e-9) + 1e-3):
+            grown = self.add_moments(self.source.peaks(weights), limit * (1 + 1e-9) + 1e-3)
+            if budget_bytes is not None:
+                grown |= self.add_cut(weights, self._step_ms(built, solution))
+            if not grown:
                 return Relaxation(self._prices(built, solution, budget_bytes), solution.cost)
 
     def _prices(self, built: _Built, solution: Solution, budget_bytes: int | None) -> Prices:
@@ -278,7 +305,25 @@ class Master:
                     for time in link.moments:
                         if time in private:
                             shared[time, link.storage, region] = part * factor * private[time]
-        return Prices(time_weight=1.0 if budget_bytes is not None else 0.0, private=private, shared=shared)
+        return Prices(times=self._weights(built, solution, budget_bytes), private=private, shared=shared)
+
+    def _weights(self, built: _Built, solution: Solution, budget_bytes: int | None) -> dict[Cut, float]:
+        """Return what each way weighs in the relaxation's time."""
+        if budget_bytes is None:
+            return {}
+        if not built.cut_rows:
+            return dict.fromkeys(self.cuts, 1.0)
+        weights = {
+            cut: weight
+            for cut, row in zip(self.cuts, built.cut_rows, strict=False)
+            if (weight := -solution.duals[row]) > 1e-12
+        }
+        whole = max(1.0, sum(weights.values()))  # more than 1 only by the solver's tolerance
+        return {cut: weight / whole for cut, weight in weights.items()}
+
+    def _step_ms(self, built: _Built, solution: Solution) -> float:
+        """Return what the longest of the ways considered adds in a solution."""
+        return solution.values[-1] if built.cut_rows else solution.cost
 
     def fastest(self, budget_bytes: int, gap_ms: float) -> tuple[list[Decision | None], float] | None:
         """Return the decisions of least time that hold at every moment; None if there are none.
@@ -293,13 +338,25 @@ class Master:
             if solution is None:
                 return None
             if tightened == budget_bytes:  # and some moments left out: fewer rows, so no choice is left out
-                bound_ms = max(bound_ms, solution.bound)
+                bound_ms = max(bound_ms, solution.bound - self._most_work_ms(built))
             decisions = self._decisions(built, solution)
-            peaks = self.source.peaks(self.chosen(decisions))
+            chosen = self.chosen(decisions)
+            peaks = self.source.peaks(chosen)
+            longer = self.add_cut(chosen, self._step_ms(built, solution))
             if peaks.max() <= budget_bytes:
+                if longer:
+                    continue
                 return decisions, bound_ms
             if not self.add_moments(peaks, budget_bytes):  # the solver's tolerance was more than a byte
                 tightened -= max(self.unit, int(peaks.max()) - budget_bytes)
+
+    @staticmethod
+    def _most_work_ms(built: _Built) -> float:
+        """Return how much of a solution's cost may be the price of work instead of time."""
+        if not built.cut_rows:
+            return 0.0
+        most = (len(group.regions) * max(column.work_ms for column in group.columns) for group in built.groups)
+        return _WORK * sum(most)
 
     def smallest(self) -> tuple[int, list[Decision | None]]:
         """Return the least peak in bytes that the columns on offer can reach, and decisions that reach it."""
@@ -338,33 +395,3 @@ class Relaxation:
     prices: Prices
     cost: float
     """Least added time in ms; or least peak in units when no budget was given."""
-
-
-def _undominated(group: _Group) -> _Group:
-    """Leave out the columns that another one equals or beats in time, in every row and in what it shares."""
-    order = sorted(range(len(group.columns)), key=lambda place: group.columns[place].overhead_ms)
-    kept: list[int] = []
-    for place in order:
-        levels, linked = group.levels[place], group.linked[place]
-        if not any(all(map(le, group.levels[other], levels)) and group.linked[other] <= linked for other in kept):
-            kept.append(place)
-    return _Group(
-        group.regions,
-        [group.columns[place] for place in kept],
-        [group.levels[place] for place in kept],
-        [group.linked[place] for place in kept],
-    )
-
-
-def _stretches(source: ColumnSource) -> list[int]:
-    """Return, for each event, a number for its neighbourhood: which region runs, forward or backward."""
-    index = source.index
-    owner = {time: region for region, times in enumerate(index.events_of_region) for time in times}
-    middle = index.backward_event()
-    stretches = []
-    current = 0
-    for time in range(len(source.base)):
-        if time in owner:
-            current = 2 * owner[time] + (time >= middle)
-        stretches.append(current)
-    return stretches

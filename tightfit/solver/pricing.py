@@ -18,26 +18,73 @@ The cut leaves out what recomputation holds on its way, and shortens the lives o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tightfit.records import Decision, EventKind
+from tightfit.records import Decision, EventKind, Signature
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.always_held import AlwaysHeld
 from tightfit.solver.columns import keeping, useful_values
 from tightfit.solver.min_cut import Closure
+from tightfit.solver.time_cuts import Cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prices:
-    """What a byte costs at the moments that bind, in ms per byte."""
+    """What a byte costs at the moments that bind, in ms per byte, and how much each way that binds weighs."""
 
-    time_weight: float
-    """Price of a millisecond of added time: 1, or 0 where only the peak is sought."""
+    times: Mapping[Cut, float]
+    """What each way weighs, together at most 1; nothing where only the peak is sought."""
     private: dict[int, float]
     """Event to price, for bytes that only one region holds."""
     shared: dict[tuple[int, int, int], float]
     """(event, storage, region) to that region's part of the price of a shared storage's byte."""
+
+    @property
+    def time_weight(self) -> float:
+        """What a millisecond weighs that all ways take."""
+        return sum(self.times.values())
+
+    def host_weight(self, event: int) -> float:
+        """Return what a millisecond of the host's weighs within an event of each pass: the later, the less."""
+        return sum(weight * cut.counts(event)[0] for cut, weight in self.times.items())
+
+    def device_weight(self, event: int) -> float:
+        """Return what a millisecond of the device's weighs within an event of each pass: the later, the more."""
+        return sum(weight * cut.counts(event)[1] for cut, weight in self.times.items())
+
+
+@dataclass(frozen=True, slots=True)
+class LeastCosts:
+    """What a region's recomputation costs at least at given prices, whenever it happens."""
+
+    region: float
+    """Recomputing anything."""
+    host: float
+    """A millisecond of the host's."""
+    device: float
+    """A millisecond of the device's."""
+    per_op: float
+    """Each operation, beside its own time."""
+
+    @classmethod
+    def at(cls, index: ProfileIndex, region: int, prices: Prices) -> LeastCosts:
+        """Return the costs at these prices: of the host's time as late as may be, of the device's as early."""
+        profile = index.profile
+        costs = BY_VALUE.costs(profile)
+        exit_, first, last = index.recomputing_span(region)
+        forward, host, device = prices.host_weight(exit_), prices.host_weight(last), prices.device_weight(first)
+        return cls(
+            region=forward * (costs.region_ms + costs.region_ms_per_op * profile.regions[region].op_count),
+            host=host,
+            device=device,
+            per_op=forward * costs.tape_ms_per_op + host * costs.replay_ms_per_op,
+        )
+
+    def of(self, signature: Signature) -> float:
+        """Return what recomputing an operation costs."""
+        return self.host * signature.ms + self.device * signature.device_ms + self.per_op
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,13 +225,11 @@ class PricingModel:
             for value in always:
                 constant += self._price(value, time, price, prices)
         graph = Closure()
-        per_ms = prices.time_weight * profile.accumulation_steps
-        costs = BY_VALUE.costs(profile)
-        mode = graph.node(per_ms * costs.region_ms_per_op * profile.regions[self.region].op_count)
+        costs = LeastCosts.at(index, self.region, prices)
+        mode = graph.node(costs.region)
         replayed = {}
         for op in self._ops:
-            ms = profile.signatures[profile.ops[op].signature].ms + costs.replay_ms_per_op
-            replayed[op] = graph.node(per_ms * ms)
+            replayed[op] = graph.node(costs.of(profile.signatures[profile.ops[op].signature]))
             graph.require(replayed[op], mode)
         available: dict[int, int] = {}
         for value in self._values:

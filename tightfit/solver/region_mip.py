@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tightfit.records import Decision, EventKind
-from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.columns import keeping
 from tightfit.solver.highs import INFINITY, Program
-from tightfit.solver.pricing import Prices
+from tightfit.solver.pricing import LeastCosts, Prices
+from tightfit.solver.time_cuts import Cut
 
 #: Nodes of the search, at most: what is not proven by then is a bound that is a little lower.
 _NODES = 200
@@ -110,7 +110,7 @@ class RegionProgram:
 
         `gap`: how far apart, in cost, the two may be.
         """
-        built = self._build(prices.private, prices.time_weight)
+        built = self._build(prices.private, prices)
         for time, price in prices.private.items():
             for storage, entries in built.bytes_at[time].items():
                 of_storage = price
@@ -124,14 +124,15 @@ class RegionProgram:
         return solution.bound, self._decision(built, solution.values)
 
     def within(
-        self, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]]
+        self, cut: Cut, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]]
     ) -> tuple[float, Decision | None] | None:
         """Return a time that no decision beats whose levels keep these capacities (moment to bytes), and the fastest
         such decision; None if there is none.
 
+        `cut`: of the way whose time counts.
         `held_by_others`: at each of the moments, shared storages that cost nothing because others hold them.
         """
-        built = self._build(capacities, 1.0)
+        built = self._build(capacities, Prices(times={cut: 1.0}, private={}, shared={}))
         for time, capacity in capacities.items():
             row: dict[int, float] = defaultdict(float)
             for storage, entries in built.bytes_at[time].items():
@@ -158,19 +159,16 @@ class RegionProgram:
             ),
         )
 
-    def _build(self, times: Iterable[int], time_weight: float) -> _Built:
+    def _build(self, times: Iterable[int], prices: Prices) -> _Built:
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
         program = Program()
         built = _Built(program)
-        per_ms = time_weight * profile.accumulation_steps
-        costs = BY_VALUE.costs(profile)
-        mode = program.variable(
-            per_ms * costs.region_ms_per_op * profile.regions[self.region].op_count, 1.0, integer=True
-        )
+        costs = LeastCosts.at(index, self.region, prices)
+        mode = program.variable(costs.region, 1.0, integer=True)
         for op in self._ops:
-            ms = profile.signatures[profile.ops[op].signature].ms + costs.replay_ms_per_op
-            built.replayed[op] = program.variable(per_ms * ms, 1.0, integer=True)
+            signature = profile.signatures[profile.ops[op].signature]
+            built.replayed[op] = program.variable(costs.of(signature), 1.0, integer=True)
             program.row({mode: 1.0, built.replayed[op]: -1.0}, 0.0, INFINITY)
         own = {u for reads in self._reads.values() for u in reads if u in facts.own and u in facts.droppable}
         for value in sorted(own | set(self._slots)):

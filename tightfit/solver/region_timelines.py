@@ -82,3 +82,16 @@ def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, nu
         tuple((time <= middle, tuple(happenings[time])) for time in moments),
     )
     return Timeline(numbers.setdefault(key, len(numbers)), tuple(moments), tuple(places))
+
+
+def neighbourhoods(index: ProfileIndex) -> list[int]:
+    """Return, for each event, a number for its neighbourhood: which region runs, forward or backward."""
+    owner = {time: region for region, times in enumerate(index.events_of_region) for time in times}
+    middle = index.backward_event()
+    numbers = []
+    current = 0
+    for time in range(len(index.profile.events)):
+        if time in owner:
+            current = 2 * owner[time] + (time >= middle)
+        numbers.append(current)
+    return numbers

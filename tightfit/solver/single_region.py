@@ -28,6 +28,8 @@ def refine(
     And added ms that no plan is below, where no other region has a choice at all (0: nothing new is known).
     """
     source, index = pool.source, pool.source.index
+    if not source.cuts.is_single:  # the program knows but one way's time
+        return decisions, 0.0
     open_regions = [
         region
         for region, record in enumerate(index.profile.regions)
@@ -46,7 +48,7 @@ def refine(
     alone = sum(pool.may_drop(other) for other in range(len(decisions))) == 1
     while len(capacities) * index.profile.regions[region].op_count <= _SIZE and len(capacities) <= _MOMENTS * _ROUNDS:
         held = {time: frozenset(s for column, _ in others for s in column.at(time)[1]) for time in capacities}
-        answer = pool.program(region).within(capacities, held)
+        answer = pool.program(region).within(source.cuts.first[0], capacities, held)
         if answer is None:
             break
         least_ms, decision = answer

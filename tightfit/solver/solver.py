@@ -264,13 +264,17 @@ class Solver:
             better = [
                 column
                 for column in rivals
-                if column.overhead_ms <= now.overhead_ms
+                if all(column.added_ms(cut) <= now.added_ms(cut) for cut in master.cuts)
                 and (column.decision is None or column.held_bytes < now.held_bytes)
             ]
             for column in sorted(better, key=lambda c: (c.decision is not None, c.held_bytes)):
                 if choice.exchange(column, budget_bytes):
                     break
-        return [column.decision for column in choice.columns]
+        lighter = [column.decision for column in choice.columns]
+        if not source.cuts.is_single:  # not all ways were looked at
+            before, after = (source.longest_way(master.chosen(found))[1] for found in (decisions, lighter))
+            return decisions if source.cuts.is_longer(after, before) else lighter
+        return lighter
 
 
 _last_solver: Solver | None = None

@@ -41,24 +41,29 @@ static void set(void *to, int value, size_t bytes) {
 EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     (void)kind;
     copy(to, from, bytes);
+    clock_copy(NULL, bytes);
+    clock_wait_for_device();
     return synchronized();
 }
 
 EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    (void)kind, (void)stream;
+    (void)kind;
     copy(to, from, bytes);
+    clock_copy(stream, bytes);
     return usable();
 }
 
 EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, int device, const void *from, int source, size_t bytes, cudaStream_t stream) {
-    (void)device, (void)source, (void)stream;
+    (void)device, (void)source;
     copy(to, from, bytes);
+    clock_copy(stream, bytes);
     return usable();
 }
 
 EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                                      size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    (void)kind, (void)stream;
+    (void)kind;
+    clock_copy(stream, width * height);
     for (size_t row = 0; row < height; row++)
         copy((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
     return cudaSuccess;
@@ -66,12 +71,13 @@ EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from
 
 EXPORT cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     set(to, value, bytes);
+    clock_copy(NULL, bytes);
     return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
-    (void)stream;
     set(to, value, bytes);
+    clock_copy(stream, bytes);
     return cudaSuccess;
 }
 

@@ -3,7 +3,10 @@
 
 struct counters counters;
 
-void count_library_call(void) { counters.library_calls++; }
+void count_library_call(void) {
+    counters.library_calls++;
+    clock_library();
+}
 
 EXPORT long emulated_cuda_mallocs(void) { return counters.mallocs; }
 EXPORT long emulated_cuda_frees(void) { return counters.frees; }

@@ -34,7 +34,10 @@ EXPORT cudaError_t cudaSetDevice(int device) {
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaDeviceSynchronize(void) { return synchronized(); }
+EXPORT cudaError_t cudaDeviceSynchronize(void) {
+    clock_wait_for_device();
+    return synchronized();
+}
 
 EXPORT cudaError_t cudaDriverGetVersion(int *version) {
     *version = CUDA_VERSION_EMULATED;

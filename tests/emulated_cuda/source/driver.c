@@ -48,16 +48,22 @@ EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunct
 // ---- launches
 
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *configuration, CUfunction function, void **arguments, void **extra) {
-    (void)configuration, (void)function, (void)extra;
+    (void)function, (void)extra;
     launched("a kernel by the driver", arguments);
+    clock_kernel(configuration->hStream, (double)configuration->gridDimX * configuration->gridDimY * configuration->gridDimZ *
+                                             configuration->blockDimX * configuration->blockDimY * configuration->blockDimZ);
     return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                                unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments,
                                void **extra) {
-    (void)grid_x, (void)grid_y, (void)grid_z, (void)block_x, (void)block_y, (void)block_z, (void)shared, (void)stream;
-    return cuLaunchKernelEx(NULL, function, arguments, extra);
+    CUlaunchConfig configuration = {
+        .gridDimX = grid_x, .gridDimY = grid_y, .gridDimZ = grid_z,
+        .blockDimX = block_x, .blockDimY = block_y, .blockDimZ = block_z,
+        .sharedMemBytes = shared, .hStream = stream,
+    };
+    return cuLaunchKernelEx(&configuration, function, arguments, extra);
 }
 
 // ---- the rest

@@ -123,10 +123,15 @@ EXPORT cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *s
     return cudaSuccess;
 }
 
+static double threads(dim3 grid, dim3 block) {
+    return (double)grid.x * grid.y * grid.z * block.x * block.y * block.z;
+}
+
 EXPORT cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-    (void)grid, (void)block, (void)shared, (void)stream, (void)arguments;
+    (void)shared, (void)arguments;
     cudaError_t before = usable();  // what a kernel does wrong, a later call hears
     launched(name_of(function), NULL);
+    clock_kernel(stream, threads(grid, block));
     return before;
 }
 
@@ -135,8 +140,9 @@ EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block
 }
 
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *configuration, const void *function, void **arguments) {
-    (void)configuration, (void)arguments;
+    (void)arguments;
     cudaError_t before = usable();  // what a kernel does wrong, a later call hears
     launched(name_of(function), NULL);
+    clock_kernel(configuration->stream, threads(configuration->gridDim, configuration->blockDim));
     return before;
 }

@@ -85,6 +85,21 @@ bool take_bytes(int device, size_t bytes);
 void give_back_bytes(int device, size_t bytes);
 size_t used_bytes(int device);
 
+// ---- clock.c: what the work that is submitted takes, and waits for it
+
+void clock_kernel(cudaStream_t stream, double threads);
+void clock_copy(cudaStream_t stream, size_t bytes);
+// A call of cuBLAS or cuDNN, on the stream that this thread has set last.
+void clock_library(void);
+void clock_wait_for_stream(cudaStream_t stream);
+void clock_wait_for_device(void);
+// When all that was submitted to the stream is done; waiting for that moment, on the host and on a stream.
+double clock_event(cudaStream_t stream);
+void clock_wait_for(double us);
+// Whether anything takes time.
+bool clock_is_set(void);
+void clock_stream_waits(cudaStream_t stream, double us);
+
 // ---- streams.c
 
 // A handle that nobody has: streams, events, descriptors.

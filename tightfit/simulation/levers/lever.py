@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from tightfit.records import Decision, EventKind, Profile, Recipe, SharedTape
+from tightfit.records import Decision, EventKind, Profile, Recipe, SharedTape, Stretch
 from tightfit.simulation.profile_index import ProfileIndex
 
 
 @dataclass(slots=True)
 class Moment:
-    """What one event does to what a region holds: storages acquired and let go, bytes of its own, a spike."""
+    """What one event does to what a region holds, storages acquired and let go and bytes of its own; and its time."""
 
     acquired: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -20,6 +20,8 @@ class Moment:
     """Lasting change of the bytes that recomputation holds."""
     spike: int = 0
     """Highest level of those bytes within the event, above their level before it."""
+    added: Stretch | None = None
+    """What it adds to the step's time."""
 
 
 #: What an event does that does nothing. Not to be changed.
@@ -72,9 +74,6 @@ class RegionModel(Protocol):
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of the model's regions, in their order."""
 
-    def overhead_ms(self, replay_ms: float) -> float:
-        """Return all that the decision adds to a walked step. `replay_ms`: time of `replayed_ops`, once each."""
-
 
 class Lever(Protocol):
     """A way of not holding what autograd saves: what it holds when, what it costs, what it offers, what executes it."""
@@ -96,10 +95,14 @@ class Lever(Protocol):
 class ValueCosts(NamedTuple):
     """What choosing value by value costs, in milliseconds."""
 
+    region_ms: float
+    """For a region in which anything is recomputed, when forward runs."""
     region_ms_per_op: float
-    """For each operation of a region in which anything is recomputed."""
+    """For each operation of a region in which anything is recomputed, when forward runs."""
+    tape_ms_per_op: float
+    """Further for each that may be recomputed then."""
     replay_ms_per_op: float
-    """For each recomputed operation, beside its own time."""
+    """For each recomputed operation, beside its own time, when backward wants it."""
 
 
 class ValueLever(Lever, Protocol):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tightfit.records import Event, EventKind
+from tightfit.records import Event, EventKind, Stretch
 from tightfit.simulation.levers.lever import Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.second_call import made_storages
@@ -42,13 +42,6 @@ class ModuleModel:
         self._arguments: dict[int, None] = {}  # storages held for the second run
         self._unreleased: set[int] = set()  # slots
         self._copies: Counter[int] = Counter()  # storages made by the second run -> slots that hold them
-
-    def overhead_ms(self, replay_ms: float) -> float:
-        """Return what the second call adds to the step: its operations, and Python's work for them and the call."""
-        profile = self._profile
-        count = sum(kind == EventKind.OP for kind, _ in self._events)
-        mechanism_ms = profile.module_ms_per_call + profile.module_ms_per_op * count
-        return profile.accumulation_steps * (replay_ms + mechanism_ms)
 
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of this region."""
@@ -111,11 +104,14 @@ class ModuleModel:
         made = self._made
         references: Counter[int] = Counter()  # of each storage: one of Python's, and one for each saved tensor
         level = highest = self._state_bytes if self._is_random else 0
+        again = Stretch.of(profile.module_ms_per_call)
         for kind, a in self._events:
             storage, change = -1, 0
             if kind == EventKind.OP:
                 self.replayed_ops.append(a)
-                workspace_bytes = profile.signatures[profile.ops[a].signature].workspace_bytes
+                signature = profile.signatures[profile.ops[a].signature]
+                again = again.then(Stretch.of(signature.ms + profile.module_ms_per_op, signature.device_ms))
+                workspace_bytes = signature.workspace_bytes
                 highest = max(highest, level + workspace_bytes)
                 if self.requests is not None:
                     self.requests.work(workspace_bytes)
@@ -143,6 +139,7 @@ class ModuleModel:
                     self.requests.free(_copy_of(storage), profile.storages[storage].nbytes)
         moment.memo_delta = sum(profile.storages[storage].nbytes for storage in self._copies)
         moment.spike = highest
+        moment.added = again
 
 
 def _copy_of(storage: int) -> int:

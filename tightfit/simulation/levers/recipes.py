@@ -16,9 +16,9 @@ def op_names_of(index: ProfileIndex, region: int) -> tuple[str, ...]:
 
 
 def replay_ms_of(index: ProfileIndex, ops: Iterable[int]) -> float:
-    """Return the time of operations, each run once.
+    """Return the time of operations, each run once: the longer of the host's and the device's.
 
     Rounded to a picosecond, so that plans of equal operations in another order are equally fast.
     """
     profile = index.profile
-    return round(sum(profile.signatures[profile.ops[op].signature].ms for op in ops), 9)
+    return round(sum(profile.signatures[profile.ops[op].signature].slower_ms for op in ops), 9)

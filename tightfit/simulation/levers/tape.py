@@ -40,7 +40,9 @@ class TapeLever:
 
     def costs(self, profile: Profile) -> ValueCosts:
         """Return what its decisions cost beside the operations that are recomputed."""
-        return ValueCosts(profile.mode_ms_per_op, profile.tape_ms_per_op)
+        return ValueCosts(
+            profile.region_ms_per_call, profile.mode_ms_per_op, profile.tape_ms_per_op, profile.replay_ms_per_op
+        )
 
     def model(self, index: ProfileIndex, region: int, decision: Decision) -> RegionModel:
         """Return what the region holds under a decision."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.records import Decision, EventKind
+from tightfit.records import Decision, EventKind, Stretch
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.simulation.levers.lever import NOTHING, Moment, Requests
 from tightfit.simulation.profile_index import ProfileIndex
@@ -27,9 +28,9 @@ class _Value(ScheduledValue):
 
 
 class _Op(ScheduledOp):
-    __slots__ = ("made_bytes", "random_bytes", "workspace_bytes", "written")
+    __slots__ = ("again", "made_bytes", "random_bytes", "workspace_bytes", "written")
 
-    def __init__(self, order: int, random_bytes: int, workspace_bytes: int) -> None:
+    def __init__(self, order: int, random_bytes: int, workspace_bytes: int, again: Stretch) -> None:
         self.order = order
         self.leaf = 0
         self.inputs: list[_Value] = []
@@ -40,6 +41,7 @@ class _Op(ScheduledOp):
         self.made_bytes = 0
         self.random_bytes = random_bytes
         self.workspace_bytes = workspace_bytes
+        self.again = again  # what running it again takes
 
 
 class TapeModel(Schedule[_Value, _Op]):
@@ -55,7 +57,6 @@ class TapeModel(Schedule[_Value, _Op]):
         self._index = index
         profile = self._profile = index.profile
         self._first = first
-        self._op_count = sum(region.op_count for region in profile.regions[first : first + len(decisions)])
         self._tree = tree if tree is not None and tree.cuts else None
         facts = index.tape_facts(first, len(decisions))
         self.replayed_ops: list[int] = []
@@ -74,6 +75,7 @@ class TapeModel(Schedule[_Value, _Op]):
         self._position = [0] * len(decisions)
         self._leaf_of_slot: dict[int, int] = {}
         self._ops: dict[int, _Op] = {}
+        self._taped: Counter[int] = Counter()  # by region: operations
         self._values: dict[int, _Value] = {}
         held = index.kept_values(facts, decisions)
         self._write_down(sorted(index.rebuilding_ops(facts, held)), held | (facts.own - facts.droppable), facts.own)
@@ -95,9 +97,10 @@ class TapeModel(Schedule[_Value, _Op]):
 
         for op in needed:
             record = profile.ops[op]
-            taped = self._ops[op] = _Op(
-                op, record.random_state_bytes, profile.signatures[record.signature].workspace_bytes
-            )
+            signature = profile.signatures[record.signature]
+            again = Stretch.of(signature.ms + profile.replay_ms_per_op, signature.device_ms)
+            taped = self._ops[op] = _Op(op, record.random_state_bytes, signature.workspace_bytes, again)
+            self._taped[self._index.region_of_op[op]] += 1
             for value in dict.fromkeys(record.inputs):
                 read = found(value)
                 read.refs += 1
@@ -109,20 +112,10 @@ class TapeModel(Schedule[_Value, _Op]):
                 taped.outputs.append(made)
             taped.written = [values[value] for value in record.mutates]
 
-    def overhead_ms(self, replay_ms: float) -> float:
-        """Return what the tape adds to the step: recomputation, and the engine's own work for each operation."""
-        if not self._ops:
-            return 0.0
-        profile = self._profile
-        mode_ms = profile.mode_ms_per_op * self._op_count
-        # The tape's cost per operation is of one recording and one replay: further replays pay it again.
-        taped = max(len(self._ops), len(self.replayed_ops))
-        return profile.accumulation_steps * (replay_ms + mode_ms + profile.tape_ms_per_op * taped)
-
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of this tape's regions."""
         if kind == EventKind.EXIT:
-            return self._seal() if a == self._last_region else NOTHING
+            return self._exit(a) if self._ops else NOTHING
         if kind == EventKind.OP:
             if self._tree is not None:
                 self._ran(a)
@@ -181,12 +174,17 @@ class TapeModel(Schedule[_Value, _Op]):
                 moment.acquired.append(value.storage)
         return moment
 
-    def _seal(self) -> Moment:
-        """End the tape's last region."""
-        self._begin()
-        self._give_back(self._released or [])
-        self._released = None
-        return self._end()
+    def _exit(self, region: int) -> Moment:
+        """End a region: what writing down its operations took is counted here. The last one's end seals the tape."""
+        moment, profile = Moment(), self._profile
+        if region == self._last_region:
+            self._begin()
+            self._give_back(self._released or [])
+            self._released = None
+            moment = self._end()
+        mode_ms = profile.mode_ms_per_op * profile.regions[region].op_count
+        moment.added = Stretch.of(profile.region_ms_per_call + mode_ms + profile.tape_ms_per_op * self._taped[region])
+        return moment
 
     def _ran(self, op: int) -> None:
         """Note the leaf in which an operation of forward runs, and with it where its values are used."""
@@ -209,6 +207,7 @@ class TapeModel(Schedule[_Value, _Op]):
         # While a random operation runs again, the generator's present state is put aside beside the recorded one.
         within = op.made_bytes + op.workspace_bytes + op.random_bytes + sum(going_on.memos.values())
         self._moment.spike = max(self._moment.spike, self._bytes + within - self._bytes_before)
+        self._moment.added = op.again if self._moment.added is None else self._moment.added.then(op.again)
         self.replayed_ops.append(op.order)
         if self.requests is not None:
             self._free_passed(going_on.memos)

@@ -23,7 +23,3 @@ class UntouchedModel:
         if kind == EventKind.RELEASE and a in self.slots:
             return Moment(released=[self._profile.values[self._profile.slots[a].value].storage])
         return NOTHING
-
-    def overhead_ms(self, replay_ms: float) -> float:
-        """Return 0: nothing is added to the plain step."""
-        return 0.0
