@@ -136,12 +136,10 @@ def observe_step(model: torch.nn.Module, batch: Any, step: Step, pricer: Pricer,
             "without data), and a model that is sharded by fully_shard cannot be measured by running it yet. Use "
             "DistributedDataParallel for it, or train it without a budget."
         )
-    for is_second in (False, True):
-        signatures = SignatureTable()
-        with pricer.clock.part("observing"):
-            observer = observe_concrete(model, batch, step, signatures)
-        if is_second or not observer.saw_compiled_calls:
-            break  # the first call of a compiled callable compiles it, and runs otherwise than all later ones
+    with pricer.clock.part("observing"):
+        observer = observe_concrete(model, batch, step, signatures := SignatureTable())
+        if observer.saw_compiled_calls:  # the first call compiles, and runs otherwise than all later ones
+            observer = observe_concrete(model, batch, step, signatures := SignatureTable())
     return ObservedStep(observer=observer, costs=pricer.price(signatures), method="real", data_dependent=data_dependent)
 
 
