@@ -320,7 +320,7 @@ def current_graph_task() -> int:
 
 def backward_keeps_graph() -> bool:
     """Tell whether the backward pass that runs in this thread was called with ``retain_graph=True``."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]  # not in PyTorch's stubs
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def current_graph_node() -> Any:
