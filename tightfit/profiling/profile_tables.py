@@ -14,7 +14,6 @@ from tightfit.operators.replayable import GAVE_OTHER_BITS
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 
-
 #: How the names of operations between processes begin.
 _COLLECTIVES = ("c10d", "_c10d")
 
