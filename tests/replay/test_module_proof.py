@@ -256,7 +256,7 @@ def test_a_part_that_is_replaced_is_proven_anew() -> None:
         assert_equal(trained(plain, batch(), steps=1), trained(model, batch(), steps=1))
         for net in (plain, model):
             torch.manual_seed(7)
-            net.blocks[1].norm = nn.PReLU(WIDTH)
+            net.blocks[1].norm = nn.PReLU()
             net.blocks[2].narrow = nn.Sequential(Appending(), nn.Linear(WIDTH, WIDTH))
             net.blocks[2].widen = nn.Linear(WIDTH, WIDTH)
         assert_equal(trained(plain, batch()), trained(model, batch()))

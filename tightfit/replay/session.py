@@ -353,11 +353,12 @@ class Session(DispatchMode):
         known, moves = installed.moves.get(key, ((), NO_MOVES))
         if installed.self_check and known != kinds:
             installed.checked.add(as_a_whole(key))
-            moves = recipe.find_moves(call)
-            if moves is None:
+            found = recipe.find_moves(call)
+            if found is None:
                 installed.refused.setdefault(key, set()).add(AS_A_WHOLE)
                 installed.statistics.refused_ops += 1
                 return call.run_forward()
+            moves = found
             installed.moves[key] = kinds, moves
         call.moves = moves
         return recipe.carry_out(call)
