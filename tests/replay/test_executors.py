@@ -16,6 +16,7 @@ from tightfit import Plan, PlanMismatch
 from tightfit.records import Action, Recipe
 from tightfit.replay import executors
 from tightfit.replay.executors import EXECUTORS, RegionCall
+from tightfit.replay.executors.module_state import NO_MOVES, Moves
 from tightfit.simulation.levers import LEVERS
 from tightfit.solver.solver import full_plan
 
@@ -62,6 +63,9 @@ class Keeping:
 
     def accepts(self, call: RegionCall | None) -> bool:
         return call is not None
+
+    def find_moves(self, call: RegionCall, recipe: Recipe) -> Moves:
+        return NO_MOVES
 
     def run(self, call: RegionCall, recipe: Recipe) -> Any:
         self.calls += 1
