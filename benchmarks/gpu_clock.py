@@ -60,6 +60,8 @@ class Row:
     """Of the operations that run again."""
     products: int = 0
     """Matrix products among them."""
+    again: tuple[int, ...] = ()
+    """Those operations."""
 
     @property
     def error(self) -> float:
@@ -147,11 +149,12 @@ def rows_of(training: Training, host: clock.Costs) -> Iterator[Row]:
             )
             yield Row(ratio, "plain", plain.predicted_step_ms, plain_ms, plain_ms, tape_ms)
             for name, plan in (("all dropped", full_plan(profile, 2**50)), ("half-way", solver.solve(budget))):
-                again = [profile.signatures[profile.ops[op].signature] for op in run_again(profile, plan)]
-                products = sum(signature.name.startswith("aten.addmm") for signature in again)
-                kernels_ms = sum(signature.device_ms for signature in again)
+                again = tuple(run_again(profile, plan))
+                signatures = [profile.signatures[profile.ops[op].signature] for op in again]
+                products = sum(signature.name.startswith("aten.addmm") for signature in signatures)
+                kernels_ms = sum(signature.device_ms for signature in signatures)
                 ms = training.planned_ms(plan)
-                yield Row(ratio, name, plan.predicted_step_ms, ms, plain_ms, tape_ms, kernels_ms, products)
+                yield Row(ratio, name, plan.predicted_step_ms, ms, plain_ms, tape_ms, kernels_ms, products, again)
 
 
 def run_again(profile: Profile, plan: Plan) -> Iterator[int]:

@@ -107,7 +107,7 @@ def rows() -> dict[tuple[float, str], Row]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("plan", "tolerance"), [("plain", 0.05), ("all dropped", 0.07), ("half-way", 0.07)])
+@pytest.mark.parametrize(("plan", "tolerance"), [("plain", 0.05), ("all dropped", 0.06), ("half-way", 0.05)])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_steps_take_what_was_predicted(
     rows: dict[tuple[float, str], Row], ratio: float, plan: str, tolerance: float
@@ -128,5 +128,8 @@ def test_a_tape_costs_nothing_where_the_gpu_is_behind_and_all_its_python_where_t
 
 @pytest.mark.slow
 def test_what_is_dropped_depends_on_the_ratio(rows: dict[tuple[float, str], Row]) -> None:
-    """Where launches count, a product of matrices is as cheap as anything; where kernels do, its result is kept."""
-    assert rows[5.0, "half-way"].products < rows[0.2, "half-way"].products
+    """Within the same budget: few launches where they are what counts, little of the GPU's work where that is."""
+    gpu_bound, host_bound = rows[5.0, "half-way"], rows[0.2, "half-way"]
+    assert gpu_bound.again != host_bound.again
+    assert gpu_bound.again
+    assert host_bound.again
