@@ -13,8 +13,9 @@ from tightfit.operators.replayable import GAVE_OTHER_BITS
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 
-#: How the names of operations between processes begin.
-_COLLECTIVES = ("c10d", "_c10d")
+#: How the names of operations begin that no second call may run: between processes, and with random state that is made
+#: at the first call in a process and kept outside of PyTorch's generators.
+_ONCE = ("c10d", "_c10d", "aten._cudnn_rnn", "aten._cudnn_init_dropout_state")
 
 
 @dataclass(slots=True)
@@ -97,8 +98,8 @@ def build_tables(
 
 def _may_run_again(info: OpInfo, op: Op) -> bool:
     """Tell whether an operation may give the same bits when its module is called again in backward."""
-    if info.name.startswith(_COLLECTIVES):
-        return False  # the other processes would have to take part
+    if info.name.startswith(_ONCE):
+        return False
     if not op.keep_reason:
         return True
     return not info.is_convolution and op.keep_reason not in (GAVE_OTHER_BITS, info.blocker_with_atomics)
