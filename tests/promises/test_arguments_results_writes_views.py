@@ -9,6 +9,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,18 +112,19 @@ def test_gradients_equal(written: bool, viewed: bool) -> None:
     assert trained.dropped_bytes > 0
 
 
-class Double(torch.autograd.Function):
-    """A raw kernel: it fills memory through NumPy, where no dispatcher sees it."""
+class Scaled(torch.autograd.Function):
+    """A raw kernel that draws from NumPy's generator: made again, it would give other bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         result = torch.empty_like(x)
-        result.detach().numpy()[...] = x.detach().numpy() * 2
+        ctx.factor = 1 + np.random.rand()
+        result.detach().numpy()[...] = x.detach().numpy() * ctx.factor
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 2
+        return gradient * ctx.factor
 
 
 class Raw(nn.Module):
@@ -132,7 +134,7 @@ class Raw(nn.Module):
         self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(Double.apply(torch.tanh(self.first(x))).sin()).pow(2).mean()
+        return self.second(Scaled.apply(torch.tanh(self.first(x))).sin()).pow(2).mean()
 
 
 def test_what_cannot_be_proven_is_kept_with_its_reason() -> None:

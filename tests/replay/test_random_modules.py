@@ -65,8 +65,8 @@ def test_each_instruction(name: str, self_check: bool) -> None:
 #: Refused by plain autograd; or measured with a real step, whose margin and hooks the exact counts below leave out; or
 #: a product, whose backward takes another way on tensors
 #: without data (a guarded run corrects that). `make fuzz` has them all.
-INEXACT = ("in place", "checkpoint", "raw kernel", "raw kernels that draw", "raw kernels that keep", "numpy write", "data dependent", "own hooks",
-           "save on cpu", "lstm", "sparse", "unfold", "cumprod")  # fmt: skip
+INEXACT = ("in place", "checkpoint", "raw kernel", "raw kernels that draw", "raw kernels that keep", "numpy write",
+           "data dependent", "own hooks", "save on cpu", "lstm", "sparse", "unfold", "cumprod")  # fmt: skip
 
 
 @st.composite

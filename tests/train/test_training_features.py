@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tests.train.runs import metrics, weights, workload
@@ -354,7 +355,8 @@ def fails_with(error: Exception) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")]
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
 )
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -362,7 +364,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
     assert main(["train", *LSTM, "--steps", "2", "--save-every", "1", "--mark", "m"]) == 0
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fails_with(error))
+        patch.setattr("tightfit.train.checkpoint.save_file", fails_with(error))
         assert main(["train", *LSTM, "--steps", "4", "--save-every", "1", "--mark", "m", "--resume"]) == 1
     said = capsys.readouterr().err
     assert "could not be written" in said

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from tightfit.errors import first_line
 from tightfit.train.checkpoint import Retention, save_checkpoint
 from tightfit.train.ema import MovingAverage
 from tightfit.train.failures import TrainingFailed
@@ -69,19 +71,11 @@ class CheckpointWriter:
                 is_best=is_best,
                 retention=self.retention,
             )
-        except (OSError, RuntimeError) as problem:
-            reason = problem.strerror if isinstance(problem, OSError) else _disk_trouble(problem)
-            if reason is None:
-                raise
+        except (OSError, SafetensorError) as problem:
+            reason = problem.strerror if isinstance(problem, OSError) else first_line(problem)
             weights_bytes = sum(tensor.nbytes for tensor in state["model"].values() if torch.is_tensor(tensor))
             raise TrainingFailed(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({reason}); the weights alone "
                 f"take {format_bytes(weights_bytes)}. The checkpoints written before are complete. Make room there and "
                 f"go on with --resume auto."
             ) from problem
-
-
-def _disk_trouble(problem: RuntimeError) -> str | None:
-    """Return what PyTorch's file writer says when the disk is full; None if the error is another."""
-    text = str(problem)
-    return text.splitlines()[0] if "PytorchStreamWriter" in text or "unexpected pos" in text else None
