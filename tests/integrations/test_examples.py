@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,5 +30,10 @@ def test_it_trains_to_the_same_bits(
 ) -> None:
     pytest.importorskip(host)
     monkeypatch.setattr(sys, "argv", [name])
-    example(name).main()
+    log = logging.getLogger("tightfit")
+    level = log.level
+    try:
+        example(name).main()
+    finally:
+        log.setLevel(level)  # an example shows what is logged
     assert capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)[1] == "equal, bit for bit"

@@ -73,7 +73,8 @@ def observe_fake(
             if error.__traceback__ is not None:
                 traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
             raise
-        _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, error)
+        # As text: whoever keeps log records would keep the error, its frames, and the fake tensors in them.
+        _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, str(error))
         return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
     finally:
         surroundings.remove_fakes(mode)

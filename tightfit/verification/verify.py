@@ -188,7 +188,7 @@ def _plain_twice(trial: Trial, applied: Applied, steps: int) -> tuple[Outcome, O
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            _log.info("the device has no memory for the plain step (%s); comparing regions", error)
+            _log.info("the device has no memory for the plain step (%s); comparing regions", str(error))
         if not all(trial.group.all_gather(outcome is not None)):
             return None
         assert outcome is not None
