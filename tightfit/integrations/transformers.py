@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tightfit.errors import UnsupportedInput
@@ -217,9 +218,9 @@ def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] 
     with same_random_state(), torch.no_grad():
         stride = -(-len(dataset) // _MOST_SAMPLES)
         sizes = sorted(((_elements(dataset[n]), n) for n in range(0, len(dataset), stride)), reverse=True)
-        batch = trainer._prepare_inputs(collate([dataset[number] for _, number in sizes[:size]]))
-        items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    return dict(batch), items
+        batch = collate([dataset[number] for _, number in sizes[:size]])
+        _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    return dict(send_to_device(batch, trainer.args.device)), items
 
 
 def _elements(sample: Any) -> int:

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, set_grad_mode
+from tightfit._torch_private import below_autograd, find_overload, set_grad_mode
 from tightfit.device import Device, device_for
 from tightfit.device.device import OperationTimer, OperationTimes
 from tightfit.errors import DeviceLost
@@ -361,7 +361,7 @@ def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:
 def _fill_cudnn_reserve(args: list[Any]) -> None:
     """Run the forward of cuDNN's RNN, which alone can write the reserve that its backward reads."""
     with below_autograd():
-        args[6], _, _, args[20], _ = torch.ops.aten._cudnn_rnn.default(*args[:6], *args[10:20])
+        args[6], _, _, args[20], _ = find_overload("aten._cudnn_rnn.default")(*args[:6], *args[10:20])
 
 
 def _fill_onednn_workspace(args: list[Any]) -> None:

@@ -36,7 +36,7 @@ class TrainMemorySettings(MemorySettings):
     reference_memory: str | None = None
     """Memory that the proof may use to run the plain step for comparison (default: the budget)"""
     memory_cap: bool = False
-    """Let PyTorch's allocator reserve no more than the budget, so that it is kept in every step (CUDA)"""
+    """Let PyTorch reserve no more than the budget (CUDA)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,7 @@ class MemorySettings(Settings):
     TITLE = "memory"
 
     memory: str = "auto"
-    """Memory budget: 8GiB, 8GB, 8GiB+context (beside a GPU's context), 75% of the device, or auto: all that is free"""
+    """Budget: 8GiB, 75% of the device, 8GiB+context (of a GPU), or auto: all that is free"""
     exclude: tuple[str, ...] = ()
     """Leave the modules whose path matches untouched, e.g. layers.*.attn; may be given several times"""
 
@@ -260,9 +260,9 @@ class RunSettings(Settings):
     save_every: int = 100
     """Steps between checkpoints; the last step is always saved"""
     keep_last: int | None = None
-    """Keep only so many of the newest checkpoints, and the best one (default: all)"""
+    """Checkpoints to keep: the newest ones (default: all)"""
     keep_every: int | None = None
-    """Keep those of the steps that are multiples of this, besides the newest and the best one"""
+    """Also keep those of every N-th step"""
     root_path: str = "runs"
     """The run's folder is ROOT_PATH/DATASET/MARK"""
     mark: str | None = None
