@@ -17,7 +17,7 @@ from tightfit.cli.main import main
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_traceback_and_an_exit_code_of_the_contract() -> None:
-    assert [outcome.case.what for outcome in run(count=40, seed=7)] == []
+    assert [outcome.case.what for outcome in run(count=25, seed=7)] == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 CHECKS = ("facts", "layouts")
 
 
+@pytest.mark.slow
 def test_checks_run_and_leave_open_what_only_a_gpu_can_show(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", "--only", " ".join(CHECKS), "--patience", "20",
