@@ -75,6 +75,7 @@ class Applied:
         verdict: the `Verdict` of the proof that `fit` made; None from `apply`.
         plans: the cache of plans for batches of other shapes, which `fit` makes; its `statistics` count what became of
             them (plans ``tried``, ``solved``, ``reused``, ``mismatched_steps``, ...). None from `apply`.
+        cache_room: gives the memory that a GPU's allocator has cached back where another plan could need it.
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan, step: Step, profile: Profile | None = None) -> None:
