@@ -68,14 +68,17 @@ class TightfitCallback(Callback):
                 with closed_autocast(pl_module):
                     self.applied = self._plan(trainer, pl_module, batch, more, keywords)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
-            own = trainer.precision_plugin.train_step_context
-            with closed_autocast(pl_module), self.applied.step(batch), forgetting_casts(), own():
+            autocast = trainer.precision_plugin.train_step_context
+            with closed_autocast(pl_module), self.applied.step(batch), forgetting_casts(), autocast():
                 return training_step(batch, *more, **keywords)
 
+        own = vars(pl_module).get("training_step")
         vars(pl_module)["training_step"] = planned
 
         def remove() -> None:
-            vars(pl_module).pop("training_step", None)
+            del vars(pl_module)["training_step"]
+            if own is not None:  # the user's, on this module alone
+                vars(pl_module)["training_step"] = own
             if self.applied is not None:
                 self.applied.remove()
                 self.applied = None

@@ -87,14 +87,17 @@ class TightfitCallback(TrainerCallback):
             if self.applied is None:
                 self.applied = plan.make(batch)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
-            own = trainer.compute_loss_context_manager
-            with closed_autocast(model), self.applied.step(batch), forgetting_casts(), own():
+            autocast = trainer.compute_loss_context_manager
+            with closed_autocast(model), self.applied.step(batch), forgetting_casts(), autocast():
                 return loss(model, inputs, *more, **keywords)
 
+        own = vars(trainer).get("compute_loss")
         trainer.compute_loss = compute_loss
 
         def remove() -> None:
-            trainer.__dict__.pop("compute_loss", None)
+            del trainer.compute_loss
+            if own is not None:  # the user's, on this trainer alone
+                trainer.compute_loss = own
             if self.applied is not None:
                 self.applied.remove()
                 self.applied = None

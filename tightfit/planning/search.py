@@ -17,7 +17,7 @@ from tightfit.device.budget import Budget
 from tightfit.device.memory import resident_bytes
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup
-from tightfit.errors import BudgetInfeasible, RanOutOfMemory, VerificationFailed
+from tightfit.errors import BudgetInfeasible, RanOutOfMemory, VerificationFailed, first_line
 from tightfit.installation.applied import Applied
 from tightfit.installation.install import install
 from tightfit.installation.resolved_plan import ResolvedPlan
@@ -347,7 +347,7 @@ def _try(trial: Trial, applied: Applied, profile: Profile) -> tuple[Outcome | No
         elif applied.refused and trial.group.is_single_process:  # a self-check said where replay would be wrong
             measured_bytes, mismatches = 0, applied.statistics.mismatches + applied.statistics.unplanned_calls
         elif isinstance(error, CannotRebuild | CheckpointError):
-            what = str(error).strip().splitlines()[0]
+            what = first_line(error)
             raise VerificationFailed(f"it raises {type(error).__name__} where it recomputes ({what})") from error
         else:
             raise

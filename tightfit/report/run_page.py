@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tightfit.errors import PlanMismatch, UnsupportedInput
+from tightfit.errors import PlanMismatch, UnsupportedInput, first_line
 from tightfit.records import Plan
 from tightfit.report.metric_rows import read_metric_rows
 from tightfit.report.plan_table import format_table
@@ -90,9 +90,8 @@ def read_and_render(folder: Path) -> tuple[RunFiles, str]:
 
 
 def _unreadable(folder: Path, problem: Exception) -> UnsupportedInput:
-    what = str(problem).splitlines()[0][:200] if str(problem) else type(problem).__name__
     return UnsupportedInput(
-        f"the run in {folder} cannot be read: {what}. A file there is damaged or of another version of "
+        f"the run in {folder} cannot be read: {first_line(problem)}. A file there is damaged or of another version of "
         f"tightfit; restore it, or leave the page as it is."
     )
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import ProcessGroup, communication_failed, is_communication_failure
-from tightfit.errors import TightfitError
+from tightfit.errors import TightfitError, first_line
 from tightfit.records import Plan
 from tightfit.step.batch import describe_batch
 from tightfit.step.microbatch import Microbatch
@@ -37,7 +37,7 @@ def explaining_step_failures(
         if not is_out_of_memory(error):
             raise
         shapes = "; ".join(map(describe_batch, microbatches))
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         predicted_bytes = plan.predicted_peak_bytes + budget.beside_step_bytes
         raise TrainingFailed(
             f"a step on {shapes} ran out of memory ({reason}), though its predicted peak of "
