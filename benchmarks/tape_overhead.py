@@ -25,8 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from benchmarks.llama import Block, LlamaSizes, rotary
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Recipe
+from tightfit.replay.installed import Installed
 from tightfit.replay.recipe import ResolvedRecipe
-from tightfit.replay.session import Installed
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.step.step import Step
 

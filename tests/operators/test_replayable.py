@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.replay.helpers import PATH, assert_same, run
 from tightfit.replay.contents import checksum, same_bits
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 
 Tensor = torch.Tensor
 

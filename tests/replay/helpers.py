@@ -13,7 +13,7 @@ from torch import nn
 
 from tightfit.installation.region_forward import RegionForward
 from tightfit.replay.contents import same_bits
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 from tightfit.replay.statistics import Statistics
 
 PATH = "region"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.replay.helpers import PATH, assert_same, differences, planned, snapshot
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 
 Tensor = torch.Tensor
 

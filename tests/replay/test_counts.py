@@ -12,7 +12,7 @@ from torch import nn
 import tightfit
 from tests.replay.helpers import PATH, retained_bytes
 from tightfit.records import Plan
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.replay.helpers import PATH, assert_same, run
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 from tightfit.replay.statistics import Statistics
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.replay.helpers import PATH
 from tightfit.device.cpu import CpuDevice
 from tightfit.operators import differing_calls, facts
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 
 REPETITIONS = 8
 BARRED = "other bits"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.replay.helpers import differences, planned, retained_bytes, snapshot
 from tightfit._torch_private import dispatch_depth, top_saved_tensor_hooks
 from tightfit.errors import UnsupportedInput
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 
 Tensor = torch.Tensor
 

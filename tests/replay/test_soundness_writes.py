@@ -18,7 +18,7 @@ from torch import nn
 
 import tightfit
 from tests.replay.helpers import assert_same, differences, planned, run, snapshot
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 from tightfit.solver.solver import full_plan
 
 Tensor = torch.Tensor

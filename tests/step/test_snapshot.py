@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 from tightfit.step.snapshot import TrainingState
 
 Tensor = torch.Tensor

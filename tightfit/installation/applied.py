@@ -24,8 +24,8 @@ from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.operators.escaped_memory import with_fast_paths
 from tightfit.operators.region_names import LOSS, ROOT, is_module_below
 from tightfit.records import Plan, Profile, Verdict
+from tightfit.replay.installed import Installed
 from tightfit.replay.saved_bytes import SavedBytes
-from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.replay.values import Kept
 from tightfit.step.batch import batch_tensors, describe_batch
@@ -90,7 +90,6 @@ class Applied:
             recipes={},
             fast_paths=with_fast_paths(model),
             around_excluded=self._around(plan.excluded),
-            kept_whole=frozenset(plan.kept_whole),
         )
         self._modules: list[torch.nn.Module] = []
         self._leave_machinery: Callable[[], None] | None = None

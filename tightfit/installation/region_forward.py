@@ -16,7 +16,7 @@ import torch
 
 from tightfit._torch_private import is_traced
 from tightfit.replay.executors import RegionCall
-from tightfit.replay.session import Installed
+from tightfit.replay.installed import Installed
 
 #: Of a method's own attributes, those that `functools.update_wrapper` does not copy.
 _OF_A_METHOD = frozenset({"__self__", "__code__", "__globals__", "__defaults__", "__kwdefaults__", "__closure__"})

@@ -19,17 +19,17 @@ class ResolvedPlan:
     plan: Plan | None
     """None: there is none, and either everything that is provably replayable is dropped, or nothing."""
     recipes: Mapping[str, ResolvedRecipe | None]
-    """By region key, see `Installed.recipes`."""
+    """By region key, see `PlanState.recipes`."""
     region_paths: tuple[str, ...]
     """Modules whose forward must be wrapped; none where nothing is dropped."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)
-    """See `Installed.checkpoints`."""
+    """See `PlanState.checkpoints`."""
     refused: dict[str, set[int]] = field(default_factory=dict)
     """Positions of operations, by region key, that a self-check refused. Shared by plans of equal operations."""
     checked: set[str] = field(default_factory=set)
     """Keys of regions whose self-check is done. Shared likewise."""
     moves: dict[str, tuple[tuple[type, ...], Moves]] = field(default_factory=dict)
-    """See `Installed.moves`. Shared likewise."""
+    """See `PlanState.moves`. Shared likewise."""
     may_find_bytes: int = 0
     """What the process may hold where a step begins, with what larger ones that share the cache have left there; above
     it the cache is given back if in doubt."""

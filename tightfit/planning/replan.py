@@ -38,7 +38,7 @@ from tightfit.profiling.remeasure import measure_reshaped, operations
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.executors import executor_of
-from tightfit.replay.session import as_a_whole
+from tightfit.replay.plan_state import as_a_whole
 from tightfit.solver.solver import solver_of
 from tightfit.step.key import StepKey
 from tightfit.step.step import Step

@@ -25,8 +25,8 @@ from tightfit.interrupts import waiting_interrupts
 from tightfit.profiling.measure import measure_step, measure_together
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
+from tightfit.replay.plan_state import AS_A_WHOLE
 from tightfit.replay.refusals import CannotRebuild
-from tightfit.replay.session import AS_A_WHOLE
 from tightfit.solver.solver import Solver, solver_of
 from tightfit.step.batch import describe_batch
 from tightfit.step.fingerprint import fingerprint

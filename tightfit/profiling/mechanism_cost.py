@@ -30,8 +30,8 @@ from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, f
 from tightfit.records import Op, Recipe, Storage, Value
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.executors.module import ModuleCall
+from tightfit.replay.installed import Installed
 from tightfit.replay.recipe import ResolvedRecipe
-from tightfit.replay.session import Installed
 from tightfit.replay.statistics import Statistics
 from tightfit.step.snapshot import RandomState
 

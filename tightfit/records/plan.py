@@ -137,9 +137,6 @@ class Plan:
     """Empty when the optimizer was not measured: its state and step are then not in the figures."""
     excluded: tuple[str, ...] = ()
     """Paths of the modules that are left untouched, as ``exclude=`` named them."""
-    kept_whole: Mapping[str, str] = field(default_factory=dict)
-    """Paths of the modules whose own operations run as in the plain step, and why: ``<model>`` for the model's own,
-    ``<loss>`` for code outside it."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     """As `Profile.checkpoints`."""
     predicted_allocated_bytes: int = 0

@@ -239,8 +239,6 @@ class Profile:
     backward: the weights would not be there."""
     excluded: tuple[str, ...] = ()
     """Paths of the modules that are left untouched: nothing that runs inside them is recomputed."""
-    kept_whole: Mapping[str, str] = field(default_factory=dict)
-    """As `Plan.kept_whole`."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     """Functions to which the model itself applies `torch.utils.checkpoint`: empty where a plan takes that over, else
     why it is left to PyTorch. Where plans take it over, plain means the step without."""

@@ -37,7 +37,7 @@ def plan_figures(solved: Plan) -> dict[str, Any]:
     names = (
         "model", "batch", "device", "optimizer", "budget_bytes", "predicted_peak_bytes", "peak_where",
         "baseline_bytes", "plain_peak_bytes", "predicted_step_ms", "plain_step_ms", "overhead_ratio",
-        "lower_bound_ms", "exactness", "excluded", "kept_whole", "checkpoints",
+        "lower_bound_ms", "exactness", "excluded", "checkpoints",
     )  # fmt: skip
     return {
         **{name: getattr(solved, name) for name in names},
@@ -60,9 +60,6 @@ def format_plan(plan: Plan) -> str:
     )
     if plan.excluded:
         peaks += f"\n        left untouched, as asked: {', '.join(plan.excluded)}"
-    for reason in sorted(set(plan.kept_whole.values())):
-        kept = [path for path, why in plan.kept_whole.items() if why == reason]
-        peaks += f"\n        kept whole, because {reason}: {', '.join(kept)}"
     for reason in sorted(set(plan.checkpoints.values()) - {""}):
         left = [path.strip("<>").partition(" ")[2] for path, why in plan.checkpoints.items() if why == reason]
         peaks += f"\n        checkpointed by the model itself, as {reason}: {', '.join(left)}"

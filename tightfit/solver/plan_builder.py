@@ -51,7 +51,6 @@ def build_plan(
         device=profile.device,
         optimizer=profile.optimizer,
         excluded=profile.excluded,
-        kept_whole=profile.kept_whole,
         checkpoints=profile.checkpoints,
         predicted_allocated_bytes=planned.allocated_bytes,
         predicted_reserved_bytes=planned.reserved_bytes,

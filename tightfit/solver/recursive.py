@@ -57,9 +57,7 @@ class RecursivePlans:
         ]
 
     def all(self) -> Iterator[RecursivePlan]:
-        """Yield every candidate, each walked when it is asked for; none where a region has no part in any tape."""
-        if self._index.profile.kept_whole:
-            return
+        """Yield every candidate, each walked when it is asked for."""
         seen: set[tuple[int, ...]] = set()
         for leaf_count in self._leaf_counts():
             cuts = self._cut(leaf_count)

@@ -1,0 +1,70 @@
+"""One applied plan: it opens a session for the forward of a thread, and closes it at the outermost call's end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tightfit._torch_private import current_graph_task
+from tightfit.errors import UnsupportedInput
+from tightfit.operators.region_names import is_module_below
+from tightfit.replay.executors import RegionCall
+from tightfit.replay.plan_state import PlanState
+from tightfit.replay.session import Session
+
+
+@dataclass(kw_only=True)
+class Installed(PlanState):
+    """The state of an applied plan, and the forwards that are under way."""
+
+    sessions: dict[int, Session] = field(default_factory=dict)
+    """Open sessions by thread."""
+
+    @contextmanager
+    def region(self, path: str, call: RegionCall | None = None) -> Iterator[Callable[[RegionCall], Any]]:
+        """Open a call of the region module at `path`, in the thread's session (opened if need be).
+
+        Inside, what is to make the call. `call` is None where the region is no module's call (the loss).
+        """
+        thread = threading.get_ident()
+        session = self.sessions.get(thread)
+        if session is None:
+            if self.sessions and current_graph_task() < 0:
+                raise UnsupportedInput(
+                    "two threads run forward of one planned model at the same time. The plan's memory prediction and "
+                    "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
+                    "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
+                )
+            if self.listener is not None and is_module_below(path) and current_graph_task() < 0:
+                self.listener.region_alone(path)
+            session = self.sessions[thread] = Session(self, self.region)
+        depth = session.depth
+        try:
+            session.enter(path, call)
+            try:
+                yield session.run
+            finally:
+                while session.depth > depth:  # before PyTorch 2.13, a checkpointed function that fails is not ended
+                    session.exit()
+        finally:
+            if session.is_over:
+                self.sessions.pop(thread, None)
+                session.close()
+        if session.is_over and self.listener is not None:
+            session.tell(self.listener)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the ops that this thread runs inside untaped: FSDP2's all-gathers and gradient reductions."""
+        session = self.sessions.get(threading.get_ident())
+        if session is None:
+            yield
+            return
+        session.aside += 1
+        try:
+            yield
+        finally:
+            session.aside -= 1
