@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tightfit
 from tightfit.operators.compiled_calls import RunsWithoutData
+from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
 from tightfit.profiling.observed_run import observe_fake
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.records import Profile
@@ -180,7 +181,7 @@ def test_compiled_code_never_gets_tensors_without_data() -> None:
     model = Net(torch.compile(gate, backend=backend))
     model(BATCH)
     ran.clear()
-    observer, data_dependent = observe_fake(model, BATCH, Step(), SignatureTable(), {})
+    observer, data_dependent = observe_fake(model, BATCH, Step(), SignatureTable(), {}, NamespaceSnapshot())
     assert (observer, data_dependent, ran) == (None, False, [])
     assert issubclass(RunsWithoutData, RuntimeError)
     model(BATCH)

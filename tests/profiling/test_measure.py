@@ -292,9 +292,10 @@ def test_measuring_leaves_no_memory_behind() -> None:
 
 def _observe_and_forget(model: nn.Module, batch: Tensor) -> None:
     from tightfit.profiling import observed_run
+    from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
     from tightfit.profiling.signatures import SignatureTable
 
-    observer, _ = observed_run.observe_fake(model, batch, Step(), SignatureTable(), {})
+    observer, _ = observed_run.observe_fake(model, batch, Step(), SignatureTable(), {}, NamespaceSnapshot())
     assert observer is not None
     assert observer.observation.ops
     del observer

@@ -1,10 +1,10 @@
 """Find and remove fake tensors that a fake run left outside the structural copy: in a cache, a global, a closure.
 
 A later real step would compute with them without an error, so none may stay.  `NamespaceSnapshot` records, before the
-run, what the user's modules, classes, closures and global objects hold.  Afterwards it follows every fake tensor to its
-holders with `gc.get_referrers`.  A holder that was recorded gets its old content back.  The fake tensor is removed from
-lists, sets and dictionaries that are nobody's attributes, and from `functools.lru_cache`.  A place that cannot be
-restored is an error that names it.
+first run, what the user's modules, classes, closures and global objects hold.  After each run it follows every fake
+tensor to its holders with `gc.get_referrers`.  A holder that was recorded gets its old content back.  The fake tensor
+is removed from lists, sets and dictionaries that are nobody's attributes, and from `functools.lru_cache`.  A place that
+cannot be restored is an error that names it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,21 +34,77 @@ _ABSENT: Any = object()
 #: Attributes of a module that its import set, and that nobody else changes.
 _OF_IMPORT = frozenset({"__spec__", "__loader__"})
 #: Packages whose globals no model's forward changes.
-_LIBRARIES = frozenset({"torch", "numpy", "tightfit", "_pytest", "pytest", "pluggy", "sympy"})
+_LIBRARIES = frozenset(
+    {
+        "PIL",
+        "_pytest",
+        "datasets",
+        "fsspec",
+        "highspy",
+        "httpcore",
+        "httpx",
+        "huggingface_hub",
+        "hypothesis",
+        "jinja2",
+        "matplotlib",
+        "mpmath",
+        "numpy",
+        "pandas",
+        "pluggy",
+        "pyarrow",
+        "pytest",
+        "rich",
+        "scipy",
+        "sklearn",
+        "statsmodels",
+        "sympy",
+        "tightfit",
+        "tokenizers",
+        "torch",
+        "typing_extensions",
+        "yaml",
+    }
+)
 
 
 class NamespaceSnapshot:
-    """A record of what the namespaces around a model held before a fake run.
-
-    From construction to `remove_fakes`, `gc.freeze` hides all objects that exist already from garbage collection, so
-    that the search for what the run left takes milliseconds however large the process is.
-    """
+    """A record of what the namespaces around a model held before the fake runs of one measurement."""
 
     def __init__(self, loss: Callable[..., Any] | None = None) -> None:
         self._dicts: dict[int, tuple[Any, dict[Any, Any]]] = {}  # by the id of a namespace: its owner and content
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
+        self._modules: set[str] = set()  # names of those that were looked at
+        self._new_ids: set[int] | None = None  # ids of the objects that the run made; None: unknown
+        self._frozen = False
         self._remember_function(loss)
+        self._remember_modules()
+
+    @contextmanager
+    def removing_fakes(self, mode: FakeTensorMode) -> Iterator[None]:
+        """Remove every fake tensor of `mode` from wherever the run inside leaves it.
+
+        Inside, `gc.freeze` hides all objects that exist already from garbage collection, so that the search for what
+        the run left takes milliseconds however large the process is.
+
+        Raises:
+            UnsupportedInput: one is in a place whose old content is lost.
+        """
+        self._remember_modules()  # what an earlier run imported
+        self._new_ids = None
+        self._frozen = gc.get_freeze_count() == 0  # gc.unfreeze would also undo the user's own gc.freeze
+        if self._frozen:
+            gc.freeze()
+        try:
+            yield
+        finally:
+            self._remove_fakes(mode)
+
+    def _remember_modules(self) -> None:
+        """Record the modules that were not looked at yet."""
         for name, module in list(sys.modules.items()):
+            if name in self._modules:
+                continue
+            self._modules.add(name)
             package = name.partition(".")[0]
             if package in _LIBRARIES or (package in sys.stdlib_module_names and package != "__main__"):
                 continue
@@ -56,22 +113,13 @@ class NamespaceSnapshot:
                 for attribute, thing in list(vars(module).items()):
                     if attribute not in _OF_IMPORT:
                         self._remember(thing, name)
-        self._new_ids: set[int] | None = None  # ids of the objects that the run made; None: unknown
-        self._frozen = gc.get_freeze_count() == 0  # gc.unfreeze would also undo the user's own gc.freeze
-        if self._frozen:
-            gc.freeze()
 
     def _unfreeze(self) -> None:
         if self._frozen:
             gc.unfreeze()
             self._frozen = False
 
-    def remove_fakes(self, mode: FakeTensorMode) -> None:
-        """Remove every fake tensor of `mode` from wherever the run left it.
-
-        Raises:
-            UnsupportedInput: one is in a place whose old content is lost.
-        """
+    def _remove_fakes(self, mode: FakeTensorMode) -> None:
         gc.collect()
         alive = bool(_living_fakes(mode))
         if alive and self._frozen:
@@ -102,15 +150,15 @@ class NamespaceSnapshot:
 
     def _remember(self, thing: Any, module_name: str) -> None:
         kind = type(thing)  # isinstance reads `__class__`: a lazy module would then import what it stands for
-        if issubclass(kind, type):
+        if kind is types.FunctionType:
+            if thing.__closure__:
+                self._remember_function(thing)
+        elif issubclass(kind, type):
             if vars(thing).get("__module__") == module_name:
                 self._remember_namespace(thing, _class_namespace(thing))
                 for member in list(vars(thing).values()):
                     if type(member) is not types.FunctionType or member.__closure__:
                         self._remember_function(member)
-        elif kind is types.FunctionType:
-            if thing.__closure__:
-                self._remember_function(thing)
         elif issubclass(kind, functools.partial):
             self._remember_function(thing)
         elif kind.__module__ != "builtins" and not issubclass(kind, (types.ModuleType, torch.nn.Module)):

@@ -55,6 +55,7 @@ def observe_fake(
     step: Step,
     signatures: SignatureTable,
     layouts: Mapping[str, Layouts],
+    surroundings: NamespaceSnapshot,
     left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
 ) -> tuple[Observer | None, bool]:
     """Observe a run of a copy without data; `left_checkpoints` as for `Observer`.
@@ -65,19 +66,17 @@ def observe_fake(
     mode = fake_mode()
     device = device_for(model)
     observer = Observer(signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded)
-    surroundings = NamespaceSnapshot(step.loss)
-    try:
-        _observe_copy(model, batch, step, observer, mode)
-    except BaseException as error:
-        if isinstance(error, TightfitError) or not isinstance(error, Exception) or is_of_a_handler(error):
-            if error.__traceback__ is not None:
-                traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
-            raise
-        # As text: whoever keeps log records would keep the error, its frames, and the fake tensors in them.
-        _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, str(error))
-        return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-    finally:
-        surroundings.remove_fakes(mode)
+    with surroundings.removing_fakes(mode):
+        try:
+            _observe_copy(model, batch, step, observer, mode)
+        except BaseException as error:
+            if isinstance(error, TightfitError) or not isinstance(error, Exception) or is_of_a_handler(error):
+                if error.__traceback__ is not None:
+                    traceback.clear_frames(error.__traceback__.tb_next)  # their variables hold fake tensors
+                raise
+            # As text: whoever keeps log records would keep the error, its frames, and the fake tensors in them.
+            _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, str(error))
+            return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
     return observer, False
 
 

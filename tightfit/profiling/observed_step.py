@@ -19,6 +19,7 @@ from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import UnsupportedInput
 from tightfit.profiling.cost_cache import CostCache, NoCache
 from tightfit.profiling.costs import Costs, measure_costs
+from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
 from tightfit.profiling.forward_check import forward_differs
 from tightfit.profiling.observed_run import observe_concrete, observe_fake
 from tightfit.profiling.observer import Observer
@@ -188,11 +189,13 @@ def _observe_fake(
     layouts: dict[str, Layouts] = {}
     observer: Observer | None = None
     costs: Costs | None = None
+    with pricer.clock.part("observing"):
+        surroundings = NamespaceSnapshot(step.loss)
     for _ in range(_MOST_FAKE_RUNS):
         while True:
             signatures = SignatureTable()
             with pricer.clock.part("observing"):
-                observer, data_dependent = observe_fake(model, batch, step, signatures, layouts, left)
+                observer, data_dependent = observe_fake(model, batch, step, signatures, layouts, surroundings, left)
             if observer is None:
                 return None, None, data_dependent
             if observer.checkpoints.is_consistent:
