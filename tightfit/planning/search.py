@@ -204,9 +204,14 @@ class _Search:
         # A sharded step's measured peak is not the same each time its plan is installed: two runs do not judge alike.
         near = self._grad_checkpoint == "auto" and not self._profile.is_sharded
         if near:
-            plain = solver_of(self._uncorrected()).plain(0)
-            near = plain.predicted_peak_bytes > self._budget_bytes
-        near = near and self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
+            solver = solver_of(self._uncorrected())
+            plain = solver.plain(0)
+            # The smallest plan at one level is found sooner, and the smallest of all needs no more.
+            near = (
+                plain.predicted_peak_bytes > self._budget_bytes
+                and solver.smallest_at_one_level().peak_bytes * (1 + _NEAR) > self._budget_bytes
+                and self._smallest_plan().predicted_peak_bytes * (1 + _NEAR) > self._budget_bytes
+            )
         return any(self._group.all_gather(near))
 
     def _uncorrected(self) -> Profile:

@@ -13,7 +13,8 @@ What levers list (`Lever.offers`) is on offer from the start.  The decisions of 
    that bind, pricing finds the set that these prices want, until none is new.  Where what recomputation holds on its
    way matters, a descent by single exchanges on the exact column starts from the best columns known.
 4. All of these lie on the hull, or near it. Where a class has few regions, no mixture of such columns comes near the
-   points between two of them, so some are sought: the fastest sets within so many held bytes (Haimes et al. 1971).
+   points between two of them, so some are sought: the fastest sets within so many held bytes (Haimes et al. 1971), or,
+   in long regions, sets that are as one of the hull up to an operation and as its neighbour from there on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
 from tightfit.interrupts import safe_point
 from tightfit.records import Decision
@@ -248,7 +249,10 @@ class ColumnPool:
         region = regions[len(regions) // 2]
         points = min(_BETWEEN_AT_MOST, _BETWEEN_ALL // len(regions))
         ops = self.source.index.profile.regions[region].op_count
-        if points < 2 or points * ops > _BETWEEN_OPS_AT_MOST or not self.program(region).usable:
+        if points < 2:
+            return
+        if points * ops > _BETWEEN_OPS_AT_MOST or not self.program(region).usable:
+            yield from self._spliced(class_id, region, points)
             return
         middle = self.source.index.backward_event()
         held = [self.source.column(region, decision).held_bytes for decision in self.master.decisions[class_id]]
@@ -262,6 +266,44 @@ class ColumnPool:
             if answer is not None:
                 most = self.source.column(region, answer[1]).held_bytes
                 yield answer[1]
+
+    def _spliced(self, class_id: int, region: int, points: int) -> Iterator[Decision]:
+        """Yield decisions that keep what one decision keeps up to an operation, and from there on what another does.
+
+        The steps of a loop are alike, and so is what a decision of the hull does to each: between two decisions lie
+        those that treat some steps as the one, and the rest as the other.
+        """
+        index = self.source.index
+        useful = frozenset(useful_values(index, region))
+        record = index.profile.regions[region]
+        kept = [useful if d is None else index.keep_values(region, d.kept) for d in self._hull(class_id, region)]
+        for fewer, more in pairwise(kept):
+            for place in range(1, points):
+                end = record.first_op + record.op_count * place // points
+                before, after = (
+                    {value for value in values if (index.profile.values[value].op < end) == early}
+                    for values, early in ((fewer, True), (more, False))
+                )
+                yield keeping(index, before | after)
+
+    def _hull(self, class_id: int, region: int) -> list[Decision | None]:
+        """Return the lower hull of added time against bytes held when backward begins, from few bytes to many."""
+        cut = self.source.cuts.first[0]
+        known = [d for d in self.master.decisions[class_id] if d is None or d.lever == BY_VALUE.name]
+        points = sorted(
+            (
+                (column.held_bytes, column.added_ms(cut), place)
+                for place, column in enumerate(self.source.column(region, decision) for decision in known)
+            ),
+        )
+        hull: list[tuple[int, float, int]] = []
+        for point in points:
+            if hull and point[1] >= hull[-1][1]:
+                continue
+            while len(hull) > 1 and _is_above(hull[-1], hull[-2], point):
+                hull.pop()
+            hull.append(point)
+        return [known[place] for _, _, place in hull]
 
     def _low_peaks(self, region: int) -> Iterator[Decision]:
         """Yield decisions on the way to the lowest peak that the region itself reaches, from dropping all."""
@@ -377,3 +419,8 @@ class ColumnPool:
                 if cost < best - 1e-9 * abs(best):
                     best, kept, found, improved = cost, kept ^ {value}, trial, True
         return found
+
+
+def _is_above(point: tuple[int, float, int], left: tuple[int, float, int], right: tuple[int, float, int]) -> bool:
+    """Return whether a point (bytes, ms) lies above the line between two others."""
+    return (point[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (point[0] - left[0])

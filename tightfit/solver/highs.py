@@ -6,6 +6,7 @@ HiGHS is imported when the first program is solved, so that reading and simulati
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 INFINITY = float("inf")
@@ -65,11 +66,15 @@ class Program:
             model.integrality_ = [kinds.kInteger if flag else kinds.kContinuous for flag in self.integers]
         return model
 
-    def solve(self, *, relaxed: bool = False, gap: float = 0.0, nodes: int = _NODES) -> Solution | None:
+    def solve(
+        self, *, relaxed: bool = False, gap: float = 0.0, nodes: int = _NODES, effort: int | None = None
+    ) -> Solution | None:
         """Return the optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
 
         For integer programs: `gap` is how far (in cost) the answer may be from the optimum, `nodes` how many nodes of
-        the search tree are looked at, at most.
+        the search tree are looked at, at most.  `effort` ends the search, with the best answer so far, when HiGHS has
+        asked whether to go on so often that the number of variables times the number of questions reaches it: a count
+        that grows with the time taken, also within one node, and does not depend on the machine.
         """
         import highspy
 
@@ -81,17 +86,33 @@ class Program:
         highs.setOptionValue("mip_abs_gap", gap)
         highs.setOptionValue("mip_max_nodes", nodes)
         highs.passModel(self.model(relaxed=relaxed))
+        if integer and effort is not None:
+            _end_after(highs, effort // len(self.costs))
         highs.run()
         status = highs.getModelStatus()
         proven = status == highspy.HighsModelStatus.kOptimal
         info = highs.getInfo()
         cost = float(info.objective_function_value)
-        if not proven and not (integer and status == highspy.HighsModelStatus.kSolutionLimit and cost < INFINITY):
+        ended = status in (highspy.HighsModelStatus.kSolutionLimit, highspy.HighsModelStatus.kInterrupt)
+        if not proven and not (integer and ended and cost < INFINITY):
             return None
         solution = highs.getSolution()
         duals = [] if integer else [float(dual) for dual in solution.row_dual]
         bound = float(info.mip_dual_bound) if integer else cost
         return Solution([float(value) for value in solution.col_value], duals, cost, min(bound, cost))
+
+
+def _end_after(highs: Any, questions: int) -> None:
+    """Let a search end when it asks for the `questions`-th time whether to go on."""
+    import highspy
+
+    left = count(questions, -1)
+
+    def answer(kind: Any, message: str, found: Any, reply: Any, user: Any) -> None:
+        reply.user_interrupt = next(left) <= 0
+
+    highs.setCallback(answer, None)
+    highs.startCallback(highspy._core.cb.HighsCallbackType.kCallbackMipInterrupt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ from tightfit.solver.time_cuts import Cut
 
 #: Nodes of the search, at most: what is not proven by then is a bound that is a little lower.
 _NODES = 200
+#: Variables times the solver's own checks whether to go on, at most (see `Program.solve`): about a second's work.
+_EFFORT = 60_000
 
 
 @dataclass(slots=True)
@@ -118,7 +120,7 @@ class RegionProgram:
                     of_storage = prices.shared.get((time, storage, self.region), 0.0)
                 for variable, nbytes in entries.items():
                     built.program.costs[variable] += of_storage * nbytes
-        solution = built.program.solve(nodes=_NODES, gap=gap)
+        solution = built.program.solve(nodes=_NODES, effort=_EFFORT, gap=gap)
         if solution is None:
             return -INFINITY, None
         return solution.bound, self._decision(built, solution.values)
@@ -141,7 +143,7 @@ class RegionProgram:
                 for variable, nbytes in entries.items():
                     row[variable] += nbytes / 1024  # sizes and times of one order
             built.program.row(dict(row), -INFINITY, capacity / 1024)
-        solution = built.program.solve(nodes=_NODES)
+        solution = built.program.solve(nodes=_NODES, effort=_EFFORT)
         return None if solution is None else (solution.bound, self._decision(built, solution.values))
 
     def _decision(self, built: _Built, values: list[float]) -> Decision | None:
