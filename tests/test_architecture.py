@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tightfit
 
 PACKAGE = Path(tightfit.__file__).parent
@@ -43,6 +45,7 @@ def test_torch_free_rooms_import_without_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_by_its_name() -> None:
     """No public function has the name of a folder or module beside it, which would hide that."""
     names = [name for name in modules_of(*(path.stem for path in PACKAGE.iterdir())) if "__main__" not in name]

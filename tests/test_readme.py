@@ -172,6 +172,7 @@ def test_the_python_of_the_readme_trains() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=name_of)
+@pytest.mark.slow
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks one after the other, as the page says; what they assert holds."""
     monkeypatch.chdir(tmp_path)

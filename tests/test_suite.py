@@ -20,6 +20,7 @@ WORST_ERROR = 0.0005
 
 
 @pytest.mark.parametrize("name", SUITE)
+@pytest.mark.slow
 def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str) -> None:
     case = build(name)
     profile = measure_step(case.model, case.batch, Step(loss=case.loss, optimizer=case.optimizers()))

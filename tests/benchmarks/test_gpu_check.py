@@ -47,6 +47,7 @@ def test_a_check_that_ends_badly_takes_no_other(tmp_path: Path, capsys: pytest.C
     assert re.search(r"crashes +crashed \(SIGSEGV\)", text)
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     (outcome,) = run(tmp_path, "hangs")
     assert outcome.outcome == "timed out"

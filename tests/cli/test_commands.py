@@ -69,6 +69,7 @@ def run_process(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "tightfit", *words], capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_process_prints_one_document_and_nothing_else() -> None:
     """Also of what libraries print behind Python's back."""
     result = run_process("train", *TINY, "--steps", "1", "--memory", "2900KiB", "--json")

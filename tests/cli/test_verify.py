@@ -56,6 +56,7 @@ def budget_of(family: str, tightness: str, known: dict[str, tuple[int, int]]) ->
     ("family", "tightness"),
     [*((family, "tight") for family in FAMILIES), ("gpt", "middle"), ("resnet", "middle"), ("gpt", "ample")],
 )
+@pytest.mark.slow
 def test_three_steps_equal_plain_inside_the_budget(
     family: str, tightness: str, extremes: dict[str, tuple[int, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:

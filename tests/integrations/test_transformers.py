@@ -172,11 +172,13 @@ class _OnBegin(transformers.TrainerCallback):  # type: ignore[misc]
         self._action()
 
 
+@pytest.mark.slow
 def test_a_stream_is_planned_by_its_first_batch() -> None:
     options = {"max_steps": 2, "num_train_epochs": 1, "eval_strategy": "no"}
     check_same(trained(None, Stream(), **options), trained(TightfitCallback(budget=BUDGET), Stream(), **options))
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_is_told_before_the_first_step() -> None:
     callback = TightfitCallback(budget="100KiB")
     trainers: list[Any] = []

@@ -52,6 +52,7 @@ def test_more_memory_never_costs_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_memory_is_used_or_buys_nothing(name: str) -> None:
     """A binding budget is used to 97 %, or the next byte count that buys time is beyond it, and is named."""
     solver = solver_of(name)
@@ -212,6 +213,7 @@ class Small(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
 def test_a_thousand_planned_steps_leak_nothing_with_the_collector_off() -> None:
     model, batch = Small(), torch.randn(4, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -175,6 +175,7 @@ def test_a_margin_and_what_repair_added_hold_for_other_shapes(
     case.applied.remove()
 
 
+@pytest.mark.slow
 def test_where_the_margin_does_not_fit_the_plan_is_run_under_the_meter(reference: Profile, budget_bytes: int) -> None:
     case = Case(Transformer(), budget_bytes)
     case.applied.remove()

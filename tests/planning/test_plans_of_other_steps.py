@@ -27,6 +27,7 @@ def test_eval_mode_with_gradients_and_back(case: Case) -> None:
     assert (case.counts.tried, case.counts.mismatched_steps) == (1, 0)
 
 
+@pytest.mark.slow
 def test_another_dtype(budget_bytes: int) -> None:
     case = Case(Transformer(), 2 * budget_bytes, length=2 * LONG)
     case.model.double()
@@ -165,6 +166,7 @@ class HalfHead(nn.Linear):
             return super().forward(x)
 
 
+@pytest.mark.slow
 def test_autocast_inside_the_model(budget_bytes: int) -> None:
     """Inside another context, it would not forget the weights that it casts: a later step would cast none."""
     model = Transformer()

@@ -256,6 +256,7 @@ for number in range(20):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_never_leave_half_a_file(folder: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(number)]) for number in range(2)]
     while any(process.poll() is None for process in writers):

@@ -116,6 +116,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 @KINDS
+@pytest.mark.slow
 def test_the_measured_peak_is_within_every_budget(kind: Callable[[], nn.Module], batch: Tensor) -> None:
     """One measurement serves all budgets; that `fit`, which also repairs, is held to them is test_planner's."""
     model = build(kind)

@@ -87,6 +87,7 @@ def tiny_mixtral() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_mixtral_whose_experts_are_all_tied() -> None:
     batches: list[Any] = []
     for step in range(STEPS):

@@ -173,6 +173,7 @@ def smallest_budget(profile: Profile) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_budgets_between_all_and_nothing_with_the_models_own_bits(kind: str) -> None:
     own, own_peak_bytes = trained(made(KINDS[kind]), loss_of)
     model = made(KINDS[kind])
@@ -408,6 +409,7 @@ def bert(**options: Any) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("make", [llama, t5, bert])
+@pytest.mark.slow
 def test_transformers_models_with_gradient_checkpointing_enabled(
     make: Callable[[], tuple[nn.Module, Tensor]], reentrant: bool
 ) -> None:

@@ -86,6 +86,7 @@ def is_random(name: str) -> bool:
 
 @settings(SMALL, max_examples=18)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
+@pytest.mark.slow
 def test_planned(model: Program, data: st.DataObject) -> None:
     batch = model.batch
     plain = steps(model, batch)

@@ -53,6 +53,7 @@ def shared_decisions(draw: st.DrawFn, index: ProfileIndex) -> tuple[list[Decisio
 
 @settings(SMALL, max_examples=10)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
+@pytest.mark.slow
 def test_any_tree_over_any_program(model: Program, data: st.DataObject) -> None:
     batch = model.batch
     plain = steps(model, batch)
@@ -126,6 +127,7 @@ def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
     assert abs(peak_bytes - plan.predicted_peak_bytes) <= 256
 
 
+@pytest.mark.slow
 def test_100_residual_layers_in_the_logarithm_of_their_depth() -> None:
     torch.manual_seed(0)
     batch = torch.randn(512, 8)
@@ -150,6 +152,7 @@ def test_100_residual_layers_in_the_logarithm_of_their_depth() -> None:
     check_step(model, batch, lowest)
 
 
+@pytest.mark.slow
 def test_32_steps_of_a_loop_in_one_region() -> None:
     torch.manual_seed(0)
     smallest = {}

@@ -429,6 +429,7 @@ def test_every_kth_region_drops_everything() -> None:
     assert patterns == [".....", "x....", "x...x", "x..x.", "x.x.x", "xxxxx"]
 
 
+@pytest.mark.slow
 def test_without_classes_nothing_changes_but_the_time() -> None:
     pytest.importorskip("torch")
     from benchmarks.ablation import without_classes

@@ -281,6 +281,7 @@ def test_the_smallest_budget_does_not_depend_on_measured_times() -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.slow
 def test_what_lies_between_points_of_the_hull_is_on_offer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four blocks: mixtures of what is on the hull do not come near every budget. No plan gets slower by it."""
     profile = gpt_profile(4)

@@ -105,6 +105,7 @@ def test_fp16_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
+@pytest.mark.slow
 def test_each_epoch_ends_with_an_evaluation_and_the_best_is_linked(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*RESNET, "--batch-size", "512", "--epochs", "2", "--lr", "0.01", "--save-every", "1000", "--mark", "m"]
     assert main(["train", *words, "--json"]) == 0
@@ -218,6 +219,7 @@ def same_files(one: str, other: str) -> None:
     assert lines(one) == lines(other)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*RESNET, *EVERYTHING, "--steps", "7", "--save-every", "3"]
     assert main(["train", *words, "--mark", "whole"]) == 0
@@ -245,6 +247,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: 
     assert a == b
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_runs_the_run_again() -> None:
     assert main(["train", *RESNET, *EVERYTHING, "--steps", "3", "--mark", "first"]) == 0
     assert main(["train", "--config-file", "runs/digits/first/config.yaml", "--mark", "second"]) == 0

@@ -41,7 +41,7 @@ import torch
 from tightfit._torch_private import below_autograd, find_overload, set_grad_mode
 from tightfit.device import Device, device_for
 from tightfit.device.device import OperationTimer, OperationTimes
-from tightfit.errors import DeviceLost
+from tightfit.errors import DeviceLost, first_line
 from tightfit.interrupts import pass_on, safe_point
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, elsewhere, layouts_of
@@ -342,7 +342,7 @@ def _require_usable(device: Device, call: Call) -> None:
 def _device_lost(broken: _BrokenBy, device: torch.device) -> DeviceLost:
     return DeviceLost(
         f"{broken.call.func}, run alone on made-up data to measure it, has broken the device {device} for this process "
-        f"({str(broken.__cause__).strip().splitlines()[0]}). Nothing that uses the device can go on here. Start the "
+        f"({first_line(broken.__cause__ or broken)}). Nothing that uses the device can go on here. Start the "
         f"program again: the operation is noted in the cost cache, and will be estimated instead of run. Without a "
         f"cost cache it would be run again. Please report this operation."
     )

@@ -152,6 +152,6 @@ def _store(member: Member, timeout_s: float) -> Store:
                 f"--multiprocessing-distributed finds a free one by itself."
             ) from None
         raise UnsupportedInput(
-            f"rank {member.rank} cannot reach {member.rendezvous} ({text.splitlines()[0]}), where rank 0 should be. "
+            f"rank {member.rank} cannot reach {member.rendezvous} ({first_line(error)}), where rank 0 should be. "
             f"Check that rank 0 runs, and the address in --dist-url or MASTER_ADDR and MASTER_PORT."
         ) from None
