@@ -406,6 +406,19 @@ def test_checksum_sees_order_and_single_bits() -> None:
         assert len(seen) == 4
 
 
+def test_checksum_sees_words_exchanged_that_differ_in_their_highest_bits_only() -> None:
+    """Floats that are powers of two: their differences times a distance are powers of two, and sums are modulo one."""
+    words = 40_000
+    for distance in (1, 2, 4, 61, 509, 512, 1018, 1024, 4096, 8192, 509 * 16, 512 * 61):
+        for first in (0, 1, 777):
+            tensor = torch.ones(words)
+            tensor[first] = 2.0
+            moved = torch.ones(words)
+            moved[first + distance] = 2.0
+            assert checksum(tensor) != checksum(moved), (distance, first)
+            assert checksum(tensor[1:].clone()) != checksum(moved[1:].clone()) or first == 0
+
+
 def test_same_bits_is_exact() -> None:
     nan = torch.tensor([float("nan"), 0.0])
     assert same_bits(nan, nan.clone())

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tightfit._torch_private import below_autograd
 from tightfit.device import device_for
+from tightfit.step.host_copy import memory_of
 
-Checksum = tuple[int, int, int]
+Checksum = tuple[object, ...]
 
-
-#: Words in a row of the checksum's layout, and rows that are summed at a time: 1 MB on the host, where the sums need
-#: twice a piece's memory; 64 MB elsewhere, where they need none, and each piece is ten launches.
-_ROW = 61
-_PIECE_ROWS_ON_HOST, _PIECE_ROWS = 2**12, 2**18
+#: Words in a row of the checksum's layout: of 8 bytes on the host, of 4 elsewhere.
+_ROW_ON_HOST, _ROW = 509, 61
+#: Rows that are summed at a time elsewhere: 64 MB, with ten launches.
+_PIECE_ROWS = 2**18
+_LOWER_HALF = np.uint64(2**32 - 1)
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -36,26 +39,42 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def checksum(tensor: torch.Tensor) -> Checksum:
-    """Return three sums over the bytes of the tensor's storage, laid out in rows: plain, rows weighted by their place,
-    and columns weighted by theirs, so that a change of order shows too.
+    """Return sums over the words of the tensor's storage, laid out in rows, that tell of every change of a single word
+    and of changes of order: of all, of the rows weighted by their place, and of the columns weighted by theirs.
     """
+    storage = tensor.untyped_storage()
+    return _checksum_on_host(storage) if device_for(tensor).is_host else _checksum_elsewhere(storage)
+
+
+def _checksum_on_host(storage: torch.UntypedStorage) -> Checksum:
+    memory = memory_of(storage)
+    words = memory[: memory.size // 8 * 8].view(np.uint64)
+    grid = words[: words.size // _ROW_ON_HOST * _ROW_ON_HOST].reshape(-1, _ROW_ON_HOST)
+    rows, columns = grid.sum(axis=1), grid.sum(axis=0)  # modulo 2 ** 64
+    return memory[grid.nbytes :].tobytes(), int(rows.sum()), *_weighted(rows), *_weighted(columns)
+
+
+def _weighted(sums: npt.NDArray[np.uint64]) -> tuple[int, int]:
+    """Return the weighted sums of the lower halves and of the upper ones: no place overflows a half."""
+    places = np.arange(1, sums.size + 1, dtype=np.uint64)
+    return int(((sums & _LOWER_HALF) * places).sum()), int(((sums >> np.uint64(32)) * places).sum())
+
+
+def _checksum_elsewhere(storage: torch.UntypedStorage) -> Checksum:
     with below_autograd():
-        storage = tensor.untyped_storage()
-        words = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        words.set_(storage, 0, (storage.nbytes(),), (1,))
+        words = _bytes_of(storage)
         if words.data_ptr() % 4:
             words = words.clone()
         tail = words[storage.nbytes() // 4 * 4 :].sum(dtype=torch.int64)
         numbers = words[: storage.nbytes() // 4 * 4].view(torch.int32)
         plain = by_row = torch.zeros((), dtype=torch.int64, device=storage.device)
         columns = torch.zeros(_ROW, dtype=torch.int64, device=storage.device)
-        piece_rows = _PIECE_ROWS_ON_HOST if device_for(tensor).is_host else _PIECE_ROWS
-        for first, piece in enumerate(numbers.split(_ROW * piece_rows)):
+        for first, piece in enumerate(numbers.split(_ROW * _PIECE_ROWS)):
             whole = piece.numel() // _ROW * _ROW
             grid, rest = piece[:whole].view(-1, _ROW), piece[whole:].to(torch.int64)
             rows = torch.cat([grid.sum(1, dtype=torch.int64), rest.sum()[None]])
             plain = plain + rows.sum()
-            by_row = by_row + (rows * (_places(rows) + first * piece_rows)).sum()
+            by_row = by_row + (rows * (_places(rows) + first * _PIECE_ROWS)).sum()
             columns += grid.sum(0, dtype=torch.int64)
             columns[: rest.numel()] += rest
         return int(plain + tail), int(by_row), int((columns * _places(columns)).sum())
@@ -70,10 +89,15 @@ def mark_of(tensor: torch.Tensor) -> object:
     storage = tensor.untyped_storage()
     if storage.nbytes() > _SMALL_BYTES:
         return checksum(tensor)
+    if device_for(tensor).is_host:
+        return memory_of(storage).tobytes()
     with below_autograd():
-        words = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        words.set_(storage, 0, (storage.nbytes(),), (1,))
-        return words.to("cpu", copy=True).numpy().tobytes()  # of a copy: `numpy()` marks a storage for good
+        return memory_of(_bytes_of(storage).cpu().untyped_storage()).tobytes()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    words = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return words.set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _places(numbers: torch.Tensor) -> torch.Tensor:

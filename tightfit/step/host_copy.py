@@ -195,19 +195,19 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
 class _Memory:
     """What NumPy needs to know of memory to show it as an array; the array keeps this, and this the tensor."""
 
-    def __init__(self, data: torch.Tensor) -> None:
+    def __init__(self, data: torch.Tensor | torch.UntypedStorage) -> None:
         self._data = data
         place = (data.data_ptr(), False)
-        self.__array_interface__ = {"data": place, "shape": (data.numel(),), "typestr": "|u1", "version": 3}
+        self.__array_interface__ = {"data": place, "shape": (len(data),), "typestr": "|u1", "version": 3}
 
 
-def memory_of(data: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Show the memory of a contiguous CPU tensor of bytes as an array, to read and write.
+def memory_of(data: torch.Tensor | torch.UntypedStorage) -> npt.NDArray[np.uint8]:
+    """Show the memory of a storage, or of a contiguous tensor of bytes, on the CPU as an array, to read and write.
 
     Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
     the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).
     """
-    return np.asarray(_Memory(data)) if data.numel() else np.empty(0, dtype=np.uint8)
+    return np.asarray(_Memory(data)) if len(data) else np.empty(0, dtype=np.uint8)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
