@@ -323,6 +323,11 @@ def backward_keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Have something called at the end of the backward pass that runs in this thread, unless that fails."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def current_graph_node() -> Any:
     """Return the autograd node whose backward runs in this thread; None outside backward."""
     return torch._C._current_autograd_node()

@@ -242,7 +242,18 @@ class Applied:
     def _is_active(self) -> bool:
         return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
 
+    def _note_kept_graph(self) -> None:
+        """Tell of a backward that has kept its graph: in it autograd gives nothing back, which plans count on."""
+        counts = self._installed.statistics
+        if counts.kept_graphs == 0 or self.is_running:
+            return
+        if self.plans is not None:
+            self.plans.note_kept_graph()
+        elif not self._step.retain_graph:
+            self._promises.kept_graph()
+
     def _plan_for(self, batch: Any) -> ResolvedPlan:
+        self._note_kept_graph()
         if self.plans is not None:
             return self.plans.plan_for(batch)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
@@ -260,6 +271,8 @@ class Applied:
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
         self._watch.planned_forward()
+        if not self._batch_is_known:
+            self._note_kept_graph()
         if self.plans is not None:
             if self._batch_is_known:
                 self.plans.note_call(args, kwargs)

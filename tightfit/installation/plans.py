@@ -63,3 +63,6 @@ class Plans(Protocol):
 
     def note_mismatch(self) -> None:
         """Note that the forward that just ended did not follow the plan that was last asked for."""
+
+    def note_kept_graph(self) -> None:
+        """Note that backwards keep their graphs: plans from now on are for steps in which they do."""

@@ -96,6 +96,15 @@ class Promises:
             f"(model, batch).",
         )
 
+    def kept_graph(self) -> None:
+        """Tell that a backward kept its graph, of which the plan does not know."""
+        self._tell(
+            "graph",
+            f"a backward was called with retain_graph=True, so that autograd holds until the last one what the plan "
+            f"counts on getting back. Such a step may exceed the budget of {self._budget}. Plan it as it is: "
+            f"step=tightfit.Step(loss=..., retain_graph=True) for measure and apply, or use fit, which finds out.",
+        )
+
     def uncounted_optimizer(self, name: str, more_bytes: int) -> None:
         """Tell that an optimizer of the model's parameters holds state that the plan does not count."""
         self._tell(

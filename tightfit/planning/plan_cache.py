@@ -131,6 +131,19 @@ class PlanCache:
             self._current.mismatched_steps += 1
             self.statistics.mismatched_steps += 1
 
+    def note_kept_graph(self) -> None:
+        """Note that backwards keep their graphs: plans from now on are for steps in which they do."""
+        made = self._replanner.keep_graphs()
+        if made is None:
+            return
+        for entry in list(self._entries.values()):
+            planned = made.get(id(entry.made.resolved))
+            if planned is None:
+                self._forget(self._entries.pop(entry.key))
+            else:
+                entry.made = planned
+        self.statistics.replanned += 1
+
     def _key_of(self, batch: Any) -> StepKey:
         return step_key(self._watch, batch, self._optimizers)
 
@@ -152,10 +165,13 @@ class PlanCache:
         while len(self._entries) > MOST_PLANS:
             _, oldest = self._entries.popitem(last=False)
             self.statistics.forgotten += 1
-            for call in oldest.calls:
-                if self._calls.get(call) is oldest:
-                    del self._calls[call]
+            self._forget(oldest)
         return entry
+
+    def _forget(self, entry: _Entry) -> None:
+        for call in entry.calls:
+            if self._calls.get(call) is entry:
+                del self._calls[call]
 
     def _planned(self, key: StepKey, batch: Any, known: _Entry | None) -> _Entry:
         """Have the step planned; count it, and the time that it took."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -140,6 +140,26 @@ class Replanner:
         self._references = [*others[1 - MOST_KINDS :], reference]
         self._cache.join(solver_of(profile).index, resolved)
         return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
+
+    def keep_graphs(self) -> dict[int, Replanned] | None:
+        """Plan from now on for backwards that keep their graphs (``retain_graph=True``).
+
+        Returns:
+            New plans by the id of the `ResolvedPlan` that they replace; None if it was so already.
+        """
+        if self._step.retain_graph:
+            return None
+        _log.info("a backward kept its graph, so that autograd gives nothing back in it; planning again")
+        self._step = replace(self._step, retain_graph=True)
+        made: dict[int, Replanned] = {}
+        for place, one in enumerate(self._references):
+            profile = replace(one.profile.with_kept_graph(), correction_bytes=one.correction_bytes)
+            resolved = one.resolved
+            with suppress(BudgetInfeasible):  # said when its next batch is planned
+                planned = self._chosen(profile, *self._choose(profile, (), may_reuse=False), like=resolved)
+                made[id(resolved)], resolved = planned, planned.resolved
+            self._references[place] = replace(one, profile=profile, resolved=resolved)
+        return made
 
     def note_call(self, resolved: ResolvedPlan, call: StepKey) -> None:
         """Note the key of the model's call in the step that a plan is for."""

@@ -153,7 +153,7 @@ def measure_step(
     allocator = device_for(model).allocator_state(
         resident_bytes(model, batch, step.optimizers), {signature.name for signature in signatures}
     )
-    return Profile(
+    profile = Profile(
         model=unsharded_class(model).__name__,
         fingerprint=fingerprint(model),
         batch=describe_batch(batch),
@@ -178,6 +178,7 @@ def measure_step(
         measuring_ms=clock.measuring_ms(),
         **tables,
     )
+    return profile.with_kept_graph() if step.retain_graph else profile
 
 
 def _callable_again(

@@ -146,6 +146,8 @@ class EventKind(IntEnum):
     """Backward began."""
     OPTIMIZER = 10
     """The optimizer step began."""
+    READ = 11
+    """Backward was done with slot `a`, of a graph that is kept: autograd has it until its RELEASE."""
 
 
 class Event(NamedTuple):
@@ -315,6 +317,26 @@ class Profile:
             module_ms_per_call=0.0,
         )
 
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the step's backwards but the last one keep the graph."""
+        return any(event.kind == EventKind.READ for event in self.events)
+
+    def with_kept_graph(self) -> Profile:
+        """Return the profile of the step whose backward keeps the graph (``retain_graph=True``) for further ones.
+
+        What autograd has let go of in backward it then holds until backward ends.
+        """
+        kinds = [event.kind for event in self.events]
+        if EventKind.BACKWARD not in kinds or self.keeps_graph:
+            return self
+        begin = kinds.index(EventKind.BACKWARD)
+        end = kinds.index(EventKind.OPTIMIZER) if EventKind.OPTIMIZER in kinds else len(kinds)
+        backward = self.events[begin:end]
+        released = tuple(event for event in backward if event.kind == EventKind.RELEASE)
+        kept = tuple(Event(EventKind.READ, e.a) if e.kind == EventKind.RELEASE else e for e in backward)
+        return replace(self, events=(*self.events[:begin], *kept, *released, *self.events[end:]))
+
     def save(self, path: str | Path) -> None:
         """Write the profile to a file, as JSON."""
         json_codec.save(self, path)
@@ -380,6 +402,7 @@ def _check_timeline(profile: Profile) -> None:
         EventKind.SAVE: len(profile.slots),
         EventKind.UNPACK: len(profile.slots),
         EventKind.RELEASE: len(profile.slots),
+        EventKind.READ: len(profile.slots),
         EventKind.ENTER: len(profile.regions),
         EventKind.EXIT: len(profile.regions),
     }
@@ -394,7 +417,7 @@ def _check_timeline(profile: Profile) -> None:
         elif kind == EventKind.SAVE:
             require(a not in saved, f"events[{place}] saves a slot again")
             saved.add(a)
-        elif kind in (EventKind.UNPACK, EventKind.RELEASE):
+        elif kind in (EventKind.UNPACK, EventKind.READ, EventKind.RELEASE):
             require(a in saved and a not in released, f"events[{place}] reads a slot that is not saved")
             if kind == EventKind.RELEASE:
                 released.add(a)

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, set_grad_mode, version_counter, version_of
+from tightfit._torch_private import (
+    backward_keeps_graph,
+    below_autograd,
+    call_after_backward,
+    current_graph_task,
+    set_grad_mode,
+    version_counter,
+    version_of,
+)
 from tightfit.device import device_for
 from tightfit.device.generators import drawing_from
 from tightfit.operators.facts import result_tensors
@@ -21,7 +29,8 @@ from tightfit.replay.contents import mark_of
 from tightfit.replay.refusals import changed_error, modified_error, other_kernel_error
 from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.values import Ref, TapedOp, TapedValue, contents, rebuild, written_refs
+from tightfit.replay.used_up import UsedUp
+from tightfit.replay.values import Ref, TapedOp, TapedValue, before_write, contents, rebuild, written_refs
 from tightfit.simulation.schedule import Pass, Schedule
 
 #: What an operation returned, the storages of its arguments, and those of them that it wrote.
@@ -58,20 +67,60 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         self._check = check
         self._released: list[TapedValue] | None = []  # while recording: what is saved later may want the same again
         self._lock = threading.RLock()
+        self._used_up: UsedUp | None = None  # by the backward that runs, if that keeps its graph
 
     def read(self, handle: Handle) -> torch.Tensor:
         """Return the dropped tensor, rebuilt."""
         handle.check_version()
         value = handle.ref.value
+        # What another graph is made of (create_graph=True) is held by that one, as plain autograd holds it.
+        graph_task = -1 if torch.is_grad_enabled() or not backward_keeps_graph() else current_graph_task()
         with self._lock, below_autograd():
             storage = value.live.untyped_storage() if value.live is not None else None
             if storage is None and self._check is not None:
                 storage = self._check.written_since(value)
-            return handle.ref.build(self._need(value, handle.leaf) if storage is None else storage)
+            if storage is None and graph_task >= 0 and self._released is None:
+                storage = self._need_once(handle, graph_task)
+            elif storage is None:
+                self.put_back()
+                storage = self._need(value, handle.leaf)
+            return handle.ref.build(storage)
+
+    def _need_once(self, handle: Handle, graph_task: int) -> torch.UntypedStorage:
+        """Return a value's bytes, and let go of them: in a backward that keeps its graph, nobody else does."""
+        value = handle.ref.value
+        if self._used_up is None or self._used_up.graph_task != graph_task:
+            self.put_back()
+            self._used_up = UsedUp(graph_task)
+            self._statistics.kept_graphs += 1
+            call_after_backward(self.put_back)
+        used_up = self._used_up
+        used_up.note(value)
+        if contents(value) is None and (value.op is None or value.op.done):  # read, and let go of, before
+            used_up.put_back()
+        storage = self._need(value, handle.leaf)
+        if used_up.is_first_read(handle):
+            self._give_back([value])
+        return storage
+
+    def put_back(self) -> None:
+        """Let the tape be as before the last backward that kept its graph."""
+        with self._lock:
+            used_up, self._used_up = self._used_up, None
+            if used_up is not None:
+                used_up.put_back()
+
+    def before_write(self, value: TapedValue, tensor: torch.Tensor) -> None:
+        """Put aside what is needed of a value whose storage, which `tensor` shows, is about to be written."""
+        with self._lock:
+            self.put_back()
+            if value.refs or value.handles:
+                before_write(value, tensor)
 
     def release(self, value: TapedValue) -> None:
         """Give back the reference of a handle that died."""
         with self._lock:
+            self.put_back()
             value.handles -= 1
             if not value.handles:
                 value.live = None

@@ -430,10 +430,10 @@ class Tape(Replayer):
                     if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
                         value.source = value.op = None
                     else:
-                        self._writes.add(storage_key(value.source), value, self._lock)
+                        self._writes.add(storage_key(value.source), value, self)
             for key, value in self._current.items():
                 if value.handles:
-                    self._writes.add(key, value, self._lock)
+                    self._writes.add(key, value, self)
             for op in self._ops:
                 if not op.demanded:
                     self._forget(op)

@@ -8,15 +8,12 @@ write that it sees, and what is needed of the old contents is put aside then; se
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
 from tightfit._torch_private import storage_key
-from tightfit.replay.values import TapedValue, before_write
-
-_Lock = AbstractContextManager[Any]
+from tightfit.replay.replayer import Replayer
+from tightfit.replay.values import TapedValue
 
 
 class WriteWatch:
@@ -25,20 +22,20 @@ class WriteWatch:
     def __init__(self) -> None:
         self.exposed: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Storages whose memory was handed out: from then on they may be written at any moment, unseen."""
-        self._by_storage: dict[int, list[tuple[weakref.ref[TapedValue], _Lock]]] = {}
+        self._by_storage: dict[int, list[tuple[weakref.ref[TapedValue], weakref.ref[Replayer]]]] = {}
 
-    def add(self, key: int, value: TapedValue, lock: _Lock) -> None:
-        """Watch a value that is in the storage with that key, or read from it; `lock` is its tape's."""
-        self._by_storage.setdefault(key, []).append((weakref.ref(value), lock))
+    def add(self, key: int, value: TapedValue, tape: Replayer) -> None:
+        """Watch a value of a tape that is in the storage with that key, or read from it."""
+        self._by_storage.setdefault(key, []).append((weakref.ref(value), weakref.ref(tape)))
 
     def before_write(self, tensor: torch.Tensor) -> None:
         """Put aside what is needed of a tensor's storage, whose contents are about to change."""
-        for reference, lock in self._by_storage.pop(storage_key(tensor), ()):
-            value = reference()
-            # A value that lives reserves its storage's address, so the key still means that storage.
-            if value is not None and (value.refs or value.handles):
-                with lock:
-                    before_write(value, tensor)
+        for value_reference, tape_reference in self._by_storage.pop(storage_key(tensor), ()):
+            value, tape = value_reference(), tape_reference()
+            # A value that lives reserves its storage's address, so the key still means that storage.  A tape lives as
+            # long as a handle, without which nothing is needed any more.
+            if value is not None and tape is not None:
+                tape.before_write(value, tensor)
 
     def expose(self, tensor: torch.Tensor) -> None:
         """Note that the memory of the tensor's storage is handed out. To be safe, that counts as a write."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from tightfit.records import Decision, Event, EventKind, Profile, StepWork, ValueName
 from tightfit.simulation.second_call import made_storages, slots_made_again
 
-_OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE)
+_OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.READ, EventKind.RELEASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +102,11 @@ class ProfileIndex:
     def plain_work(self) -> StepWork:
         """What the plain step does within each event."""
         return self.profile.plain_work()
+
+    @cached_property
+    def keeps_graph(self) -> bool:
+        """Whether the step's backwards but the last one keep the graph."""
+        return self.profile.keeps_graph
 
     @cached_property
     def has_device_times(self) -> bool:

@@ -149,7 +149,9 @@ def fixed_peaks(index: ProfileIndex) -> list[int]:
 
 
 #: Events in which a region's model has a part.  (Not a set: an enumeration's members hash slowly.)
-_OF_A_REGION = (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT)
+OF_A_REGION = (
+    EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.READ, EventKind.RELEASE, EventKind.EXIT
+)  # fmt: skip
 
 
 def models_of(
@@ -206,7 +208,7 @@ def simulate(
             continue  # no higher than it was
         elif kind == EventKind.OTHER_OP:
             workspace = index.fixed_spikes.get(time, 0)
-        elif kind in _OF_A_REGION:
+        elif kind in OF_A_REGION:
             owner = owner_of_op[a] if kind == EventKind.OP else a if kind == EventKind.EXIT else owner_of_slot[a]
             if kind == EventKind.OP:
                 workspace = index.fixed_spikes.get(time, 0)

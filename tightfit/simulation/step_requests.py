@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tightfit.records import Decision, EventKind, Profile, SharedTape
 from tightfit.simulation.levers import NOTHING, Requests
 from tightfit.simulation.profile_index import ProfileIndex
-from tightfit.simulation.simulator import models_of
+from tightfit.simulation.simulator import OF_A_REGION, models_of
 
 #: By which autograd adds to a gradient that is there already.
 _ACCUMULATION = "aten.add_.Tensor"
@@ -68,7 +68,7 @@ def requests_of(
             now = found.optimizer
         elif kind == EventKind.OTHER_OP:
             now.work(index.fixed_spikes.get(time, 0))
-        elif kind in (EventKind.OP, EventKind.SAVE, EventKind.UNPACK, EventKind.RELEASE, EventKind.EXIT):
+        elif kind in OF_A_REGION:
             if kind == EventKind.OP:
                 now.work(index.fixed_spikes.get(time, 0))
             owner = index.region_of_op[a] if kind == EventKind.OP else a

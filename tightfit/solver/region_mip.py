@@ -53,8 +53,9 @@ class RegionProgram:
     shared: frozenset[int]
     """Storages that other regions may hold too."""
     usable: bool = field(init=False)
-    """False where there is nothing to decide, and for the rare region of which the program could say too much: one with
-    a saved value that backward does not read, or that only a second call of its module rebuilds."""
+    """False where there is nothing to decide, for a graph that is kept, and for the rare region of which the program
+    could say too much: one with a saved value that backward does not read, or that only a second call of its module
+    rebuilds."""
     _slots: dict[int, list[tuple[int, int]]] = field(init=False)
     """Saved droppable value to (saved, let go) of each of its slots."""
     _read: dict[int, int] = field(init=False)
@@ -82,7 +83,7 @@ class RegionProgram:
         never = len(profile.events)
         self._slots = defaultdict(list)
         self._read = {}
-        self.usable = bool(slots) and not facts.only_again
+        self.usable = bool(slots) and not facts.only_again and not index.keeps_graph
         self._begins, self._ends = min(self._ran.values(), default=never), 0
         for slot in facts.slots:
             value, found = profile.slots[slot].value, times[slot]

@@ -36,6 +36,9 @@ class Step:
         accumulation_steps: forward and backward passes for each optimizer step.
         autocast: run forward under `torch.autocast` with this dtype.
         clip_norm: clip the total norm of the gradients to this before the optimizer step.
+        retain_graph: further backwards follow over the same graph, so that all but the last are called with
+            ``retain_graph=True`` and autograd holds what it saved until the last. Training in which a plan sees such a
+            backward is planned so from the next step on, whatever is said here.
         around_loss: returns a context in which model and loss run; an installed plan's `Applied.step`, for example.
 
     Attributes:
@@ -50,6 +53,7 @@ class Step:
     accumulation_steps: int = 1
     autocast: torch.dtype | None = None
     clip_norm: float | None = None
+    retain_graph: bool = False
     around_loss: Callable[[], Any] = field(default=nullcontext, repr=False)
     excluded: tuple[str, ...] = field(default=(), repr=False)
     """Paths of the modules that plans leave untouched, as `exclude=` names them."""
@@ -88,7 +92,9 @@ class Step:
             safe_point()
             loss = self.run_loss(model, batch)
             safe_point()
-            (loss / self.accumulation_steps if self.accumulation_steps > 1 else loss).backward()
+            whole = loss / self.accumulation_steps if self.accumulation_steps > 1 else loss
+            whole.backward(retain_graph=self.retain_graph)
+            del whole
             loss = loss.detach()
         self.run_optimizers(model)
         return loss

@@ -41,6 +41,7 @@ class ModuleModel:
         self._begun = self._ended = False
         self._arguments: dict[int, None] = {}  # storages held for the second run
         self._unreleased: set[int] = set()  # slots
+        self._read: set[int] = set()  # of those, what a backward was done with that keeps its graph
         self._copies: Counter[int] = Counter()  # storages made by the second run -> slots that hold them
 
     def handle(self, kind: EventKind, a: int) -> Moment:
@@ -53,9 +54,13 @@ class ModuleModel:
         elif kind == EventKind.UNPACK:
             if not self.replayed_ops:
                 self._recompute(moment)
+        elif kind == EventKind.READ:
+            self._read.add(a)
+            if self.replayed_ops:
+                moment.memo_delta -= self._let_go(a)
         elif kind == EventKind.RELEASE:
             self._unreleased.discard(a)
-            if self.replayed_ops:
+            if self.replayed_ops and a not in self._read:
                 moment.memo_delta -= self._let_go(a)
             if self._ended and not self._unreleased:
                 self._forget(moment)

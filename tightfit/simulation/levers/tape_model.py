@@ -71,6 +71,10 @@ class TapeModel(Schedule[_Value, _Op]):
         self._bytes = 0  # of memos, and of random states that wait for their operation to run again
         self._moment = NOTHING
         self._bytes_before = 0  # the present event
+        self._read: set[int] = set()  # slots that a backward was done with that keeps its graph
+        self._keeps_graph = index.keeps_graph
+        self._for_good = True  # what is freed now is not needed by a further backward
+        self._random_kept = 0  # bytes of random states for further backwards
         self._released: list[_Value] | None = []  # values of slots let go while the tape was recording
         self._position = [0] * len(decisions)
         self._leaf_of_slot: dict[int, int] = {}
@@ -132,8 +136,17 @@ class TapeModel(Schedule[_Value, _Op]):
         elif kind == EventKind.UNPACK:
             if value.memo is None:
                 self._begin()
+                self._for_good = not self._keeps_graph
                 self._recompute(value, self._leaf_of_slot.get(a, 0))
                 return self._end()
+        elif kind == EventKind.READ:
+            self._read.add(a)
+            self._begin()
+            self._for_good = False
+            self._give_back([value])
+            return self._end()
+        elif a in self._read:
+            return self._let_go(a)
         elif self._released is not None:
             self._released.append(value)
         else:
@@ -152,9 +165,23 @@ class TapeModel(Schedule[_Value, _Op]):
                 return Moment(released=[storage])
         return NOTHING
 
+    def _let_go(self, slot: int) -> Moment:
+        """Return what a kept graph's end does: with the last slot goes what further backwards would have needed."""
+        self._read.remove(slot)
+        self._begin()
+        if not self._read:
+            held = [value for value in self._values.values() if value.is_held]
+            self._moment.released += [value.storage for value in held]
+            for value in held:
+                value.is_held = False
+            self._bytes -= self._random_kept
+            self._random_kept = 0
+        return self._end()
+
     def _begin(self) -> None:
         """Note from now on what is freed and recomputed."""
         self._bytes_before = self._bytes
+        self._for_good = True
         self._moment = Moment()
 
     def _end(self) -> Moment:
@@ -243,11 +270,14 @@ class TapeModel(Schedule[_Value, _Op]):
             self._bytes -= value.memo
             value.memo = None
             self._free_memo(value)
-        if value.is_held:
+        if value.is_held and self._for_good:
             value.is_held = False
             self._moment.released.append(value.storage)
         value.source = None
 
     def _forget(self, op: _Op) -> None:
         op.done = True
-        self._bytes -= op.random_bytes
+        if self._for_good:
+            self._bytes -= op.random_bytes
+        else:
+            self._random_kept += op.random_bytes
