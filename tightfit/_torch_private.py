@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from operator import attrgetter, methodcaller
 from typing import Any, TypeVar
@@ -237,6 +237,17 @@ class below_autograd:  # noqa: N801  (used as a statement, like torch.no_grad)
         for guard in reversed(self._guards):
             guard.__exit__(None, None, None)
         torch._C._set_grad_enabled(self._grad)
+
+
+#: Included while a backward with ``is_grads_batched=True`` runs; then no random operation may.
+_BATCHED_BACKWARD = torch._C._dispatch_key_parse("VmapMode")
+
+
+def outside_batched_backward() -> AbstractContextManager[object]:
+    """Open a context in which operations run as if no backward with ``is_grads_batched=True`` ran around them."""
+    if not torch._C._dispatch_tls_local_include_set().has(_BATCHED_BACKWARD):
+        return nullcontext()
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_BATCHED_BACKWARD))
 
 
 def set_grad_mode(enabled: bool) -> None:

@@ -17,6 +17,7 @@ from tightfit._torch_private import (
     below_autograd,
     call_after_backward,
     current_graph_task,
+    outside_batched_backward,
     set_grad_mode,
     version_counter,
     version_of,
@@ -132,7 +133,8 @@ class Replayer(Schedule[TapedValue, TapedOp]):
     def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)
         if storage is None:
-            self._recompute(wanted, leaf)
+            with outside_batched_backward():  # what forward has saved is not batched
+                self._recompute(wanted, leaf)
             storage = contents(wanted)
             assert storage is not None
         return storage

@@ -7,12 +7,9 @@ backward ends: the next one rebuilds anew, as `torch.utils.checkpoint` does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tightfit.replay.values import TapedOp, TapedValue
-
-if TYPE_CHECKING:
-    from tightfit.replay.replayer import Handle
 
 
 class UsedUp:
@@ -40,7 +37,7 @@ class UsedUp:
                 stack += op.inputs
                 stack += op.outputs
 
-    def is_first_read(self, handle: Handle) -> bool:
+    def is_first_read(self, handle: object) -> bool:
         """Return whether the handle was not read yet, and note that it is."""
         before = len(self._read)
         self._read.add(id(handle))
