@@ -168,7 +168,7 @@ class Applied:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
         if self.plans is not None and self._is_active():
-            self.plans.plan_for(batch)
+            self._plan_for(batch)
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -247,10 +247,11 @@ class Applied:
         counts = self._installed.statistics
         if counts.kept_graphs == 0 or self.is_running:
             return
-        if self.plans is not None:
-            self.plans.note_kept_graph()
-        elif not self._step.retain_graph:
-            self._promises.kept_graph()
+        if self.plans is None:
+            if not self._step.retain_graph:
+                self._promises.kept_graph()
+        elif peak_bytes := self.plans.note_kept_graph():
+            self._promises.kept_graph_until_now(peak_bytes)
 
     def _plan_for(self, batch: Any) -> ResolvedPlan:
         self._note_kept_graph()

@@ -64,5 +64,9 @@ class Plans(Protocol):
     def note_mismatch(self) -> None:
         """Note that the forward that just ended did not follow the plan that was last asked for."""
 
-    def note_kept_graph(self) -> None:
-        """Note that backwards keep their graphs: plans from now on are for steps in which they do."""
+    def note_kept_graph(self) -> int:
+        """Note that backwards keep their graphs: plans from now on are for steps in which they do.
+
+        Returns:
+            The peak in bytes of steps under the plans until now, if that is above the budget; else 0.
+        """

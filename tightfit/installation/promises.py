@@ -105,6 +105,16 @@ class Promises:
             f"step=tightfit.Step(loss=..., retain_graph=True) for measure and apply, or use fit, which finds out.",
         )
 
+    def kept_graph_until_now(self, peak_bytes: int) -> None:
+        """Tell that backwards kept their graphs in steps that were planned without; later ones are planned with it."""
+        self._tell(
+            "graph",
+            f"a backward was called with retain_graph=True, so that autograd held until the last one what the plan "
+            f"counted on getting back: such a step took up to {format_bytes(peak_bytes)} of a budget of "
+            f"{self._budget}. From now on steps are planned as they are. To keep the budget from the first step on, "
+            f"say so before: fit(..., step=tightfit.Step(loss=..., retain_graph=True)).",
+        )
+
     def uncounted_optimizer(self, name: str, more_bytes: int) -> None:
         """Tell that an optimizer of the model's parameters holds state that the plan does not count."""
         self._tell(

@@ -131,11 +131,15 @@ class PlanCache:
             self._current.mismatched_steps += 1
             self.statistics.mismatched_steps += 1
 
-    def note_kept_graph(self) -> None:
-        """Note that backwards keep their graphs: plans from now on are for steps in which they do."""
-        made = self._replanner.keep_graphs()
-        if made is None:
-            return
+    def note_kept_graph(self) -> int:
+        """Note that backwards keep their graphs: plans from now on are for steps in which they do.
+
+        Returns:
+            The peak in bytes of steps under the plans until now, if that is above the budget; else 0.
+        """
+        if self._replanner.keeps_graphs:
+            return 0
+        made, peak_bytes = self._replanner.keep_graphs()
         for entry in list(self._entries.values()):
             planned = made.get(id(entry.made.resolved))
             if planned is None:
@@ -143,6 +147,7 @@ class PlanCache:
             else:
                 entry.made = planned
         self.statistics.replanned += 1
+        return peak_bytes if peak_bytes > self._replanner.budget.step_bytes else 0
 
     def _key_of(self, batch: Any) -> StepKey:
         return step_key(self._watch, batch, self._optimizers)

@@ -39,6 +39,7 @@ from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.executors import executor_of
 from tightfit.replay.plan_state import as_a_whole
+from tightfit.simulation.reserved import simulate_in_totals
 from tightfit.solver.solver import solver_of
 from tightfit.step.key import StepKey
 from tightfit.step.step import Step
@@ -141,25 +142,32 @@ class Replanner:
         self._cache.join(solver_of(profile).index, resolved)
         return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
 
-    def keep_graphs(self) -> dict[int, Replanned] | None:
-        """Plan from now on for backwards that keep their graphs (``retain_graph=True``).
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether steps are planned whose backwards keep their graphs (``retain_graph=True``)."""
+        return self._step.retain_graph
+
+    def keep_graphs(self) -> tuple[dict[int, Replanned], int]:
+        """Plan from now on for backwards that keep their graphs.
 
         Returns:
-            New plans by the id of the `ResolvedPlan` that they replace; None if it was so already.
+            New plans by the id of the `ResolvedPlan` that they replace, and the highest peak in bytes under old ones.
         """
-        if self._step.retain_graph:
-            return None
         _log.info("a backward kept its graph, so that autograd gives nothing back in it; planning again")
         self._step = replace(self._step, retain_graph=True)
         made: dict[int, Replanned] = {}
+        peak_bytes = 0
         for place, one in enumerate(self._references):
             profile = replace(one.profile.with_kept_graph(), correction_bytes=one.correction_bytes)
             resolved = one.resolved
+            if (plan := resolved.plan) is not None:
+                walked = simulate_in_totals(solver_of(profile).index, plan.decisions, plan.shared_tapes)
+                peak_bytes = max(peak_bytes, walked.peak_bytes)
             with suppress(BudgetInfeasible):  # said when its next batch is planned
                 planned = self._chosen(profile, *self._choose(profile, (), may_reuse=False), like=resolved)
                 made[id(resolved)], resolved = planned, planned.resolved
             self._references[place] = replace(one, profile=profile, resolved=resolved)
-        return made
+        return made, peak_bytes
 
     def note_call(self, resolved: ResolvedPlan, call: StepKey) -> None:
         """Note the key of the model's call in the step that a plan is for."""
