@@ -6,6 +6,7 @@ Each device has its own: see `Device.measure_peak`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from tightfit._torch_private import storage_key, tree_leaves
 from tightfit.device.device import Device
 from tightfit.device.registry import device_for
-from tightfit.distributed.dtensor import local_shard
+from tightfit.device.tensor_parts import stored_in
 
 Result = TypeVar("Result")
 
@@ -41,7 +42,7 @@ def resident_bytes(
     round_up = device_for(device).round_up
     storages = {
         storage_key(t): round_up(t.untyped_storage().nbytes())
-        for t in map(local_shard, tensors)
+        for t in chain.from_iterable(map(stored_in, tensors))
         if t.device == device and t.layout is torch.strided
     }
     return sum(storages.values())

@@ -25,6 +25,7 @@ from tightfit._torch_private import (
 )
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
+from tightfit.device.tensor_parts import stored_in
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators._checkpoint_private import CheckpointCall
@@ -122,8 +123,9 @@ class Observer(DispatchMode):
 
     def add_resident(self, tensor: torch.Tensor, component: str) -> None:
         """Count the tensor's storage as alive during the whole step."""
-        if self._ledger.counts(tensor) and not self._ledger.knows(tensor):
-            self._ledger.add(tensor, component)
+        for part in stored_in(tensor):
+            if self._ledger.counts(part) and not self._ledger.knows(part):
+                self._ledger.add(part, component)
 
     def start(self) -> None:
         """Begin to record."""
@@ -254,6 +256,7 @@ class Observer(DispatchMode):
             for tensor in result_tensors(result):
                 if isinstance(tensor, torch.Tensor) and not is_dtensor(tensor):
                     self._ledger.value_of(tensor)
+                    self._ledger.note_parts(tensor)
         return result
 
     def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -277,6 +280,7 @@ class Observer(DispatchMode):
             self._signatures.record_result(signature, tensors, results)
             for tensor in tensors + results:
                 self._ledger.value_of(tensor)
+                self._ledger.note_parts(tensor)
             if not self._in_backward:  # a backward inside forward: a later replay would see what it writes in place
                 for tensor in mutated_tensors(info, args, kwargs):
                     self._ledger.overwrite(tensor)
@@ -351,7 +355,10 @@ class Observer(DispatchMode):
         for position, tensor in enumerate(written.values()):
             op.outputs.append(self._ledger.overwrite(tensor, op_index, -1 - position))
         for position, tensor in enumerate(result_tensors(result)):
-            if not isinstance(tensor, torch.Tensor) or not self._ledger.counts(tensor):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if not self._ledger.counts(tensor):
+                self._ledger.note_parts(tensor)
                 continue
             if self._ledger.knows(tensor):
                 continue  # aliases an argument

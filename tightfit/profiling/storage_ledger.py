@@ -10,6 +10,7 @@ import torch
 
 from tightfit._torch_private import WeakStorage, storage_key
 from tightfit.device import Device
+from tightfit.device.tensor_parts import parts_of, stored_in
 from tightfit.profiling.observation import Observation, RawStorage, RawValue
 from tightfit.records import Event, EventKind
 
@@ -40,8 +41,8 @@ class StorageLedger:
         self.observation.events.append(Event(kind, index))
 
     def counts(self, tensor: torch.Tensor) -> bool:
-        """Tell whether the tensor is strided and on the device whose memory counts."""
-        return tensor.layout is torch.strided and self._device.holds(tensor)
+        """Tell whether the tensor is strided, no wrapper of others, and on the device whose memory counts."""
+        return tensor.layout is torch.strided and self._device.holds(tensor) and not parts_of(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Tell whether the tensor's storage is in the ledger."""
@@ -65,6 +66,11 @@ class StorageLedger:
             index = self.add(tensor, "activation")
             self.emit(EventKind.ALLOC, index)
         return self.observation.storages[index].current
+
+    def note_parts(self, tensor: torch.Tensor) -> None:
+        """Count the memory of what a tensor subclass wraps, which an operation that is not seen may have made."""
+        for part in stored_in(tensor) if parts_of(tensor) else ():
+            self.value_of(part)
 
     def add(self, tensor: torch.Tensor, component: str) -> int:
         """Add the tensor's storage with a first value and watch for its death; return its index."""

@@ -19,7 +19,7 @@ import torch
 
 from tightfit._torch_private import below_autograd, no_function_modes
 from tightfit.device import device_for
-from tightfit.distributed.dtensor import is_dtensor
+from tightfit.device.tensor_parts import parts_of
 from tightfit.errors import TightfitError
 from tightfit.units import format_bytes
 
@@ -170,14 +170,6 @@ def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tenso
     if a.stride == b.stride:
         return zip(a.chunks(), b.chunks(), strict=True)
     return iter([(a.load().reshape(-1), b.load().reshape(-1))])
-
-
-def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors that a tensor subclass wraps, by name (quantised weights, jagged tensors); none of others."""
-    if type(tensor) in _PLAIN_TYPES or is_dtensor(tensor) or not hasattr(tensor, "__tensor_flatten__"):
-        return {}
-    names, _ = tensor.__tensor_flatten__()
-    return {name: getattr(tensor, name) for name in names}
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,29 @@
+"""What tensor subclasses are made of: quantised weights, jagged tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tightfit._torch_private import FakeTensor
+from tightfit.distributed.dtensor import is_dtensor, local_shard
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors that a tensor subclass wraps, by name; none of others."""
+    if type(tensor) in _PLAIN_TYPES or is_dtensor(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
+
+
+def stored_in(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensors in whose memory a tensor is: itself, unless it is a subclass that wraps others."""
+    parts = parts_of(tensor)
+    if not parts:
+        yield local_shard(tensor)
+    for part in parts.values():
+        yield from stored_in(part)
