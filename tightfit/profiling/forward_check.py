@@ -19,6 +19,7 @@ from tightfit.operators._checkpoint_private import CheckpointCall, taking_over
 from tightfit.operators.checkpoint_calls import checkpoint_path
 from tightfit.operators.facts import describe, is_opaque
 from tightfit.profiling.observation import Observation
+from tightfit.step.reached import reached_by
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -66,7 +67,7 @@ def forward_differs(
     """
     if not any(type(module).__module__.partition(".")[0] in _CHECKED_PACKAGES for module in model.modules()):
         return False
-    state = TrainingState(model, step.optimizers, also=(batch,))
+    state = TrainingState(model, step.optimizers, also=(batch, *reached_by(step.loss, model)))
     ops = _OpNames()
     try:
         with (

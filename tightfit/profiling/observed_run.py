@@ -40,6 +40,7 @@ from tightfit.step.batch import batch_tensors
 from tightfit.step.host_copy import CopyFile, memory_of
 from tightfit.step.model import give_gradients
 from tightfit.step.own_steps import own_steps
+from tightfit.step.reached import reached_by
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -83,6 +84,8 @@ def observe_fake(
 def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Observer, mode: FakeTensorMode) -> None:
     # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
     state = TrainingState(model, step.optimizers, also=(batch,), contents=False)
+    # What it reaches is no copy, so that such a run fails; until then it may have changed something.
+    reached = TrainingState(torch.nn.Module(), (), also=reached_by(step.loss, model))
     try:
         copied, copies = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
@@ -98,6 +101,7 @@ def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Obse
             observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
     finally:
         state.restore()
+        reached.restore()
         gc.collect()
 
 
@@ -127,7 +131,7 @@ def observe_concrete(
     Raises:
         UnsupportedInput: the model uses `torch.func` transforms in its forward.
     """
-    state = TrainingState(model, step.optimizers, also=(batch,))
+    state = TrainingState(model, step.optimizers, also=(batch, *reached_by(step.loss, model)))
     try:
         spill, unspill = _spill_to(CopyFile())
         observer = Observer(

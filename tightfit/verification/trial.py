@@ -21,6 +21,7 @@ from tightfit.installation.applied import Applied
 from tightfit.records import DROPPED_SLOT_HOST_BYTES, TAPED_OP_HOST_BYTES
 from tightfit.step.model import device_of, give_gradients
 from tightfit.step.own_steps import own_steps
+from tightfit.step.reached import reached_by
 from tightfit.step.results import Keep, Results, results_of
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
@@ -161,7 +162,7 @@ class Trial:
             self._start.restore()
             return
         if self._given is None:
-            self._given = TrainingState(self.model, self.step.optimizers, also=(self.batch,))
+            self._given = TrainingState(self.model, self.step.optimizers, also=self._beside())
         else:
             self._given.restore()
         try:
@@ -174,6 +175,10 @@ class Trial:
         """Note a part of the model, which is where `go_to_start` put it, without a further copy of its parameters."""
         return TrainingState(module, (), also=also, known=self._start)
 
+    def _beside(self) -> tuple[Any, ...]:
+        """Return what a step may change beside the model and the optimizers."""
+        return self.batch, *reached_by(self.step.loss, self.model)
+
     def _reach_steady_state(self, given: TrainingState) -> TrainingState:
         """Make gradients and the optimizer's state resident, and note the state in which runs start."""
         without = [parameter for parameter in self.model.parameters() if parameter.grad is None]
@@ -184,7 +189,7 @@ class Trial:
         made = [local_shard(p.grad) for p in without if p.grad is not None and p.grad.layout is torch.strided]
         for gradient in made:
             gradient.zero_()  # whatever the optimizer did to it
-        return TrainingState(self.model, self.step.optimizers, also=(self.batch,), known=given, zeros=made)
+        return TrainingState(self.model, self.step.optimizers, also=self._beside(), known=given, zeros=made)
 
     def _run(
         self, step: Step, applied: Applied, steps: int, inside: AbstractContextManager[None], keep: Keep
