@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter, methodcaller
 from typing import Any, TypeVar
 
@@ -518,3 +518,46 @@ def cuda_allocator_settings() -> str:
     read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # PyTorch 2.11 may lack it
     text = read() if read is not None else ""
     return text or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
+
+
+def _switch(name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    return getattr(torch._C, f"_get_{name}"), getattr(torch._C, f"_set_{name}")
+
+
+def _precision(library: str, kind: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    return partial(read, library, kind), partial(write, library, kind)
+
+
+#: What reads and what sets each switch that decides which kernels the libraries choose, or how exactly these compute.
+#: (`torch.backends` has them as properties of modules that take microseconds to read.)
+_SWITCHES = (
+    *(_switch(f"cudnn_{name}") for name in ("enabled", "benchmark", "deterministic")),
+    *(_switch(f"mkldnn_{name}") for name in ("enabled", "deterministic")),
+    *(_precision(library, kind) for library in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn")),
+)
+_SMALLEST_NUMBER = 5e-324
+
+
+def library_switches() -> tuple[Any, ...]:
+    """Return how the libraries behind kernels are set, and whether this thread's processor flushes denormal numbers."""
+    return *[read() for read, _ in _SWITCHES], _SMALLEST_NUMBER * 1.0 == 0.0
+
+
+@contextmanager
+def switched(wanted: tuple[Any, ...]) -> Iterator[None]:
+    """Open a context in which the libraries are set as `library_switches` said once."""
+    before = library_switches()
+    _set_switches(before, wanted)
+    try:
+        yield
+    finally:
+        _set_switches(wanted, before)
+
+
+def _set_switches(now: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
+    for (_, write), old, new in zip(_SWITCHES, now[:-1], wanted[:-1], strict=True):
+        if old != new:
+            write(new)
+    if now[-1] != wanted[-1]:
+        torch.set_flush_denormal(wanted[-1])

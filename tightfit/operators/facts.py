@@ -110,6 +110,13 @@ _SETTING_UP = {
 }
 
 
+#: Parts of the names of operations that libraries compute.
+_OF_LIBRARIES = (
+    "conv", "mm", "linear", "matmul", "mv", "dot", "addr", "attention", "batch_norm", "lstm", "gru", "rnn", "cudnn",
+    "mkldnn",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class OpInfo:
     """Facts of one operator overload."""
@@ -145,6 +152,8 @@ class OpInfo:
     """Name of the flag with which it is to be repeated, too, on a device that adds atomically; empty if none is."""
     is_convolution: bool
     """Libraries have several kernels for it, and choose one by themselves."""
+    uses_libraries: bool
+    """Libraries behind PyTorch compute it, by kernels and with a precision that switches choose."""
     may_set_up: bool
     """A library may run it before the first call of another one (see `setting_up`)."""
     may_differ: bool = field(init=False)
@@ -215,7 +224,7 @@ def _describe(func: Any) -> OpInfo:
             func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
             blocker="" if isinstance(func, OpaqueFunction) else "a higher-order operator", blocker_with_atomics="",
-            needs_self_check=True, suspect_flag="", is_convolution=False, may_set_up=False,
+            needs_self_check=True, suspect_flag="", is_convolution=False, uses_libraries=True, may_set_up=False,
         )  # fmt: skip
     schema = schema_of(func)
     name = str(func)
@@ -254,6 +263,7 @@ def _describe(func: Any) -> OpInfo:
         needs_self_check=own not in _KNOWN_GOOD and not uninitialised,
         suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, ""),
         is_convolution=own in _CONVOLUTIONS,
+        uses_libraries=is_foreign or any(part in base for part in _OF_LIBRARIES),
         may_set_up=any(name in names for names in _SETTING_UP.values()),
     )
 

@@ -17,8 +17,10 @@ from tightfit._torch_private import (
     below_autograd,
     call_after_backward,
     current_graph_task,
+    library_switches,
     outside_batched_backward,
     set_grad_mode,
+    switched,
     version_counter,
     version_of,
 )
@@ -68,6 +70,7 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         self._check = check
         self._released: list[TapedValue] | None = []  # while recording: what is saved later may want the same again
         self._lock = threading.RLock()
+        self._switches_now: tuple[Any, ...] = ()  # of libraries, in this backward
         self._used_up: UsedUp | None = None  # by the backward that runs, if that keeps its graph
 
     def read(self, handle: Handle) -> torch.Tensor:
@@ -133,6 +136,7 @@ class Replayer(Schedule[TapedValue, TapedOp]):
     def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)
         if storage is None:
+            self._switches_now = library_switches()
             with outside_batched_backward():  # what forward has saved is not batched
                 self._recompute(wanted, leaf)
             storage = contents(wanted)
@@ -171,12 +175,11 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         args = [rebuild(a, storages) for a in op.args]
         kwargs = {name: rebuild(a, storages) for name, a in op.kwargs.items()}
         set_grad_mode(op.grad)
-        if op.random_state is not None:
-            assert op.generator is not None
-            with drawing_from(op.generator, op.random_state):
-                result = op.func(*args, **kwargs)
+        if op.switches == self._switches_now:
+            result = _call(op, args, kwargs)
         else:
-            result = op.func(*args, **kwargs)
+            with switched(op.switches):
+                result = _call(op, args, kwargs)
         return result_tensors(result), storages, list(written)
 
     def _take(self, value: TapedValue, made: _Made, lasts: bool) -> torch.UntypedStorage:
@@ -202,3 +205,11 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         op.args = ()
         op.kwargs = {}
         op.random_state = None
+
+
+def _call(op: TapedOp, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if op.random_state is None:
+        return op.func(*args, **kwargs)
+    assert op.generator is not None
+    with drawing_from(op.generator, op.random_state):
+        return op.func(*args, **kwargs)

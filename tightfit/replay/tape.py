@@ -29,6 +29,7 @@ from tightfit._torch_private import (
     WeakStorage,
     alias,
     is_conj_or_neg,
+    library_switches,
     storage_key,
     version_of,
 )
@@ -99,6 +100,7 @@ class Tape(Replayer):
         # to lie at one later would be taken for such a part, and kept.
         self._split: dict[int, WeakStorage] = {}
         self._streams = StreamWatch()
+        self._switches: tuple[Any, ...] = ()  # of libraries, as the last operation found them
 
     @property
     def is_self_checking(self) -> bool:
@@ -117,6 +119,7 @@ class Tape(Replayer):
         `keeps_rest`: once its operations are not the recipe's, everything is kept.
         """
         self._region = TapedRegion(recipe, refused, keeps_rest)
+        self._switches = library_switches()
         self._place = recipe.place if recipe is not None else 0
         self._go_to(0)
 
@@ -265,6 +268,11 @@ class Tape(Replayer):
             func = OperatorCall(func, device, generators_of(tensors))
         op = TapedOp(region, self._position, len(self._ops), self._leaf, func, info)
         op.grad = torch.is_grad_enabled()
+        if info.uses_libraries:
+            now = library_switches()
+            if now != self._switches:
+                self._switches = now
+        op.switches = self._switches
         if info.is_random:
             op.generator = safety.call_generator(args, kwargs, device)
             if op.generator is None:

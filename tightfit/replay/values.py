@@ -98,7 +98,18 @@ class TapedRegion:
 class TapedOp(ScheduledOp):
     """One operation that can be replayed."""
 
-    __slots__ = ("args", "func", "generator", "grad", "info", "kwargs", "position", "random_state", "region")
+    __slots__ = (
+        "args",
+        "func",
+        "generator",
+        "grad",
+        "info",
+        "kwargs",
+        "position",
+        "random_state",
+        "region",
+        "switches",
+    )
 
     def __init__(self, region: TapedRegion, position: int, order: int, leaf: int, func: Any, info: OpInfo) -> None:
         self.region = region
@@ -114,6 +125,7 @@ class TapedOp(ScheduledOp):
         self.demanded = False
         self.done = False
         self.grad = False
+        self.switches: tuple[Any, ...] = ()  # of libraries
         self.generator: torch.Generator | None = None
         self.random_state: _Tensor | None = None
 

@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tightfit._torch_private import find_overload, own_buffers, own_parameters, storage_key, version_of
+from tightfit._torch_private import (
+    find_overload,
+    library_switches,
+    own_buffers,
+    own_parameters,
+    storage_key,
+    switched,
+    version_of,
+)
 from tightfit.device import device_for
 from tightfit.device.generators import drawing_from
 from tightfit.device.placement import generators_of
@@ -110,6 +118,7 @@ class ModuleCall:
         """Note what the call finds."""
         call = self._call
         self._state = ModuleState(call.module, call.moves)
+        self._switches = library_switches()
         moving = {id(buffer) for buffer in self._state.buffers}
         watched: list[torch.Tensor | None] = []
         for below in call.module.modules():
@@ -124,6 +133,7 @@ class ModuleCall:
     def as_it_was(self) -> Iterator[None]:
         """Put back what the call found, inside."""
         with ExitStack() as stack:
+            stack.enter_context(switched(self._switches))
             stack.enter_context(self._state.as_it_was())
             for generator, state in self._random:
                 stack.enter_context(drawing_from(generator, state))
