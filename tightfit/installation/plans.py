@@ -23,7 +23,7 @@ class PlanStatistics:
     ample: int = 0
     """Shapes so small that they were not measured."""
     replanned: int = 0
-    """Plans made again because steps did not follow them."""
+    """Plans made again because steps did not follow them, or because backwards turned out to keep their graphs."""
     mismatched_steps: int = 0
     """Steps in which a region ran other operations than its plan's: safe, but not as planned."""
     unplanned_calls: int = 0
