@@ -85,7 +85,8 @@ def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Obse
     # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
     state = TrainingState(model, step.optimizers, also=(batch,), contents=False)
     # What it reaches is no copy, so that such a run fails; until then it may have changed something.
-    reached = TrainingState(torch.nn.Module(), (), also=reached_by(step.loss, model))
+    reached = reached_by(step.loss, model)
+    state_of_reached = TrainingState(torch.nn.Module(), (), also=reached) if reached else None
     try:
         copied, copies = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
@@ -101,7 +102,8 @@ def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Obse
             observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
     finally:
         state.restore()
-        reached.restore()
+        if state_of_reached is not None:
+            state_of_reached.restore()
         gc.collect()
 
 
