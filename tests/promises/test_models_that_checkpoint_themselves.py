@@ -15,24 +15,18 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import tightfit
 from tests.promises.training import seed_everything, sgd, snapshot
+from tests.support.wide_block import WIDTH, WideBlock
 from tightfit.device import memory as meter
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import Profile
 
-WIDTH = 32
 BATCH = torch.randn(4, 24, WIDTH, generator=torch.Generator().manual_seed(1))
 
 Run = Callable[..., Any]
 
 
-class Block(nn.Module):
+class Block(WideBlock):
     """With dropout, so that the random state has to be that of forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.widen = nn.Linear(WIDTH, 4 * WIDTH)
-        self.narrow = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return x + scale * self.narrow(F.dropout(F.gelu(self.widen(self.norm(x))), 0.1))

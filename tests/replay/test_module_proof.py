@@ -17,22 +17,15 @@ from torch.utils.checkpoint import checkpoint
 import tightfit
 from tests.promises.training import seed_everything, snapshot
 from tests.replay.test_module_recompute import Net, batch, loss_of, planned_regions, recompute_all, step
+from tests.support.wide_block import WIDTH, WideBlock
 from tightfit.device import memory as meter
 from tightfit.installation.applied import Applied
 from tightfit.operators.pure_modules import is_pure
-from tightfit.replay.session import AS_A_WHOLE
-
-WIDTH = 32
+from tightfit.replay.plan_state import AS_A_WHOLE
 
 
-class Block(nn.Module):
+class Block(WideBlock):
     """Of a kind that nothing is promised of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.widen = nn.Linear(WIDTH, 4 * WIDTH)
-        self.narrow = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.narrow(F.dropout(F.gelu(self.widen(self.norm(x))), 0.1))

@@ -11,23 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tightfit
+from tests.support.wide_block import WIDTH, WideBlock
 from tightfit.device import memory as meter
 from tightfit.errors import PromiseWarning
 
-WIDTH = 32
 BATCH = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(1))
 
 Backwards = Callable[[nn.Module, Tensor], Any]
 
 
-class Block(nn.Module):
+class Block(WideBlock):
     """With random numbers, and an operation in place on what it made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.widen = nn.Linear(WIDTH, 4 * WIDTH)
-        self.narrow = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(F.gelu(self.widen(self.norm(x))), 0.1)

@@ -139,7 +139,8 @@ class PlanCache:
         """
         if self._replanner.keeps_graphs:
             return 0
-        made, peak_bytes = self._replanner.keep_graphs()
+        with waiting_interrupts():
+            made, peak_bytes = self._replanner.keep_graphs()
         for entry in list(self._entries.values()):
             planned = made.get(id(entry.made.resolved))
             if planned is None:

@@ -99,17 +99,8 @@ class TapedOp(ScheduledOp):
     """One operation that can be replayed."""
 
     __slots__ = (
-        "args",
-        "func",
-        "generator",
-        "grad",
-        "info",
-        "kwargs",
-        "position",
-        "random_state",
-        "region",
-        "switches",
-    )
+        "args", "func", "generator", "grad", "info", "kwargs", "position", "random_state", "region", "switches",
+    )  # fmt: skip
 
     def __init__(self, region: TapedRegion, position: int, order: int, leaf: int, func: Any, info: OpInfo) -> None:
         self.region = region
