@@ -4,11 +4,17 @@
 #   make train ARGS="--resume auto"     continue it (ARGS is added to the command line)
 #   make test    TESTS=tests/cli        all tests, or those under TESTS, in an order of chance whose seed is printed
 #   make test-fast                      in seconds: what needs no PyTorch, with PyTorch out of reach
+#   make test-exhaustive                further cases of what `make test` checks by a few
 #   make fuzz    COUNT=2000 SEED=1      random modules, plain against planned: bits and peaks (PROCESSES= to use fewer)
 #   make bench   QUICK=1                tightfit and its peers side by side (about 45 minutes; with QUICK=1 under 8)
+#   make zoo     EACH=5 SEED=1 PART=1/4 models of many libraries, plain, checkpointed and planned: EACH of every family, drawn
+#                                       by SEED (hours; what is there is not run again; results in runs/zoo)
+#   make docs                           the documentation site, in build/docs; a dead link or a docstring that cannot be read fails
 #   make lint                           ruff, strict mypy, and the floors that imports go down
+#   make package-check                  wheel and sdist, installed and used by each Python 3.11-3.13 that is found
 #   make test    TORCH=2.11.0           any target with another PyTorch, in a virtual environment of its own
-#   make test-cuda                      the CUDA tests, on emulated devices: no GPU needed (docs/emulated-cuda.md)
+#   make test-cuda                      the CUDA tests, on emulated devices: no GPU needed (docs/emulated-cuda.md); and models of
+#                                       real libraries
 #   make gpu-check PYTHON=... WHEELS=.. what only a GPU can show, in 500 s: by an interpreter that has CUDA PyTorch, without
 #                                       network; ONLY="facts bits" repeats some (ARGS=--list shows all)
 
@@ -53,7 +59,11 @@ PROCESSES ?= $(shell nproc)
 BENCH_OUTPUT ?= $(RUNS)/bench
 QUICK ?=
 
-.PHONY: help train test test-fast test-cuda fuzz bench lint gpu-check clean
+# Names of each family of the zoo (0: all), and which part of them.
+EACH ?= 5
+PART ?= 1/1
+
+.PHONY: help train test test-fast test-exhaustive test-cuda fuzz bench zoo docs lint package-check gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -67,14 +77,17 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -p tests.support.without_torch -m "not slow and not thorough" $(FAST) $(ARGS)
 
+test-exhaustive: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --exhaustive -m exhaustive --numprocesses $(TEST_PROCESSES) --dist worksteal $(TESTS) $(ARGS)
+
 ifeq ($(TORCH),)
 test-cuda:
 	@$(MAKE) --no-print-directory test-cuda TORCH=$(CUDA_TORCH)
 else
-test-cuda: $(VENV)/.installed-dev
+test-cuda: $(VENV)/.installed-libraries
 	EMULATED_CUDA_DEVICES=2 $(BIN)/python -m tests.emulated_cuda.run python -m pytest -p tests.emulated_cuda.plugin \
 		-m "not needs_results" --numprocesses $(TEST_PROCESSES) --dist worksteal \
-		$(if $(filter tests,$(TESTS)),tests/gpu tests/emulated_cuda,$(TESTS)) $(ARGS)
+		$(if $(filter tests,$(TESTS)),tests/gpu tests/emulated_cuda tests/real_libraries,$(TESTS)) $(ARGS)
 endif
 
 fuzz: $(VENV)/.installed-dev
@@ -82,6 +95,22 @@ fuzz: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.side_by_side $(if $(QUICK),--quick) --output $(BENCH_OUTPUT) $(ARGS)
+
+# With the PyTorch that the libraries are for.
+ifeq ($(TORCH),)
+zoo:
+	@$(MAKE) --no-print-directory zoo TORCH=$(CUDA_TORCH)
+else
+zoo: $(VENV)/.installed-zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --seed $(SEED) --each $(EACH) --part $(PART) $(ARGS)
+endif
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html --conf-dir docs/site docs build/docs
+	@echo "The site begins with build/docs/index.html"
+
+package-check: $(VENV)/.installed-dev
+	BUILD_PYTHON=$(BIN)/python .ci/package-check
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -110,6 +139,14 @@ $(VENV)/.installed-train: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@ $(VENV)/.installed-train
+
+$(VENV)/.installed-libraries: tests/real_libraries/requirements.txt $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) -r $<
+	@touch $@
+
+$(VENV)/.installed-zoo: benchmarks/zoo/requirements.txt $(VENV)/.installed-libraries
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) -r $<
+	@touch $@
 
 # Without build isolation: deepspeed's build imports torch.
 $(VENV)/.installed-bench: benchmarks/requirements-peers.txt benchmarks/requirements-peers-alone.txt $(VENV)/.installed-dev

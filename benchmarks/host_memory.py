@@ -49,8 +49,8 @@ def shard_alone(model: Llama, ranks: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    ProcessGroup.all_gather = lambda self, thing: [thing] * ranks  # type: ignore[method-assign]
-    ProcessGroup.broadcast = lambda self, thing: thing  # type: ignore[method-assign]
+    ProcessGroup.all_gather = lambda self, thing: [thing] * ranks  # type: ignore[method-assign]  # all ranks hold the same
+    ProcessGroup.broadcast = lambda self, thing: thing  # type: ignore[method-assign]  # all ranks hold the same
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)

@@ -45,13 +45,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-exhaustive` gives."""
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """pytest-randomly draws the order only: what a test computes does not depend on its seed (see `_begin_anew`)."""
     config.option.randomly_reset_seed = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the subject of its folder."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with the subject of its folder; leave out those that are marked exhaustive."""
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     for item in items:
         subject = subject_of(item.path.relative_to(ROOT / "tests").as_posix())
         if subject is not None:
@@ -62,7 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _begin_anew() -> None:
-    """Random numbers from the start, in whichever libraries are there."""
+    """Random numbers from the start, in whichever libraries are there; nothing that the process knows of others."""
+    if (differing := sys.modules.get("tightfit.operators.differing_calls")) is not None:
+        differing._barred.clear()  # calls that were once seen to differ
+    if (accelerate := sys.modules.get("accelerate.state")) is not None:
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.GradientState._reset_state()
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)

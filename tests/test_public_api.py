@@ -68,6 +68,12 @@ def test_a_function_explains_its_arguments_and_shows_its_use(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
+def test_a_class_shows_its_use(name: str) -> None:
+    text = inspect.getdoc(getattr(tightfit, name)) or ""
+    assert re.search(r"^    .*tightfit\.\w+", text, re.MULTILINE), f"tightfit.{name} has no example"
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_every_attribute_of_a_class_is_explained(name: str) -> None:
     kind = getattr(tightfit, name)
     unexplained = [attribute for attribute, text in attributes_of(kind) if not says_something(text)]

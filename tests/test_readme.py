@@ -79,6 +79,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     for name, (command, _) in COMMANDS.items():
         monkeypatch.setitem(COMMANDS, name, (command, lambda options, words, name=name: names.append(name) or 0))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     for file in ("run.yaml", "config.yaml"):
         (tmp_path / file).write_text("steps: 100\n", encoding="utf-8")
     return names

@@ -19,7 +19,13 @@ STEPS = 2
 WORST_ERROR = 0.0005
 
 
-@pytest.mark.parametrize("name", SUITE)
+#: Models that are built of what others have, too.
+FURTHER = ("llama", "bert", "whisper", "vit", "swin", "convnext", "unet", "densenet", "gru")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in FURTHER else name for name in SUITE]
+)
 @pytest.mark.slow
 def test_budgets_are_kept_and_bits_are_the_plain_steps(name: str) -> None:
     case = build(name)

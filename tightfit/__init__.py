@@ -8,25 +8,24 @@ model's code, and proves that the gradients are bit for bit the same.
 Profiles and plans can be read, solved and simulated where PyTorch is not installed; everything else needs it.
 """
 
-import importlib.util as _util
+import typing as _typing
+from importlib import import_module as _import_module
 
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput, VerificationFailed
 from tightfit.records import Plan, Profile, Verdict
-from tightfit.solver.frontier import frontier
-from tightfit.solver.solver import solve
 
-try:
-    _has_torch = _util.find_spec("torch") is not None
-except ValueError:  # sys.modules["torch"] is None: its import is blocked
-    _has_torch = False
-
-if _has_torch:
+if _typing.TYPE_CHECKING:
     from tightfit.device.budget import Budget
+    from tightfit.explanation.explain import explain
+    from tightfit.explanation.explanation import Explanation
     from tightfit.installation.applied import Applied
     from tightfit.installation.install import apply
     from tightfit.operators.pure_modules import allow_recompute
     from tightfit.planning.fit import fit
+    from tightfit.planning.grow import Growth, grow
     from tightfit.profiling.measure import measure
+    from tightfit.solver.frontier import frontier
+    from tightfit.solver.solver import solve
     from tightfit.step.step import Step
     from tightfit.verification.verify import verify
 
@@ -36,6 +35,8 @@ __all__ = [
     "Applied",
     "Budget",
     "BudgetInfeasible",
+    "Explanation",
+    "Growth",
     "Plan",
     "PlanMismatch",
     "Profile",
@@ -46,15 +47,49 @@ __all__ = [
     "VerificationFailed",
     "allow_recompute",
     "apply",
+    "explain",
     "fit",
     "frontier",
+    "grow",
     "measure",
     "solve",
     "verify",
 ]
 
 
+#: What is imported when it is first used: importing all of it takes as long as a fifth of importing PyTorch.
+_HOMES = {
+    "Applied": "installation.applied",
+    "Budget": "device.budget",
+    "Explanation": "explanation.explanation",
+    "Growth": "planning.grow",
+    "Step": "step.step",
+    "allow_recompute": "operators.pure_modules",
+    "apply": "installation.install",
+    "explain": "explanation.explain",
+    "fit": "planning.fit",
+    "frontier": "solver.frontier",
+    "grow": "planning.grow",
+    "measure": "profiling.measure",
+    "solve": "solver.solver",
+    "verify": "verification.verify",
+}
+
+
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        raise ImportError(f"tightfit.{name} needs PyTorch, which is not installed here. Install torch 2.11 or newer.")
-    raise AttributeError(f"module 'tightfit' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tightfit' has no attribute {name!r}")
+    try:
+        found: object = getattr(_import_module(f"tightfit.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as problem:
+        if problem.name != "torch":
+            raise
+        raise ImportError(
+            f"tightfit.{name} needs PyTorch, which is not installed here. Install torch 2.11 or newer."
+        ) from None
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,11 +32,22 @@ def first_line(problem: BaseException) -> str:
 
 
 class TightfitError(Exception):
-    """Base of every error that tightfit raises on purpose."""
+    """Base of every error that tightfit raises on purpose.
+
+    try:
+        applied = tightfit.fit(model, batch, budget=budget)
+    except tightfit.TightfitError as problem:
+        sys.exit(str(problem))
+    """
 
 
 class BudgetInfeasible(TightfitError):
     """No plan keeps the peak within the budget.
+
+        try:
+            applied = tightfit.fit(model, batch, budget="2GiB")
+        except tightfit.BudgetInfeasible as problem:
+            applied = tightfit.fit(model, batch, budget=problem.required_bytes)
 
     Attributes:
         required_bytes: the smallest budget that tightfit can run.
@@ -85,11 +96,22 @@ class BudgetInfeasible(TightfitError):
 
 
 class PlanMismatch(TightfitError):
-    """A plan or profile does not belong to this model, or its file cannot be read as one."""
+    """A plan or profile does not belong to this model, or its file cannot be read as one.
+
+    try:
+        applied = tightfit.apply(model, tightfit.Plan.load("plan.json"))
+    except tightfit.PlanMismatch:
+        applied = tightfit.fit(model, batch, budget="8GiB")
+    """
 
 
 class VerificationFailed(TightfitError):
     """A planned step gave another loss, gradient, buffer or random state than the plain step, or exceeded the budget.
+
+        try:
+            applied = tightfit.fit(model, batch, budget="8GiB")
+        except tightfit.VerificationFailed as problem:
+            print(problem.found, problem.verdict)
 
     Attributes:
         found: what differs, or how far the peak is over, in words.
@@ -117,7 +139,13 @@ class ProofWarning(UserWarning):
 
 
 class UnsupportedInput(TightfitError, ValueError):
-    """A model, batch, loss, budget or setting that tightfit cannot work with; the message says what to change."""
+    """A model, batch, loss, budget or setting that tightfit cannot work with; the message says what to change.
+
+    try:
+        applied = tightfit.fit(model, batch, budget="8 gigs")
+    except tightfit.UnsupportedInput as problem:
+        print(problem)
+    """
 
 
 class RanOutOfMemory(TightfitError):

@@ -29,7 +29,7 @@ _raised: list[BaseException] = []
 """What a handler has raised; it is to reach who called the outermost such context."""
 
 
-class waiting_interrupts(ContextDecorator):  # noqa: N801  (used as a statement, like torch.no_grad)
+class waiting_interrupts(ContextDecorator):  # noqa: N801  # used as a statement, like torch.no_grad
     """Let the signals that Python code handles wait for a `safe_point`, or for the end of the outermost such context.
 
     In other threads than the main one, where no handler runs, this does nothing.

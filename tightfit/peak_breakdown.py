@@ -11,6 +11,7 @@ _LABELS = {
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer state and temporaries": "optimizer state and temporaries",
+    "reached by the loss": "what only the loss reaches",
     "values kept": "activations kept",
     "replay transient": "recomputed activations",
     "context": "the device's context and libraries",
@@ -38,6 +39,8 @@ def parts_of_peak(breakdown: Mapping[str, int], where: str) -> dict[str, int]:
             parts[name] += size
         elif name == "optimizer_state" or (in_optimizer and name in ("activations", "workspace")):
             parts["optimizer state and temporaries"] += size
+        elif name == "reached":
+            parts["reached by the loss"] += size
         elif name == "activations":
             parts["values kept"] += size
         elif name == "replay":

@@ -58,6 +58,18 @@ def format_budget(size_bytes: int) -> str:
     return format_bytes(rounded_bytes)
 
 
+def unit_of(most_bytes: int) -> tuple[str, int]:
+    """Return the unit in which so many bytes are a number of few digits, and its bytes.
+
+    >>> unit_of(191260262)
+    ('MiB', 1048576)
+    """
+    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if most_bytes >= 2 * unit_bytes:
+            return unit, unit_bytes
+    return "B", 1
+
+
 def format_bytes(size_bytes: int) -> str:
     """Format bytes in binary units with one decimal: ``512 B``, ``1.5 KiB``, ``182.4 MiB``.
 

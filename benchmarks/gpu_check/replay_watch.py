@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd
+from tightfit._torch_private.dispatch import below_autograd
 from tightfit.replay.replayer import Handle, Replayer
 from tightfit.replay.tape import Tape
 
@@ -55,11 +55,11 @@ def watching_replay() -> Iterator[ReplayWatch]:
             watch.pairs.append((f"{name}: {tensor.dtype} {list(tensor.shape)}", expected[id(handle)], _sums(tensor)))
         return tensor
 
-    Tape.pack, Replayer.read = watching_pack, watching_read  # type: ignore[method-assign]
+    Tape.pack, Replayer.read = watching_pack, watching_read  # type: ignore[method-assign]  # to listen
     try:
         yield watch
     finally:
-        Tape.pack, Replayer.read = pack, read  # type: ignore[method-assign]
+        Tape.pack, Replayer.read = pack, read  # type: ignore[method-assign]  # to listen
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @triton.jit
-def _norm_forward(x, weight, y, inverse, width, BLOCK: tl.constexpr):  # noqa: N803
+def _norm_forward(x, weight, y, inverse, width, BLOCK: tl.constexpr):  # noqa: N803  # Triton's way of writing constants
     row = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     inside = place < width
@@ -23,7 +23,7 @@ def _norm_forward(x, weight, y, inverse, width, BLOCK: tl.constexpr):  # noqa: N
 
 
 @triton.jit
-def _norm_backward(x, weight, inverse, dy, dx, partial, width, BLOCK: tl.constexpr):  # noqa: N803
+def _norm_backward(x, weight, inverse, dy, dx, partial, width, BLOCK: tl.constexpr):  # noqa: N803  # Triton's way of writing constants
     row = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     inside = place < width
@@ -38,7 +38,7 @@ def _norm_backward(x, weight, inverse, dy, dx, partial, width, BLOCK: tl.constex
 
 
 @triton.jit
-def _gate_forward(gate, up, out, count, BLOCK: tl.constexpr):  # noqa: N803
+def _gate_forward(gate, up, out, count, BLOCK: tl.constexpr):  # noqa: N803  # Triton's way of writing constants
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     a = tl.load(gate + place, mask=inside).to(tl.float32)
@@ -47,7 +47,7 @@ def _gate_forward(gate, up, out, count, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _gate_backward(gate, up, given, d_gate, d_up, count, BLOCK: tl.constexpr):  # noqa: N803
+def _gate_backward(gate, up, given, d_gate, d_up, count, BLOCK: tl.constexpr):  # noqa: N803  # Triton's way of writing constants
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     a = tl.load(gate + place, mask=inside).to(tl.float32)
@@ -60,7 +60,7 @@ def _gate_backward(gate, up, given, d_gate, d_up, count, BLOCK: tl.constexpr):  
 
 
 @triton.jit
-def _turn(x, cosine, sine, y, length, half, direction, BLOCK: tl.constexpr):  # noqa: N803
+def _turn(x, cosine, sine, y, length, half, direction, BLOCK: tl.constexpr):  # noqa: N803  # Triton's way of writing constants
     row = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     inside = place < half

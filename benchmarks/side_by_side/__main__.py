@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks.kept_memory import KEEP_MEMORY
 from benchmarks.side_by_side.families import FAMILIES
 from benchmarks.side_by_side.plot import draw
 from benchmarks.side_by_side.report import points, report
@@ -31,9 +32,6 @@ FULL = Scope(
     compiled=("gpt", "llama", "unet"),
     ratios=(0.5, 0.0),
 )
-#: For the workers' glibc: never give memory back to the system. By default, how a process's heap happens to lie decides
-#: whether each step gives some back and takes it again, page by page, whatever the method.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 QUICK = Scope(families=("gpt", "convnext", "unet"), fractions=(0.1, 0.45), rounds=3, every_k=(1, 2), more_peers=False)
 
 
@@ -48,7 +46,7 @@ def main() -> None:
     if given.families:
         scope = replace(scope, families=tuple(given.families))
     os.environ["KINETO_LOG_LEVEL"] = "99"  # inherited by the workers, whose profiler else announces each of its starts
-    os.environ.update(KEEP_MEMORY)
+    os.environ.update(KEEP_MEMORY)  # inherited, too
     given.output.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     stem = f"side-by-side_cpu-{os.cpu_count()}-cores_{date}"

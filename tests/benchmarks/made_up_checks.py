@@ -54,7 +54,7 @@ CHECKS = {
         _check(1, fails),
         _check(2, raises),
         _check(3, crashes),
-        _check(4, hangs, seconds=20),
+        _check(4, hangs, seconds=6),
         _check(5, skips),
     )
 }

@@ -66,6 +66,8 @@ class Outcome:
             return "a traceback"
         if self.code and not self.said.strip():
             return "it says nothing"
+        if self.seconds > 60:
+            return f"{self.seconds:.0f} s of processor time"
         if len(self.said) > 20_000:
             return f"{len(self.said)} characters"
         return ""
@@ -264,7 +266,7 @@ class Generator:
 def call(words: list[str], environment: dict[str, str] | None = None) -> Outcome:
     """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
-    begin = time.monotonic()
+    begin = time.process_time()
     code: int | None = None
     changed = patch.dict(os.environ, environment or {})
     with changed, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -273,19 +275,19 @@ def call(words: list[str], environment: dict[str, str] | None = None) -> Outcome
         except BaseException as problem:  # what would end the process with a traceback
             err.write(f"Traceback: {type(problem).__name__}: {problem}"[:2000])
     return Outcome(
-        Case(words, ""), code, err.getvalue() + (out.getvalue() if code == 0 else ""), time.monotonic() - begin
+        Case(words, ""), code, err.getvalue() + (out.getvalue() if code == 0 else ""), time.process_time() - begin
     )
 
 
-def run(count: int, seed: int) -> list[Outcome]:
-    """Try so many cases; return those with a problem."""
+def run(count: int, seed: int, first: int = 0) -> list[Outcome]:
+    """Try so many cases, from that number on; return those with a problem."""
     with tempfile.TemporaryDirectory() as folder:
         before = Path.cwd()
         os.chdir(folder)
         try:
             generator = Generator(Path(folder))
             failed = []
-            for number in range(count):
+            for number in range(first, first + count):
                 case = generator.draw(random.Random(f"{seed}:{number}"))
                 outcome = call(case.words, case.environment)
                 outcome.case.what = f"{seed}:{number} {case.what}"
@@ -301,9 +303,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--first", type=int, default=0, help="the number of the first case: each is the same for a seed"
+    )
     given = parser.parse_args()
     os.environ.setdefault("TIGHTFIT_COST_CACHE", "off")
-    failed = run(given.count, given.seed)
+    failed = run(given.count, given.seed, given.first)
     print(f"{given.count} malformed calls: {len(failed)} with a traceback, a wrong exit code or no word")
     return 1 if failed else 0
 

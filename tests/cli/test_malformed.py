@@ -63,4 +63,4 @@ def test_a_folder_where_a_file_of_the_run_belongs(capsys: pytest.CaptureFixture[
     Path("runs/co2/m/log.txt").mkdir()
     capsys.readouterr()
     assert main([*words, "--steps", "2"]) == 2
-    assert "log.txt' cannot be used: Is a directory" in capsys.readouterr().err
+    assert "log.txt is no file, so the run that it belongs to cannot be read" in capsys.readouterr().err

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 _this_process = ctypes.CDLL(None)
+
+
+def begin_without_a_cache() -> list[torch.Tensor]:
+    """Give back what earlier tests left in the allocator; what cannot be given back is taken, and returned.
+
+    Small tensors that PyTorch keeps for good (the state of cuDNN's dropout) hold large segments, from which later
+    requests would be served.
+    """
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return [
+        torch.empty(block["size"], dtype=torch.uint8, device=f"cuda:{segment['device']}")
+        for segment in torch.cuda.memory_snapshot()
+        for block in segment["blocks"]
+        if segment["segment_type"] == "large" and block["state"] == "inactive" and block["size"] > 2**20
+    ]
 
 
 def is_active() -> bool:

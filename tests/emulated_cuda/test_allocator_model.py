@@ -52,6 +52,7 @@ def test_training_steps(settings: str) -> None:
     found = json.loads(done.stdout or "[]")
     assert [one["difference"] for one in found if one["difference"]] == [], done.stderr
     assert len(found) >= 12, done.stderr
-    assert all(one["requests"] > 200 and one["segments"] > 0 for one in found)
-    assert sum(one["ran_out"] for one in found) == 1
+    # Segments that grow leave less to flush, so that more of the capped trainings end early.
+    assert all(one["segments"] > 0 and (one["requests"] > 200 or one["ran_out"]) for one in found)
+    assert 1 <= sum(one["ran_out"] for one in found) <= 2
     assert sum(one["retries"] > 0 for one in found) >= 2

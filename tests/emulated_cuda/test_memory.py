@@ -21,9 +21,9 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> Iterator[None]:
-    gc.collect()
-    torch.cuda.empty_cache()
+    held = counters.begin_without_a_cache()
     yield
+    del held
     gc.collect()
     torch.cuda.empty_cache()
 

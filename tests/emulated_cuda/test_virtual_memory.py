@@ -15,10 +15,10 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _expandable_segments() -> Iterator[None]:
-    gc.collect()
-    torch.cuda.empty_cache()
+    held = counters.begin_without_a_cache()
     _set("expandable_segments:True")
     yield
+    del held
     gc.collect()
     torch.cuda.empty_cache()
     _set("expandable_segments:False")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tightfit._torch_private import cuda_allocator_settings
+from tightfit._torch_private.libraries import cuda_allocator_settings
 from tightfit.simulation.allocator_settings import AllocatorSettings
 from tightfit.simulation.caching_allocator import CachingAllocator, OutOfDeviceMemory
 

@@ -122,7 +122,9 @@ def test_a_fit_that_fails_puts_the_cap_back() -> None:
 def test_what_is_not_modelled_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = "1" if name == "PYTORCH_NO_CUDA_MEMORY_CACHING" else "throw_on_cudamalloc_oom:True"
     monkeypatch.setitem(os.environ, name, value)
-    monkeypatch.setattr("tightfit._torch_private.torch._C._accelerator_getAllocatorSettings", str, raising=False)
+    monkeypatch.setattr(
+        "tightfit._torch_private.libraries.torch._C._accelerator_getAllocatorSettings", str, raising=False
+    )
     model, batch, optimizer = make()
     with pytest.raises(UnsupportedInput, match=value.partition(":")[0] if ":" in value else name):
         tightfit.fit(model, batch, optimizer=optimizer)
@@ -142,7 +144,8 @@ def test_tensors_beside_the_step_and_cublas_s_workspaces_are_counted() -> None:
         model.zero_grad()
     torch.cuda.synchronize()
     own = sum(-(-one.nbytes // 512) * 512 for one in (*model.parameters(), batch))
-    assert torch.cuda.memory_allocated() - own == allocator[0].beside_bytes
+    of_the_loop = 2 * MIB  # a segment for small tensors
+    assert torch.cuda.memory_allocated() - own + of_the_loop == allocator[0].beside_bytes
 
 
 def test_a_gpu_without_a_number_is_capped_as_the_current_one() -> None:

@@ -48,7 +48,8 @@ def logged() -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("own_folder")
 def test_a_run_keeps_its_budget_on_the_gpu_and_goes_on_where_it_ended() -> None:
     plain = trained(*TINY, "--steps", "1", "--mark", "plain")
-    budget = int(plain["plain_peak_bytes"]) - 4 * MIB
+    # Without a cap the allocator may reserve more than the step needs under one.
+    budget = int(plain["predicted_peak_bytes"]) - 4 * MIB
     found = trained(*TINY, "--steps", "4", "--memory", str(budget))
     assert found["measured_peak_bytes"] <= budget < found["plain_peak_bytes"]
     assert [line["step"] for line in logged()] == [1, 2, 3, 4]

@@ -16,7 +16,7 @@ from torch import nn
 import tightfit
 from tests.replay.helpers import differences, snapshot
 from tightfit import Plan, PlanMismatch, UnsupportedInput
-from tightfit._torch_private import dispatch_depth
+from tightfit._torch_private.dispatch import dispatch_depth
 from tightfit.solver.solver import full_plan, plain_plan
 from tightfit.step.step import Step
 

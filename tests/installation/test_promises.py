@@ -198,7 +198,7 @@ def test_a_second_model_trained_in_turn() -> None:
     steps = [partial(train, model, adamw(model), loss_of) for model in (second, third)]
     for beside_bytes, told in ((1 << 20, ()), (0, ("AdamW trains parameters outside the planned model",))):
         model, applied = planned(COUNTED, adamw, beside_bytes=beside_bytes)
-        (own,) = applied._step.optimizers
+        (own,) = applied._steps[""].optimizers
         with telling(*told):
             for step in steps:
                 train(model, own, applied.loss, beside=step)
@@ -210,7 +210,7 @@ def test_another_model_trained_before_or_after() -> None:
     with telling():
         for _ in range(3):
             model, applied = planned(COUNTED, adamw)  # never uninstalled
-            train(model, applied._step.optimizers[0], applied.loss)
+            train(model, applied._steps[""].optimizers[0], applied.loss)
             twin = Classifier()
             train(twin, adamw(twin), loss_of)
 

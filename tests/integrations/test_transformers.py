@@ -3,83 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
-from tightfit import BudgetInfeasible, UnsupportedInput  # noqa: E402
-from tightfit.device import memory as meter  # noqa: E402
-from tightfit.installation.region_forward import RegionForward  # noqa: E402
-from tightfit.integrations.transformers import TightfitCallback  # noqa: E402
+from tests.integrations.llama_trainer import BUDGET, Stream, Tokens, model, padded, trained  # noqa: E402  # below the skip
+from tightfit import BudgetInfeasible, UnsupportedInput  # noqa: E402  # below the skip
+from tightfit.device import memory as meter  # noqa: E402  # below the skip
+from tightfit.installation.region_forward import RegionForward  # noqa: E402  # below the skip
+from tightfit.integrations.transformers import TightfitCallback  # noqa: E402  # below the skip
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_folder")]
-
-BUDGET = 2_200_000
-
-
-class Tokens(Dataset[Any]):
-    """Samples of one length, or of three; each draws from the global generator, as augmentation does."""
-
-    def __init__(self, lengths: tuple[int, ...] = (32,)) -> None:
-        self._lengths = lengths
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, number: int) -> Mapping[str, torch.Tensor]:
-        random.random()
-        ids = torch.randint(0, 256, (self._lengths[number % len(self._lengths)],))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-
-class Stream(IterableDataset[Any]):
-    """Samples without numbers."""
-
-    def __iter__(self) -> Any:
-        yield from (Tokens()[number] for number in range(16))
-
-
-def padded(rows: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], batch_first=True),
-        "labels": pad([row["labels"] for row in rows], batch_first=True, padding_value=-100),
-    }
-
-
-def model() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, attention_dropout=0.1,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def trained(
-    callback: TightfitCallback | None, data: Any, change: Callable[[Any], None] = lambda _: None, **options: Any
-) -> Any:
-    torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    arguments = transformers.TrainingArguments(
-        output_dir="out", per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no",
-        use_cpu=True, disable_tqdm=True, **{"num_train_epochs": 2, "eval_strategy": "epoch", **options},
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        model(), arguments, train_dataset=data, eval_dataset=Tokens(), data_collator=padded,
-        callbacks=[] if callback is None else [callback],
-    )  # fmt: skip
-    change(trainer)
-    trainer.train()
-    return trainer
 
 
 def check_same(plain: Any, planned: Any) -> None:
@@ -164,12 +108,50 @@ def test_lengths_that_vary_begin_with_the_longest() -> None:
     check_same(plain, planned)
 
 
-class _OnBegin(transformers.TrainerCallback):  # type: ignore[misc]
+class _OnBegin(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._action()
+
+
+@pytest.mark.slow
+def test_resumed_with_batches_grouped_by_length_and_texts_written_in_between() -> None:
+    """Half of a training, and the rest of it by another trainer; after each evaluation the model writes."""
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in inspect.signature(transformers.TrainingArguments).parameters:
+        grouped = {"group_by_length": True}  # type: ignore[dict-item]  # the spelling before version 5
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, **grouped}
+    options |= {"max_steps": 4}
+    texts: dict[str, list[list[int]]] = {}
+
+    def run(name: str, resume: str | None) -> Any:
+        callback = None if name == "plain" else TightfitCallback(budget=BUDGET)
+        writes = _OnEvaluate(texts.setdefault(name, []))
+        return trained(
+            callback,
+            Tokens((16, 24, 32)),
+            lambda trainer: trainer.add_callback(writes),
+            resume,
+            output_dir=name,
+            **options,
+        )
+
+    run("plain", None), run("planned", None)
+    plain, planned = (run(name, f"{name}/checkpoint-2") for name in ("plain", "planned"))
+    check_same(plain, planned)
+    assert texts["plain"] == texts["planned"]
+    assert len(texts["plain"]) == 3
+
+
+class _OnEvaluate(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
+    def __init__(self, texts: list[list[int]]) -> None:
+        self._texts = texts
+
+    def on_evaluate(self, *_: Any, model: Any, **__: Any) -> None:
+        with torch.no_grad():
+            self._texts += model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).tolist()
 
 
 @pytest.mark.slow
@@ -205,19 +187,21 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_is_no_trainer_is_told_so() -> None:
     with pytest.raises(UnsupportedInput, match=r"no transformers.Trainer"):
-        TightfitCallback().on_train_begin(None, None, None)  # type: ignore[arg-type]
+        TightfitCallback().on_train_begin(None, None, None)  # type: ignore[arg-type]  # the mistake that is told
 
 
 def test_what_the_trainer_notes_of_a_loss_is_not_of_planning() -> None:
-    """TRL's trainers append their metrics whenever a loss is computed."""
+    """TRL's trainers append their metrics whenever a loss is computed; others add up tensors in place."""
 
-    class Noting(transformers.Trainer):  # type: ignore[misc]
+    class Noting(transformers.Trainer):  # type: ignore[misc]  # untyped
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.notes: dict[str, list[int]] = {"calls": []}
+            self.sums = {"train": {"steps": torch.tensor(0)}}
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             self.notes["calls"].append(len(self.notes["calls"]))
+            self.sums["train"]["steps"] += 1
             return super().compute_loss(*args, **kwargs)
 
     arguments = transformers.TrainingArguments(
@@ -228,6 +212,34 @@ def test_what_the_trainer_notes_of_a_loss_is_not_of_planning() -> None:
     trainer.add_callback(TightfitCallback(budget=BUDGET))
     trainer.train()
     assert trainer.notes["calls"] == [0, 1]
+    assert trainer.sums["train"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_model_that_only_the_loss_knows_is_in_the_budget() -> None:
+    """As the reference in DPO."""
+
+    class Distilling(transformers.Trainer):  # type: ignore[misc]  # untyped
+        teacher = None
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            with torch.no_grad():
+                teachers = self.teacher(**inputs).loss
+            return loss + teachers
+
+    arguments = transformers.TrainingArguments(
+        output_dir="out", per_device_train_batch_size=4, max_steps=1, report_to=[], save_strategy="no", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Distilling(model(), arguments, train_dataset=Tokens(), data_collator=padded)
+    trainer.teacher = model()
+    callback = TightfitCallback(budget="8MiB")
+    trainer.add_callback(callback)
+    found: list[int] = []
+    trainer.add_callback(_OnBegin(lambda: found.append(callback.applied.profile.baseline["reached"])))
+    trainer.train()
+    assert found == [meter.resident_bytes(trainer.teacher)]
 
 
 def test_no_host_is_imported_before_it_is_asked_for() -> None:

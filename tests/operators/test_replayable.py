@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.replay.helpers import PATH, assert_same, run
+from tightfit.operators.facts import describe, draws
 from tightfit.replay.contents import checksum, same_bits
 from tightfit.replay.installed import Installed
 
@@ -288,6 +289,17 @@ def test_python_and_numpy_randomness_in_forward() -> None:
 
 def test_two_draws_of_one_generator() -> None:
     assert_same(lambda x, w: (x @ w) * torch.rand_like(x) * torch.rand_like(x).sin())
+
+
+def test_attention_draws_random_numbers_where_it_is_asked_for_dropout() -> None:
+    attention = describe(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+    tensors = (torch.ones(1, 1, 2, 2),) * 3
+    assert not draws(attention, tensors, {})
+    assert not draws(attention, (*tensors, 0.0, True), {})
+    assert draws(attention, (*tensors, 0.1), {})
+    assert draws(attention, tensors, {"dropout_p": 0.1})
+    assert draws(describe(torch.ops.aten.native_dropout.default), (tensors[0], 0.0, True), {})
+    assert not draws(describe(torch.ops.aten.mm.default), tensors[:2], {})
 
 
 def test_dropout_masks() -> None:

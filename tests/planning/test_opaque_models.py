@@ -13,78 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tightfit
+from tests.support.fused_kernels import FusedAttention, FusedGate, FusedNorm
 from tightfit.device import device_for
 from tightfit.device.memory import resident_bytes
+from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver.columns import keeping
+from tightfit.solver.plan_builder import build_plan
 from tightfit.step.model import give_gradients
 
 WIDTH, HEADS, BLOCKS = 32, 4, 4
-
-
-class FusedNorm(torch.autograd.Function):
-    """As Liger's: normalises past the dispatcher, and saves its input and the reciprocal deviations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        out, reciprocal = torch.empty_like(x), torch.empty(x.shape[:-1])
-        array = x.detach().numpy()
-        reciprocal.numpy()[...] = 1 / np.sqrt((array**2).mean(-1) + epsilon)
-        np.multiply(array * reciprocal.numpy()[..., None], weight.detach().numpy(), out=out.numpy())
-        ctx.save_for_backward(x, weight, reciprocal)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
-        x, weight, reciprocal = ctx.saved_tensors
-        scale = reciprocal[..., None]
-        inner = grad * weight
-        projected = inner - x * scale**2 * (inner * x).mean(-1, keepdim=True)
-        return projected * scale, (grad * x * scale).flatten(0, -2).sum(0), None
-
-
-class FusedGate(torch.autograd.Function):
-    """As Liger's SwiGLU: one kernel for the activation and the product."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        out = torch.empty_like(gate)
-        array = gate.detach().numpy()
-        np.multiply(array / (1 + np.exp(-array)), up.detach().numpy(), out=out.numpy())
-        ctx.save_for_backward(gate, up)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
-        gate, up = ctx.saved_tensors
-        sigmoid = gate.sigmoid()
-        return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
-
-
-class FusedAttention(torch.autograd.Function):
-    """As flash_attn's: a raw kernel that saves its result and the sums of its rows; options are arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
-        assert scale is None
-        out, sums = torch.empty_like(q), torch.empty(q.shape[:-1])
-        scores = q.detach().numpy() @ k.detach().numpy().swapaxes(-1, -2) / q.shape[-1] ** 0.5
-        if causal:
-            scores = np.where(np.tri(q.shape[-2], dtype=bool), scores, -np.inf)
-        weights = np.exp(scores)
-        sums.numpy()[...] = weights.sum(-1)
-        out.numpy()[...] = (weights @ v.detach().numpy()) / sums.numpy()[..., None]
-        ctx.save_for_backward(q, k, v, out, sums)
-        ctx.causal = causal
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # PyTorch's signature is wider
-        q, k, v, out, sums = ctx.saved_tensors
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        if ctx.causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-        weights = scores.exp() / sums[..., None]
-        inner = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
-        return inner @ k, inner.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None
 
 
 @torch.library.custom_op("tightfit_tests::squash", mutates_args=())
@@ -185,6 +122,33 @@ def test_a_plan_saves_what_checkpointing_every_block_saves(make: Callable[[], Bl
         assert applied.verdict.ok
         assert applied.verdict.measured_peak_bytes <= budget
         assert applied.verdict.mismatches == 0
+
+
+def test_what_reads_the_result_of_a_call_that_stays_is_dropped() -> None:
+    """The call is not written down, and its result's memory was handed out inside it."""
+    batch, model = torch.randn(4, 32, WIDTH), Net(liger)
+    profile = tightfit.measure(model, batch)
+    index = ProfileIndex(profile)
+    region = next(number for number, one in enumerate(profile.regions) if one.key == "blocks.2#0")
+
+    def makers(value: int) -> set[str]:
+        op = profile.ops[profile.values[value].op]
+        read = [profile.values[one].op for one in op.inputs]
+        return {profile.signatures[profile.ops[one].signature].name for one in read if one >= 0}
+
+    optional = sorted(index.facts[region].optional)
+    dropped = [value for value in optional if any("FusedNorm" in name for name in makers(value))]
+    assert dropped
+    decisions = [None] * len(profile.regions)
+    decisions[region] = keeping(index, [value for value in optional if value not in dropped])
+    plan = build_plan(index, decisions, 2**40)
+    give_gradients(model)
+    with tightfit.apply(model, plan) as applied:
+        for _ in range(2):
+            resident = resident_bytes(model, batch, ())
+            peak = device_for(model).measure_peak(lambda: applied.loss(model, batch).backward(), resident)[1]
+            assert peak <= plan.predicted_peak_bytes
+        assert applied.statistics.dropped_slots >= len(dropped)
 
 
 def test_a_function_that_gives_other_bits_each_time_is_kept_and_named() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tightfit._torch_private import FakeTensor, FakeTensorMode
+from tightfit._torch_private.dispatch import FakeTensor, FakeTensorMode
 from tightfit.step.snapshot import RandomState
 
 Tensor = torch.Tensor

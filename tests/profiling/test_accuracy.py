@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tightfit._torch_private import FakeTensor, profiler_memory_events
+from tightfit._torch_private.dispatch import FakeTensor
+from tightfit._torch_private.profiler import profiler_memory_events
 from tightfit.device import memory as meter
 from tightfit.profiling import forward_check
 from tightfit.records import EventKind

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tightfit
 from tightfit.operators.compiled_calls import RunsWithoutData
 from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
-from tightfit.profiling.observed_run import observe_fake
+from tightfit.profiling.observed_run import Needs, observe_fake
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.records import Profile
 from tightfit.solver.solver import full_plan
@@ -181,8 +182,51 @@ def test_compiled_code_never_gets_tensors_without_data() -> None:
     model = Net(torch.compile(gate, backend=backend))
     model(BATCH)
     ran.clear()
-    observer, data_dependent = observe_fake(model, BATCH, Step(), SignatureTable(), {}, NamespaceSnapshot())
-    assert (observer, data_dependent, ran) == (None, False, [])
+    found = observe_fake(model, BATCH, Step(), SignatureTable(), {}, NamespaceSnapshot())
+    assert (found, ran) == (Needs.OTHERS, [])
     assert issubclass(RunsWithoutData, RuntimeError)
     model(BATCH)
     assert ran == [Tensor] * 3
+
+
+class Tracing(nn.Module):
+    """Traces in its forward, as `torch.cond` and its kin do at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        graph = make_fx(lambda y: y.sin() * y.exp())(torch.ones(64, 64, requires_grad=True))
+        return self.layers(x + graph(x)).pow(2).mean()
+
+
+def test_what_is_traced_is_not_the_steps() -> None:
+    model = Tracing()
+    profile = tightfit.measure(model, BATCH)
+    assert sum(storage.nbytes == 64 * 64 * 4 for storage in profile.storages) == 1  # what it is traced with
+    with tightfit.apply(model, full_plan(profile, 2**40)) as applied:
+        model(BATCH).backward()
+        planned = [parameter.grad for parameter in model.parameters()]
+        assert applied.statistics.replayed_ops
+        assert not applied.statistics.mismatches
+    model.zero_grad()
+    model(BATCH).backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(planned, model.parameters(), strict=True))
+
+
+class Choosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cond(x.mean() > 0, lambda z: z.sin() * 2, lambda z: z.cos(), (self.layers(x),))
+        return y.pow(2).mean()
+
+
+@pytest.mark.slow
+def test_higher_order_operators_are_kept_and_named() -> None:
+    profile = tightfit.measure(Choosing(), BATCH)
+    reasons = {profile.signatures[op.signature].name: op.keep_reason for op in profile.ops}
+    assert reasons["cond"] == "a higher-order operator"

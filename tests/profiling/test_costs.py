@@ -43,6 +43,16 @@ def test_what_cannot_be_run_alone_is_estimated_by_its_size() -> None:
     assert set(found.layouts) == {2}  # they were not run
 
 
+@pytest.mark.parametrize("count", [1, 5, 1 << 14, (1 << 14) + 1, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_made_up_arguments_are_full_of_numbers_near_a_half(count: int, dtype: torch.dtype) -> None:
+    (call,) = calls_of((torch.ops.aten.sin.default, torch.empty(count, dtype=dtype)))
+    (made,), _ = costs._make_up(call)
+    parts = torch.view_as_real(made) if made.is_complex() else made
+    assert bool(((parts > 0.09) & (parts < 0.91)).all())
+    assert len(parts.unique()) > min(count, 50) / 2
+
+
 def test_where_nothing_can_be_run_alone_costs_follow_from_bytes() -> None:
     calls = calls_of((operator(), torch.ones(1 << 20)), (operator(), torch.ones(4)))
     large, small = measure_costs(calls, CPU, NoCache()).signatures

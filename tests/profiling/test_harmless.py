@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 
 import tightfit
 from tightfit import UnsupportedInput
-from tightfit._torch_private import FakeTensor
+from tightfit._torch_private.dispatch import FakeTensor
 from tightfit.profiling import measure as profiler
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step

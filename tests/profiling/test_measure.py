@@ -249,6 +249,7 @@ def test_the_baseline_counts_every_storage_once() -> None:
         "buffers": sum(b.nbytes for b in model.buffers()),
         "optimizer_state": 2 * trained + 4 * count,
         "batch": TOKENS.nbytes,
+        "reached": 0,
     }
 
 
@@ -295,8 +296,8 @@ def _observe_and_forget(model: nn.Module, batch: Tensor) -> None:
     from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
     from tightfit.profiling.signatures import SignatureTable
 
-    observer, _ = observed_run.observe_fake(model, batch, Step(), SignatureTable(), {}, NamespaceSnapshot())
-    assert observer is not None
+    observer = observed_run.observe_fake(model, batch, Step(), SignatureTable(), {}, NamespaceSnapshot())
+    assert not isinstance(observer, observed_run.Needs)
     assert observer.observation.ops
     del observer
     gc.collect()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tightfit.device import stopwatch
 from tightfit.profiling.cost_cache import CostCache
-from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
+from tightfit.profiling.mechanism_cost import _MOST_COLD, Overhead, _cold_by_hot, eviction_ratio, measure_overhead
 from tightfit.profiling.processor_caches import core_cache_bytes
 from tightfit.records import Op, Storage, Value
 
@@ -41,7 +42,8 @@ def test_a_result_in_its_inputs_memory_is_touched_once() -> None:
 
 
 @pytest.mark.usefixtures("measured_costs")
-def test_the_price_lies_between_hot_and_cold(tmp_path: Path) -> None:
+def test_the_price_lies_between_hot_and_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "_MOST_RATIO", float("inf"))  # what others disturb is not remembered
     cache = CostCache(CPU, tmp_path)
     hot, middle, cold = (measure_overhead(CPU, cache, ratio) for ratio in (0.0, 0.5, 1.0))
     assert cold.mode_ms_per_op > 0
@@ -52,3 +54,9 @@ def test_the_price_lies_between_hot_and_cold(tmp_path: Path) -> None:
 
 def test_towards() -> None:
     assert Overhead(1, 2, 3, 4).towards(Overhead(2, 4, 3, 0), 0.25) == Overhead(1.25, 2.5, 3, 3)
+
+
+def test_a_busy_machine_makes_no_absurd_price() -> None:
+    assert _cold_by_hot(0.02, 0.01) == 2
+    assert _cold_by_hot(0.02, -0.01) == _cold_by_hot(0.02, 0.0) == _MOST_COLD
+    assert _cold_by_hot(-0.02, 0.01) == 1

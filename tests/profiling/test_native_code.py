@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tightfit._torch_private import FakeTensor, fake_mode
+from tightfit._torch_private.dispatch import FakeTensor, fake_mode
 from tightfit.solver.solver import full_plan
 
 
@@ -105,3 +105,43 @@ def test_an_operation_without_a_fake_kernel_is_not_run_on_zeros_of_full_size() -
         library._destroy()
     assert profile.method != "fake"
     assert 0 not in sizes
+
+
+def halve_unseen(x: Tensor) -> None:
+    """As a kernel of an extension that is given a tensor, and tells nobody that it writes."""
+    with torch._C.DisableTorchFunction():
+        address = x.data_ptr()
+    memory = (ctypes.c_float * x.numel()).from_address(address)
+    memory[:] = [0.5 * number for number in memory]
+
+
+class Halved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in self.layers:
+            hidden = up(x)
+            gate = hidden.sin()  # reads it before
+            halve_unseen(hidden)
+            x = x + down(hidden.tanh() * gate)
+        return x.pow(2).mean()
+
+
+def test_the_smallest_budget_knows_what_kernels_write_unseen() -> None:
+    torch.manual_seed(0)
+    model, batch = Halved(), torch.randn(32, 16)
+    profile = tightfit.measure(model, batch)
+    assert profile.method == "real"
+    with pytest.raises(tightfit.BudgetInfeasible) as found:
+        tightfit.solve(profile, 1)
+    budget = found.value.required_bytes
+    assert budget < tightfit.solve(profile, 2**40).predicted_peak_bytes
+    with pytest.raises(tightfit.BudgetInfeasible, match=f"at least {budget} bytes"):
+        tightfit.fit(model, batch, budget=budget - 1, reference_budget_bytes=2**40)
+    with tightfit.fit(model, batch, budget=budget, reference_budget_bytes=2**40) as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok
+        assert applied.verdict.measured_peak_bytes <= budget
+        assert applied.refused == {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit._torch_private import fake_mode
+from tightfit._torch_private.dispatch import fake_mode
 from tightfit.profiling.cost_cache import Cost, CostCache, NoCache
 from tightfit.profiling.costs import measure_costs
 from tightfit.profiling.output_strides import corrections, layouts_of, with_layouts

@@ -105,7 +105,7 @@ def by_choice(block: nn.Module, x: Tensor) -> Tensor:
     def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> pytorch.CheckpointPolicy:
         return policy.get(op, pytorch.CheckpointPolicy.PREFER_RECOMPUTE)
 
-    contexts = lambda: pytorch.create_selective_checkpoint_contexts(choose)  # noqa: E731
+    contexts = lambda: pytorch.create_selective_checkpoint_contexts(choose)  # noqa: E731  # as users write it
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
 
 
@@ -118,6 +118,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "nested": Nested,
     "functions": Functions,
 }
+#: One of each of PyTorch's mechanisms; the others are exhaustive.
+QUICK_KINDS = ("reentrant", "selective", "nested")
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -166,7 +168,9 @@ def smallest_budget(profile: Profile) -> int:
     return caught.value.required_bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK_KINDS else pytest.mark.exhaustive) for kind in KINDS]
+)
 @pytest.mark.slow
 def test_budgets_between_all_and_nothing_with_the_models_own_bits(kind: str) -> None:
     own, own_peak_bytes = trained(made(KINDS[kind]), loss_of)
@@ -293,6 +297,20 @@ def test_the_reentrant_form_without_a_gradient_to_its_arguments_trains_nothing()
     assert model.blocks[0].widen.weight.grad is None
 
 
+def test_the_reentrant_form_gives_zeros_where_a_result_gets_no_gradient() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.side = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            used, _ = torch._foreach_mul([x, checkpoint(self.side, x, use_reentrant=True)], 2.0)
+            return used
+
+    assert "its weights zeros" in left_alone(made(Unused))
+
+
 def test_inside_an_excluded_module_the_model_checkpoints_itself() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Net(plainly, count=2))
     assert "excluded" in left_alone(model, exclude="1")
@@ -320,6 +338,29 @@ def test_an_argument_that_several_uses_add_gradients_to_is_summed_as_the_reentra
         assert set(applied.plan.checkpoints.values()) == {""}
         planned, _ = trained(model, applied.loss)
     assert_equal(own, planned)
+
+
+def test_a_tensor_that_the_reentrant_form_is_given_twice_gets_its_gradients_in_that_order() -> None:
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return x.sin() * y.exp().clamp_max(2)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return checkpoint(inner, y, y, use_reentrant=True) * y.cos()
+
+    plain, _ = trained(made(Twice), loss_of)
+    model = made(Twice)
+    step = tightfit.Step(loss=loss_of, optimizer=sgd(model))
+    profile = tightfit.measure(model, BATCH, step=step)
+    assert set(profile.checkpoints.values()) == {""}
+    with tightfit.apply(model, tightfit.solve(profile, smallest_budget(profile)), step=step) as applied:
+        planned, _ = trained(model, applied.loss)
+    assert_equal(plain, planned)
 
 
 def test_pytorchs_functions_are_its_own_outside_and_in_other_threads() -> None:
@@ -386,8 +427,8 @@ def t5(**options: Any) -> tuple[nn.Module, Tensor]:
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
-        use_cache=False,
+        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=1, num_heads=2,
+        decoder_start_token_id=0, use_cache=False,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config), torch.randint(0, 64, (2, 24))
 
@@ -401,8 +442,17 @@ def bert(**options: Any) -> tuple[nn.Module, Tensor]:
     return transformers.BertForMaskedLM(config), torch.randint(0, 64, (2, 24))
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-@pytest.mark.parametrize("make", [llama, t5, bert])
+QUICK_MODELS = ((llama, True), (bert, False))
+
+
+@pytest.mark.parametrize(
+    ("make", "reentrant"),
+    [
+        pytest.param(make, reentrant, marks=() if (make, reentrant) in QUICK_MODELS else pytest.mark.exhaustive)
+        for make in (llama, t5, bert)
+        for reentrant in (False, True)
+    ],
+)
 @pytest.mark.slow
 def test_transformers_models_with_gradient_checkpointing_enabled(
     make: Callable[[], tuple[nn.Module, Tensor]], reentrant: bool

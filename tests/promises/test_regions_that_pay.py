@@ -87,7 +87,7 @@ def test_a_region_whose_replay_saves_nothing_at_the_peak_is_left_alone(
 
 
 def top_mode() -> object:
-    from tightfit._torch_private import top_dispatch_mode
+    from tightfit._torch_private.dispatch import top_dispatch_mode
 
     return top_dispatch_mode()
 

@@ -15,6 +15,7 @@ from tests.promises.training import seed_everything
 from tightfit.device import memory as meter
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import Profile
+from tightfit.solver.solver import full_plan
 
 WIDTH = 64
 BATCH = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -165,16 +166,17 @@ class Ragged(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(4))
+        self.is_checkpointed = False
 
     def forward(self, rows: tuple[Tensor, ...]) -> Tensor:
         x = torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
         for block in self.blocks:
-            x = x + block(x)
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.is_checkpointed else block(x))
         return torch.cat([part.mean(0, keepdim=True) for part in x.unbind()]).pow(2).mean()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_jagged_tensors_are_counted_and_the_smallest_budget_that_is_named_is_kept() -> None:
+def test_jagged_tensors_are_counted_and_dropped_and_the_smallest_budget_that_is_named_is_kept() -> None:
     def loss(model: nn.Module, rows: tuple[Tensor, ...]) -> Tensor:
         result: Tensor = model(rows)
         return result
@@ -195,3 +197,35 @@ def test_jagged_tensors_are_counted_and_the_smallest_budget_that_is_named_is_kep
         planned, peak_bytes = step(model, applied.loss, rows)
     assert all(map(torch.equal, plain, planned))
     assert peak_bytes <= smallest_bytes
+    model.is_checkpointed = True
+    _, checkpoint_bytes = step(model, loss, rows)
+    assert smallest_bytes <= checkpoint_bytes < plain_bytes
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_jagged_tensor_that_is_written_after_it_was_saved_is_refused_as_always() -> None:
+    class Writing(Ragged):
+        writes = False
+
+        def forward(self, rows: tuple[Tensor, ...]) -> Tensor:
+            x = torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+            for block in self.blocks:
+                wide = block[0](x)
+                x = x + block[2](block[1](wide))
+                if self.writes:
+                    with torch.no_grad():
+                        wide.mul_(1.5)
+            return torch.cat([part.mean(0, keepdim=True) for part in x.unbind()]).pow(2).mean()
+
+    def loss(model: nn.Module, rows: tuple[Tensor, ...]) -> Tensor:
+        result: Tensor = model(rows)
+        return result
+
+    rows = tuple(torch.randn(length, 32) for length in (5, 17, 9))
+    model = Writing()
+    plan = full_plan(tightfit.measure(model, rows, loss=loss), 2**40)
+    with tightfit.apply(model, plan):
+        loss(model, rows).backward()
+        model.writes = True
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss(model, rows).backward()

@@ -5,8 +5,9 @@
 
 Every module is measured, gets a plan (a budget between the smallest and the plain peak, random decisions, or all that
 can be dropped), is repaired like `fit` does if its guarded step took more than predicted, and is then run several steps
-in both ways.  Counted as failures: any loss, gradient, parameter, buffer, random state or Python counter that differs;
-an error that plain does not raise (and the reverse); a measured peak above the budget after repair.
+in both ways.  Losses may reach beyond the model, and one graph may see several backwards.  Counted as failures: any
+loss, gradient, parameter, buffer, random state or Python counter that differs; an error that plain does not raise (and
+the reverse); a measured peak above the budget after repair.
 """
 
 from __future__ import annotations
@@ -23,25 +24,29 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from torch._functorch import config as functorch
 
 import tightfit
 from tests.replay.helpers import differences
-from tests.replay.programs import Program, loss_of, programs
+from tests.replay.programs import SLOPES, Program, programs
+from tests.replay.step_kinds import BACKWARDS, LOSSES, LossOf
 from tests.replay.steps import steps
 from tests.support import fixed_costs
 from tightfit import Plan, Profile
 from tightfit.device import memory as meter
-from tightfit.planning.search import _without
+from tightfit.planning.trial_repair import without_refused
 from tightfit.records import Decision
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver, full_plan
+from tightfit.step.step import Step
 
 KINDS = ("budget", "budget", "budget", "random", "full")
 ROUNDS = 4
@@ -92,17 +97,20 @@ def choose(profile: Profile, kind: str, share: float, draw_seed: int) -> Plan:
     return replace(plan, budget_bytes=plan.predicted_peak_bytes)
 
 
-def measured_peak(model: Program, applied: tightfit.Applied) -> int:
+def measured_peak(
+    model: Program, applied: tightfit.Applied, loss_of: LossOf | None = None, backwards: str = "once"
+) -> int:
     """Peak of one forward and backward, gradients resident as in every step but the first."""
+    used = loss_of if loss_of is not None else LOSSES["plain"](model)
     model.reset()
-    for parameter in model.parameters():
+    for parameter in (*model.parameters(), *used.beside.parameters()):
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = model.batch
 
     def step() -> None:
         with applied.step():
-            loss = loss_of(model, batch)
-        loss.backward()
+            loss = used.function(model, batch)
+        BACKWARDS[backwards](model, loss)
 
     return meter.measure_peak(step, meter.resident_bytes(model, batch))[1]
 
@@ -119,12 +127,18 @@ def check(spec: dict[str, Any]) -> Outcome:
 
 def _check(spec: dict[str, Any], outcome: Outcome) -> None:
     model = Program([tuple(entry) for entry in spec["code"]], spec["rows"], spec["columns"], spec["form"])
+    model.slope = spec.get("slope", "")
+    loss_of = LOSSES[spec.get("loss", "plain")](model)
+    backwards = spec.get("backwards", "once")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = steps(model, model.batch, count=2)
+    state_beside = loss_of.state()
+    run = partial(steps, model, model.batch, count=2, loss_of=loss_of, backwards=backwards)
+    plain = run()
     outcome.refused_by_plain = isinstance(plain, str)
     model.reset()
     try:
-        profile = tightfit.measure(model, model.batch, loss=loss_of)
+        step = Step(loss=loss_of.function, retain_graph=backwards != "once")
+        profile = tightfit.measure(model, model.batch, step=step)
     except RuntimeError:
         if not outcome.refused_by_plain:
             raise
@@ -132,11 +146,12 @@ def _check(spec: dict[str, Any], outcome: Outcome) -> None:
     outcome.method = profile.method
     for _ in range(ROUNDS):
         model.load_state_dict(state)
+        loss_of.beside.load_state_dict(state_beside)
         model.reset()
         plan = choose(profile, spec["kind"], spec["share"], spec["draw"])
         outcome.dropped = sum(len(plan.recipes[r.recipe].drop) for r in plan.regions if r.recipe >= 0)
         with tightfit.apply(model, plan) as applied:
-            planned = steps(model, model.batch, applied, count=2)
+            planned = run(applied)
             if outcome.refused_by_plain or isinstance(planned, str):
                 outcome.unequal = "" if planned == plain else f"plain: {name_of(plain)}, planned: {name_of(planned)}"
                 return
@@ -146,13 +161,13 @@ def _check(spec: dict[str, Any], outcome: Outcome) -> None:
                 outcome.unequal = ", ".join(found)
                 return
             torch.manual_seed(0)
-            peak_bytes = measured_peak(model, applied)
+            peak_bytes = measured_peak(model, applied, loss_of, backwards)
             refused = applied.refused
         if outcome.repairs == 0:
             outcome.excess_before = peak_bytes - plan.predicted_peak_bytes
             outcome.ratio_before = peak_bytes / plan.predicted_peak_bytes
         if refused:
-            profile = _without(profile, refused)
+            profile = without_refused(profile, refused)
         elif peak_bytes > plan.budget_bytes:
             excess = peak_bytes - plan.predicted_peak_bytes
             correction = profile.correction_bytes + max(excess, peak_bytes - plan.budget_bytes)
@@ -167,18 +182,43 @@ def name_of(result: Any) -> str:
     return result if isinstance(result, str) else "no error"
 
 
+def backwards_of(program: Program) -> tuple[str, ...]:
+    """The kinds of backward that plain PyTorch takes, too: where a plan takes a checkpoint over, it takes more."""
+    names = [name for name, _, _ in program.code]
+    if "selective checkpoint" in names:
+        return ("once",)
+    return ("once", "twice") if any("reentrant" in name for name in names) else tuple(BACKWARDS)
+
+
+def slopes_of(program: Program) -> tuple[str, ...]:
+    """The kinds of backward inside forward that plain PyTorch takes, too: not through every checkpoint."""
+    names = [name for name, _, _ in program.code]
+    refused = any("reentrant" in name or name == "selective checkpoint" for name in names)
+    return ("",) if refused else tuple(SLOPES)
+
+
 @st.composite
 def specs(draw: st.DrawFn, *, rows: int = 16, columns: int = 64) -> dict[str, Any]:
-    program = draw(programs(rows=rows, columns=columns))
+    program = draw(programs(rows=rows, columns=columns, further=True))
     return {
         "code": program.code,
         "rows": rows,
         "columns": columns,
         "form": program.form,
+        "slope": draw(st.sampled_from(slopes_of(program))),
+        "loss": draw(st.sampled_from(("plain", "plain", *LOSSES))),
+        "backwards": draw(st.sampled_from(("once", "once", *backwards_of(program)))),
         "kind": draw(st.sampled_from(KINDS)),
         "share": draw(st.integers(0, 20)) / 20,
         "draw": draw(st.integers(0, 2**16)),
     }
+
+
+def prepare() -> None:
+    """One thread, fixed costs, and compiled functions whose graph may see several backwards."""
+    torch.set_num_threads(1)
+    fixed_costs.install()
+    functorch.donated_buffer = False
 
 
 def silence() -> None:
@@ -188,8 +228,7 @@ def silence() -> None:
 
 def for_each_module(number: int, count: int, look: Callable[[dict[str, Any]], object]) -> None:
     """Call `look` with the specs of `count` modules drawn from `number`, in this process."""
-    torch.set_num_threads(1)
-    fixed_costs.install()
+    prepare()
     gc.collect()
     gc.freeze()  # measuring collects garbage: let it not walk over all that was imported
     drawn = 0
@@ -241,6 +280,7 @@ def report(outcomes: list[Outcome], seconds: float) -> int:
     for line in (
         f"{len({json.dumps(outcome.spec['code']) for outcome in outcomes})} distinct programs in {seconds:.0f} s",
         f"{kinds['budget']} at a budget, {kinds['random']} random decisions, {kinds['full']} with all dropped",
+        f"{sum(bool(o.spec['slope']) for o in outcomes)} with a backward inside forward",
         f"{sum(o.method == 'real' for o in outcomes)} measured with a real step",
         f"{sum(o.refused_by_plain for o in outcomes)} refused by plain and by the engine",
         f"{sum(o.dropped for o in outcomes)} values dropped",
@@ -264,8 +304,7 @@ def main() -> int:
     options = parser.parse_args()
     start = time.monotonic()
     if options.replay:
-        torch.set_num_threads(1)
-        fixed_costs.install()
+        prepare()
         outcomes: list[Outcome] = [check(json.loads(options.replay))]
         show_failures(outcomes)
         return report(outcomes, time.monotonic() - start)

@@ -41,7 +41,7 @@ def planned(model: nn.Module, *paths: str, recipes: Mapping[str, Any] | None = N
         yield installed
     finally:
         for module in modules:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward").is_attached = False
 
 
 def total(result: Any) -> torch.Tensor:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.replay.further_instructions import FURTHER, Checkpointed, Fused
 from tests.replay.instructions import INSTRUCTIONS, main_of
 
 Tensor = torch.Tensor
+_INSTRUCTIONS = INSTRUCTIONS | FURTHER
 
 
 @dataclass
@@ -72,6 +74,8 @@ class Program(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.code, self.rows, self.columns, self.form = code, rows, columns, form
+        self.slope = ""
+        """One of `SLOPES`: what the loss differentiates by, inside forward."""
         self.linears = nn.ModuleList(nn.Linear(columns, columns) for _ in range(2))
         self.tied = nn.Linear(columns, columns, bias=False)
         self.tied.weight = self.linears[0].weight  # type: ignore[union-attr]  # a layer of the list
@@ -86,6 +90,11 @@ class Program(nn.Module):
         self.again = Again(self)
         self.register_buffer("count", torch.ones(columns))
         self.register_buffer("swapped", torch.ones(columns))
+        names = {name for name, _, _ in code}
+        if "compiled block" in names:
+            self.fused = Fused(columns)
+        if any("checkpoints itself" in name for name in names):
+            self.checkpointed = Checkpointed(columns)
         self.reset()
 
     @property
@@ -101,12 +110,30 @@ class Program(nn.Module):
         values = [self.linears[0](x) * gain]
         for name, a, b in self.code:
             operands = values[-1 - a % len(values)], values[-1 - b % len(values)]
-            values.append(INSTRUCTIONS[name](self, *operands))
+            values.append(_INSTRUCTIONS[name](self, *operands))
         last, other = values[-1], values[len(values) // 2]
         return ((last, other), {"last": last, "other": other}, Result(last, {"other": other}))[self.form % 3]
 
 
+#: Of a gradient penalty: none, by the batch, by the weights, by the batch and by that again.
+SLOPES = ("", "batch", "weights", "twice")
+
+
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    slope = getattr(model, "slope", "")
+    if not slope:
+        return _plain_loss_of(model, batch)
+    x = batch.clone().requires_grad_()
+    loss = _plain_loss_of(model, x)
+    by = [x] if slope != "weights" else [weight for weight in model.parameters() if weight.requires_grad]
+    slopes = [g for g in torch.autograd.grad(loss, by, create_graph=True, allow_unused=True) if g is not None]
+    if slope == "twice" and slopes:
+        (second,) = torch.autograd.grad(slopes[0].sin().sum(), x, create_graph=True, allow_unused=True)
+        slopes += [] if second is None else [second]
+    return loss + sum(g.pow(2).mean() for g in slopes)
+
+
+def _plain_loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     result = model(batch, gain=0.5)
     if isinstance(result, tuple):
         tensors = result
@@ -118,9 +145,11 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 @st.composite
-def programs(draw: st.DrawFn, *, without: tuple[str, ...] = (), rows: int = 4, columns: int = 8) -> Program:
-    """A module with a few instructions; the seed of its weights is fixed."""
-    names = st.sampled_from([name for name in INSTRUCTIONS if name not in without])
+def programs(
+    draw: st.DrawFn, *, without: tuple[str, ...] = (), rows: int = 4, columns: int = 8, further: bool = False
+) -> Program:
+    """A module with a few instructions, `further` ones among them; the seed of its weights is fixed."""
+    names = st.sampled_from([name for name in (_INSTRUCTIONS if further else INSTRUCTIONS) if name not in without])
     operand = st.integers(0, 3)
     code = draw(st.lists(st.tuples(names, operand, operand), min_size=2, max_size=10))
     return Program(code, rows, columns, draw(st.integers(0, 5)))

@@ -19,6 +19,7 @@ from tightfit.replay.executors import EXECUTORS, RegionCall
 from tightfit.replay.executors.module_state import NO_MOVES, Moves
 from tightfit.simulation.levers import LEVERS
 from tightfit.solver.solver import full_plan
+from tightfit.verification.comparison import paths_called_again
 
 
 class Net(nn.Module):
@@ -97,3 +98,6 @@ def test_a_further_executor_carries_out_the_recipes_that_name_it(monkeypatch: py
     with tightfit.apply(model, planned(executor=keeping.name)) as applied:
         assert not differences(plain, step(model, applied))
     assert keeping.calls == len(model.blocks)
+    # The proof allows for what a second call of a module may leave, whoever makes it.
+    assert paths_called_again(planned(executor=keeping.name)) == {f"blocks.{place}" for place in range(3)}
+    assert paths_called_again(planned()) == set()

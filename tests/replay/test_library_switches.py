@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tightfit._torch_private import library_switches, switched
+from tightfit._torch_private.libraries import library_switches, switched
 
 # PyTorch's own context for oneDNN says so.
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")

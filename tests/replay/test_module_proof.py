@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,12 @@ import tightfit
 from tests.promises.training import seed_everything, snapshot
 from tests.replay.test_module_recompute import Net, batch, loss_of, planned_regions, recompute_all, step
 from tests.support.wide_block import WIDTH, WideBlock
+from tightfit._torch_private.dispatch import tree_map
 from tightfit.device import memory as meter
 from tightfit.installation.applied import Applied
 from tightfit.operators.pure_modules import is_pure
 from tightfit.replay.plan_state import AS_A_WHOLE
+from tightfit.solver.solver import Solver
 
 
 class Block(WideBlock):
@@ -40,6 +43,18 @@ class Normalised(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.statistics(x))
+
+
+class Rewriting(Block):
+    """Writes into a buffer what it held: only its version moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.fill_(1)
+        return super().forward(x) * self.scale
 
 
 class Spectral(Block):
@@ -97,7 +112,7 @@ class OwnGenerator(Block):
 class Global:
     """What a module's code names, and nothing of the module leads to."""
 
-    log: list[int] = []  # noqa: RUF012
+    log: list[int] = []  # noqa: RUF012  # shared: that is the point
 
 
 STEPS = 0
@@ -138,7 +153,7 @@ def closing(counter: list[int]) -> type[nn.Module]:
 CLOSED_OVER: list[int] = []
 
 BEAR: dict[str, Callable[[], nn.Module]] = {
-    "plain": Block, "moves buffers": Normalised, "changes attributes": Counting,
+    "plain": Block, "moves buffers": Normalised, "writes what was there": Rewriting, "changes attributes": Counting,
     "draws from Python and NumPy": PythonsNumbers,
 }  # fmt: skip
 DO_NOT_BEAR: dict[str, Callable[[], nn.Module]] = {
@@ -328,7 +343,7 @@ class Cells(nn.Module):
 def checkpointed(model: nn.Module, calls: nn.Module | nn.ModuleList) -> None:
     for module in calls if isinstance(calls, nn.ModuleList) else [calls]:
         own = module.forward
-        module.forward = lambda *args, own=own: checkpoint(own, *args, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = lambda *args, own=own: checkpoint(own, *args, use_reentrant=False)  # type: ignore[method-assign]  # as users do it
 
 
 def own_peak(make: Callable[[], nn.Module], data: Tensor) -> int:
@@ -373,3 +388,116 @@ def test_where_tapes_cost_more_than_they_save_modules_are_called_again() -> None
     profile = replace(profile, signatures=tuple(replace(one, ms=0.005) for one in profile.signatures))
     plan = tightfit.solve(profile, budget_bytes=own_peak(lambda: Net(Block, count=6), batch()))
     assert {recipe.lever for recipe in plan.recipes} == {"module"}
+
+
+class Surroundings(threading.local):
+    """What a loss function sets around the forward alone: nothing of it can be seen in a module's code."""
+
+    is_forward = False
+
+
+SURROUNDINGS = Surroundings()
+
+
+class OtherInBackward(Block):
+    """Computes something else where forward is over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if SURROUNDINGS.is_forward else x + self.narrow(F.gelu(self.widen(x)).exp())
+
+
+class FailingInBackward(Block):
+    """Raises where forward is over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert SURROUNDINGS.is_forward, "no forward runs"
+        return super().forward(x)
+
+
+def surrounded_loss(model: nn.Module, data: Tensor) -> Tensor:
+    SURROUNDINGS.is_forward = True
+    try:
+        return loss_of(model, data)
+    finally:
+        SURROUNDINGS.is_forward = False
+
+
+@pytest.mark.parametrize("kind", [OtherInBackward, FailingInBackward])
+def test_modules_whose_second_call_is_another_one_are_planned_otherwise(kind: type[nn.Module]) -> None:
+    """The proof runs in forward and cannot see it; the first trial does, and all modules of the class are spared."""
+    model = Net(kind, count=8)  # more than fit has rounds
+    profile = tightfit.measure(model, batch(), loss=surrounded_loss)
+    free = replace(profile, module_ms_per_op=0.0, module_ms_per_call=0.0, mode_ms_per_op=1.0)
+    budget = (Solver(free).smallest().peak_bytes + tightfit.solve(free, 2**40).plain_peak_bytes) // 2
+    assert any(recipe.executor == "module" for recipe in tightfit.solve(free, budget).recipes)
+    applied = tightfit.fit(
+        model, batch(), budget=budget, loss=surrounded_loss, profile=free, reference_budget_bytes=2**40
+    )
+    with applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok
+        assert applied.verdict.replayed_ops
+        assert all(recipe.executor != "module" for recipe in applied.plan.recipes)
+
+
+class Opaque(torch.Tensor):
+    """Wraps a tensor, and tells nobody by PyTorch's flatten protocol."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Opaque:
+        made: Opaque = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]  # no stub has it
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda one: one.inner if isinstance(one, cls) else one, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return cls(result) if isinstance(result, Tensor) else result
+
+
+class Wrap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Opaque(x * 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return getattr(gradients[0], "inner", gradients[0])
+
+
+class Unwrap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        result: Tensor = x.inner * 1
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return Opaque(gradients[0])
+
+
+class SavesWrappers(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = Unwrap.apply(F.gelu(Wrap.apply(self.widen(self.norm(x)))))
+        return x + self.narrow(hidden)
+
+
+class SparseConstant(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.eye(24).to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.sparse.mm(self.mask, x.flatten(1).T[:24]).mean()
+
+
+@pytest.mark.parametrize("kind", [SavesWrappers, SparseConstant])
+def test_what_has_no_memory_to_look_at_is_no_proof(kind: type[nn.Module]) -> None:
+    plain = trained(Net(kind), batch(), steps=2)
+    model = Net(kind)
+    with applied_everywhere(model, batch()) as applied:
+        assert_equal(plain, trained(model, batch(), steps=2))
+        assert applied.statistics.recomputed_calls == 0

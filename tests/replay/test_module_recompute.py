@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import tightfit
 from tests.replay.helpers import differences, snapshot
 from tightfit import Plan, Profile, UnsupportedInput
+from tightfit._torch_private.modules import modules_in
 from tightfit.device import memory as meter
 from tightfit.errors import PromiseWarning
 from tightfit.operators import pure_modules
 from tightfit.operators.pure_modules import allow_recompute, can_call_again
 from tightfit.profiling.mechanism_cost import Overhead
 from tightfit.records import Decision
+from tightfit.replay.executors.module_state import NO_MOVES, ModuleState
 from tightfit.replay.statistics import Statistics
 from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
@@ -118,6 +122,48 @@ def test_the_peak_is_the_predicted_one() -> None:
     assert peak_bytes == plan.predicted_peak_bytes - bias_bytes
 
 
+class Reversible(torch.autograd.Function):
+    """Runs its modules in backward, and there saves again what it had saved in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: nn.Module, *_: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x + function(x)
+        ctx.function = function
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            z = ctx.function(y)
+        torch.autograd.backward(z, gradients[0])
+        return (gradients[0] + y.grad, None) + (None,) * len(list(ctx.function.parameters()))
+
+
+class ReversibleBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Reversible.apply(x, self.function, *self.function.parameters())
+        return result
+
+
+def test_what_a_backward_inside_backward_saves_of_the_second_call_is_held() -> None:
+    model, data = Net(ReversibleBlock), batch()
+    plan = recompute_all(tightfit.measure(model, data, loss=loss_of))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with applied_to(model, data, plan) as applied:
+        _, peak_bytes = meter.measure_peak(lambda: loss_of(model, data).backward(), meter.resident_bytes(model, data))
+        assert applied.statistics.recomputed_calls == 3
+    assert peak_bytes <= plan.predicted_peak_bytes
+
+
 def test_nothing_is_held_of_a_forward_without_backward() -> None:
     model, data = Net(feed_forward), batch()
     with applied_to(model, data):
@@ -196,7 +242,8 @@ def test_a_cache_that_forward_fills_is_not_filled_twice() -> None:
     index = ProfileIndex(plain)
     keys = [r.key for place, r in enumerate(plain.regions) if can_recompute_module(index, place)]
     assert not any("layers" in key for key in keys), "a cache is among the arguments"
-    assert not can_call_again(model.model.layers[0], (torch.ones(1, 2, 16),), {"past_key_values": hf.DynamicCache()})
+    modules = list(model.model.layers[0].modules())
+    assert not can_call_again(modules, (torch.ones(1, 2, 16),), {"past_key_values": hf.DynamicCache()})
 
 
 # ------------------------------------------------------------------------------------------- what takes the tape
@@ -373,6 +420,29 @@ def test_gradients_of_gradients() -> None:
         assert not differences(plain, penalty())
 
 
+@pytest.mark.parametrize("kind", [Tensor, nn.Parameter])
+def test_other_weights_for_one_call(kind: type[Tensor]) -> None:
+    """`functional_call`: when backward comes, the module has its own weights again."""
+    model, data = Net(lambda: feed_forward(dropout=0.0)), batch()
+    plan = recompute_all(tightfit.measure(model, data, loss=loss_of))
+
+    def with_others() -> dict[str, Tensor | None]:
+        model.zero_grad(set_to_none=True)
+        others = {name: (weight * 1.5 + 0.1) for name, weight in model.named_parameters()}
+        if kind is nn.Parameter:
+            others = {name: nn.Parameter(weight.detach()) for name, weight in others.items()}
+        loss = functional_call(model, others, (data,)).pow(2).mean()
+        loss.backward()
+        return snapshot(model, loss) | {f"gradient of other {name}": other.grad for name, other in others.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gradients of what is no leaf
+        plain = with_others()
+        with applied_to(model, data, plan) as applied:
+            assert not differences(plain, with_others())
+    assert applied.statistics.recomputed_calls == (3 if kind is nn.Parameter else 0)
+
+
 def test_the_loss_inside_a_step_with_its_backward() -> None:
     model, data = Net(feed_forward), batch()
     plain = step(model, data)
@@ -429,3 +499,20 @@ def test_batches_of_other_sizes_are_planned_without_a_metered_run(monkeypatch: p
         assert applied.plans.statistics.tried == 0
         assert applied.statistics.recomputed_calls > 0
     assert not differences(plain, planned)
+
+
+def test_a_second_call_finds_the_attributes_of_the_first_and_leaves_those_of_now() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    assert set(modules_in(module)) == set(module.modules())
+    inner = module[1]
+    inner.first, inner.second = "a", "b"
+    state = ModuleState(module, modules_in(module), NO_MOVES)
+    with state.as_it_was():
+        assert (inner.first, inner.second) == ("a", "b")
+    del inner.first, inner.second
+    inner.second, inner.first = "a", "b"  # the same values in the same order, under each other's names
+    with state.as_it_was():
+        assert (inner.first, inner.second) == ("a", "b")
+        inner.third = "c"
+    assert (inner.first, inner.second) == ("b", "a")
+    assert not hasattr(inner, "third")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.replay.helpers import PATH, assert_same, run
+from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.replay.installed import Installed
 from tightfit.replay.statistics import Statistics
 
@@ -172,10 +173,30 @@ def test_what_was_rebuilt_for_a_context_goes_with_its_backward() -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
         y = Stashing.apply(Looking.apply(x @ w))
         contexts[:] = [y.grad_fn]
-        return y  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return]  # PyTorch's `apply` is not annotated
 
     assert_same(function)
     assert alive == [1, 0]  # plain keeps it as long as the graph lives
+
+
+def test_what_the_engine_does_at_such_a_call_is_hidden_from_its_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch of handed-out memory is asked at each attribute of a tensor that Python reads."""
+    seen: list[Any] = []
+
+    class Counting(MemoryWatch):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    monkeypatch.setattr("tightfit.replay.session.MemoryWatch", Counting)
+    x = torch.randn(4, 4, requires_grad=True)
+    with Counting(lambda _: None):
+        by_numpy(x)
+    users_own, seen[:] = list(seen), []
+    installed = Installed(recipes={}, self_check=False)
+    with installed.region(PATH):
+        by_numpy(x)
+    assert seen == users_own
 
 
 def test_an_address_that_is_only_read_does_not_bar_others_from_reading_there() -> None:
@@ -214,12 +235,11 @@ def draw_elsewhere(x: Tensor, out: Tensor) -> None:
 def test_what_is_not_the_same_computation_is_kept(
     disturb: Callable[[Tensor, Tensor], None], calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A kind of call that once differed is barred in this process, and kinds are told apart by their names.
-    kind: Any = type(f"Unlike_{disturb.__name__}_{calls}", (Unlike,), {"disturb": staticmethod(disturb)})
+    kind: Any = type("Unlike", (Unlike,), {"disturb": staticmethod(disturb)})  # what once differed stays barred
     monkeypatch.setattr(Unlike, "disturb", staticmethod(disturb))
 
     def function(x: Tensor, w: Tensor) -> Tensor:
-        return kind.apply((x @ w).sin()).exp()  # type: ignore[no-any-return]
+        return kind.apply((x @ w).sin()).exp()  # type: ignore[no-any-return]  # PyTorch's `apply` is not annotated
 
     found = []
     for replay in (False, True):
@@ -237,8 +257,21 @@ def test_what_is_not_the_same_computation_is_kept(
     if disturb is not other_bits:
         for name, tensor in plain.items():
             other = planned[name]
-            assert (tensor is None and other is None) or torch.equal(tensor, other), name  # type: ignore[arg-type]
+            assert (tensor is None and other is None) or torch.equal(tensor, other), name  # type: ignore[arg-type]  # both are there
         assert world[:2] == planned_world[:2]
+
+
+def test_of_functions_with_one_name_only_that_which_differed_is_barred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all compiled graphs have one name."""
+    differing, alike = (type("Unlike", (Unlike,), {}) for _ in range(2))
+    found = []
+    for kind, disturb in ((differing, other_bits), (alike, lambda x, out: None), (differing, lambda x, out: None)):
+        monkeypatch.setattr(Unlike, "disturb", staticmethod(disturb))
+        done = run(lambda x, w, kind=kind: kind.apply((x @ w).sin()).exp(), replay=True)  # type: ignore[misc]  # a lambda has no types
+        assert done.statistics is not None
+        found.append((done.statistics.refused_ops, done.statistics.dropped_slots))
+    assert [refused for refused, _ in found] == [1, 0, 0]
+    assert found[1][1] > found[2][1]
 
 
 def test_a_function_that_fails_leaves_the_region_usable() -> None:
@@ -256,7 +289,7 @@ def test_a_function_that_fails_leaves_the_region_usable() -> None:
         y = (x @ w).sin()
         with pytest.raises(ValueError):
             Failing.apply(y)
-        return by_numpy(y).exp()  # type: ignore[no-any-return]
+        return by_numpy(y).exp()  # type: ignore[no-any-return]  # PyTorch's `apply` is not annotated
 
     assert_same(function, calls=2)
 
@@ -302,6 +335,6 @@ def test_a_library_operator_that_is_not_what_its_schema_says_is_kept(
         library._destroy()
     if kernel is lying:
         for name, tensor in found[0].tensors.items():
-            assert torch.equal(tensor, found[1].tensors[name]), name  # type: ignore[arg-type]
+            assert torch.equal(tensor, found[1].tensors[name]), name  # type: ignore[arg-type]  # both are there
     assert found[1].statistics is not None
     assert calls > 1 or found[1].statistics.refused_ops == 1

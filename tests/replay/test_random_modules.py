@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import tightfit
+from tests.replay import fuzz
+from tests.replay.further_instructions import CHECKPOINTS, COMPILED
 from tests.replay.helpers import differences, planned
 from tests.replay.instructions import INSTRUCTIONS
 from tests.replay.programs import Program, loss_of, programs
@@ -40,7 +42,7 @@ def check_same(plain: dict[str, Any] | str, other: dict[str, Any] | str) -> None
         assert differences(plain, other) == []
 
 
-@settings(SMALL, max_examples=60)
+@settings(SMALL, max_examples=30)
 @given(programs(), st.sampled_from([("",), ("block",), ("", "block"), ("", "block", "linears.1", "batch_norm")]))
 def test_everything_dropped_without_a_plan(model: Program, paths: tuple[str, ...]) -> None:
     batch = model.batch
@@ -60,6 +62,35 @@ def test_each_instruction(name: str, self_check: bool) -> None:
         check_same(plain, steps(model, model.batch, count=2))
     if name not in ("in place", "out argument"):  # refused by plain; nothing but what is computed from it
         assert installed.statistics.replayed_ops > 0
+
+
+def checked(names: list[str], **spec: Any) -> fuzz.Outcome:
+    """What becomes of a program of these instructions when everything is dropped."""
+    code = [("sin", 0, 0), *((name, 0, 1) for name in names), ("gelu", 0, 0)]
+    whole = {"code": code, "rows": 8, "columns": 16, "form": 1, "kind": "full", "share": 0.0, "draw": 0, **spec}
+    outcome = fuzz.check(whole)
+    assert [outcome.unequal, outcome.over_budget, outcome.error] == ["", "", ""]
+    return outcome
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # plain PyTorch's, inside
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_inside_checkpoints(name: str) -> None:
+    assert checked([name, name]).dropped
+
+
+@pytest.mark.parametrize("loss", ["taught", "judged"])
+def test_a_loss_that_reaches_beyond_the_model_and_a_graph_that_is_kept(loss: str) -> None:
+    assert checked(["block", "attend"], loss=loss, backwards="twice").dropped
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.slow
+def test_compiled_callables() -> None:
+    try:
+        assert checked(list(COMPILED)).dropped
+    finally:
+        torch.compiler.reset()
 
 
 #: Refused by plain autograd; or measured with a real step, whose margin and hooks the exact counts below leave out; or
@@ -84,7 +115,7 @@ def is_random(name: str) -> bool:
     return any(word in name for word in ("dropout", "rand", "bernoulli"))
 
 
-@settings(SMALL, max_examples=18)
+@settings(SMALL, max_examples=9)
 @given(programs(without=INEXACT, rows=64, columns=128), st.data())
 @pytest.mark.slow
 def test_planned(model: Program, data: st.DataObject) -> None:

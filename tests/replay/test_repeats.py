@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.replay.helpers import PATH
 from tightfit.device.cpu import CpuDevice
-from tightfit.operators import differing_calls, facts
+from tightfit.operators import facts
 from tightfit.replay.installed import Installed
 
 REPETITIONS = 8
@@ -26,7 +26,6 @@ def library() -> Iterator[torch.library.Library]:
     library._destroy()
     for number in [number for number, info in facts._INFO.items() if "tightfit_" in info.name]:
         del facts._INFO[number]
-    differing_calls._barred.clear()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tightfit
 from tests.support.wide_block import WIDTH, WideBlock
 from tightfit.device import memory as meter
 from tightfit.errors import PromiseWarning
+from tightfit.records import Profile
 
 BATCH = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(1))
 
@@ -107,6 +109,11 @@ WAYS: list[Backwards] = [
 ]  # fmt: skip
 
 
+@cache
+def profile_of(*, keeps_graph: bool) -> Profile:
+    return tightfit.measure(Net(), BATCH, step=tightfit.Step(loss=loss_of, retain_graph=keeps_graph))
+
+
 def step(loss: Callable[..., Tensor], model: nn.Module, backwards: Backwards) -> tuple[list[Tensor], int]:
     """The gradients, and the peak."""
     for parameter in model.parameters():
@@ -131,7 +138,7 @@ def test_steps_that_are_said_to_keep_their_graphs_keep_the_smallest_budget_from_
     model = Net()
     plain, plain_bytes = step(loss_of, model, backwards)
     kept = tightfit.Step(loss=loss_of, retain_graph=True)
-    profile = tightfit.measure(model, BATCH, step=kept)
+    profile = profile_of(keeps_graph=True)
     budget_bytes = tightfit.frontier(profile, points=2)[0].predicted_peak_bytes
     assert budget_bytes < 0.6 * plain_bytes
     with tightfit.fit(model, BATCH, budget=budget_bytes, step=kept, profile=profile) as applied:
@@ -148,7 +155,7 @@ def test_other_budgets_are_kept_once_a_backward_that_keeps_its_graph_was_seen(ba
     torch.manual_seed(0)
     model = Net()
     plain, plain_bytes = step(loss_of, model, backwards)
-    profile = tightfit.measure(model, BATCH, loss=loss_of)
+    profile = profile_of(keeps_graph=False)
     smallest_bytes = tightfit.frontier(profile, points=2)[0].predicted_peak_bytes
     budget_bytes = int(smallest_bytes + 0.3 * (plain_bytes - smallest_bytes))
     with tightfit.fit(model, BATCH, budget=budget_bytes, loss=loss_of, profile=profile) as applied:
@@ -184,7 +191,7 @@ def test_every_plan_of_a_step_that_keeps_its_graph_is_predicted_to_the_byte() ->
     model = Net()
     plain, _ = step(loss_of, model, twice)
     kept = tightfit.Step(loss=loss_of, retain_graph=True)
-    profile = tightfit.measure(model, BATCH, step=kept)
+    profile = profile_of(keeps_graph=True)
     assert profile.keeps_graph
     for plan in tightfit.frontier(profile, points=6):
         with tightfit.apply(model, plan, step=kept) as applied:
@@ -197,7 +204,7 @@ def test_every_plan_of_a_step_that_keeps_its_graph_is_predicted_to_the_byte() ->
 def test_an_applied_plan_that_does_not_know_says_so_once() -> None:
     torch.manual_seed(0)
     model = Net()
-    profile = tightfit.measure(model, BATCH, loss=loss_of)
+    profile = profile_of(keeps_graph=False)
     plan = tightfit.frontier(profile, points=3)[1]
     with tightfit.apply(model, plan) as applied:
         with applied.step(BATCH):

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.replay.helpers import differences, planned, retained_bytes, snapshot
-from tightfit._torch_private import dispatch_depth, top_saved_tensor_hooks
+from tightfit._torch_private.autograd import top_saved_tensor_hooks
+from tightfit._torch_private.dispatch import dispatch_depth
 from tightfit.errors import UnsupportedInput
 from tightfit.replay.installed import Installed
 
@@ -383,7 +384,7 @@ def live_tensors() -> tuple[int, int]:
 def test_nothing_leaks_without_the_garbage_collector(end: str, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Tower()
     if keep == "everything":  # as if nothing could be proved replayable
-        monkeypatch.setattr("tightfit.replay.tape.can_rebuild", lambda _: False)
+        monkeypatch.setattr("tightfit.replay.current_values.can_rebuild", lambda _: False)
 
     def one() -> None:
         if end == "backward":

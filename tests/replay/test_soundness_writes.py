@@ -176,7 +176,7 @@ def test_statistics_read_in_one_region_and_moved_by_batch_norm_in_another() -> N
         assert applied.statistics.replayed_ops > 0
 
 
-def test_statistics_moved_between_forward_and_backward_are_an_error_if_the_plan_did_not_know() -> None:
+def test_statistics_moved_between_forward_and_backward_that_the_plan_did_not_know() -> None:
     """A training forward without gradients, between the step's forward and its backward: nothing watches it."""
 
     class Net(nn.Module):
@@ -192,19 +192,21 @@ def test_statistics_moved_between_forward_and_backward_are_an_error_if_the_plan_
             return (self.linear(x) * self.norm.running_var.add(1).exp()).sin()
 
     batch = torch.randn(4, 8)
-    model = Net()
+    plain, model = Net(), Net()
+
+    def step_of(model: Net, moves: bool) -> dict[str, Tensor | None]:
+        model.zero_grad()
+        loss = model(batch).sum()
+        if moves:
+            with torch.no_grad():
+                model(batch, moves=True)
+        loss.backward()
+        return snapshot(model, loss)
+
     plan = full_plan(tightfit.measure(model, batch, loss=lambda m, x: m(x).sum()), 2**30)
     with tightfit.apply(model, plan) as applied:
-        for moved in (False, True, False):
-            with applied.step():
-                loss = model(batch).sum()
-            if moved:
-                with torch.no_grad():
-                    model(batch, moves=True)
-                with pytest.raises(RuntimeError, match="or by BatchNorm"):
-                    loss.backward()
-            else:
-                loss.backward()
+        for moves in (False, True, False):
+            assert differences(step_of(plain, moves), step_of(model, moves)) == []
         assert applied.statistics.replayed_ops > 0
 
 
@@ -260,13 +262,23 @@ def test_a_dropped_tensor_overwritten_is_refused_as_plain_refuses_it(where: str)
     assert installed.statistics.dropped_slots > 0
 
 
-def test_a_source_written_after_the_step_s_forward_is_an_error() -> None:
-    """Nobody saw the write, and the old contents are gone: replay refuses (plain has no use for them any more)."""
-    table = torch.ones(1, 16)
+@pytest.mark.parametrize("rows", [1, 2000])
+@pytest.mark.parametrize("self_check", [True, False])
+def test_a_source_written_after_the_step_s_forward(rows: int, self_check: bool) -> None:
+    """Nobody saw the write: a small one is known from its mark, else replay refuses (plain has no use for it)."""
+    table = torch.ones(rows, 16)
 
     def backward(loss: Tensor) -> None:
         table.add_(1)
         loss.backward()
 
-    replayed = run(lambda x, w: (x + table).exp() @ w, replay=True, backward=backward)
-    assert "modified in place after the region that used it ended" in str(replayed.error)
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return (x[:1] + table).exp() @ w
+
+    plain = run(function, replay=False, backward=backward)
+    table.fill_(1)
+    replayed = run(function, replay=True, backward=backward, self_check=self_check)
+    if rows == 1 and not self_check:
+        assert differences(plain.tensors, replayed.tensors) == []
+    else:
+        assert "modified in place after the region that used it ended" in str(replayed.error)

@@ -14,7 +14,7 @@ import pytest
 from tests.solver.profiles import chain_template, gpt_profile, profile_of
 from tightfit.errors import UnsupportedInput
 from tightfit.records import Plan
-from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
+from tightfit.report.frontier_plot import check_output, draw_frontier, save_figure
 from tightfit.report.peers import PeerPoint, Peers, load_peers
 from tightfit.solver.frontier import frontier
 
@@ -105,7 +105,7 @@ def test_names_are_shown_as_they_are(plans: list[Plan], tmp_path: Path) -> None:
     figure = draw_frontier(plans, peers=peers_of({**CHECKPOINT, "method": "_$x_$y^{"}))
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert r" _\$x_\$y^{" in legend
-    save_frontier(figure, tmp_path / "a.png", ".png")  # a formula would not parse
+    save_figure(figure, tmp_path / "a.png", ".png")  # a formula would not parse
 
 
 def test_the_legend_covers_nothing(plans: list[Plan]) -> None:
@@ -118,7 +118,7 @@ def test_the_legend_covers_nothing(plans: list[Plan]) -> None:
 def test_each_kind_of_file(plans: list[Plan], suffix: str, beginning: bytes, tmp_path: Path) -> None:
     path = tmp_path / "plot.tmp"
     check_output(path.with_suffix(suffix))
-    save_frontier(draw_frontier(plans), path, suffix)
+    save_figure(draw_frontier(plans), path, suffix)
     assert path.read_bytes().startswith(beginning)
 
 
@@ -139,7 +139,7 @@ def test_pyplot_is_not_imported_and_no_setting_changes() -> None:
         "import sys\nimport tightfit.report.frontier_plot as plot\nassert 'matplotlib' not in sys.modules\n"
         "from tightfit.solver.frontier import frontier\nfrom tests.solver.profiles import gpt_profile\n"
         "import io, matplotlib\nbefore = matplotlib.rcParams.copy()\n"
-        "plot.save_frontier(plot.draw_frontier(frontier(gpt_profile(1), 3)), io.BytesIO(), '.png')\n"
+        "plot.save_figure(plot.draw_frontier(frontier(gpt_profile(1), 3)), io.BytesIO(), '.png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\nassert matplotlib.rcParams.copy() == before\n"
     )
     root = Path(__file__).parent.parent.parent

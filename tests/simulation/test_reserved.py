@@ -9,7 +9,7 @@ import pytest
 
 from tests.solver.profiles import gpt_profile, random_profile
 from tightfit.errors import BudgetInfeasible
-from tightfit.records import AllocatorState, Decision, Plan, Profile
+from tightfit.records import AllocatorState, Decision, Event, EventKind, Plan, Profile, Storage
 from tightfit.simulation.levers import Request, Requests
 from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
@@ -121,7 +121,7 @@ def test_what_is_asked_for_adds_up_to_what_the_simulator_counts(seed: int) -> No
         step = requests_of(index, decisions, shared)
         alive: dict[int, int] = {}
         level = highest = 0
-        for thing, nbytes in (*step.forward_backward, *step.optimizer):
+        for thing, nbytes, _ in (*step.forward_backward, *step.optimizer):
             if nbytes > 0:
                 assert thing not in alive
                 alive[thing] = nbytes
@@ -179,6 +179,38 @@ def test_what_a_larger_step_leaves_serves_a_smaller_one_and_not_the_other_way_ro
     # Three things at a time, of which two find no place in what is there.
     many = step_of(*(Request(thing, 90 * MIB) for thing in range(3)), *(Request(thing, 0) for thing in range(3)))
     assert totals_in_turn([large, many], state) == (30 + 100 + 80 + 90 + 90) * MIB
+
+
+def test_what_one_stream_frees_another_is_not_given() -> None:
+    alone = replace(STATE, beside_bytes=0)
+    asked = Request(1, 30 * MIB), Request(1, 0), Request(2, 30 * MIB, 1), Request(2, 0)
+    assert reserved_for(step_of(*asked), alone).peak_bytes == 60 * MIB
+    assert reserved_for(step_of(*asked[:2], Request(2, 30 * MIB), Request(2, 0)), alone).peak_bytes == 30 * MIB
+
+
+def test_a_storage_is_asked_for_on_its_stream() -> None:
+    profile = large_profile()
+    elsewhere = tuple(replace(s, stream=1) if s.component == "activation" else s for s in profile.storages)
+    plain = [None] * len(profile.regions)
+    requests = requests_of(ProfileIndex(replace(profile, storages=elsewhere)), plain).forward_backward
+    assert {request.stream for request in requests if request.nbytes > 0 and request.thing >= 0} == {1}
+
+
+def test_what_a_sharded_step_reduces_becomes_its_gradients() -> None:
+    """All gradients of a group are one storage, made on the collective's stream; freed where gradients are there."""
+    profile = large_profile()
+    gradients = [3 * MIB, MIB]
+    reduced = len(profile.storages) + 2
+    pieces = [Storage(nbytes=nbytes, component="gradients") for nbytes in gradients]
+    storages = (*profile.storages, *pieces, Storage(nbytes=sum(gradients), stream=2))
+    place = next(n for n, (kind, _) in enumerate(profile.events) if kind == EventKind.BACKWARD) + 1
+    events = list(profile.events)
+    events[place:place] = [Event(EventKind.ALLOC, reduced), Event(EventKind.FREE, reduced)]
+    sharded = replace(profile, storages=storages, events=tuple(events), is_sharded=True)
+    step = requests_of(ProfileIndex(sharded), [None] * len(profile.regions))
+    assert step.given_gradients == tuple(gradients)
+    assert step.gradients == (sum(gradients),)
+    assert Request(reduced, BECOMES_GRADIENT) in step.forward_backward
 
 
 def test_under_a_cap_a_step_flushes_the_cache_or_counts_without_one() -> None:

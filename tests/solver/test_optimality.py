@@ -19,6 +19,7 @@ from tightfit.records import EventKind, Profile
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
+from tightfit.solver.effort import SOLVE_WORK, Effort
 from tightfit.solver.lower_bound import added_ms_bound
 from tightfit.solver.solver import Solver
 
@@ -374,7 +375,7 @@ def test_the_bound_is_never_above_the_plan() -> None:
             if outcome is None or relaxation is None:
                 continue
             added_ms = outcome.simulation.step_ms - profile.plain_step_ms
-            bound_ms = added_ms_bound(pool, relaxation.prices, budget)
+            bound_ms = added_ms_bound(pool, relaxation.prices, budget, Effort(SOLVE_WORK))
             assert bound_ms <= added_ms + 1e-9 * profile.plain_step_ms
             replaying += added_ms > 0
             tight += 0 < added_ms <= bound_ms * 1.01

@@ -14,6 +14,7 @@ from tightfit.simulation.simulator import simulate
 from tightfit.solver import column_generation as generate
 from tightfit.solver.column_generation import ColumnPool
 from tightfit.solver.columns import ColumnSource, keeping
+from tightfit.solver.effort import SOLVE_WORK, Effort
 from tightfit.solver.pricing import Prices, PricingModel
 from tightfit.solver.region_mip import RegionProgram
 from tightfit.solver.solver import Solver
@@ -43,7 +44,7 @@ def test_at_prices_it_is_a_bound_and_mostly_the_least_cost() -> None:
             parts = {(time, storage, region): private[time] * rng.random() for time in times for storage in shared}
             prices = Prices(times={source.cuts.first[0]: 1.0}, private=private, shared=parts)
             least = min(pool.cost(source.column(region, d), prices) for d in all_decisions(index, region))
-            bound, decision = exact.bound(prices)
+            bound, decision = exact.bound(prices, Effort(SOLVE_WORK))
             cut, _ = PricingModel(index, region, shared).best(prices)
             assert bound <= least + 1e-6
             assert bound >= cut - 1e-6

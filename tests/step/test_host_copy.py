@@ -95,7 +95,7 @@ class Quantised(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Quantised:
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)  # type: ignore[attr-defined, no-any-return]  # no stub has it
 
     def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
         self.values, self.scale = values, scale

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import tightfit
-from tightfit import _torch_private as private
 from tightfit import interrupts
+from tightfit._torch_private import autograd, dispatch, profiler
 from tightfit.interrupts import safe_point, waiting_interrupts
 from tightfit.profiling.measure import measure_step
 from tightfit.step.snapshot import TrainingState
@@ -80,9 +80,9 @@ class Setting:
             "hooks": [(p._backward_hooks, p._post_accumulate_grad_hooks, p._version) for p in self.model.parameters()],
             "gradients": [id(parameter.grad) for parameter in self.model.parameters()],
             "generators": (random.getstate(), generator["state"]["key"].tolist(), generator["state"]["pos"]),
-            "stacks": (private.dispatch_depth(), private.function_mode_depth(), private.top_saved_tensor_hooks()),
-            "modes": (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), private.saved_tensor_hooks_allowed()),
-            "process": (private.profiler_is_running(), gc.isenabled(), gc.get_freeze_count(), signal.getsignal(2)),
+            "stacks": (dispatch.dispatch_depth(), dispatch.function_mode_depth(), autograd.top_saved_tensor_hooks()),
+            "modes": (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), autograd.saved_tensor_hooks_allowed()),
+            "process": (profiler.profiler_is_running(), gc.isenabled(), gc.get_freeze_count(), signal.getsignal(2)),
             "files": sorted(path.name for path in Path(tempfile.gettempdir()).iterdir()),
         }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from tightfit.operators.escaped_memory import MemoryWatch
 from tightfit.step.key import ModelWatch, StepKey, step_key
 
 x, y = torch.zeros(4, 8), torch.zeros(4, 8)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
 
 
 @dataclass
@@ -30,11 +36,13 @@ def key_of(batch: Any, model: nn.Module | None = None, *optimizers: torch.optim.
     [
         (x, torch.ones(4, 8)),
         ((x, y), (y, x)),
+        ((x, y), [x, y]),
+        ({"pair": (x, y)}, OrderedDict(pair=Pair(x, y))),
         ({"a": x, "weight": 0.5}, {"a": y, "weight": 0.25}),
         (Holder(x, 1.0), Holder(y, 2.0)),
         ({"a": x, "names": ["left", "right"], "ids": [1, 2]}, {"a": x, "names": ["up", "down"], "ids": [3, 4]}),
     ],
-    ids=["contents", "tuples", "floats", "objects", "what belongs to single samples"],
+    ids=["contents", "tuples", "lists", "subclasses", "floats", "objects", "what belongs to single samples"],
 )
 def test_equal(one: Any, other: Any) -> None:
     model = nn.Linear(8, 8)
@@ -53,7 +61,6 @@ def test_equal(one: Any, other: Any) -> None:
         (x, torch.zeros(4, 8).requires_grad_()),
         (x, torch.zeros(4, 8).to_sparse()),
         ((x, y), (x, x)),
-        ((x, y), [x, y]),
         ((x,), (x, y)),
         ({"a": x}, {"b": x}),
         ({"a": x, "flag": True}, {"a": x, "flag": False}),

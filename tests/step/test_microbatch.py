@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tightfit
-from tightfit._torch_private import FakeTensor, FakeTensorMode
+from tightfit._torch_private.dispatch import FakeTensor, FakeTensorMode
 from tightfit.device.memory import resident_bytes
 from tightfit.profiling.structural_copy import copy_batch
 from tightfit.step.batch import batch_tensors, describe_batch

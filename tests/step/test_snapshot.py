@@ -36,3 +36,15 @@ def test_a_sparse_gradient_is_put_back() -> None:
     assert embedding.weight.grad is gradient
     assert torch.equal(gradient.to_dense(), before)
     assert gradient._nnz() == 2
+
+
+def test_tensors_without_data_are_left_alone() -> None:
+    """A skeleton on ``meta``, as `torch.func.functional_call` is given for a stack of models."""
+    model = nn.Linear(4, 4)
+    model.skeleton = [nn.Linear(4, 4, device="meta")]  # type: ignore[assignment]  # a list hides it from `parameters`
+    state = TrainingState(model, ())
+    with torch.no_grad():
+        model.weight.zero_()
+        model.skeleton[0].weight.zero_()  # type: ignore[index]  # as above
+    state.restore()
+    assert model.weight.count_nonzero()

@@ -10,8 +10,8 @@ import pytest
 
 #: What the package's extras bring; see pyproject.toml.
 PACKAGES = (
-    "accelerate", "datasets", "lightning", "matplotlib", "PIL", "sklearn", "statsmodels", "tensorboard", "tokenizers",
-    "transformers",
+    "accelerate", "datasets", "lightning", "matplotlib", "PIL", "peft", "pmdarima", "shtab", "sklearn",
+    "statsmodels", "tensorboard", "timm", "tokenizers", "transformers", "xgboost",
 )  # fmt: skip
 #: Imports of another package that need one of them.
 _BY_WAY_OF = {"torch.utils.tensorboard": "tensorboard"}

@@ -51,7 +51,8 @@ def _mechanism(*_: Any, **__: Any) -> Any:
 
 #: What measures a time that decides, by module.
 _REPLACED: dict[str, dict[str, Callable[..., Any]]] = {
-    "tightfit.profiling.costs": {"_times_ms": times_ms, "_opaque_times_ms": times_ms, "_cold_code_ms": lambda: 0.0},
+    "tightfit.profiling.costs": {"_times_ms": times_ms, "_cold_code_ms": lambda: 0.0},
+    "tightfit.profiling.costs_in_place": {"_opaque_times_ms": times_ms, "_once_times_ms": times_ms},
     "tightfit.profiling.mechanism_cost": {"_remembered": _mechanism},
 }
 _measured: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import profiler_is_running, profiler_memory_events
+from tightfit._torch_private.profiler import profiler_is_running, profiler_memory_events
 from tightfit.device import host_meter as meter_module
 
 _Profile = torch.profiler.profile

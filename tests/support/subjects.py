@@ -13,14 +13,16 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "distributed": ("distributed", "train/launch", "train/parallel", "replay/test_ddp.py", "profiling/test_fsdp.py"),
     "train": ("train",),
     "cli": ("cli",),
-    "report": ("report",),
+    "report": ("report", "explanation"),
     "integrations": ("integrations",),
-    "promises": ("promises", "test_suite.py"),
+    "promises": ("promises", "real_libraries", "test_recipes.py", "test_suite.py"),
     "benchmarks": ("benchmarks",),
     "project": (
         "emulated_cuda",
         "test_architecture.py",
         "test_layout.py",
+        "test_pictures.py",
+        "test_portability.py",
         "test_public_api.py",
         "test_readme.py",
         "test_typed.py",
@@ -33,6 +35,7 @@ WITHOUT_COUNTERPART = {
     "emulated_cuda": "the CUDA runtime on which the tests of `gpu` run without a GPU",
     "gpu": "needs a CUDA device, whatever it is about",
     "promises": "whole trainings, as a user would write them: what users of other tools suffer from",
+    "real_libraries": "needs libraries that only `make test-cuda` installs, whatever of the package they try",
 }
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import random
 import shutil
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tightfit.errors import UnsupportedInput
@@ -19,11 +22,13 @@ from tightfit.train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_checkpoint,
+    read_training_state,
     save_checkpoint,
     set_aside,
 )
 from tightfit.train.manifest import write_manifest
 from tightfit.train.random_state import random_state, restore_random_state
+from tightfit.train.shard_files import Piece, in_order, save_file
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -173,6 +178,7 @@ def test_a_checkpoint_of_the_format_before_is_recognised(tmp_path: Path) -> None
 
 
 def _small(folder: Path) -> Path:
+    torch.manual_seed(0)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return save_checkpoint(
@@ -188,13 +194,17 @@ def _small(folder: Path) -> Path:
     )
 
 
-def test_no_flipped_bit_and_no_cut_is_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_no_flipped_bit_and_no_cut_is_accepted(sharded: bool, tmp_path: Path) -> None:
     """Of `state.json`, 108 of 7,144 flipped bits changed numbers in silence: "step 12" became 13, or 52."""
-    folder = _small(tmp_path)
+    folder = (_sharded if sharded else _small)(tmp_path)
     tried = 0
-    for file in sorted(folder.iterdir()):
+    files = sorted(folder.iterdir())
+    # Of the sharded one not every byte: `python -m tests.train.attacks.flips` has more.
+    stride = 3 if sharded else 1
+    for file in files:
         content = file.read_bytes()
-        for place in range(len(content)):
+        for place in range(0, len(content), stride):
             before, byte, after = content[:place], content[place], content[place + 1 :]
             flipped = (before + bytes([byte ^ 1 << bit % 8]) + after for bit in (place, place + 5))
             for damaged in (*flipped, before):
@@ -203,11 +213,48 @@ def test_no_flipped_bit_and_no_cut_is_accepted(tmp_path: Path) -> None:
                     read_checkpoint(folder)
                 tried += 1
         file.write_bytes(content)
-    assert tried > 2000
+    assert tried > (1000 if sharded else 2000)
     assert read_checkpoint(folder).step == 3
 
 
-@pytest.mark.parametrize("name", ["training.safetensors", "state.json", "manifest.json"])
+def _sharded(folder: Path) -> Path:
+    """A checkpoint as two processes write it, of a sharded model."""
+    folder = _small(folder)
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # the file is written anew
+    weight = tensors.pop("model.weight")
+    shards = [[Piece("model.weight@0,0", weight[:, :1])], [Piece("model.weight@0,1", weight[:, 1:])]]
+    shards[0] += [Piece(name, tensor) for name, tensor in tensors.items()]
+    for name, pieces in zip((TENSORS, "training-00001.safetensors"), shards, strict=True):
+        save_file(folder / name, in_order(pieces))
+    state = json.loads((folder / "state.json").read_text())
+    state["training"]["dict"]["model"]["dict"]["weight"]["shape"] = [1, 2]
+    (folder / "state.json").write_text(json.dumps(state))
+    _manifest_anew(folder)
+    return folder
+
+
+def _manifest_anew(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, FORMAT_VERSION)
+
+
+def test_shards_of_several_processes_are_one_checkpoint(tmp_path: Path) -> None:
+    whole, sharded = _small(tmp_path / "a"), _sharded(tmp_path / "b")
+    assert torch.equal(read_training_state(whole)["model"]["weight"], read_training_state(sharded)["model"]["weight"])
+    model = nn.Linear(2, 1)
+    load_checkpoint(read_checkpoint(sharded), model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight, read_training_state(whole)["model"]["weight"])
+    (sharded / "training-00001.safetensors").unlink()
+    with pytest.raises(UnsupportedInput, match="not a complete checkpoint"):
+        read_checkpoint(sharded)
+    _manifest_anew(sharded)  # as if it had been written so
+    with pytest.raises(UnsupportedInput, match=r"a shard of model\.weight is missing"):
+        load_checkpoint(read_checkpoint(sharded), model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    "name", ["training.safetensors", "training-00001.safetensors", "state.json", "manifest.json", "more.safetensors"]
+)
 def test_a_pickle_in_any_file_is_never_executed(name: str, tmp_path: Path) -> None:
     trace = tmp_path / "executed"
 
@@ -215,16 +262,44 @@ def test_a_pickle_in_any_file_is_never_executed(name: str, tmp_path: Path) -> No
         def __reduce__(self) -> tuple[object, ...]:
             return (Path.touch, (trace,))
 
-    folder = _small(tmp_path / "checkpoints")
+    folder = _sharded(tmp_path / "checkpoints")
     (folder / name).write_bytes(pickle.dumps(Harmful()))
     if name != "manifest.json":  # whoever writes the pickle writes the manifest over it, too
-        (folder / "manifest.json").unlink()
-        write_manifest(folder, FORMAT_VERSION)
+        _manifest_anew(folder)
     model = nn.Linear(2, 1)
     with pytest.raises(UnsupportedInput):  # noqa: PT012  # either of them says so
         checkpoint = read_checkpoint(folder)
         load_checkpoint(checkpoint, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert not trace.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes")
+@pytest.mark.parametrize("name", ["state.json", "manifest.json", "training-00001.safetensors"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = _sharded(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    if name != "manifest.json":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name]["size_bytes"] = 0
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    with pytest.raises(UnsupportedInput, match=f"{name} is no file"):
+        read_checkpoint(folder)
+
+
+def test_shards_that_overlap_are_refused(tmp_path: Path) -> None:
+    """As many elements as there should be, but some twice, and some not at all: memory that nothing has written."""
+    folder = _sharded(tmp_path)
+    shards = [Piece("model.weight@0,1", torch.ones(1, 1)), Piece("model.weight@0,1", torch.ones(1, 1))]
+    save_file(folder / "training-00001.safetensors", shards[:1])
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
+    tensors["model.weight@0,2"] = torch.ones(1, 2)
+    tensors["model.weight@0,3"] = torch.ones(1, 1)
+    del tensors["model.weight@0,0"]
+    save_file(folder / TENSORS, in_order(Piece(name, tensor) for name, tensor in tensors.items()))
+    _manifest_anew(folder)
+    with pytest.raises(UnsupportedInput, match=r"shards of model\.weight overlap"):
+        read_training_state(folder)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", '"text"', "{}", '{"step": true}'])
@@ -274,10 +349,15 @@ def test_what_is_set_aside_is_kept_and_not_looked_at(tmp_path: Path) -> None:
     ids=str,
 )
 def test_the_newest_the_best_and_the_multiples_stay(retention: Retention, kept: list[int], tmp_path: Path) -> None:
+    _keep(tmp_path, retention, *range(1, 7), best=2)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink()) == [f"step-{n:08d}" for n in kept]
+
+
+def _keep(folder: Path, retention: Retention, *steps: int, best: int = 0) -> None:
     model, optimizer = make()
-    for number in range(1, 7):
+    for number in steps:
         save_checkpoint(
-            tmp_path,
+            folder,
             step=number,
             identity={},
             progress={},
@@ -285,7 +365,34 @@ def test_the_newest_the_best_and_the_multiples_stay(retention: Retention, kept: 
             optimizer=optimizer.state_dict(),
             random_states=[],
             extra={},
-            is_best=number == 2,
+            is_best=number == best,
             retention=retention,
         )
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink()) == [f"step-{n:08d}" for n in kept]
+
+
+def test_one_that_was_moved_to_another_disk_is_let_go_of_by_its_link(tmp_path: Path) -> None:
+    here, other = tmp_path / "checkpoints", tmp_path / "other"
+    _keep(here, Retention(last=1), 1)
+    (here / "step-00000001").rename(other)
+    (here / "step-00000001").symlink_to(other)
+    (here / "latest").unlink()
+    _keep(here, Retention(last=1), 2)
+    assert sorted(path.name for path in here.iterdir()) == ["latest", "step-00000002"]
+    assert (other / TENSORS).exists()
+
+
+def test_one_that_cannot_be_removed_is_no_reason_not_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network's disk a folder stays as long as another process reads a file in it."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        _keep(tmp_path, Retention(last=1), 1, 2, 3)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step == 3
+    assert len(list(tmp_path.glob(".step-*.pruned.*.tmp"))) == 2
+    _keep(tmp_path, Retention(last=1), 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,20 @@ RUN = Path("runs/co2/m")
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with a checkpoint after each, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*WORDS, "--steps", "4", "--save-every", "1"]) == 0
+    return folder / RUN
+
+
 @pytest.fixture
-def four_steps(own_folder: None) -> None:
-    """A run of four steps with a checkpoint after each."""
-    assert main([*WORDS, "--steps", "4", "--save-every", "1"]) == 0
+def four_steps(trained: Path, own_folder: None) -> None:
+    """That run, to be damaged."""
+    shutil.copytree(trained, RUN, symlinks=True)
 
 
 @pytest.mark.usefixtures("four_steps")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tightfit.cli.main import main
 from tightfit.errors import UnsupportedInput
 from tightfit.train.data import DATASETS, DataOptions, data_name, load_data
 from tightfit.train.data.loader import BatchLoader
@@ -154,3 +155,17 @@ def test_arguments_reach_a_factory_and_nothing_else() -> None:
         load_data("tests.train.user_code:numbers", DataOptions(sequence_length=0, arguments={"cuont": 7}))
     with pytest.raises(UnsupportedInput, match="Leave the arguments out"):
         load_data("co2", DataOptions(sequence_length=8, arguments={"count": 7}))
+
+
+def test_workers_that_hang_are_told_of_and_end_the_run(
+    own_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("tightfit.train.data.loader._PATIENCE_S", 1)
+    monkeypatch.setattr("tightfit.train.data.loader._MOST_WAITS", 3)
+    words = ["--model", "tests.train.user_code:own_loss_model", "--dataset", "tests.train.user_code:hanging_numbers"]
+    assert main(["train", *words, "--batch-size", "8", "--workers", "1", "--epochs", "1"]) == 2
+    assert "hang, or wait for something that does not come" in capsys.readouterr().err
+    assert [record.args[1] for record in caplog.records if "have not delivered" in record.message] == [1, 2, 3]  # type: ignore[index]  # args of a record are a tuple here

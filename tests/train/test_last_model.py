@@ -49,9 +49,11 @@ def test_a_run_that_ended_before_its_model_is_finished_by_the_same_command(capsy
     assert train("whole", "--steps", "3") == 0
     end_before_the_model("cut", "--steps", "3")
     assert not Path(f"runs/{DATA}/cut/model.safetensors").exists()
+    Path(f"runs/{DATA}/cut/.report.html.123.tmp").write_text("half")  # what a killed process leaves
     capsys.readouterr()
     assert train("cut", "--steps", "3") == 0
     assert "its model was not written when it ended" in capsys.readouterr().out
+    assert not list(Path(f"runs/{DATA}/cut").glob(".*"))
     assert same_weights("whole", "cut")  # the average's, not the last step's
     assert "finished" in Path(f"runs/{DATA}/cut/report.html").read_text()
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}

@@ -9,7 +9,7 @@ import torch
 from tightfit.errors import UnsupportedInput
 from tightfit.train.config import TrainConfig
 from tightfit.train.data import DataFacts
-from tightfit.train.models import MODELS, find_model
+from tightfit.train.models import MODELS, building, find_model
 from tightfit.train.workload import build, resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -98,6 +98,14 @@ def test_a_config_without_architectures_needs_a_task(tmp_path: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("architectures", [10**30, {"a": 1}, [3], "LlamaForCausalLM", []])
+def test_architectures_that_are_none(architectures: object, tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "llama.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    with pytest.raises(UnsupportedInput):
+        find_model(f"transformers:{tmp_path}", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sequence_length", "message"),
     [
@@ -131,3 +139,20 @@ def test_equal_seeds_give_equal_models() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("model", ["gpt-tiny", "transformers"])
+def test_a_number_of_layers_that_would_never_end_is_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """2**63 blocks were being built after nine minutes, in 5.5 GB."""
+    monkeypatch.setattr(building, "MOST_PARTS", 5000)
+    monkeypatch.setattr(building, "_SAY_EVERY_S", 0.0)
+    arguments = {"layers": 2**62}
+    if model == "transformers":
+        gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_head": 2, "n_embd": 8, "vocab_size": 256}
+        (tmp_path / "config.json").write_text(json.dumps(gpt2))
+        model, arguments = f"transformers:{tmp_path / 'config.json'}", {"n_layer": 2**63}
+    with pytest.raises(UnsupportedInput, match="more than 5,000 modules and parameters"):
+        build(*resolve(TrainConfig(model=model, batch_size=2, sequence_length=16, model_args=arguments)))
+    assert "so far" in caplog.text

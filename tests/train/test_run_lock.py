@@ -77,6 +77,21 @@ def test_what_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
 
 
+def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lost the right to write into its folder ended with exit code 2 and a word about its lock."""
+
+    def denied(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # noqa: PT012  # the lock is given back in it
+        patch.setattr(Path, "unlink", denied)
+        with only_run_in(tmp_path / "run", pytest.fail):
+            raise ZeroDivisionError
+    with only_run_in(tmp_path / "run", pytest.fail):
+        pass
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
 @pytest.mark.usefixtures("own_folder")
 def test_a_folder_in_use_is_refused_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -205,7 +206,10 @@ class RunsOut(OwnLoss):
     def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         if os.environ.get("RANK") == "1" and os.path.exists("run-out"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().forward(inputs, targets)
+        hidden = self.layers[0](inputs).repeat(1, 64)
+        for _ in range(6):  # which a plan may drop
+            hidden = hidden.sin()
+        return super().forward(inputs + hidden.mean(), targets)
 
 
 def runs_out() -> nn.Module:
@@ -257,6 +261,19 @@ def noisy_ragged_numbers(count: int = 24) -> NoisyRagged:
     return NoisyRagged(torch.arange(1.0, 4 + number % 5) for number in range(count))
 
 
+class Hanging(list[tuple[Tensor, Tensor]]):
+    """Numbers of which one never comes from a worker."""
+
+    def __getitem__(self, number: Any) -> Any:
+        if number == 20 and torch.utils.data.get_worker_info() is not None:
+            time.sleep(1000)
+        return super().__getitem__(number)
+
+
+def hanging_numbers() -> Hanging:
+    return Hanging(numbers())
+
+
 class DrawsEverywhere(nn.Module):
     """Dropout, a random operation, and decisions that Python's and NumPy's generators take."""
 
@@ -289,3 +306,36 @@ class Masked(OwnLoss):
 
 def masked_model() -> nn.Module:
     return Masked()
+
+
+class FailsLater(OwnLoss):
+    """Has dropout and BatchNorm, and raises what a file says, in the midst of forward, while that is there."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(4)
+        self.calls = 0
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        inputs = nn.functional.dropout(self.norm(inputs), 0.25)
+        if self.training and torch.is_grad_enabled() and os.path.exists("fail"):
+            raise _failure()
+        return super().forward(inputs, targets)
+
+
+def _failure() -> Exception:
+    """What the file says; of a lack of memory so often as it says."""
+    with open("fail") as file:
+        kind, _, times = file.read().partition(" ")
+    if kind != "memory":
+        return ZeroDivisionError("in the user's forward")
+    os.remove("fail")
+    if int(times) > 1:
+        with open("fail", "w") as file:
+            file.write(f"memory {int(times) - 1}")
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def fails_later() -> nn.Module:
+    return FailsLater(8)

@@ -71,7 +71,7 @@ def fitted(model: nn.Module) -> tightfit.Applied:
 def gradients(model: nn.Module, step: Callable[[], Tensor]) -> list[Tensor]:
     torch.manual_seed(1)
     step().backward()
-    found = [parameter.grad.to_local().clone() for parameter in model.parameters()]  # type: ignore[union-attr]
+    found = [parameter.grad.to_local().clone() for parameter in model.parameters()]  # type: ignore[union-attr]  # DTensors
     model.zero_grad()
     return found
 

@@ -14,24 +14,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import tightfit
-from tightfit.cli.console import prefix_messages
+from tightfit.cli.console import prefix_messages, print_message
+from tightfit.cli.described import frontier_elsewhere, plan_elsewhere
 from tightfit.cli.doctor import examine, format_examination
-from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
+from tightfit.cli.options import (
+    ExplainOptions,
+    FrontierOptions,
+    ListOptions,
+    PlanOptions,
+    ReportOptions,
+    TrainOptions,
+    VerifyOptions,
+)
+from tightfit.cli.snapshot_file import write_snapshot
 from tightfit.device.budget import Budget
+from tightfit.device.described.cards import card_named
 from tightfit.device.registry import accelerator_kind
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
+from tightfit.explanation.script import explain_script
 from tightfit.planning.search import confirm_smallest, find_plan
 from tightfit.records import Plan
+from tightfit.report.chart_files import save_charts
 from tightfit.report.dry_run import format_dry_run
-from tightfit.report.frontier_plot import check_output, draw_frontier, save_frontier
+from tightfit.report.frontier_plot import check_output, draw_frontier, require_matplotlib, save_figure
 from tightfit.report.frontier_table import Curve, curve_figures, format_curve
 from tightfit.report.peers import load_peers
+from tightfit.report.phase_bar import showing_phases
 from tightfit.report.plan_table import format_plan, format_table, plan_figures
 from tightfit.report.reporter import Reporter
-from tightfit.report.run_page import PAGE, read_and_render
+from tightfit.report.run_charts import memory_charts, run_charts
+from tightfit.report.run_files import PAGE
+from tightfit.report.run_page import read_and_render
 from tightfit.report.run_summary import format_summary
 from tightfit.report.text import batch_note, format_measuring, format_peak, format_verdict
 from tightfit.solver.frontier import frontier_of
@@ -43,13 +60,16 @@ from tightfit.train.data import DATASETS
 from tightfit.train.dry_run import rehearse
 from tightfit.train.files import replacing, write_text
 from tightfit.train.launch.devices import choose_backend, take_device
-from tightfit.train.launch.launcher import launch, noting_failure
+from tightfit.train.launch.launcher import launch, note_failure, noting_failure
 from tightfit.train.launch.orphans import end_with_parent
 from tightfit.train.launch.rendezvous import process_group
 from tightfit.train.launch.roles import Alone, Starter, find_role
 from tightfit.train.models import MODELS
 from tightfit.train.run import run
 from tightfit.verification.trial import Trial
+
+#: Of the table that `tightfit plan` prints without --explain.
+_PLAN_LINES = 6
 
 
 def train(options: TrainOptions, command: Sequence[str]) -> int:
@@ -77,7 +97,16 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     backend = choose_backend(device, config.dist_backend)
-    with noting_failure(), process_group(role, backend=backend, device=device, timeout_s=config.dist_timeout) as group:
+
+    def give_up(problem: Exception) -> None:
+        note_failure(problem)
+        print_message(problem)
+        os._exit(1)  # the main thread may wait in a collective for ever
+
+    with (
+        noting_failure(),
+        process_group(role, backend=backend, device=device, timeout_s=config.dist_timeout, give_up=give_up) as group,
+    ):
         return _train(config, options, command, group, device, "")
 
 
@@ -114,16 +143,21 @@ def _train(
 
 
 def plan(options: PlanOptions, command: Sequence[str]) -> int:
-    """Find a plan that keeps the budget in a real step, and print it."""
-    options, source = resolve(options)
+    """Find a plan that keeps the budget in a real step, or for a GPU that is not here, and print it."""
     _require_folder(options.output)
+    if (card := card_named(options.device)) is not None:
+        return plan_elsewhere(options, card)
+    options, source = resolve(options)
     work = build(options, source)
-    found = find_plan(work.model, work.microbatch(0), work.spec(), work.budget.step_bytes)
-    solved, profile = found.plan, found.profile
-    more_bytes = next_useful_bytes(solver_of(profile), solved)
+    with showing_phases(Console(stderr=True)):
+        found = find_plan(work.model, work.microbatch(0), work.spec(), work.budget.step_bytes)
+        solved, profile = found.plan, found.profile
+        more_bytes = next_useful_bytes(solver_of(profile), solved)
     if options.output is not None:
         with replacing(Path(options.output)) as temporary:
             solved.save(temporary)
+    if options.snapshot is not None:
+        write_snapshot(Path(options.snapshot), profile, solved)
     if options.json:
         measuring_ms = dict(profile.measuring_ms)
         print(json.dumps({**plan_figures(solved), "next_useful_bytes": more_bytes, "measuring_ms": measuring_ms}))
@@ -133,7 +167,7 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
         print(format_peak(solved, more_bytes))
         print(f"        measured in {format_measuring(profile)}")
         if not solved.is_plain:
-            print(format_table(solved))
+            print(format_table(solved, None if options.explain else _PLAN_LINES))
         if options.output is not None:
             print(f"written to {options.output}")
     return 0
@@ -141,26 +175,29 @@ def plan(options: PlanOptions, command: Sequence[str]) -> int:
 
 def frontier(options: FrontierOptions, command: Sequence[str]) -> int:
     """Solve for budgets from the smallest to the plain peak, and print and draw what each costs."""
-    options, source = resolve(options)
     output = None if options.output is None else Path(options.output)
     _require_folder(options.output)
     if output is not None:
         check_output(output)
+    if (card := card_named(options.device)) is not None:
+        return frontier_elsewhere(options, card)
+    options, source = resolve(options)
     peers = None if options.peers is None else load_peers(Path(options.peers))
     work = build(options, source)
     batch = work.microbatch(0)
-    profile = tightfit.measure(work.model, batch, **_keywords(work))
-    with Trial(work.model, batch, work.spec()) as trial:
-        profile = confirm_smallest(trial, profile)
     marked_bytes = work.budget.total_bytes if options.marks_budget else None
-    begin = time.perf_counter()
-    solver = solver_of(profile)
-    plans = frontier_of(solver, options.points, also=() if marked_bytes is None else (marked_bytes,))
+    with showing_phases(Console(stderr=True)):
+        profile = tightfit.measure(work.model, batch, **_keywords(work))
+        with Trial(work.model, batch, work.spec()) as trial:
+            profile = confirm_smallest(trial, profile)
+        begin = time.perf_counter()
+        solver = solver_of(profile)
+        plans = frontier_of(solver, options.points, also=() if marked_bytes is None else (marked_bytes,))
     curve = Curve.of(solver, plans, marked_bytes, solving_ms=1e3 * (time.perf_counter() - begin))
     if output is not None:
         figure = draw_frontier(plans, budget_bytes=marked_bytes, peers=peers)
         with replacing(output) as temporary:
-            save_frontier(figure, temporary, output.suffix)
+            save_figure(figure, temporary, output.suffix)
     if options.json:
         print(json.dumps(curve_figures(curve)))
     else:
@@ -177,17 +214,19 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     solved = Plan.load(options.plan) if options.plan is not None else None
     work = build(options, source)
     batch = work.microbatch(0)
-    if solved is None:
-        # With repair, as in training: what is verified is the plan that `tightfit train` would use.
-        solved = find_plan(work.model, batch, work.spec(), work.budget.step_bytes).plan
-    verdict = tightfit.verify(
-        work.model,
-        batch,
-        solved,
-        **_keywords(work),
-        steps=options.steps,
-        reference_budget_bytes=Budget.of(options.reference_memory, work.device, name="--reference-memory").total_bytes,
-    )
+    reference_bytes = Budget.of(options.reference_memory, work.device, name="--reference-memory").total_bytes
+    with showing_phases(Console(stderr=True)):
+        if solved is None:
+            # With repair, as in training: what is verified is the plan that `tightfit train` would use.
+            solved = find_plan(work.model, batch, work.spec(), work.budget.step_bytes).plan
+        verdict = tightfit.verify(
+            work.model,
+            batch,
+            solved,
+            **_keywords(work),
+            steps=options.steps,
+            reference_budget_bytes=reference_bytes,
+        )
     if options.json:
         print(json.dumps({name: getattr(verdict, name) for name in (*(e.name for e in fields(verdict)), "reason")}))
     else:
@@ -197,9 +236,22 @@ def verify(options: VerifyOptions, command: Sequence[str]) -> int:
     return 0 if verdict.ok else 1
 
 
+def explain(options: ExplainOptions, command: Sequence[str]) -> int:
+    """Run a script until its first complete step, and print why that needs the memory it needs.
+
+    Returns the exit code of the script, where it ended by itself.
+    """
+    assert options.script is not None
+    found = explain_script(Path(options.script), options.arguments, memory=options.memory, device=options.device)
+    print(json.dumps(found.explanation) if options.json else found.text)
+    return found.exit_code
+
+
 def report(options: ReportOptions, command: Sequence[str]) -> int:
-    """Write the page of a run's folder."""
+    """Write the page of a run's folder, and its charts as files."""
     assert options.run_folder is not None
+    if options.plots is not None:
+        require_matplotlib()
     run, page = read_and_render(Path(options.run_folder))
     target = Path(options.output) if options.output is not None else run.folder / PAGE
     try:
@@ -208,10 +260,14 @@ def report(options: ReportOptions, command: Sequence[str]) -> int:
         raise UnsupportedInput(
             f"the page cannot be written to {target}: {problem.strerror}. Give another file with --output."
         ) from None
+    plots = [] if options.plots is None else save_charts((*memory_charts(run), *run_charts(run)), Path(options.plots))
     if options.json:
-        print(json.dumps({"report": str(target), "finished": run.summary is not None, "summary": run.summary}))
+        found = {"report": str(target), "finished": run.summary is not None, "summary": run.summary}
+        print(json.dumps(found if options.plots is None else {**found, "plots": list(map(str, plots))}))
     else:
         print(f"the page of the run is {target}")
+        if plots:
+            print(f"{len(plots)} plots are in {options.plots}")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,6 +12,7 @@ import tightfit
 from tightfit.device.registry import devices
 from tightfit.errors import TightfitError
 from tightfit.profiling.cost_cache import cache_folder
+from tightfit.train.launch.launcher import usable_cores
 from tightfit.units import format_bytes
 
 #: Packages that are used where they are installed, and what for.
@@ -22,8 +22,9 @@ _EXTRAS = {
     "transformers": "models of the transformers library",
     "scikit-learn": "the dataset digits",
     "statsmodels": "the dataset co2",
-    "matplotlib": "tightfit frontier --output",
+    "matplotlib": "tightfit frontier --output, tightfit report --plots",
     "tensorboard": "--tensorboard",
+    "shtab": "tightfit --print-completion",
 }
 _REQUIRED = ("torch", "numpy", "highspy", "safetensors", "rich", "PyYAML")
 
@@ -34,7 +35,7 @@ def examine() -> dict[str, Any]:
         "tightfit": tightfit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "devices": [
             {

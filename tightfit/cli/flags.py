@@ -36,6 +36,8 @@ class Command(Generic[Options]):
     """Fields whose flag may stand without a value, and what it means then."""
     alone: str | None = None
     """A field whose value may stand alone, without its flag."""
+    passed_on: str | None = None
+    """A field for all words after the one that stands alone: they are somebody else's, flags among them."""
 
     def add_to(self, parsers: argparse._SubParsersAction[Parser], *, flags: bool) -> None:
         """Add the command's parser; its ``flags`` are needed only if it is the one that is run."""
@@ -46,6 +48,7 @@ class Command(Generic[Options]):
     def _add_flags(self, parser: Parser) -> None:
         parser.add_argument("--config-file", metavar="FILE", help="YAML file with any of the settings below")
         words = "[KEY VALUE ...]" if self.alone is None else self.alone.upper()
+        words += "" if self.passed_on is None else f" [{self.passed_on.upper()} ...]"
         parser.usage = f"tightfit {self.name} [--config-file run.yaml] [flags] {words}"
         groups: dict[str, argparse._ArgumentGroup] = {}
         for setting in settings_of(self.options):
@@ -64,8 +67,18 @@ class Command(Generic[Options]):
                 help=setting.help.replace("%", "%%"),
             )
 
-    def parse(self, found: argparse.Namespace, rest: Sequence[str]) -> Options:
-        """Make the options from parsed flags and the words that were left over.
+    def split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Split what follows the command's name into its own words and those that are passed on."""
+        if self.passed_on is None:
+            return list(words), []
+        takes_none = {setting.flag for setting in settings_of(self.options) if setting.type is bool} | {"--help", "-h"}
+        place = 0
+        while place < len(words) and words[place].startswith("-"):
+            place += 1 if words[place] in takes_none or "=" in words[place] else 2
+        return list(words[: place + 1]), list(words[place + 1 :])
+
+    def parse(self, found: argparse.Namespace, rest: Sequence[str], passed_on: Sequence[str] = ()) -> Options:
+        """Make the options from parsed flags, the words that were left over, and those that are passed on.
 
         Raises:
             UnsupportedInput: an unknown flag or key, or a value that does not fit.
@@ -73,6 +86,8 @@ class Command(Generic[Options]):
         settings = {setting.name: setting for setting in settings_of(self.options)}
         overrides = list(rest)
         values: dict[str, Any] = {}
+        if self.passed_on is not None:
+            values[self.passed_on] = tuple(passed_on)
         if self.alone is not None and len(overrides) == 1:
             values[self.alone] = overrides.pop()
         if found.config_file is not None:

@@ -19,14 +19,25 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from tightfit import __version__
-from tightfit.cli import commands
+from tightfit.cli import commands, described, grow
+from tightfit.cli.completion import PRINT_COMPLETION, SHELLS, completion_script
 from tightfit.cli.console import prefix_messages, print_message
 from tightfit.cli.flags import Command, Parser, normalise, refuse_unknown_flags
-from tightfit.cli.options import FrontierOptions, ListOptions, PlanOptions, ReportOptions, TrainOptions, VerifyOptions
+from tightfit.cli.options import (
+    ExplainOptions,
+    FrontierOptions,
+    GrowOptions,
+    ListOptions,
+    PlanOptions,
+    ReportOptions,
+    TrainOptions,
+    VerifyOptions,
+)
 from tightfit.cli.setting import settings_of
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import RankFailed
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
+from tightfit.explanation.script import ScriptFailed
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
 from tightfit.train.launch.rendezvous import was_in_a_group
@@ -47,6 +58,8 @@ _OF_PATHS = {
     errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.EEXIST, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
+#: What a disk may be.
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 _SHOWN = 200
 
 COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
@@ -74,10 +87,24 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
             commands.frontier,
         ),
         (
+            Command(name="grow", summary="find the largest batch that fits a budget", options=GrowOptions),
+            grow.grow,
+        ),
+        (
             Command(
                 name="verify", summary="prove that planned steps equal plain ones, bit for bit", options=VerifyOptions
             ),
             commands.verify,
+        ),
+        (
+            Command(
+                name="explain",
+                summary="say why an unchanged training script needs the memory it needs, and what would help",
+                options=ExplainOptions,
+                alone="script",
+                passed_on="arguments",
+            ),
+            commands.explain,
         ),
         (
             Command(name="report", summary="show a run as one HTML page", options=ReportOptions, alone="run_folder"),
@@ -85,6 +112,10 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
         ),
         (Command(name="models", summary="list the built-in models", options=ListOptions), commands.models),
         (Command(name="datasets", summary="list the built-in datasets", options=ListOptions), commands.datasets),
+        (
+            Command(name="devices", summary="list GPUs that plans can be made for unseen", options=ListOptions),
+            described.devices,
+        ),
         (
             Command(name="doctor", summary="check this machine, and test the engine", options=ListOptions),
             commands.doctor,
@@ -127,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
     except (BudgetInfeasible, PlanMismatch, UnsupportedInput) as problem:
         return _print_error(problem, EXIT_BAD_INPUT)
-    except ProcessFailed as problem:
+    except (ProcessFailed, ScriptFailed) as problem:
         return _print_error(problem, problem.exit_code)
     except TightfitError as problem:
         return _print_error(problem, EXIT_FAILED)
@@ -149,6 +180,13 @@ def main(arguments: Sequence[str]) -> int:
             return _print_error(
                 f"{shown!r} cannot be used: {problem.strerror}. Check the paths on the command line.",
                 EXIT_BAD_INPUT,
+            )
+        if problem.errno in _OF_DISKS:
+            where = f" to {problem.filename!r}" if problem.filename else ""
+            return _print_error(
+                f"nothing more could be written{where} ({problem.strerror}). Make room there; a training run goes on "
+                f"with --resume auto.",
+                EXIT_FAILED,
             )
         return _unexpected(problem, arguments)
     except Exception as problem:
@@ -183,12 +221,20 @@ def _print_error(problem: object, exit_code: int) -> int:
     return exit_code
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _parser(called: str | None, *, all_flags: bool) -> Parser:
+    """Return the parser, with the flags of the command that is called, or of all."""
     parser = Parser(prog="tightfit", description="Train any PyTorch model inside the memory you have.")
     parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument(PRINT_COMPLETION, metavar="SHELL", help=f"print what completes words in: {', '.join(SHELLS)}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command, _ in COMMANDS.values():
-        command.add_to(subparsers, flags=command.name == next(iter(arguments), None))
+        command.add_to(subparsers, flags=all_flags or command.name == called)
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    completion = arguments[:1] == [PRINT_COMPLETION]
+    parser = _parser(next(iter(arguments), None), all_flags=completion)
     for word in arguments:
         word.encode("utf-8")  # raises where it is not text; it would be written into the run's files
     if not arguments:
@@ -197,22 +243,27 @@ def _run(arguments: Sequence[str]) -> int:
     if arguments == ["--version"]:
         print(f"tightfit {__version__}")
         return 0
+    if completion:
+        print(completion_script(parser, arguments[1:]))
+        return 0
     if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
         raise UnsupportedInput(
             f"there is no command {arguments[0]!r}.{did_you_mean(arguments[0], COMMANDS)} "
             f"Commands are: {', '.join(COMMANDS)}."
         )
     if arguments[0] not in COMMANDS:
-        refuse_unknown_flags([word for word in arguments if word not in ("-h", "--help")], ["--help", "--version"])
+        known = ["--help", "--version", PRINT_COMPLETION]
+        refuse_unknown_flags([word for word in arguments if word not in ("-h", "--help")], known)
         parser.print_help()
         return 0
     command, function = COMMANDS[arguments[0]]
     settings = settings_of(command.options)
     bare_flags = {setting.flag: command.bare[setting.name] for setting in settings if setting.name in command.bare}
-    words = normalise(arguments, bare_flags, [setting.name for setting in settings])
+    own, passed_on = command.split(arguments[1:])
+    words = normalise([arguments[0], *own], bare_flags, [setting.name for setting in settings])
     try:
         found, rest = parser.parse_known_args(words)
     except SystemExit as shown:  # --help has been printed
         return int(shown.code or 0)
     refuse_unknown_flags(rest, ["--config-file", *(setting.flag for setting in settings)])
-    return function(command.parse(found, rest), ["tightfit", *arguments])
+    return function(command.parse(found, rest, passed_on), ["tightfit", *arguments])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tightfit.errors import UnsupportedInput
 from tightfit.solver.frontier import check_points
@@ -40,8 +40,19 @@ class PlanOptions(WorkConfig):
 
     output: str | None = None
     """Write the plan to this JSON file"""
+    explain: bool = False
+    """List every kind of region, and all that is kept whatever the budget, with the reason; for a GPU that is not here,
+    also what else would make the step fit, each computed"""
+    snapshot: str | None = None
+    """Write the planned step as a snapshot of the allocator to this file, which pytorch.org/memory_viz opens"""
+    fsdp: int = 1
+    """Shard the model over so many GPUs that are not here, by FSDP2; --batch-size is of all of them"""
     json: bool = False
     """Print one JSON document to stdout instead of text"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,24 @@ class FrontierOptions(WorkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrowOptions(WorkConfig):
+    """`tightfit grow`."""
+
+    TITLE = "output"
+
+    most: int = 4096
+    """Largest batch to try; --batch-size has no effect"""
+    output: str | None = None
+    """Draw the time per sample against the batch into this file: .png, .svg or .pdf"""
+    json: bool = False
+    """Print one JSON document to stdout instead of text"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "most")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyOptions(WorkConfig):
     """`tightfit verify`."""
 
@@ -102,6 +131,29 @@ class VerifyOptions(WorkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """`tightfit explain`."""
+
+    script: str | None = None
+    """Training script to run until its first complete step; the flag itself may be left out"""
+    memory: str = "auto"
+    """Memory that there is for a step: 8GiB, 8GB, 75% of the device's; auto: what there was, where it ran out"""
+    device: str | None = None
+    """Also say whether the step would fit this GPU, which is not here: one of `tightfit devices`, cuda:24GiB"""
+    json: bool = False
+    """Print one JSON document to stdout instead of text"""
+    arguments: tuple[str, ...] = field(default=(), metadata={"flag": False})
+    """The script's own, all after its name."""
+
+    def __post_init__(self) -> None:
+        if self.script is None:
+            raise UnsupportedInput(
+                "no script is given, so there is no step to explain. Name it, with its arguments after it: "
+                "tightfit explain train.py --its-flags."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """`tightfit report`."""
 
@@ -109,6 +161,8 @@ class ReportOptions:
     """Run folder, ROOT_PATH/DATASET/MARK; the flag itself may be left out"""
     output: str | None = None
     """Write the page to this file (default: report.html in the run folder)"""
+    plots: str | None = None
+    """Also draw each chart of the page into this folder, as PNG and SVG"""
     json: bool = False
     """Print one JSON document to stdout instead of text"""
 
@@ -122,7 +176,7 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """`tightfit models`, `tightfit datasets` and `tightfit doctor`."""
+    """`tightfit models`, `tightfit datasets`, `tightfit devices` and `tightfit doctor`."""
 
     json: bool = False
     """Print one JSON document to stdout instead of text"""

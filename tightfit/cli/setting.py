@@ -115,7 +115,7 @@ def _derive_settings(options: type[Any]) -> tuple[Setting, ...]:
             group=_group_of(entry.name, options),
         )
         for entry in fields(options)
-        if typing.get_origin(hints[entry.name]) is not typing.ClassVar
+        if typing.get_origin(hints[entry.name]) is not typing.ClassVar and entry.metadata.get("flag", True)
     )
 
 

@@ -96,6 +96,10 @@ class Budget:
         """Return the same budget with `nbytes` more reserved beside the step."""
         return replace(self, beside_step_bytes=self.beside_step_bytes + nbytes)
 
+    def at_most(self, nbytes: int) -> Budget:
+        """Return the same budget, or one of `nbytes` in total where that is less."""
+        return replace(self, total_bytes=min(self.total_bytes, nbytes))
+
     @contextmanager
     def in_totals(self) -> Iterator[None]:
         """Inside, an error about the step's bytes becomes one about the total."""

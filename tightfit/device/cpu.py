@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from tightfit.device.device import Device, WorkspaceMeter
 from tightfit.device.fp32_precision import fp32_precision
+from tightfit.device.host_memory import host_memory_bytes
 from tightfit.device.host_meter import host_workspace_meter, measure_host_peak
 
 Result = TypeVar("Result")
@@ -56,15 +56,11 @@ class CpuDevice(Device):
 
     def capacity_bytes(self) -> int:
         """Return all RAM of the machine."""
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory_bytes().total
 
     def free_bytes(self) -> int:
         """Return the RAM that no process uses now; all of it where the system does not say."""
-        with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return self.capacity_bytes()
+        return host_memory_bytes().free
 
     def reserved_bytes(self) -> int:
         """Return 0."""

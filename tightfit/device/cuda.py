@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tightfit._torch_private import cuda_allocator_settings, current_cuda_stream
+from tightfit._torch_private.libraries import cuda_allocator_settings, current_cuda_stream
 from tightfit.device.cuda_timer import CudaTimer, flushing_bytes
 from tightfit.device.device import Device, OperationTimer
 from tightfit.device.fp32_precision import fp32_precision
@@ -19,11 +19,15 @@ from tightfit.device.nvml import process_bytes
 from tightfit.errors import UnsupportedInput
 from tightfit.records import AllocatorState
 from tightfit.simulation.allocator_settings import AllocatorSettings
+from tightfit.simulation.caching_allocator import SMALL_SEGMENT_BYTES
 
 Result = TypeVar("Result")
 
 #: Operations that use cuBLAS, which keeps a workspace for each thread that does.
 _OF_CUBLAS = re.compile(r"aten\.(?:\w*mm|mv|addmv|dot|vdot|linear|addbmm)\b|aten\.\w*attention\w*\b")
+#: What a training loop has of its own in the allocator's small segments: the next batch before it lets go of the last
+#: one, losses, metrics. One segment.
+_OF_THE_LOOP_BYTES = SMALL_SEGMENT_BYTES
 
 #: A context and libraries with the kernels that they have loaded take no more, usually.
 _CONTEXT_BYTES = 640 << 20
@@ -145,6 +149,11 @@ class CudaDevice(Device):
         self._start_cublas()
         return self._bytes_outside_pytorch()
 
+    def most_held_bytes(self) -> int | None:
+        """Return the process's memory fraction in bytes, and what the allocator does not manage."""
+        fraction = torch.cuda.get_per_process_memory_fraction(self._index())
+        return int(fraction * self.capacity_bytes()) + self._bytes_outside_pytorch() if fraction < 1 else None
+
     def cap_held(self, nbytes: int) -> Callable[[], None]:
         """Set the process's memory fraction; see `Device.cap_held`."""
         index = self._index()
@@ -203,7 +212,7 @@ class CudaDevice(Device):
         return AllocatorState(
             settings=cuda_allocator_settings(),
             capacity_bytes=capacity_bytes,
-            beside_bytes=max(0, torch.cuda.memory_allocated(self.torch_device) - resident_bytes),
+            beside_bytes=max(0, torch.cuda.memory_allocated(self.torch_device) - resident_bytes) + _OF_THE_LOOP_BYTES,
             outside_bytes=self._bytes_outside_pytorch(),
             cap_bytes=int(fraction * capacity_bytes) if fraction < 1 else None,
         )
@@ -218,6 +227,11 @@ class CudaDevice(Device):
     def give_back(self) -> None:
         """Empty the caching allocator's cache."""
         torch.cuda.empty_cache()
+
+    def loop_tensors(self) -> Sequence[torch.Tensor]:
+        """Make tensors that fill a segment for small ones; see `Device.loop_tensors`."""
+        half = (_OF_THE_LOOP_BYTES // 2,)
+        return [torch.empty(half, dtype=torch.uint8, device=self.torch_device) for _ in range(2)]
 
     def measure_peak(
         self, fn: Callable[[], Result], resident_bytes: int, *, from_empty: bool = True

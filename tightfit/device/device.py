@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
+from tightfit.device.stopwatch import Stopwatch
 from tightfit.errors import UnsupportedInput
 from tightfit.records import AllocatorState
 
@@ -34,6 +35,16 @@ class OperationTimes(NamedTuple):
     """The host: until it is done where the host waits for it or does it itself, else until it is submitted."""
     device_ms: float = 0.0
     """A device that works beside the host."""
+    is_disturbed: bool = False
+    """Others kept the host's processor from it."""
+
+    def or_less(self, other: OperationTimes) -> OperationTimes:
+        """Return the shorter ones of the times of two runs, of which one undisturbed is enough."""
+        return OperationTimes(
+            min(self.host_ms, other.host_ms),
+            min(self.device_ms, other.device_ms),
+            self.is_disturbed and other.is_disturbed,
+        )
 
 
 class OperationTimer:
@@ -49,12 +60,15 @@ class OperationTimer:
         self, run: Callable[[], object], repeats: int, *, before: Callable[[], object] | None = None
     ) -> OperationTimes:
         """Return the shortest times of some runs. `before`: what is done before each, untimed."""
-        best = float("inf")
+        best = OperationTimes(float("inf"), 0.0, is_disturbed=True)
         for _ in range(repeats):
             if before is not None:
                 before()
-            best = min(best, self.device.time_ms(run))
-        return OperationTimes(best)
+            watch = Stopwatch()
+            run()
+            ms, is_disturbed = watch.read()
+            best = best.or_less(OperationTimes(ms, 0.0, is_disturbed))
+        return best
 
 
 class Device(ABC):
@@ -90,6 +104,11 @@ class Device(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.torch_device)!r})"
+
+    @property
+    def mesh_kind(self) -> str:
+        """The name by which a mesh of such devices is made."""
+        return self.kind
 
     # ------------------------------------------------------------------------------------------------ the kind
 
@@ -177,6 +196,14 @@ class Device(ABC):
 
     def give_back(self) -> None:  # noqa: B027  # most allocators have nothing to give back
         """Give memory that the allocator holds on to, and nobody uses, back to the device."""
+
+    def loop_tensors(self) -> Sequence[torch.Tensor]:
+        """Make what `allocator_state` counts for a training loop's own small tensors; counted until it is let go."""
+        return ()
+
+    def most_held_bytes(self) -> int | None:
+        """Return what this process may hold of the device at most; None where nothing caps it."""
+        return None
 
     def cap_held(self, nbytes: int) -> Callable[[], None]:
         """Let this process hold no more of the device, as far as the allocator decides; a lower cap stays.

@@ -7,7 +7,7 @@ import torch
 from tightfit.device.registry import device_for
 
 
-class drawing_from:  # noqa: N801  (used as a statement, like torch.no_grad)
+class drawing_from:  # noqa: N801  # used as a statement, like torch.no_grad
     """Let a generator draw from `state` inside the context, and afterwards from where it was.
 
     A plain class for speed: it is entered at every replay of a random operation.

@@ -8,11 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from tightfit._torch_private import profiler_is_running, profiler_memory_events, profiler_ranges, quiet_profiler
+from tightfit._torch_private.profiler import (
+    profiler_is_running,
+    profiler_memory_events,
+    profiler_ranges,
+    quiet_profiler,
+)
 from tightfit.errors import UnsupportedInput
 
 Result = TypeVar("Result")
@@ -22,13 +28,30 @@ _PREFIX = "tightfit-op-"
 
 def measure_host_peak(fn: Callable[[], Result], resident_bytes: int) -> tuple[Result, int]:
     """Run `fn` and return its result and the peak in bytes, `resident_bytes` of it alive before."""
-    with _profiling() as profile:
+    with host_peak_meter() as meter:
         result = fn()
-    level = peak = 0
+    return result, resident_bytes + meter.peak_bytes
+
+
+@contextmanager
+def host_peak_meter() -> Iterator[HostPeak]:
+    """Meter what runs inside; what was found is there after its end."""
+    found = HostPeak()
+    with _profiling() as profile:
+        yield found
     for _, nbytes in profiler_memory_events(profile):
-        level += nbytes
-        peak = max(peak, level)
-    return result, resident_bytes + peak
+        found.level_bytes += nbytes
+        found.peak_bytes = max(found.peak_bytes, found.level_bytes)
+
+
+@dataclass
+class HostPeak:
+    """What was held above the bytes that were alive at the meter's beginning."""
+
+    peak_bytes: int = 0
+    """The most."""
+    level_bytes: int = 0
+    """At its end."""
 
 
 @contextmanager

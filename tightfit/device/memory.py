@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from tightfit._torch_private import storage_key, tree_leaves
+from tightfit._torch_private.dispatch import tree_leaves
+from tightfit._torch_private.tensors import storage_key
 from tightfit.device.device import Device
 from tightfit.device.registry import device_for
 from tightfit.device.tensor_parts import stored_in
@@ -23,11 +24,12 @@ def resident_bytes(
     model: torch.nn.Module,
     batch: Any = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    beside: Sequence[torch.Tensor] = (),
 ) -> int:
-    """Return what the allocator took for every distinct storage of parameters, buffers, gradients, optimizer state and
-    batch that lives on the model's device; of sharded parameters, this process's shard.
+    """Return what the allocator took for every distinct storage of parameters, buffers, gradients, optimizer state,
+    batch and what is held beside them that lives on the model's device; of sharded parameters, this process's shard.
     """
-    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *beside]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     optimizers = optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
     for one in optimizers:

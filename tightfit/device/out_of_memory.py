@@ -8,6 +8,9 @@ import torch
 
 from tightfit.device.registry import KINDS
 
+#: What a process says that may not map a library any more, or has no stack for a thread.
+_OF_THE_SYSTEM = ("failed to map segment from shared object", "can't start new thread")
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Tell whether `error`, or what caused it, is that the process got no more memory, on any device.
@@ -16,6 +19,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     True
     >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     False
+    >>> is_out_of_memory(ImportError("numpy/x.so: failed to map segment from shared object"))
+    True
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -25,6 +30,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
         if isinstance(error, RuntimeError) and _says_so(str(error)):
+            return True
+        if isinstance(error, ImportError | RuntimeError) and any(sign in str(error) for sign in _OF_THE_SYSTEM):
             return True
         error = error.__cause__
     return False

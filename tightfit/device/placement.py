@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tightfit._torch_private.dispatch import fake_device_of
 from tightfit.device.device import Device
 from tightfit.device.registry import device_for
 
@@ -19,7 +20,7 @@ def device_of_call(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -
     """Return where a call runs: where its tensors are (the host's yield to others), else where ``device=`` says."""
     for tensor in tensors:
         if not tensor.is_cpu:
-            return device_for(tensor.device)
+            return device_for(fake_device_of(tensor) or tensor.device)
     if not tensors and kwargs.get("device") is not None:
         return device_for(torch.device(kwargs["device"]))
     return _HOST

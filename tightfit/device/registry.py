@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -30,8 +33,26 @@ def device_for(thing: torch.device | torch.Tensor | torch.nn.Module | str | Devi
     return thing if isinstance(thing, Device) else device_named(thing) or _device(torch.device(thing))
 
 
-@cache
+_stand_in: ContextVar[Device | None] = ContextVar("stand_in", default=None)
+
+
+@contextmanager
+def standing_in(device: Device) -> Iterator[None]:
+    """Let a device stand for the place of its tensors inside the context, which to others is no device at all."""
+    token = _stand_in.set(device)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
 def _device(device: torch.device) -> Device:
+    stand_in = _stand_in.get()
+    return stand_in if stand_in is not None and stand_in.torch_device == device else _known(device)
+
+
+@cache
+def _known(device: torch.device) -> Device:
     return next((kind for kind in KINDS if kind.kind == device.type), OtherDevice)(device)
 
 

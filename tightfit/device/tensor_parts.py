@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tightfit._torch_private import FakeTensor
+from tightfit._torch_private.dispatch import FakeTensor
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
@@ -18,6 +18,24 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
     names, _ = tensor.__tensor_flatten__()
     return {name: getattr(tensor, name) for name in names}
+
+
+def holds_data(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is more than a description, which one on `meta` is not."""
+    return not tensor.is_meta
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has memory of its own that can be looked at: a subclass that wraps others has none, whether
+    or not it says what it wraps.
+    """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return True
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # "invalid python storage"; sparse ones have no storage
+        return False
+    return True
 
 
 def stored_in(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -211,6 +211,28 @@ def _refuse_unknown(model: torch.nn.Module) -> None:
             )
 
 
+def place_copy(model: torch.nn.Module, device: torch.device) -> None:
+    """Let a sharded copy gather and reduce on another device than its mesh names, without data there.
+
+    FSDP2 allocates on the mesh's device, and refuses parameters without data at first.  Call it inside
+    `device.described.operations.as_on`.
+    """
+    for state in _states(model):
+        state._device = device
+        for group in _groups_of(state):
+            group.device = device
+            group._validate_no_meta_params = lambda: None
+            for param in group.fsdp_params:
+                param.device = device
+
+
+def store_of_nobody() -> Any:
+    """Return the store of PyTorch's ``fake`` backend, which its own tests use; importing it registers the backend."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
 # ---------------------------------------------------------------------------------------------------- hooks
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from tightfit.distributed.notes import Notes
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput, first_line
 
 Result = TypeVar("Result")
@@ -33,6 +35,13 @@ class RankFailed(TightfitError):
         self.is_bad_input = is_bad_input
 
 
+@dataclass
+class Whereabouts:
+    """What a process does at the moment, for others to say when it hangs."""
+
+    text: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
     """The processes of a run, as one rank sees them.
@@ -45,6 +54,9 @@ class ProcessGroup:
     world_size: int = 1
     control: Any = None
     """The `torch.distributed` group for these messages: gloo, whichever backend carries the gradients."""
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    notes: Notes | None = None
+    """For what threads have to tell those of other processes; None: they cannot."""
 
     @property
     def is_main_process(self) -> bool:
@@ -83,6 +95,10 @@ class ProcessGroup:
             dist.broadcast_object_list(objects, group_src=0, group=self.control)
         result: Result = objects[0]
         return result
+
+    def processes_here(self) -> int:
+        """Count the processes on this one's host, it included.  All processes call this."""
+        return self.all_gather(socket.gethostname()).count(socket.gethostname())
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
         """Run `work` on every rank; if it raises on one, raise on all, so that no rank waits for it forever.

@@ -6,29 +6,35 @@ Nothing but an instance-level `forward` is installed, on the modules that are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
-from tightfit.errors import PlanMismatch
+from tightfit._torch_private.compiling import is_traced, not_traced
+from tightfit._torch_private.dispatch import is_transformed
+from tightfit.errors import UnsupportedInput
 from tightfit.installation.cache_room import CacheRoom
+from tightfit.installation.kinds import KindOfStep, known_kind
+from tightfit.installation.model_forwards import ModelForwards, paths_around
 from tightfit.installation.optimizer_watch import OptimizerWatch
+from tightfit.installation.own_loss import looking_at_own_loss
 from tightfit.installation.plans import Plans
 from tightfit.installation.promises import Promises
-from tightfit.installation.region_forward import RegionForward
+from tightfit.installation.region_forward import WHY_NOT_TRACED, RegionForward
 from tightfit.installation.resolved_plan import ResolvedPlan
+from tightfit.installation.wrappers import wrapper_that_calls
 from tightfit.operators.escaped_memory import with_fast_paths
 from tightfit.operators.region_names import LOSS, ROOT, is_module_below
 from tightfit.records import Plan, Profile, Verdict
 from tightfit.replay.installed import Installed
-from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.values import Kept
-from tightfit.step.batch import batch_tensors, describe_batch
+from tightfit.step.batch import describe_batch
+from tightfit.step.models import Models, ModelSet
+from tightfit.step.resident import tensors_beside
 from tightfit.step.step import Step
 
 
@@ -40,19 +46,27 @@ class RootForward(RegionForward):
         self._applied = applied
         self._running = False
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's forward."""
-        if self._running or not self._is_planned_now():
-            if not self._installed.enabled and torch.is_grad_enabled():
-                self._applied._watch.planned_forward()  # plain, as the user asked for
-            return super().run(args, kwargs)
+    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's forward as if nothing were installed."""
+        if torch.is_grad_enabled() and not self._installed.enabled:
+            self._applied._watch.planned_forward()  # plain, as the user asked for
+        return super().run_plain(args, kwargs)
+
+    @not_traced(WHY_NOT_TRACED)
+    def run_planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's forward under its plan."""
+        if is_transformed():
+            self._applied._watch.planned_forward()  # plain, as is told
+        if self._running or is_transformed() or is_traced():
+            return super().run_planned(args, kwargs)
         self._running = True
         try:
             self._applied._model_called(args, kwargs)
             if not self._applied.installed:
                 return self.original(*args, **kwargs)
             with self._applied._noticing_mismatches():
-                return super().run(args, kwargs)
+                self._applied._was_called = True
+                return super().run_planned(args, kwargs)
         finally:
             self._running = False
 
@@ -72,7 +86,9 @@ class Applied:
     Attributes:
         plan: the `Plan` for the batch that was given; see `active_plan` for that of the last step.
         profile: the `Profile` that the plan was solved from; None for a plan from a file.
-        verdict: the `Verdict` of the proof that `fit` made; None from `apply`.
+        verdict: the `Verdict` of the proof that `fit` made, of several kinds of steps all in one; None from `apply`.
+        kinds: plan, profile and verdict of each kind of step, where `fit` was given several; else empty.
+        steps_run: how often `fit` ran the step to try the plan and to prove it, measuring left out; 0 from `apply`.
         plans: the cache of plans for batches of other shapes, which `fit` makes; its `statistics` count what became of
             them (plans ``tried``, ``solved``, ``reused``, ``mismatched_steps``, ...). None from `apply`.
         cache_room: gives the memory that a GPU's allocator has cached back where another plan could need it.
@@ -82,18 +98,20 @@ class Applied:
         self.plan = plan
         self.profile = profile
         self.verdict: Verdict | None = None
+        self.kinds: Mapping[str, KindOfStep] = {}
+        self.steps_run = 0
         self.plans: Plans | None = None
         self._model = model
-        self._step = step
+        self._steps: Mapping[str, Step] = {step.kind: step}
+        self._kind = step.kind  # of the step that is open, or was last
+        self._seen_kept_graphs = 0
         self._own = self._resolved = ResolvedPlan.of(plan)
         self._installed = Installed(
             recipes={},
             fast_paths=with_fast_paths(model),
-            around_excluded=self._around(plan.excluded),
+            around_excluded=paths_around(model, plan.excluded),
         )
-        self._modules: list[torch.nn.Module] = []
-        self._leave_machinery: Callable[[], None] | None = None
-        """Removes the hooks that hide FSDP2's own operations from the tape."""
+        self._forwards = ModelForwards(model, self._installed)
         self._when_removed: Callable[[], object] = lambda: None
         self._batch_is_known = False
         self._in_step = False
@@ -101,7 +119,9 @@ class Applied:
         self.cache_room = CacheRoom(model, plan.budget_bytes, self._own)
         self._promises = Promises(model, plan.budget_bytes)
         self._watch = OptimizerWatch(model, self._promises)
-        self._forwards: list[RegionForward] = []
+        self._wrapper: weakref.ref[torch.nn.Module] | None = None
+        self._was_called = False
+        """Whether the model itself was called since the outermost forward or step began."""
         self._activate(self._own)
 
     @property
@@ -122,7 +142,7 @@ class Applied:
     @property
     def installed(self) -> bool:
         """Whether regions of the model run under a plan: False while the active plan drops nothing."""
-        return bool(self._modules) and bool(self._resolved.region_paths)
+        return self._forwards.are_on and bool(self._resolved.region_paths)
 
     @property
     def active_plan(self) -> Plan | None:
@@ -136,46 +156,51 @@ class Applied:
         """Positions of operations, by region key, that a self-check found unfit for replay: they are kept."""
         return {key: set(positions) for key, positions in self._installed.refused.items() if positions}
 
-    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    def loss(self, model: Models, batch: Any, *, kind: str | None = None) -> torch.Tensor:
         """Compute the loss on a batch under the plan for its shape, with what runs outside the model.
 
         After `fit`, a batch whose shape has no plan yet is measured and solved first.
 
         Args:
-            model: the model, or what wraps it (DistributedDataParallel).
+            model: the model, or what wraps it (DistributedDataParallel); of several models the container.
             batch: any batch.
+            kind: which of the steps that `fit` was given, if it was a mapping.
 
         Returns:
             The loss, to call ``backward()`` on.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
+            UnsupportedInput: there are several kinds of steps, and `kind` is none of them.
         """
+        kind = known_kind(self._steps, kind)
         before = self._installed.loss_is_own
         self._installed.loss_is_own = True
         try:
-            with self.step(batch):
-                return self._step.run_loss(model, batch)
+            with self.step(batch, kind=kind):
+                return self._steps[kind].run_loss(model, batch)
         finally:
             self._installed.loss_is_own = before
 
-    def prepare(self, batch: Any) -> None:
+    def prepare(self, batch: Any, *, kind: str | None = None) -> None:
         """Make the plan for batches of this shape now, if there is none yet (after `fit`; else this does nothing).
 
-        `loss` and `step(batch)` do so by themselves.
+        `loss` and `step(batch)` do so by themselves.  `kind` as for `loss`.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
         """
+        kind = known_kind(self._steps, kind)
         if self.plans is not None and self._is_active():
-            self._plan_for(batch)
+            self._plan_for(batch, kind)
 
     @contextmanager
-    def step(self, batch: Any = None) -> Iterator[None]:
+    def step(self, batch: Any = None, *, kind: str | None = None) -> Iterator[None]:
         """Open a context for the forward of model and loss (backward may be inside or outside).
 
         With `batch`, the plan for its shape is active inside, made first if there is none yet.  Without, the model
         recognises its arguments' shapes; where they were never planned, all that is provably replayable is dropped.
+        Several models need the batch.  `kind` as for `loss`.
 
             with applied.step(batch):
                 loss = loss_fn(model(batch["x"]), batch["y"])
@@ -183,15 +208,23 @@ class Applied:
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget; nothing was run, nothing changed.
+            UnsupportedInput: as `loss`; or several models, and no batch.
         """
+        kind = known_kind(self._steps, kind)
+        if batch is None and isinstance(self._model, ModelSet):
+            raise UnsupportedInput(
+                "a step of several models was opened without its batch. A single model recognises its arguments, but "
+                "of several none is called first or always. Open `with applied.step(batch):`."
+            )
         if not self._is_active():
             yield
             return
         self._watch.planned_forward()
         before = self._batch_is_known, self._in_step
-        self._in_step = True
+        self._in_step, self._kind = True, kind
         if batch is not None:
-            self._activate(self._plan_for(batch))
+            self.cache_room.begin_step()
+            self._activate(self._plan_for(batch, kind))
             self._batch_is_known = True
         try:
             with self._looking_at_the_loss(batch):
@@ -218,45 +251,37 @@ class Applied:
             yield
             return
         self._loss_was_seen = True
-        saved = SavedBytes([*self._model.parameters(), *self._model.buffers(), *batch_tensors(batch)])
-        if self.installed:
-            planned_bytes = self.profile.saved_bytes(only=LOSS)
-            self._installed.loss_saves = saved
-            try:
-                yield
-            finally:
-                self._installed.loss_saves = None
-        else:
-            planned_bytes = self.profile.saved_bytes()
-            with torch.autograd.graph.saved_tensors_hooks(saved.pack, Kept.read):
-                yield
-        more_bytes = saved.nbytes - planned_bytes
-        if self.plan.predicted_peak_bytes + more_bytes > self.plan.budget_bytes:
-            self._promises.other_loss(more_bytes)
+        installed = self._installed if self.installed else None
+        with looking_at_own_loss(self._model, batch, self.plan, self.profile, installed, self._promises.other_loss):
+            yield
 
-    def follow(self, plans: Plans) -> None:
-        """Take the plan for each batch from `plans` from now on."""
+    def follow(self, plans: Plans, steps: Mapping[str, Step] | None = None) -> None:
+        """Take the plan for each batch from `plans` from now on; `steps`: each kind of step by its name."""
         self.plans = plans
+        self._steps = steps or self._steps
         self._activate(self._resolved)
 
     def _is_active(self) -> bool:
-        return bool(self._modules) and self._installed.enabled and torch.is_grad_enabled()
+        is_on = self._forwards.are_on and self._installed.enabled and torch.is_grad_enabled()
+        return is_on and not is_transformed()
 
     def _note_kept_graph(self) -> None:
         """Tell of a backward that has kept its graph: in it autograd gives nothing back, which plans count on."""
-        counts = self._installed.statistics
-        if counts.kept_graphs == 0 or self.is_running:
+        if self.is_running:
+            return
+        seen, self._seen_kept_graphs = self._seen_kept_graphs, self._installed.statistics.kept_graphs
+        if self._seen_kept_graphs in (0, seen):
             return
         if self.plans is None:
-            if not self._step.retain_graph:
+            if not self._steps[self._kind].retain_graph:
                 self._promises.kept_graph()
         elif peak_bytes := self.plans.note_kept_graph():
             self._promises.kept_graph_until_now(peak_bytes)
 
-    def _plan_for(self, batch: Any) -> ResolvedPlan:
+    def _plan_for(self, batch: Any, kind: str) -> ResolvedPlan:
         self._note_kept_graph()
         if self.plans is not None:
-            return self.plans.plan_for(batch)
+            return self.plans.plan_for(batch, kind)
         if self.plan.is_plain or describe_batch(batch) == self.plan.batch:
             return self._own
         return ResolvedPlan.dropping_everything(self.plan)
@@ -266,12 +291,30 @@ class Applied:
         counts = self._installed.statistics
         outermost = not self.is_running
         before = counts.mismatches + counts.unplanned_calls
+        if outermost:
+            self._was_called = False
         yield
         if outermost and self.plans is not None and counts.mismatches + counts.unplanned_calls > before:
-            self.plans.note_mismatch()
+            if f"{ROOT}#0" in self._installed.recipes and not self._was_called:
+                self._promises.parts_alone()
+            else:
+                self.plans.note_mismatch()
+
+    @property
+    def wrapper(self) -> torch.nn.Module | None:
+        """What the model was called through last, if that is another module that holds it."""
+        return self._wrapper() if self._wrapper is not None else None
+
+    def tell_of_wrapper(self, wrapper: torch.nn.Module) -> None:
+        """Tell that the model is called through a wrapper under which it runs other operations than were planned."""
+        self._promises.other_operations(type(wrapper).__name__)
 
     def _model_called(self, args: Any, kwargs: Any) -> None:
         self._watch.planned_forward()
+        wrapper, is_compiled = wrapper_that_calls(self._model)
+        self._wrapper = weakref.ref(wrapper) if wrapper is not None else None
+        if is_compiled:
+            self._promises.compiled()
         if not self._batch_is_known:
             self._note_kept_graph()
         if self.plans is not None:
@@ -280,7 +323,8 @@ class Applied:
             else:
                 counts = self.plans.statistics
                 before = counts.unplanned_calls
-                self._activate(self.plans.plan_for_call(args, kwargs))
+                self.cache_room.begin_step()
+                self._activate(self.plans.plan_for_call(args, kwargs, self._kind if self._in_step else ""))
                 if counts.unplanned_calls > before and self._model.training:
                     self._promises.unplanned_call(describe_batch((args, kwargs)))
         if not self._in_step and self._model.training:
@@ -318,20 +362,18 @@ class Applied:
             self._installed.recipes, self.plans = recipes, plans
 
     @contextmanager
-    def returning(self, results: Iterable[Any]) -> Iterator[None]:
-        """Open a context in which each call of the model returns the next of `results` instead of running."""
-        forward = vars(self._model)["forward"]
-        original, rest = forward.original, iter(results)
-        forward.original = lambda *args, **kwargs: next(rest)
-        try:
+    def returning(self, results: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+        """Open a context in which each call of a model returns the next of its results instead of running.
+
+        `results`: by the model's path, which is that of the root for a single one.
+        """
+        with self._forwards.returning(results):
             yield
-        finally:
-            forward.original = original
 
     @contextmanager
     def removed(self) -> Iterator[None]:
         """Open a context in which nothing is installed, so that another plan can be."""
-        self._uninstall()
+        self._forwards.take_off()
         try:
             with self._unwatched():
                 yield
@@ -341,7 +383,7 @@ class Applied:
 
     def remove(self) -> None:
         """Uninstall the plan: the model is as it was before. Graphs that were built under the plan stay valid."""
-        self._uninstall()
+        self._forwards.take_off()
         self.plans = None
         self._promises.are_watched = False
         self._watch.end()
@@ -356,7 +398,12 @@ class Applied:
         """Warn from now on, once each, where training leaves what the plan promises (see `Promises`)."""
         self._promises.are_watched = True
         self._installed.listener = self._promises
-        self._watch.begin(self._step.optimizers, beside_step_bytes)
+        step = next(iter(self._steps.values()))  # any of them: each knows what all hold
+        self._watch.begin(
+            step.all_optimizers,
+            beside_step_bytes,
+            lambda: tensors_beside(self._model, None, step.all_optimizers, step.reached(self._model)),
+        )
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:
@@ -368,24 +415,9 @@ class Applied:
         finally:
             self._watch.is_idle = before
 
-    def _uninstall(self) -> None:
-        for installed in self._forwards:
-            installed.is_attached = False
-        self._forwards = []
-        for module in self._modules:
-            forward = vars(module).get("forward")
-            if isinstance(forward, RegionForward):
-                if forward.had_own:
-                    module.__dict__["forward"] = forward.original
-                else:
-                    del module.__dict__["forward"]
-        self._modules = []
-        if self._leave_machinery is not None:
-            self._leave_machinery()
-            self._leave_machinery = None
-
     def _repr_html_(self) -> str:
-        shown = (record for record in (self.plan, self.verdict) if record is not None)
+        plans = [one.plan for one in self.kinds.values()] or [self.plan]
+        shown = (record for record in (*plans, self.verdict) if record is not None)
         return "".join(record._repr_html_() for record in shown)
 
     def __enter__(self) -> Applied:
@@ -403,18 +435,7 @@ class Applied:
         """
         regions = resolved.region_paths or ((ROOT,) if self.plans is not None else ())
         paths = [path for path in regions if path == ROOT or is_module_below(path)]
-        wanted = [self._module(path) for path in paths]
-        if len(wanted) != len(self._modules) or any(a is not b for a, b in zip(wanted, self._modules, strict=True)):
-            self._uninstall()
-            for path, module in zip(paths, wanted, strict=True):
-                root = path == ROOT
-                forward = RootForward(module, self) if root else RegionForward(module, path, self._installed)
-                module.__dict__["forward"] = forward
-                self._modules.append(module)
-                self._forwards.append(forward)
-            self._installed.fast_paths = with_fast_paths(self._model)
-            if wanted:
-                self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
+        self._forwards.put_on(paths, lambda module: RootForward(module, self))
         if resolved is not self._resolved:
             self.cache_room.make_for(resolved, self._resolved)
         self._resolved = resolved
@@ -426,21 +447,3 @@ class Applied:
         self._installed.refused = resolved.refused
         self._installed.checked = resolved.checked
         self._installed.moves = resolved.moves
-
-    def _around(self, excluded: Sequence[str]) -> frozenset[str]:
-        """Return the paths of all modules around the excluded ones, and the loss, which may call any."""
-        if not excluded:
-            return frozenset()
-        inner = {self._module(path) for path in excluded}
-        modules = self._model.named_modules(remove_duplicate=False)
-        around = {path or ROOT for path, module in modules if not inner.isdisjoint(module.modules())}
-        return frozenset({*around, LOSS})
-
-    def _module(self, path: str) -> torch.nn.Module:
-        try:
-            return self._model.get_submodule("" if path == ROOT else path)
-        except AttributeError:
-            raise PlanMismatch(
-                f"the plan has a region {path!r}, but {type(self._model).__name__} has no module of that name. "
-                "The plan is of another model. Measure and solve for this one."
-            ) from None

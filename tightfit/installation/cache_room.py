@@ -17,11 +17,35 @@ class CacheRoom:
         self._budget_bytes = budget_bytes
         self._began: ResolvedPlan | None = first
         self._held_bytes = 0  # when the plan last changed
+        self._steps_without = 0  # that began without gradients, one after another
+        self._most_without = 1  # of those, until now, that were no reason to give the cache back
 
     def give_back(self) -> None:
         """Give the cache back; the next step finds it empty."""
         device_for(self._model).give_back()
         self._began, self._held_bytes = None, 0
+
+    def begin_step(self) -> None:
+        """Give the cache back where a training that freed its gradients keeps them from now on.
+
+        A plan's peak is predicted for either. Where gradients came and went, those that stay lie in the way of what was
+        cached, so that one after the other takes more than both do alone.
+
+        The first parameter that is trained stands for all.  Where several kinds of steps look like that again and
+        again, it is done ever more seldom, as it costs time.
+        """
+        device = device_for(self._model)
+        if not device.caches_memory or device.is_capturing():
+            return
+        trained = next((parameter for parameter in self._model.parameters() if parameter.requires_grad), None)
+        if trained is None or trained.grad is None:
+            self._steps_without += 1
+            return
+        # The gradients of a training's first step are kept, or are those of an earlier pass of the same step.
+        if self._steps_without > self._most_without:
+            self._most_without = 2 * self._steps_without
+            self.give_back()
+        self._steps_without = 0
 
     def make_for(self, resolved: ResolvedPlan, last: ResolvedPlan) -> None:
         """Make room for the steps of a plan behind those of the last one.

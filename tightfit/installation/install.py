@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from tightfit._torch_private import is_compiled
+from tightfit._torch_private.modules import is_compiled
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.applied import Applied
-from tightfit.installation.region_forward import RegionForward
+from tightfit.installation.region_forward import is_planned
 from tightfit.records import Plan, Profile
 from tightfit.step.exclude import is_inside
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.model import check_model
+from tightfit.step.models import Models, as_model, name_of
 from tightfit.step.step import Step
 
 
-def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
+def apply(model: Models, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
     """Install `plan` on `model`: from now on, its training steps drop and recompute as the plan says.
 
     Only an instance-level ``forward`` is installed on the modules that the plan names.  Batches of another shape than
@@ -26,7 +27,7 @@ def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profi
             model(**batch).loss.backward()
 
     Args:
-        model: the model that the plan was solved for.
+        model: the model that the plan was solved for, or the container of several.
         plan: from `solve`, `fit` or `Plan.load`.
         step: how `Applied.loss` computes the loss; by default from the model's own result.
         profile: what the plan was solved from, to be found in the result.
@@ -38,7 +39,7 @@ def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profi
         PlanMismatch: the plan is of another model.
         UnsupportedInput: a plan is installed already, or the model cannot be planned.
     """
-    applied = install(model, plan, step=step, profile=profile)
+    applied = install(as_model(model), plan, step=step, profile=profile)
     applied.keep_promises()
     return applied
 
@@ -46,7 +47,7 @@ def apply(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profi
 def install(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, profile: Profile | None = None) -> Applied:
     """Install `plan` as `apply` does, with nobody watching how the model is used: for steps of tightfit's own."""
     check_model(model)
-    if any(isinstance(vars(module).get("forward"), RegionForward) for module in model.modules()):
+    if any(is_planned(module) for module in model.modules()):
         raise UnsupportedInput(
             "the model has a plan installed already. Two plans would both replay the same operations. "
             "Call remove() on what apply() or fit() returned, then apply the new plan."
@@ -55,7 +56,7 @@ def install(model: torch.nn.Module, plan: Plan, *, step: Step | None = None, pro
     if found != plan.fingerprint:
         raise PlanMismatch(
             f"the plan is of another model: it was made for {plan.model} with fingerprint {plan.fingerprint}, and this "
-            f"{type(model).__name__} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
+            f"{name_of(model)} has {found} (names, shapes, dtypes and requires_grad of parameters and buffers). "
             "Measure and solve for this model."
         )
     compiled = [name for name, module in model.named_modules() if is_compiled(module)]

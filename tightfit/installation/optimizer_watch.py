@@ -7,13 +7,13 @@ groups; later steps cost a look into a table.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tightfit._torch_private import storage_bytes, storage_key, version_of
+from tightfit._torch_private.tensors import storage_bytes, storage_key, version_of
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.installation.promises import Promises
@@ -31,6 +31,7 @@ class OptimizerWatch:
         self._model = model
         self._promises = promises
         self._beside_bytes = 0
+        self._reached: Callable[[], Iterable[torch.Tensor]] = tuple
         self.plan: Plan | None = None
         """The last plan that was active, which counts what is resident."""
         self.is_idle = False
@@ -45,15 +46,22 @@ class OptimizerWatch:
         self._stepped: set[int] | None = None
         """Optimizers that stepped since the last planned forward; None: none ran yet."""
 
-    def begin(self, optimizers: tuple[torch.optim.Optimizer, ...], beside_step_bytes: int = 0) -> None:
+    def begin(
+        self,
+        optimizers: tuple[torch.optim.Optimizer, ...],
+        beside_step_bytes: int = 0,
+        reached: Callable[[], Iterable[torch.Tensor]] = tuple,
+    ) -> None:
         """Watch from now on.
 
         Args:
             optimizers: those that the plan counts.
             beside_step_bytes: reserved beside the step.
+            reached: returns tensors outside the model that the plan counts.
         """
         global _hook
         self._beside_bytes = beside_step_bytes
+        self._reached = reached
         self._own.update(optimizers)
         if any(parameter.grad is not None for parameter in self._model.parameters()):
             self._stepped = set()  # a backward before the plan: its step is not the plan's
@@ -115,7 +123,9 @@ class OptimizerWatch:
         self._others.clear()
         parameters = [parameter for one in others for parameter in _parameters(one)]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        more_bytes = self._bytes([*parameters, *gradients, *(tensor for one in others for tensor in _state(one))])
+        counted = {id(tensor) for tensor in self._reached()}
+        found = [*parameters, *gradients, *(tensor for one in others for tensor in _state(one))]
+        more_bytes = self._bytes([tensor for tensor in found if id(tensor) not in counted])
         if self._is_too_much(more_bytes):
             self._promises.uncounted_model(type(others[0]).__name__, more_bytes)
 

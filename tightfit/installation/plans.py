@@ -48,8 +48,8 @@ class Plans(Protocol):
     def __len__(self) -> int:
         """How many plans are kept."""
 
-    def plan_for(self, batch: Any) -> ResolvedPlan:
-        """Return the plan for a batch, made now if there is none yet.
+    def plan_for(self, batch: Any, step: str = "") -> ResolvedPlan:
+        """Return the plan for a batch in a kind of step, made now if there is none yet.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
@@ -58,14 +58,14 @@ class Plans(Protocol):
     def note_call(self, args: Any, kwargs: Any) -> None:
         """Note that the model is called with these arguments, for the batch that `plan_for` was last asked about."""
 
-    def plan_for_call(self, args: Any, kwargs: Any) -> ResolvedPlan:
-        """Return the plan for a forward call made without `step(batch)`."""
+    def plan_for_call(self, args: Any, kwargs: Any, step: str = "") -> ResolvedPlan:
+        """Return the plan for a forward call made without `step(batch)`, in a kind of step."""
 
     def note_mismatch(self) -> None:
         """Note that the forward that just ended did not follow the plan that was last asked for."""
 
     def note_kept_graph(self) -> int:
-        """Note that backwards keep their graphs: plans from now on are for steps in which they do.
+        """Note that the last step's backward kept its graph: plans for its kind are for such steps from now on.
 
         Returns:
             The peak in bytes of steps under the plans until now, if that is above the budget; else 0.

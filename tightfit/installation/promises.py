@@ -15,6 +15,7 @@ import torch
 
 from tightfit.errors import PromiseWarning
 from tightfit.operators.region_names import LOSS
+from tightfit.step.models import is_training, name_of
 from tightfit.units import format_bytes
 
 #: Frames of these files are not the user's.
@@ -57,20 +58,52 @@ class Promises:
 
     def region_alone(self, path: str) -> None:
         """Tell that a region runs with neither the model's forward nor a step open around it."""
-        if path != LOSS and self._model.training:
+        if path != LOSS and is_training(self._model):
             self._tell(
                 "forward",
                 f"the planned module {path!r} runs outside the model's planned forward: it was called by itself, or "
                 f"the model's forward was replaced or gone round (unwrapped, exported, scripted). Results are "
                 f"right, but this step follows no plan as a whole and may exceed the budget of {self._budget}. "
-                f"Call the model itself, or open `with applied.step(batch):` around the step; wrap a model before fit.",
+                f"Call the model itself, or, also of several models, open `with applied.step(batch):` around the step; "
+                f"wrap a model before fit.",
             )
+
+    def parts_alone(self) -> None:
+        """Tell that a step ran modules of the model, and not the model."""
+        name = type(self._model).__name__
+        self._tell(
+            "forward",
+            f"a step ran planned modules of {name}, but not {name} itself: it was unwrapped, or its forward was "
+            f"replaced or gone round. Results are right, and what can be is recomputed, but this step is not the one "
+            f"that was planned, and may exceed the budget of {self._budget}. Call the model that fit was given, or "
+            f"call fit with the one that training calls.",
+        )
+
+    def other_operations(self, wrapper: str) -> None:
+        """Tell that a wrapper has the model run operations that cannot be planned."""
+        self._tell(
+            "operations",
+            f"called through {wrapper}, {type(self._model).__name__} runs other operations than its plan is for "
+            f"(perhaps in another precision), and planning cannot call it so. Results are right, and what can be is "
+            f"recomputed, but the budget of {self._budget} may not be kept. Call fit with the step as training runs "
+            f"it: step=tightfit.Step(autocast=torch.bfloat16, ...), or a loss function that does what {wrapper} does.",
+        )
+
+    def compiled(self) -> None:
+        """Tell that the model, or a planned module, was compiled after it got its plan, and runs eagerly."""
+        self._tell(
+            "compiled",
+            f"torch.compile was called on {type(self._model).__name__}, or on what calls it, after it got its plan. A "
+            f"planned forward runs eagerly, as what it recomputes is decided while it runs: results are right and the "
+            f"budget of {self._budget} is kept, but nothing in it is compiled. Compile blocks (block.compile()) before "
+            f"fit, which plans around them; or call applied.remove(), and train compiled without a plan.",
+        )
 
     def forward_gone_round(self) -> None:
         """Tell that an optimizer stepped with new gradients, and no planned forward had run."""
         self._tell(
             "forward",
-            f"an optimizer step used gradients that no planned forward of {type(self._model).__name__} made: the "
+            f"an optimizer step used gradients that no planned forward of {name_of(self._model)} made: the "
             f"forward was replaced or gone round (unwrapped, compiled, exported, scripted, called through "
             f"__wrapped__). Results are right, but nothing was recomputed, so the budget of {self._budget} is not "
             f"kept. Train through the model itself or applied.loss(model, batch); wrap or unwrap a model before fit.",
@@ -94,6 +127,17 @@ class Promises:
             f"the loss of this step {found} the one that the plan was made for, so the budget of {self._budget} may "
             f"not be kept. A plan holds for one loss. Give fit the loss that training uses: loss=, called with "
             f"(model, batch).",
+        )
+
+    def written_unseen(self) -> None:
+        """Tell that memory is written past PyTorch, so that what is computed from it is kept."""
+        self._tell(
+            "writes",
+            f"a tensor from which the plan recomputes was written behind PyTorch's back (for example through NumPy, or "
+            f"by a kernel of an extension), which it was not when the plan was made. What is computed from it is kept "
+            f"from now on, and gradients are those of the plain step, but the budget of {self._budget} may not be "
+            f"kept. Call fit once such writes have begun, or leave the module that does it untouched: "
+            f"fit(..., exclude=module).",
         )
 
     def kept_graph(self) -> None:
@@ -130,20 +174,20 @@ class Promises:
             "model",
             f"{name} trains parameters outside the planned model, in turn with it: with gradients and state they take "
             f"{format_bytes(more_bytes)}, so the process exceeds the budget of {self._budget}, which counts the "
-            f"planned model alone. Reserve their memory: "
-            f"budget=tightfit.Budget(total_bytes=..., beside_step_bytes=...).",
+            f"planned model alone. Give fit all of them (a list or mapping of models, and of the steps that take "
+            f"turns), or reserve their memory: budget=tightfit.Budget(total_bytes=..., beside_step_bytes=...).",
         )
 
     def _tell(self, promise: str, message: str) -> None:
         if not self.are_watched or promise in self._told:
             return
         self._told.add(promise)
-        file, line = _users_line()
+        file, line = users_line()
         # With a registry of its own: once for each plan, not once for each place.
         warnings.warn_explicit(message, PromiseWarning, file, line, registry={})
 
 
-def _users_line() -> tuple[str, int]:
+def users_line() -> tuple[str, int]:
     """Return the file and line of the innermost frame that is neither tightfit's nor PyTorch's."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):

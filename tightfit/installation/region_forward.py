@@ -9,17 +9,35 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import is_traced
+from tightfit._torch_private.compiling import is_traced, not_traced
+from tightfit._torch_private.dispatch import is_transformed
+from tightfit._torch_private.modules import is_compiled_in_place
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.installed import Installed
 
 #: Of a method's own attributes, those that `functools.update_wrapper` does not copy.
 _OF_A_METHOD = frozenset({"__self__", "__code__", "__globals__", "__defaults__", "__kwdefaults__", "__closure__"})
+
+
+WHY_NOT_TRACED = (
+    "tightfit has planned this model, and what a plan recomputes is decided while it runs. Compile blocks before fit "
+    "(block.compile()), or call applied.remove() first"
+)
+#: Weakly, as a forward holds its module, which would else never die.
+_forwards: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[RegionForward]] = weakref.WeakKeyDictionary()
+
+
+def is_planned(module: torch.nn.Module) -> bool:
+    """Tell whether a plan's forward is installed on a module, whatever others have wrapped around it."""
+    found = _forwards.get(module)
+    forward = found() if found is not None else None
+    return forward is not None and forward.is_attached
 
 
 class RegionForward:
@@ -38,28 +56,40 @@ class RegionForward:
         self._installed = installed
         self.is_attached = True
         """Off: the plan was uninstalled, but somebody's wrapper still calls this."""
+        _forwards[module] = weakref.ref(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
         if args and args[0] is self._module:  # somebody bound it once more, as accelerate does when it unwraps
             args = args[1:]
-        return self.run(args, kwargs)
+        return self.run_planned(args, kwargs) if self._is_planned_now() else self.run_plain(args, kwargs)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module's forward; without gradients, paused, or traced, as if nothing were installed."""
-        if not self._is_planned_now():
+    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's forward as if nothing were installed: without gradients, paused, exported or traced."""
+        return self.original(*args, **kwargs)
+
+    @not_traced(WHY_NOT_TRACED)
+    def run_planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's forward under its plan; recorded or transformed, as if nothing were installed."""
+        if is_traced():
+            return self.run_plain(args, kwargs)
+        if is_transformed():
+            if self._installed.listener is not None:
+                self._installed.listener.hooks_around(self._path)
             return self.original(*args, **kwargs)
+        if is_compiled_in_place(self._module) and self._installed.listener is not None:
+            self._installed.listener.compiled()
         call = RegionCall(self._module, self.original, args, kwargs, self._installed.statistics)
         with self._installed.region(self._path, call) as run:
             return run(call)
 
     def _is_planned_now(self) -> bool:
-        """Return whether this call may follow a plan: not one that a compiler or an exporter traces."""
+        """Return whether this call may follow a plan; a compiler may have to trace this."""
         return (
             torch.is_grad_enabled()
             and self.is_attached
             and self._installed.enabled
-            and not (torch.compiler.is_compiling() or is_traced())
+            and not torch.compiler.is_exporting()
         )
 
     def __getattr__(self, name: str) -> Any:

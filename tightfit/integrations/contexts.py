@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,46 @@ from tightfit.units import format_bytes
 _log = logging.getLogger("tightfit")
 
 
-def budget_beside(budget: int | str | Budget, module: torch.nn.Module, batch: Any, *, others: int) -> Budget:
-    """Return the budget with room for the other batches that the host holds on the device while a step runs.
+def budget_beside(
+    budget: int | str | Budget,
+    module: torch.nn.Module,
+    batch: Any,
+    *,
+    others: int,
+    held: Iterable[torch.nn.Module] = (),
+) -> Budget:
+    """Return the budget with room for what the host holds on the device while a step runs.
 
-    Loaders fetch one ahead: on a CPU that is in the same memory.
+    That are other batches (loaders fetch one ahead: on a CPU that is in the same memory), and modules such as moving
+    averages, `held`.
     """
     device = next(module.parameters()).device
-    held = others + device_for(device).is_host
-    return Budget.of(budget, device).reserving(held * sum(tensor.nbytes for tensor in batch_tensors(batch)))
+    batches = others + device_for(device).is_host
+    beside = {id(one): one for each in held for one in (*each.parameters(), *each.buffers()) if one.device == device}
+    beside_bytes = sum(tensor.nbytes for tensor in beside.values())
+    batch_bytes = sum(tensor.nbytes for tensor in batch_tensors(batch))
+    return Budget.of(budget, device).reserving(batches * batch_bytes + beside_bytes)
+
+
+def modules_held(things: Iterable[Any], model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules among things, and in their lists and dictionaries, that are no part of the model, nor hold it.
+
+    Of one that holds the model (a wrapper, or a loss that calls it), its other parts.
+    """
+    parts = {id(part) for part in model.modules()}
+    pending = list(things)
+    found: list[torch.nn.Module] = []
+    for thing in pending:  # which grows
+        if isinstance(thing, dict):
+            pending += [each for each in thing.values() if isinstance(each, torch.nn.Module)]
+        elif isinstance(thing, list | tuple):
+            pending += [each for each in thing if isinstance(each, torch.nn.Module)]
+        elif isinstance(thing, torch.nn.Module) and id(thing) not in parts:
+            if any(part is model for part in thing.modules()):
+                pending += thing.children()
+            else:
+                found.append(thing)
+    return list(dict.fromkeys(found))
 
 
 @contextmanager

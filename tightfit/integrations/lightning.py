@@ -3,13 +3,15 @@
     trainer = Trainer(callbacks=[TightfitCallback(budget="8GiB")])
 
 The step that is planned is the module's own `training_step`, under the trainer's precision, with the optimizer, the
-accumulation and the clipping that it uses, on the model as the strategy has placed it.
+accumulation and the clipping that it uses, on the model as the strategy has placed it.  One that optimizes by hand is
+planned in `lightning_phases`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 try:
@@ -19,8 +21,17 @@ except ModuleNotFoundError:  # its older package
 
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied
-from tightfit.integrations.contexts import budget_beside, closed_autocast, forgetting_casts, log_plan, same_random_state
+from tightfit.integrations.contexts import (
+    budget_beside,
+    closed_autocast,
+    forgetting_casts,
+    log_plan,
+    modules_held,
+    same_random_state,
+)
+from tightfit.integrations.lightning_phases import Call, Phases
 from tightfit.planning.fit import fit
+from tightfit.step.step import Step
 
 #: What `training_step` may call to note something, which is not of a training step while one is planned.
 _NOTING = ("log", "log_dict")
@@ -44,7 +55,8 @@ class TightfitCallback(Callback):
 
     Raises (from `trainer.fit`):
         BudgetInfeasible, VerificationFailed: as `tightfit.fit`.
-        UnsupportedInput: as `tightfit.fit`; or the module optimizes by hand, or has several optimizers.
+        UnsupportedInput: as `tightfit.fit`; or the trainer runs DeepSpeed; or the module optimizes by hand without
+            `manual_backward`, or in a `training_step` that cannot run without gradients.
     """
 
     def __init__(self, budget: int | str = "auto", **options: Any) -> None:
@@ -56,17 +68,24 @@ class TightfitCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the steps of this training run under a plan."""
         self._end()  # of a training that an error has ended
-        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+        if "DeepSpeed" in type(trainer.strategy).__name__:
             raise UnsupportedInput(
-                f"{type(pl_module).__name__} optimizes by hand or with several optimizers, so its training_step is no "
-                f"loss that could be planned. Use tightfit.fit inside it, or leave TightfitCallback out."
+                "the trainer runs DeepSpeed, whose engine takes the steps itself and shards or offloads what tightfit "
+                "would plan. Take another strategy (DDP is supported), or leave TightfitCallback out."
             )
         training_step = pl_module.training_step
+        by_hand: list[Phases] = []
 
         def planned(batch: Any, *more: Any, **keywords: Any) -> Any:
+            call = partial(_call, more=more, keywords=keywords)
             if self.applied is None:
-                with closed_autocast(pl_module):
-                    self.applied = self._plan(trainer, pl_module, batch, more, keywords)
+                with closed_autocast(pl_module), same_random_state():
+                    if not pl_module.automatic_optimization:
+                        by_hand.append(Phases(trainer, pl_module, call, batch))
+                    self.applied = self._plan(trainer, pl_module, batch, call, by_hand)
+            if by_hand:
+                with by_hand[0].planned(pl_module, self.applied, batch):
+                    return training_step(batch, *more, **keywords)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
             autocast = trainer.precision_plugin.train_step_context
             with closed_autocast(pl_module), self.applied.step(batch), forgetting_casts(), autocast():
@@ -86,25 +105,25 @@ class TightfitCallback(Callback):
         self._remove = remove
 
     def _plan(
-        self, trainer: Trainer, module: LightningModule, batch: Any, more: tuple[Any, ...], keywords: Mapping[str, Any]
+        self, trainer: Trainer, module: LightningModule, batch: Any, call: Call, by_hand: list[Phases]
     ) -> Applied:
         def loss(model: Any, batch: Any) -> Any:
             with forgetting_casts(), trainer.precision_plugin.train_step_context():
-                found = type(module).training_step(model, batch, *more, **keywords)
+                found = call(model, batch)
             return found["loss"] if isinstance(found, Mapping) else found
 
         clip = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
-        with _noting_nothing(module), same_random_state():
-            applied = fit(
-                module,
-                batch,
-                budget=budget_beside(self._budget, module, batch, others=0),
-                loss=loss,
-                optimizer=trainer.optimizers[0],
-                accumulation_steps=trainer.accumulate_grad_batches,
-                clip_norm=clip or None,
-                **self._options,
-            )
+        steps: Step | dict[str, Step] = Step(
+            loss=loss,
+            optimizer=trainer.optimizers,
+            accumulation_steps=trainer.accumulate_grad_batches,
+            clip_norm=clip or None,
+        )
+        if by_hand:
+            steps = by_hand[0].steps if len(by_hand[0].steps) > 1 else next(iter(by_hand[0].steps.values()))
+        held = [value for callback in trainer.callbacks for value in vars(callback).values()]
+        budget = budget_beside(self._budget, module, batch, others=0, held=modules_held(held, module))
+        applied = fit(module, batch, budget=budget, step=steps, **self._options)
         log_plan(applied)
         return applied
 
@@ -119,6 +138,12 @@ class TightfitCallback(Callback):
     def _end(self) -> None:
         remove, self._remove = self._remove, lambda: None
         remove()
+
+
+def _call(module: LightningModule, batch: Any, more: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """Call the `training_step` of a module, or of its copy, to plan it: what it logs is not logged."""
+    with _noting_nothing(module):
+        return type(module).training_step(module, batch, *more, **keywords)
 
 
 @contextmanager

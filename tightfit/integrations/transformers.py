@@ -2,8 +2,9 @@
 
     trainer.add_callback(TightfitCallback(budget="8GiB"))
 
-The step that is planned is the trainer's own: its loss (label smoothing, what subclasses compute), its mixed precision,
-accumulation and clipping, on the model as accelerate has prepared it, with the optimizer that it uses.
+The step that is planned is the trainer's own: its `compute_loss` (label smoothing, what subclasses compute instead of
+the model's loss), its mixed precision, accumulation and clipping, on the model as accelerate has prepared it, with the
+optimizer that it uses.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tightfit.errors import UnsupportedInput
 from tightfit.installation.applied import Applied
-from tightfit.integrations.contexts import budget_beside, closed_autocast, forgetting_casts, log_plan, same_random_state
+from tightfit.integrations.contexts import (
+    budget_beside,
+    closed_autocast,
+    forgetting_casts,
+    log_plan,
+    modules_held,
+    same_random_state,
+)
 from tightfit.planning.fit import fit
 from tightfit.step.batch import batch_tensors
 
@@ -38,14 +48,14 @@ class TightfitCallback(TrainerCallback):
         trainer.add_callback(TightfitCallback(budget="8GiB"))
         trainer.train()
 
-    The plan is made when training begins, and taken off when it ends.  Gradient checkpointing that the arguments ask
-    for is replaced by it.
+    The plan is made when training begins, and taken off when it ends.  Gradient checkpointing and the offload of
+    activations that the arguments ask for are replaced by it.
 
     Args:
         budget: as for `tightfit.fit`.
         plan_first: the batch that is planned before the first step: the "largest" that the dataset's samples can make,
-            so that one that does not fit is told now; or the "first" that comes, where no such batch ever will.
-            Batches of other sizes are planned when they come.
+            so that one that does not fit is told now; or the "first" that comes, where no such batch ever will, or
+            where the trainer makes its batches itself (rollouts). Batches of other sizes are planned when they come.
         options: more keywords of `tightfit.fit`, such as `exclude`, `on_failure`, `memory_cap`.
 
     Attributes:
@@ -73,6 +83,7 @@ class TightfitCallback(TrainerCallback):
         trainer = _trainer_of(self)
         _check(trainer)
         _replace_checkpointing(trainer)
+        put_offload_back = _replace_offload(trainer)
         loss = trainer.compute_loss
         plan = _Planned(trainer, loss, self._budget, self._options)
         if self._plan_first == "largest":
@@ -86,6 +97,8 @@ class TightfitCallback(TrainerCallback):
             batch = dict(inputs), keywords.get("num_items_in_batch")
             if self.applied is None:
                 self.applied = plan.make(batch)
+            else:
+                plan.prepare(self.applied, batch)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
             autocast = trainer.compute_loss_context_manager
             with closed_autocast(model), self.applied.step(batch), forgetting_casts(), autocast():
@@ -98,6 +111,7 @@ class TightfitCallback(TrainerCallback):
             del trainer.compute_loss
             if own is not None:  # the user's, on this trainer alone
                 trainer.compute_loss = own
+            put_offload_back()
             if self.applied is not None:
                 self.applied.remove()
                 self.applied = None
@@ -146,26 +160,41 @@ class _Planned:
         self._options = options
 
     def make(self, batch: tuple[dict[str, Any], Any]) -> Applied:
+        """Plan for a batch."""
         trainer, args = self._trainer, self._trainer.args
-        applied = fit(
-            trainer.model,
-            batch,
-            # The trainer fetches the microbatches of a step all at once.
-            budget=budget_beside(self._budget, trainer.model, batch, others=args.gradient_accumulation_steps - 1),
-            loss=self._run_loss,
-            optimizer=_optimizer_of(trainer),
-            accumulation_steps=args.gradient_accumulation_steps,
-            clip_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
-            **self._options,
-        )
+        with _notes_of(trainer, with_tensors=True):
+            applied = fit(
+                trainer.model,
+                batch,
+                # The trainer fetches the microbatches of a step all at once.
+                budget=budget_beside(self._budget, trainer.model, batch, others=args.gradient_accumulation_steps - 1),
+                loss=partial(self._run_loss, beside=modules_held(vars(trainer).values(), trainer.model)),
+                optimizer=_optimizer_of(trainer),
+                accumulation_steps=args.gradient_accumulation_steps,
+                clip_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+                **self._options,
+            )
         log_plan(applied)
         return applied
 
-    def _run_loss(self, model: Any, batch: tuple[dict[str, Any], Any]) -> Any:
-        """Compute the loss as the trainer does; what it notes of it, as TRL's trainers do, is put back."""
+    def prepare(self, applied: Applied, batch: tuple[dict[str, Any], Any]) -> None:
+        """Plan for a batch of another size."""
+        with _notes_of(self._trainer, with_tensors=True):
+            applied.prepare(batch)
+
+    def _run_loss(
+        self, model: Any, batch: tuple[dict[str, Any], Any], *, beside: Sequence[torch.nn.Module] = ()
+    ) -> Any:
+        """Compute the loss as the trainer does; what it notes of it, as TRL's trainers do, is put back.
+
+        `beside`: what the loss reaches, for `fit` to see.
+        """
         inputs, items = batch
         keywords = {} if items is None else {"num_items_in_batch": items}
-        with _notes_of(self._trainer), forgetting_casts(), self._trainer.compute_loss_context_manager():
+        trainer = self._trainer
+        with (
+            _notes_of(trainer), _without_others(trainer), forgetting_casts(), trainer.compute_loss_context_manager(),
+        ):  # fmt: skip
             return self._loss(model, dict(inputs), **keywords)  # label smoothing takes the labels out
 
 
@@ -199,9 +228,24 @@ def _check(trainer: Trainer) -> None:
 
 def _replace_checkpointing(trainer: Trainer) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if getattr(model, "is_gradient_checkpointing", False):
-        _log.warning("gradient checkpointing is switched off: the plan decides what is recomputed")
-        model.gradient_checkpointing_disable()
+    for now, before in (("is_activation_checkpointing", "activation_checkpointing_disable"),
+                        ("is_gradient_checkpointing", "gradient_checkpointing_disable")):  # fmt: skip
+        if hasattr(type(model), now) and hasattr(model, before):  # before v5.20 the second alone
+            if getattr(model, now):
+                _log.warning("gradient checkpointing is switched off: the plan decides what is recomputed")
+                getattr(model, before)()
+            return
+
+
+def _replace_offload(trainer: Trainer) -> Callable[[], None]:
+    """Switch TRL's offload of activations off; what is returned puts it back."""
+    name = "maybe_activation_offload_context"
+    before = getattr(trainer, name, None)
+    if before is None or isinstance(before, nullcontext):
+        return lambda: None
+    _log.warning("the offload of activations is switched off: the plan decides what is held")
+    setattr(trainer, name, nullcontext())
+    return lambda: setattr(trainer, name, before)
 
 
 def _optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
@@ -214,7 +258,10 @@ def _optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
 
 
 def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] | None:
-    """Return a batch of the dataset's largest samples; None where samples have no numbers, or batches no size."""
+    """Return a batch of the dataset's largest samples; None where no such batch comes.
+
+    That is where samples have no numbers or batches no size, or where the trainer makes its batches itself (rollouts).
+    """
     dataset, collate, size = loader.dataset, loader.collate_fn, trainer.args.train_batch_size
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or collate is None:
         return None
@@ -222,23 +269,28 @@ def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] 
         stride = -(-len(dataset) // _MOST_SAMPLES)
         sizes = sorted(((_elements(dataset[n]), n) for n in range(0, len(dataset), stride)), reverse=True)
         batch = collate([dataset[number] for _, number in sizes[:size]])
+        if not isinstance(batch, Mapping):  # the trainer makes its batches of it
+            return None
         _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     return dict(send_to_device(batch, trainer.args.device)), items
 
 
 def _elements(sample: Any) -> int:
-    """Count the elements of the longest thing in a sample."""
+    """Count the elements of the longest thing in a sample, or the letters of a text."""
     things = (
         sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else [sample]
     )
     counts = [sum(tensor.numel() for tensor in batch_tensors([thing])) for thing in things]
-    return max([*counts, *(len(thing) for thing in things if isinstance(thing, list | tuple))], default=0)
+    return max([*counts, *(len(thing) for thing in things if isinstance(thing, list | tuple | str))], default=0)
 
 
 @contextmanager
-def _notes_of(trainer: Trainer) -> Iterator[None]:
-    """Put back what the trainer notes in containers of plain data while it computes a loss."""
-    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+def _notes_of(trainer: Trainer, *, with_tensors: bool = False) -> Iterator[None]:
+    """Put back what the trainer notes in containers of plain data while it computes a loss.
+
+    `with_tensors`: figures that are tensors, too, which cannot be copied while a step runs without data.
+    """
+    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value, with_tensors)}
     try:
         yield
     finally:
@@ -246,9 +298,35 @@ def _notes_of(trainer: Trainer) -> Iterator[None]:
             setattr(trainer, name, value)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, with_tensors: bool) -> bool:
     if isinstance(value, Mapping):
-        return type(value).__module__ in ("builtins", "collections") and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
+        home = type(value).__module__
+        return home in ("builtins", "collections") and all(_is_plain(each, with_tensors) for each in value.values())
+    if isinstance(value, list | tuple | deque):
+        return all(_is_plain(each, with_tensors) for each in value)
+    if isinstance(value, torch.Tensor):
+        return with_tensors and value.numel() == 1 and not value.requires_grad
     return value is None or isinstance(value, bool | int | float | str)
+
+
+@contextmanager
+def _without_others(trainer: Trainer) -> Iterator[None]:
+    """Have a loss that is computed for planning gather its figures from this process alone.
+
+    Processes whose batches differ do not plan at the same time.  Those of a sharded model do, and have to.
+    """
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1 or trainer.is_fsdp_enabled:
+        yield
+        return
+    names = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
+    vars(accelerator).update(dict.fromkeys(names, _of_this_process))
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(accelerator)[name]
+
+
+def _of_this_process(figures: Any, *_: Any, **__: Any) -> Any:
+    return recursively_apply(lambda tensor: tensor.reshape(-1) if tensor.ndim == 0 else tensor, figures)

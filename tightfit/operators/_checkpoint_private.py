@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import checkpoint as pytorch
 
-from tightfit._torch_private import tree_map
+from tightfit._torch_private.dispatch import tree_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def taking_over(taker: Taker) -> Iterator[None]:
                 del _by_thread[thread]
             if not _by_thread:
                 setattr(pytorch, _GENERATOR, _PYTORCHS_GENERATOR)
-                pytorch.CheckpointFunction = _PYTORCHS_FUNCTION  # type: ignore[misc]
+                pytorch.CheckpointFunction = _PYTORCHS_FUNCTION  # type: ignore[misc]  # a class is put back
 
 
 #: Named so up to PyTorch 2.13, and since.
@@ -149,7 +149,10 @@ class _Reentrant:
             with taking.leaving_alone():
                 return _PYTORCHS_FUNCTION.apply(function, preserve_rng_state, *args)
         with context:
-            return _detached_below_top(function(*[_summed_first(arg) for arg in args]))
+            # Backward goes through them in the other order, as PyTorch's node hands out the arguments' gradients: that
+            # decides about the sum where one tensor is given twice.
+            summed = [_summed_first(arg) for arg in reversed(args)]
+            return _detached_below_top(function(*reversed(summed)))
 
 
 def _summed_first(argument: Any) -> Any:

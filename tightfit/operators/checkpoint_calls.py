@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import tree_leaves
+from tightfit._torch_private.dispatch import tree_leaves
 from tightfit.operators._checkpoint_private import CheckpointCall
 from tightfit.operators.region_names import CHECKPOINT
 

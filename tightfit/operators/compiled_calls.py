@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from tightfit._torch_private import hook_compiled_calls, top_function_mode
+from tightfit._torch_private.compiling import hook_compiled_calls
+from tightfit._torch_private.dispatch import top_function_mode
 from tightfit.operators.escaped_memory import MemoryWatch
 
 _taking_part: dict[int, list[CompiledCalls]] = {}  # by thread
@@ -56,11 +58,27 @@ def _enter() -> Callable[[], Any]:
         one.seen = True
         if not one.has_data:
             raise RunsWithoutData("a callable that torch.compile made was called with tensors without data")
-    watch = top_function_mode()
-    if not taking_part or not isinstance(watch, MemoryWatch):
+    if not taking_part:
         return _nothing
+    watch = _own(top_function_mode())
+    if watch is None:
+        return _leave
     watch.deactivate()
-    return watch.activate
+    return partial(_leave, watch)
+
+
+def _leave(watch: MemoryWatch | None = None) -> None:
+    """End a compiled call, which only afterwards puts back the dispatch keys that it found, whatever it has changed."""
+    if watch is not None:
+        watch.activate()
+    else:
+        watch = _own(top_function_mode())
+    if watch is not None:
+        watch.is_behind = True
+
+
+def _own(mode: object) -> MemoryWatch | None:
+    return mode if isinstance(mode, MemoryWatch) else None
 
 
 def _nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -16,20 +17,28 @@ DESCRIBED = (bool, int, float, complex, str, type(None), torch.dtype, torch.devi
 _barred: dict[str, set[Hashable]] = {}
 
 
-def kind_of_call(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device) -> Hashable:
-    """Return what decides which kernels a call runs: operator, shapes and scalars, and the settings of libraries."""
-    return info.name, _kind(args), _kind(tuple(sorted(kwargs.items()))), device.kernel_settings()
+def kind_of_call(
+    info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, function: Any = None
+) -> Hashable:
+    """Return what decides which kernels a call runs: operator, shapes and scalars, and the settings of libraries.
+
+    `function`: the class of an `autograd.Function`, as several may have one name; all compiled graphs do.
+    """
+    what = info.name if function is None else weakref.ref(function)  # a graph is large, and may be gone before long
+    return what, _kind(args), _kind(tuple(sorted(kwargs.items()))), device.kernel_settings()
 
 
-def bar(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device) -> None:
+def bar(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, function: Any = None) -> None:
     """Never trust calls of this kind again."""
-    _barred.setdefault(info.name, set()).add(kind_of_call(info, args, kwargs, device))
+    _barred.setdefault(info.name, set()).add(kind_of_call(info, args, kwargs, device, function))
 
 
-def is_barred(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device) -> bool:
+def is_barred(
+    info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, function: Any = None
+) -> bool:
     """Tell whether a call of this kind once gave other bits when it was made again."""
     kinds = _barred.get(info.name)
-    return kinds is not None and kind_of_call(info, args, kwargs, device) in kinds
+    return kinds is not None and kind_of_call(info, args, kwargs, device, function) in kinds
 
 
 def _kind(argument: Any) -> Hashable:

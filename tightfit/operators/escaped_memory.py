@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tightfit._torch_private import never_compiled
+from tightfit._torch_private.compiling import never_compiled
+from tightfit._torch_private.dispatch import follow_dispatch_stack
 
 _HANDS_OUT_MEMORY = frozenset(
     {
@@ -45,6 +46,8 @@ class MemoryWatch(TorchFunctionMode):
     def __init__(self, on_exposed: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
         self._on_exposed = on_exposed
+        self.is_behind = False
+        """A compiled call has ended, and may have put the thread's dispatch keys back to what they were before it."""
 
     def activate(self) -> None:
         """Push it on this thread's stack of function modes."""
@@ -58,6 +61,9 @@ class MemoryWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.is_behind:
+            self.is_behind = False
+            follow_dispatch_stack()
         if func in _HANDS_OUT_MEMORY:
             tensor = args[0]
             if type(tensor) is torch.Tensor and tensor.layout is torch.strided:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import OpOverload, find_overload, plain_call, schema_of
+from tightfit._torch_private.dispatch import OpOverload, find_overload, plain_call, schema_of
 
 #: Operations that write arguments which their schema does not mark: the positions of those arguments, and of the flag
 #: that says whether they write. When they do, replay passes None: outputs are bit for bit the same and the running
@@ -36,7 +36,7 @@ _UNINITIALISED = frozenset(
 _FULL_WRITERS = frozenset(
     """
     bernoulli_ cauchy_ copy_ exponential_ fill_ geometric_ log_normal_ normal_ random_ uniform_ zero_
-    """.split()  # noqa: SIM905  (one word a line would be pages)
+    """.split()  # noqa: SIM905  # one word a line would be pages
 )
 
 #: Operations that change, or hand out, state that the tape cannot see.
@@ -82,7 +82,7 @@ _KNOWN_GOOD = frozenset(
     split_with_sizes_copy sqrt sqrt_ stack std sub sub_ sum tan tanh tanh_ topk tril triu unfold_copy
     upsample_bilinear2d upsample_nearest2d var var_mean where zero_ zeros zeros_like _unsafe_index linear
     scalar_tensor _fused_rms_norm _unsafe_view _safe_softmax
-    """.split()  # noqa: SIM905  (one word a line would be pages)
+    """.split()  # noqa: SIM905  # one word a line would be pages
 )
 
 
@@ -130,6 +130,9 @@ class OpInfo:
     mutates: tuple[tuple[int, str], ...]
     """(position, name) of each argument that it writes."""
     is_random: bool
+    """It may draw random numbers; see `draws`."""
+    dropout_place: int
+    """Position of the probability without which it draws none; -1: it always may."""
     is_uninitialised: bool
     """Its result has no defined contents."""
     is_full_writer: bool
@@ -221,7 +224,8 @@ def describe(func: Any) -> OpInfo:
 def _describe(func: Any) -> OpInfo:
     if not isinstance(func, OpOverload):
         return OpInfo(
-            func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False, is_uninitialised=False,
+            func=func, call=func, name=str(func), is_view=False, mutates=(), is_random=False,
+            dropout_place=-1, is_uninitialised=False,
             is_full_writer=False, splits_silently=False, is_foreign=True, undeclared_writes=(), training_flag=-1,
             blocker="" if isinstance(func, OpaqueFunction) else "a higher-order operator", blocker_with_atomics="",
             needs_self_check=True, suspect_flag="", is_convolution=False, uses_libraries=True, may_set_up=False,
@@ -234,6 +238,7 @@ def _describe(func: Any) -> OpInfo:
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+    names = [argument.name for argument in schema.arguments]
     returns_alias = any(result.alias_info is not None for result in schema.returns)
     writes, flag = _UNDECLARED_WRITES.get(name, ((), -1))
     uninitialised = name in _UNINITIALISED
@@ -252,6 +257,7 @@ def _describe(func: Any) -> OpInfo:
         is_view=(not mutates and returns_alias) or func.namespace in ("prim", "profiler"),
         mutates=mutates,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        dropout_place=names.index("dropout_p") if "attention" in own and "dropout_p" in names else -1,
         is_uninitialised=uninitialised,
         is_full_writer=own in _FULL_WRITERS,
         splits_silently=own in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
@@ -264,7 +270,7 @@ def _describe(func: Any) -> OpInfo:
         suspect_flag=_SUSPECT_WITH_ATOMICS.get(name, ""),
         is_convolution=own in _CONVOLUTIONS,
         uses_libraries=is_foreign or any(part in base for part in _OF_LIBRARIES),
-        may_set_up=any(name in names for names in _SETTING_UP.values()),
+        may_set_up=any(name in ones for ones in _SETTING_UP.values()),
     )
 
 
@@ -284,6 +290,14 @@ def undeclared_writes(info: OpInfo, args: tuple[Any, ...]) -> list[torch.Tensor]
     if not info.undeclared_writes or (info.training_flag >= 0 and not args[info.training_flag]):
         return []
     return tensors_in([args[place] for place in info.undeclared_writes if place < len(args)])
+
+
+def draws(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether the call may draw random numbers: attention does only where it is asked for dropout."""
+    place = info.dropout_place
+    if not info.is_random or place < 0:
+        return info.is_random
+    return bool(args[place] if place < len(args) else kwargs.get("dropout_p", 0.0))
 
 
 def undefined_results(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import COMPILED_GRAPHS, never_compiled, node_class_of
+from tightfit._torch_private.autograd import node_class_of
+from tightfit._torch_private.compiling import COMPILED_GRAPHS, never_compiled
 from tightfit.operators.stashed_tensors import stashed_in
 
 #: Makes a call of a function's ``forward``: given the function's class, that forward, and its arguments.

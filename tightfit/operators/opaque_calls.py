@@ -13,19 +13,15 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
-    DispatchMode,
-    below_autograd,
-    current_dispatch_keys,
-    dispatching_by,
-    node_class_of,
-    storage_key,
-)
+from tightfit._torch_private.autograd import no_saved_tensor_hooks, node_class_of
+from tightfit._torch_private.dispatch import DispatchMode, below_autograd, current_dispatch_keys, dispatching_by
+from tightfit._torch_private.tensors import storage_key
 from tightfit.device.device import Device
 from tightfit.device.generators import drawing_from
 from tightfit.operators.facts import describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
 from tightfit.operators.function_calls import is_compiled_graph
 from tightfit.operators.stashed_tensors import stashed_in
+from tightfit.operators.wrapper_tensors import any_wrapper
 
 
 class WritesElsewhere(RuntimeError):
@@ -120,16 +116,13 @@ class FunctionCall(OpaqueCall):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: AbstractContextManager[object]) -> Any:
         if is_compiled_graph(self.function):
             watch = nullcontext()  # its memory is not made by operations that show; what it writes, it says
-        saved: list[torch.Tensor] = []
-        # A node that holds its own result would keep itself alive, as nobody will run its backward.
-        hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, _refuse)
-        try:
-            with torch.enable_grad(), hooks, watch:
-                result = self.function.apply(*self._as_they_were(args))
-            tensors = what_it_made(result, [*saved, *stashed_in(self._context_of(result))])
-            del result
-        finally:
-            saved.clear()  # the nodes hold the hooks, and these the list: a result in it would never be freed
+        # No hooks collect what is saved, as forward may have `torch.func` inside, which forbids them.
+        with torch.enable_grad(), no_saved_tensor_hooks(), watch:
+            result = self.function.apply(*self._as_they_were(args))
+        node = self._context_of(result)
+        saved = [tensor.detach() for tensor in node.saved_tensors if tensor is not None] if node is not None else []
+        tensors = what_it_made(result, [*saved, *stashed_in(node)])
+        del node, result
         if self.function.setup_context is not torch.autograd.Function.setup_context:
             del tensors[self._length :]  # which saves after the call, and only what was given or has come out
         if len(tensors) != self._length:
@@ -160,13 +153,14 @@ class FunctionCall(OpaqueCall):
         return [again(argument) for argument in args]
 
 
+def function_of(call: object) -> Any:
+    """Return the class of the `autograd.Function` that is called; None where another operation is."""
+    return call.function if isinstance(call, FunctionCall) else None
+
+
 def what_it_made(result: Any, saved: list[torch.Tensor]) -> list[torch.Tensor]:
     """List what a call made: its results, and what it has autograd save or keeps in its context."""
     return [made for made in (*result_tensors(result), *saved) if isinstance(made, torch.Tensor)]
-
-
-def _refuse(_: object) -> torch.Tensor:
-    raise RuntimeError("a call that is made again has no backward")
 
 
 class _FreshWrites(DispatchMode):
@@ -179,6 +173,8 @@ class _FreshWrites(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any_wrapper(types):
+            return NotImplemented
         kwargs = kwargs or {}
         info = describe(func)
         for tensor in (*mutated_tensors(info, args, kwargs), *undeclared_writes(info, args)):

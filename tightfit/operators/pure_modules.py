@@ -5,13 +5,21 @@ Promised are pure functions of arguments, parameters and PyTorch's generators; o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import has_global_module_hooks, has_module_hooks, is_compiled
+from tightfit._torch_private.modules import (
+    has_global_module_hooks,
+    has_module_hooks,
+    is_compiled,
+    modules_in,
+    own_parameters,
+)
 from tightfit.errors import UnsupportedInput
 
+_WEIGHTS = {torch.nn.Parameter, type(None)}
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Kinds of modules, by the Python module that defines them: each a pure function of its arguments, its parameters and
@@ -76,7 +84,7 @@ def allow_recompute(*kinds: type[torch.nn.Module]) -> None:
 
 def is_pure(module: torch.nn.Module) -> bool:
     """Return whether a module and all below it are of kinds of which it is promised that they may run again."""
-    for below in module.modules():
+    for below in modules_in(module):
         kind = type(below)
         own = vars(below)
         if f"{kind.__module__}.{kind.__qualname__}" not in _pure or own.get("inplace") or is_compiled(below):
@@ -88,9 +96,17 @@ def is_pure(module: torch.nn.Module) -> bool:
 
 def is_bare(module: torch.nn.Module) -> bool:
     """Return whether nothing runs in a module's call but the forwards of its classes: no hooks, no replaced forward."""
-    return not has_global_module_hooks() and not any(
-        "forward" in vars(below) or has_module_hooks(below) for below in module.modules() if below is not module
-    )
+    return _are_bare(modules_in(module))
+
+
+def _are_bare(modules: Sequence[torch.nn.Module]) -> bool:
+    """Return that of a module, given it and all below it, itself first."""
+    if has_global_module_hooks():
+        return False
+    for below in modules[1:]:  # noqa: SIM110  # asked at every such call: a loop takes half the time
+        if "forward" in vars(below) or has_module_hooks(below):
+            return False
+    return True
 
 
 def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)) -> bool:
@@ -109,6 +125,24 @@ def are_plain(arguments: Any, kinds: tuple[type, ...] = (torch.Tensor, torch.nn.
     return False
 
 
-def can_call_again(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
-    """Return whether this call of the module can be made again in backward, as far as can be told before."""
-    return are_plain(args) and are_plain(kwargs) and is_bare(module)
+def has_own_weights(module: torch.nn.Module) -> bool:
+    """Return whether the module has parameters where it should.
+
+    Inside `torch.func.functional_call` it has other tensors there, and in backward its own ones again.
+    """
+    return _have_own_weights(modules_in(module))
+
+
+def _have_own_weights(modules: Sequence[torch.nn.Module]) -> bool:
+    weights = [weight for below in modules for weight in own_parameters(below).values()]
+    if set(map(type, weights)) <= _WEIGHTS:
+        return True
+    return all(weight is None or isinstance(weight, torch.nn.Parameter) for weight in weights)
+
+
+def can_call_again(modules: Sequence[torch.nn.Module], args: Any, kwargs: Any) -> bool:
+    """Return whether a call of a module can be made again in backward, as far as can be told before.
+
+    `modules`: it and all below it, itself first.
+    """
+    return are_plain(args) and are_plain(kwargs) and _are_bare(modules) and _have_own_weights(modules)

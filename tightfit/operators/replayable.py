@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import FakeTensor
+from tightfit._torch_private.dispatch import FakeTensor
 from tightfit.device.device import Device
 from tightfit.operators.differing_calls import is_barred
 from tightfit.operators.facts import OpInfo
@@ -28,8 +28,9 @@ def blocker(
     kwargs: Mapping[str, Any],
     tensors: list[torch.Tensor],
     device: Device,
+    function: Any = None,
 ) -> str:
-    """Return why a call may not be replayed, as a short phrase; empty if it may."""
+    """Return why a call may not be replayed, as a short phrase; empty if it may. `function` as for `kind_of_call`."""
     if info.blocker:
         return info.blocker
     if info.undeclared_writes and info.training_flag < 0:
@@ -40,7 +41,7 @@ def blocker(
         return info.blocker_with_atomics
     if info.is_convolution and (reason := device.convolutions_differ_by_thread()):
         return reason
-    if is_barred(info, args, kwargs, device):
+    if is_barred(info, args, kwargs, device, function):
         return GAVE_OTHER_BITS
     for tensor in tensors:
         if tensor.layout is not torch.strided:

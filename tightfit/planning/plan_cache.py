@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,13 @@ import torch
 from tightfit.installation.plans import PlanStatistics
 from tightfit.installation.resolved_plan import ResolvedPlan
 from tightfit.interrupts import waiting_interrupts
-from tightfit.planning.replan import MOST_KINDS, Replanned, Replanner
+from tightfit.planning.references import MOST_KINDS
+from tightfit.planning.replan import Replanned, Replanner
 from tightfit.planning.search import FoundPlan
+from tightfit.progress import showing_when_long
 from tightfit.records import Plan
 from tightfit.step.key import ModelWatch, StepKey, step_key
+from tightfit.step.step import Step
 
 #: Plans that are kept; the one unused for longest goes first.
 MOST_PLANS = 256
@@ -62,43 +65,50 @@ class PlanCache:
         self,
         replanner: Replanner,
         watch: ModelWatch,
-        optimizers: Sequence[torch.optim.Optimizer],
+        steps: Mapping[str, Step],
         planning_ms: float,
     ) -> None:
-        """`planning_ms`: what planning the first step took, until something else was planned."""
+        """`planning_ms`: what planning the first step took, until something else was planned.
+
+        `steps`: each kind by its name; all have the same optimizers.
+        """
         self.statistics = PlanStatistics()
         self._replanner = replanner
         self._watch = watch
-        self._optimizers = optimizers
+        self._steps = steps
+        self._optimizers = next(iter(steps.values())).all_optimizers
         self._solving_ms = planning_ms
         self._lost_ms = 0.0
         self._entries: OrderedDict[StepKey, _Entry] = OrderedDict()
         self._calls: dict[StepKey, _Entry] = {}
         self._current: _Entry | None = None
+        self._last_step = ""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(self, key: StepKey, found: FoundPlan) -> None:
         """Keep a plan that a trial run confirmed, for steps of that key."""
+        self._last_step = key.step
         self._current = self._keep(_Entry(key=key, made=self._replanner.learn(key, found)))
 
     # ------------------------------------------------------------------------------------------------ before a step
 
-    def plan_for(self, batch: Any) -> ResolvedPlan:
-        """Return the plan for a batch, made now if there is none yet.
+    def plan_for(self, batch: Any, step: str = "") -> ResolvedPlan:
+        """Return the plan for a batch in a kind of step, made now if there is none yet.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
         """
-        key = self._key_of(batch)
+        self._last_step = step
+        key = self._key_of(batch, step, self._steps[step].autocast)
         entry = self._entries.get(key)
         if entry is None or self._is_due(entry):
             if self._replanner.can_measure:
-                with waiting_interrupts(), self._replanner.budget.in_totals():
+                with showing_when_long(), waiting_interrupts(), self._replanner.budget.in_totals():
                     entry = self._keep(self._planned(key, batch, entry))
             elif entry is None:
-                return self._unplanned()
+                return self._unplanned(step)
         self._entries.move_to_end(key)
         if entry.made.way == "reused":
             self._lost_ms += entry.added_ms
@@ -109,21 +119,22 @@ class PlanCache:
         """Note that the model is called with these arguments, for the batch that `plan_for` was last asked about."""
         if self._current is not None and self._current.calls_looked_at < _CALLS_LOOKED_AT:
             self._current.calls_looked_at += 1
-            call = self._key_of((args, kwargs))
+            call = self._key_of((args, kwargs), self._current.key.step)
             if len(self._current.calls) < MOST_KINDS:
                 self._current.calls.add(call)
                 self._calls[call] = self._current
             self._replanner.note_call(self._current.made.resolved, call)
 
-    def plan_for_call(self, args: Any, kwargs: Any) -> ResolvedPlan:
-        """Return the plan for a forward call made without `step(batch)`."""
-        call = self._key_of((args, kwargs))
+    def plan_for_call(self, args: Any, kwargs: Any, step: str = "") -> ResolvedPlan:
+        """Return the plan for a forward call made without `step(batch)`, in a kind of step."""
+        self._last_step = step
+        call = self._key_of((args, kwargs), step)
         self._current = self._calls.get(call)
         if self._current is not None:
             return self._current.made.resolved
         if self._replanner.is_ample_for(call):
             return ResolvedPlan.dropping_nothing()
-        return self._unplanned()
+        return self._unplanned(step)
 
     def note_mismatch(self) -> None:
         """Note that the forward that just ended did not follow the plan that was last asked for."""
@@ -132,16 +143,17 @@ class PlanCache:
             self.statistics.mismatched_steps += 1
 
     def note_kept_graph(self) -> int:
-        """Note that backwards keep their graphs: plans from now on are for steps in which they do.
+        """Note that the last step's backward kept its graph: plans for its kind are for such steps from now on.
 
         Returns:
             The peak in bytes of steps under the plans until now, if that is above the budget; else 0.
         """
-        if self._replanner.keeps_graphs:
+        step = self._last_step
+        if self._replanner.keeps_graphs(step):
             return 0
         with waiting_interrupts():
-            made, peak_bytes = self._replanner.keep_graphs()
-        for entry in list(self._entries.values()):
+            made, peak_bytes = self._replanner.keep_graphs(step)
+        for entry in [one for one in self._entries.values() if one.key.step == step]:
             planned = made.get(id(entry.made.resolved))
             if planned is None:
                 self._forget(self._entries.pop(entry.key))
@@ -150,17 +162,17 @@ class PlanCache:
         self.statistics.replanned += 1
         return peak_bytes if peak_bytes > self._replanner.budget.step_bytes else 0
 
-    def _key_of(self, batch: Any) -> StepKey:
-        return step_key(self._watch, batch, self._optimizers)
+    def _key_of(self, batch: Any, step: str, autocast: torch.dtype | None = None) -> StepKey:
+        return step_key(self._watch, batch, self._optimizers, step, autocast)
 
-    def _unplanned(self) -> ResolvedPlan:
+    def _unplanned(self, step: str) -> ResolvedPlan:
         self.statistics.unplanned_calls += 1
         self._current = None
-        return self._replanner.without_plan()
+        return self._replanner.without_plan(step)
 
     def _is_due(self, entry: _Entry) -> bool:
         """Tell whether to plan a known key again."""
-        if entry.is_unlike_its_steps and self._replanner.can_try and not entry.made.is_data_dependent:
+        if entry.is_unlike_its_steps and self._replanner.can_try and not entry.made.is_learnt:
             return True
         return entry.made.way == "reused" and self._lost_ms > self._solving_ms
 
@@ -185,7 +197,7 @@ class PlanCache:
         try:
             if known is not None and known.is_unlike_its_steps and self._replanner.can_try:
                 self.statistics.replanned += 1
-                made = self._replanner.plan_by_trial(key, batch)
+                made = self._replanner.plan_by_trial(key, batch, again=True)
                 mismatched_steps = known.mismatched_steps
                 entry = _Entry(key=key, made=made, mismatched_steps=mismatched_steps, replan_at=2 * mismatched_steps)
             else:

@@ -16,25 +16,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from tightfit._torch_private import profiler_is_running
+from tightfit._torch_private.profiler import profiler_is_running
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.distributed.fsdp import is_sharded
-from tightfit.errors import BudgetInfeasible
+from tightfit.errors import BudgetInfeasible, first_line
 from tightfit.installation.applied import Applied
 from tightfit.installation.resolved_plan import ResolvedPlan
+from tightfit.planning.references import Reference, References
 from tightfit.planning.reuse import plans_like
 from tightfit.planning.search import FoundPlan, find_plan
 from tightfit.planning.shared_cache import SharedCache
 from tightfit.profiling.measure import measure_step
-from tightfit.profiling.remeasure import measure_reshaped, operations
+from tightfit.profiling.remeasure import measure_reshaped
 from tightfit.records import Plan, Profile
 from tightfit.records.decision import GradCheckpoint
 from tightfit.replay.executors import executor_of
@@ -42,15 +44,14 @@ from tightfit.replay.plan_state import as_a_whole
 from tightfit.simulation.reserved import simulate_in_totals
 from tightfit.solver.solver import solver_of
 from tightfit.step.key import StepKey
-from tightfit.step.step import Step
+from tightfit.step.open_autocast import as_it_runs_now, without_open_autocast
+from tightfit.step.step import LossFunction, Step
 from tightfit.units import format_bytes
 
 _log = logging.getLogger(__name__)
 
 _Way = Literal["tried", "solved", "reused", "plain", "ample"]
 
-#: Kinds of steps (see `StepKey.kind`) of which a profile is kept to measure others by.
-MOST_KINDS = 8
 #: Part of the memory above what is resident that a plan leaves free if no trial run confirmed it: the memory model's
 #: own bar for its largest error before repair.
 UNCONFIRMED_MARGIN = 0.02
@@ -67,97 +68,64 @@ class Replanned:
     resolved: ResolvedPlan
     way: _Way
     """The field of `PlanStatistics` that counts it."""
-    is_data_dependent: bool = False
-    """The batch's contents, too, decide which operations run."""
+    is_learnt: bool = False
+    """What steps of its key do beside it cannot be planned: the batch's contents decide which operations run, or a
+    wrapper that planning cannot use."""
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class _Reference:
-    """A step that was measured in full and tried."""
-
-    key: StepKey
-    call: StepKey | None
-    """Key of the model's call in it."""
-    profile: Profile
-    resolved: ResolvedPlan
-    plain_peak_bytes: int
-    correction_bytes: int
-    """What the meter saw beyond the prediction."""
-
-
-class _InOpenAutocast(Step):
-    """A step inside an autocast context that stays open around it, run as if the context were opened for each step.
-
-    PyTorch forgets the weights that it has cast when the outermost context closes, which is then the user's; what the
-    runs for planning cast must not be found by the user's own step, nor by each other.  A context that stays open over
-    several forwards forgets them, too, when one of these has to be planned.
-    """
-
-    def run_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        torch.clear_autocast_cache()
-        try:
-            return super().run_loss(model, batch)
-        finally:
-            torch.clear_autocast_cache()
+def _loss_through(
+    wrapper: torch.nn.Module, model: torch.nn.Module, loss: LossFunction | None, given: torch.nn.Module, batch: Any
+) -> torch.Tensor:
+    """Compute the loss with the wrapper in place of the model, if that is what is given, and not a copy of it."""
+    return Step(loss=loss).run_loss(wrapper if given is model else given, batch)
 
 
 class Replanner:
-    """Plan steps of other keys, for one model, step and budget, by what was learnt from those that were tried."""
+    """Plan steps of other keys, for one model and budget, by what was learnt from those that were tried."""
 
     def __init__(
-        self, model: torch.nn.Module, applied: Applied, step: Step, budget: Budget, grad_checkpoint: GradCheckpoint
+        self,
+        model: torch.nn.Module,
+        applied: Applied,
+        steps: Mapping[str, Step],
+        budget: Budget,
+        grad_checkpoint: GradCheckpoint,
     ) -> None:
+        """Take each kind of step by its name, among others."""
         self._model = model
         self._applied = applied
-        self._step = step
+        self._steps = dict(steps)
         self.budget = budget
         self._budget_bytes = budget.step_bytes
         self._grad_checkpoint: GradCheckpoint = grad_checkpoint
+        self._given_losses = {name: step.loss for name, step in steps.items()}
+        self._wrapper: torch.nn.Module | None = None  # through which the step calls the model
         self._is_sharded = is_sharded(model)
-        self._references: list[_Reference] = []  # the latest last
+        self._references = References()
         self._cache = SharedCache(budget.step_bytes)
 
     def learn(self, key: StepKey, found: FoundPlan) -> Replanned:
         """Take a plan that a trial run confirmed as a reference for others."""
         resolved, profile = found.resolved, found.profile
-        excess_bytes = found.outcome.peak_bytes - found.plan.predicted_peak_bytes
-        reference = _Reference(
-            key=key,
-            call=None,
-            profile=profile,
-            resolved=resolved,
-            plain_peak_bytes=found.plan.plain_peak_bytes,
-            correction_bytes=max(0, profile.correction_bytes, profile.correction_bytes + excess_bytes),
-        )
-        known = self._reference(key.kind, profile)
-        if known is not None:  # the same operations: what was checked there counts here, and the other way round
-            known.resolved.checked.update(resolved.checked)
-            known.resolved.moves.update(resolved.moves)
-            for region, positions in resolved.refused.items():
-                known.resolved.refused.setdefault(region, set()).update(positions)
-            resolved.checked, resolved.refused = known.resolved.checked, known.resolved.refused
-            resolved.moves = known.resolved.moves
-        others = [one for one in self._references if one is not known]
-        self._references = [*others[1 - MOST_KINDS :], reference]
+        self._references.add(key, found)
         self._cache.join(solver_of(profile).index, resolved)
-        return Replanned(resolved=resolved, way="tried", is_data_dependent=profile.data_dependent)
+        return Replanned(resolved=resolved, way="tried", is_learnt=profile.data_dependent)
 
-    @property
-    def keeps_graphs(self) -> bool:
-        """Whether steps are planned whose backwards keep their graphs (``retain_graph=True``)."""
-        return self._step.retain_graph
+    def keeps_graphs(self, step: str) -> bool:
+        """Tell whether a kind of step is planned with backwards that keep their graphs (``retain_graph=True``)."""
+        return self._steps[step].retain_graph
 
-    def keep_graphs(self) -> tuple[dict[int, Replanned], int]:
-        """Plan from now on for backwards that keep their graphs.
+    def keep_graphs(self, step: str) -> tuple[dict[int, Replanned], int]:
+        """Plan a kind of step from now on for backwards that keep their graphs.
 
         Returns:
             New plans by the id of the `ResolvedPlan` that they replace, and the highest peak in bytes under old ones.
         """
         _log.info("a backward kept its graph, so that autograd gives nothing back in it; planning again")
-        self._step = replace(self._step, retain_graph=True)
+        self._steps[step] = replace(self._steps[step], retain_graph=True)
         made: dict[int, Replanned] = {}
         peak_bytes = 0
-        for place, one in enumerate(self._references):
+        for one in self._references.of_step(step):
             profile = replace(one.profile.with_kept_graph(), correction_bytes=one.correction_bytes)
             resolved = one.resolved
             if (plan := resolved.plan) is not None:
@@ -166,19 +134,21 @@ class Replanner:
             with suppress(BudgetInfeasible):  # said when its next batch is planned
                 planned = self._chosen(profile, *self._choose(profile, (), may_reuse=False), like=resolved)
                 made[id(resolved)], resolved = planned, planned.resolved
-            self._references[place] = replace(one, profile=profile, resolved=resolved)
+            one.profile, one.resolved = profile, resolved
         return made, peak_bytes
 
     def note_call(self, resolved: ResolvedPlan, call: StepKey) -> None:
         """Note the key of the model's call in the step that a plan is for."""
-        for reference in self._references:
-            if reference.resolved is resolved and reference.call is None:
-                reference.call = call
+        self._references.note_call(resolved, call)
 
     @property
     def can_measure(self) -> bool:
-        """Workspace is measured with PyTorch's profiler, of which a process can run one; and not inside a forward."""
-        return not profiler_is_running() and not self._applied.is_running
+        """Workspace is measured with PyTorch's profiler, of which a process can run one; and not inside a forward, nor
+        while all of the model is frozen (an adapter that is switched off, or trains outside of it).
+        """
+        if profiler_is_running() or self._applied.is_running:
+            return False
+        return any(parameter.requires_grad for parameter in self._model.parameters())
 
     @property
     def can_try(self) -> bool:
@@ -189,11 +159,11 @@ class Replanner:
         """Tell whether the budget is so ample that a call of the model can run plain, unmeasured."""
         return any(one.call is not None and self._is_ample(call, one.call, one) for one in self._references)
 
-    def without_plan(self) -> ResolvedPlan:
+    def without_plan(self, step: str) -> ResolvedPlan:
         """Return what a step that cannot be planned follows: all that is provably replayable is dropped."""
         if self._grad_checkpoint == "off":
             return ResolvedPlan.dropping_nothing()
-        return ResolvedPlan.dropping_everything(self._references[-1].profile)
+        return ResolvedPlan.dropping_everything(self._references.latest(step).profile)
 
     # ------------------------------------------------------------------------------------------------ making plans
 
@@ -209,10 +179,10 @@ class Replanner:
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
         """
-        reference = self._reference(key.kind)
+        reference = self._references.of_kind(key.kind)
         made: Replanned | None = None
         if reference is None:
-            self._tell_of_new_kind()
+            self._tell_of_new_kind(key.step)
         elif not device_for(self._model).caches_memory and self._is_ample(key, reference.key, reference):
             return Replanned(resolved=ResolvedPlan.dropping_nothing(), way="ample")
         elif not reference.profile.data_dependent:
@@ -221,36 +191,76 @@ class Replanner:
             return made
         if self.can_try:
             return self.plan_by_trial(key, batch)
-        return self._plan_untried(batch, neighbours, may_reuse)
+        return self._plan_untried(key, batch, neighbours, may_reuse)
 
-    def plan_by_trial(self, key: StepKey, batch: Any) -> Replanned:
+    def plan_by_trial(self, key: StepKey, batch: Any, *, again: bool = False) -> Replanned:
         """Make a plan as `fit` does, with trial runs.
+
+        Args:
+            key, batch: as for `plan`.
+            again: steps ran other operations than their plan's. Where the model is called through a wrapper, that may
+                be the reason, and the trial calls it so, too.
 
         Raises:
             BudgetInfeasible: no plan for this batch fits the budget. Nothing has changed.
         """
-        step = self._step_now()
+        wrapper = self._applied.wrapper if again else None
+        wrapper = wrapper if wrapper is not self._wrapper else None
+        step = as_it_runs_now(self._steps[key.step], self._model)  # out here, where an autocast context may be open
+        through = None if wrapper is None else self._step_through(wrapper, key.step)
         with self._applied.removed(), self._beside_training():
-            found = find_plan(self._model, batch, step, self._budget_bytes, self._grad_checkpoint, within_budget=True)
-        return self.learn(key, found)
+            profile = None if through is None else self._measured_through(through, batch)
+            found = find_plan(
+                self._model,
+                batch,
+                step if through is None or profile is None else through,
+                self._budget_bytes,
+                self._grad_checkpoint,
+                within_budget=True,
+                profile=profile,
+            )
+        made = self.learn(key, found)
+        if wrapper is None or through is None:
+            return made
+        if profile is None:
+            self._applied.tell_of_wrapper(wrapper)
+            return replace(made, is_learnt=True)
+        self._wrapper = wrapper
+        self._steps[key.step] = replace(self._steps[key.step], loss=through.loss)
+        return made
 
-    def _plan_untried(self, batch: Any, neighbours: Iterable[Plan], may_reuse: bool) -> Replanned:
+    def _step_through(self, wrapper: torch.nn.Module, kind: str) -> Step:
+        """Return a step as it runs now, whose loss is computed through what the model is wrapped in."""
+        loss = partial(_loss_through, wrapper, self._model, self._given_losses[kind])
+        return replace(as_it_runs_now(self._steps[kind], self._model), loss=loss)
+
+    def _measured_through(self, step: Step, batch: Any) -> Profile | None:
+        """Measure such a step; None if the wrapper is nothing that the loss function can take for the model, or that
+        can be trained by ``backward()``.
+        """
+        try:
+            return measure_step(self._model, batch, step, concrete=True, budget_bytes=self._budget_bytes)
+        except Exception as error:  # of the user's code, which is called otherwise than he does
+            _log.info("a step through a wrapper failed (%s); planning without it", first_line(error))
+            return None
+
+    def _plan_untried(self, key: StepKey, batch: Any, neighbours: Iterable[Plan], may_reuse: bool) -> Replanned:
         """Make a plan from a measurement of its own, corrected by what the latest trial showed."""
-        latest = self._references[-1]
-        step = self._step_now()
+        latest = self._references.latest(key.step)
+        step = as_it_runs_now(self._steps[key.step], self._model)
         with self._applied.paused(), self._beside_training():
             profile = measure_step(self._model, batch, step, budget_bytes=self._budget_bytes)
         profile = replace(profile, correction_bytes=latest.correction_bytes)
         return self._chosen(profile, *self._choose(profile, neighbours, may_reuse))
 
     def _plan_by_measuring(
-        self, key: StepKey, batch: Any, reference: _Reference, neighbours: Iterable[Plan], may_reuse: bool
+        self, key: StepKey, batch: Any, reference: Reference, neighbours: Iterable[Plan], may_reuse: bool
     ) -> Replanned | None:
         """Make a plan for another size from a measurement, with a margin; None where only a trial run can tell."""
-        step = self._step_now()
+        step = as_it_runs_now(self._steps[key.step], self._model)
         with self._applied.paused(), self._beside_training():
             profile = measure_reshaped(self._model, batch, step, reference.profile, self._budget_bytes)
-        same = self._reference(key.kind, profile)
+        same = self._references.of_kind(key.kind, profile)
         if same is None or profile.method != same.profile.method:  # another branch, perhaps by the batch's size
             return None
         profile = self._with_margin(profile, same)
@@ -313,12 +323,12 @@ class Replanner:
         """Open a context for what is run to plan: it finds no cache of other steps, and leaves none to them."""
         self._applied.cache_room.give_back()
         try:
-            with _no_ambient_autocast(self._model):
+            with without_open_autocast(self._model):
                 yield
         finally:
             self._applied.cache_room.give_back()
 
-    def _with_margin(self, profile: Profile, reference: _Reference) -> Profile:
+    def _with_margin(self, profile: Profile, reference: Reference) -> Profile:
         growth = max(1.0, _activation_bytes(profile) / max(1, _activation_bytes(reference.profile)))
         margin_bytes = int(UNCONFIRMED_MARGIN * max(0, self._budget_bytes - profile.baseline_bytes))
         return replace(
@@ -327,15 +337,7 @@ class Replanner:
             margin_bytes=profile.margin_bytes + margin_bytes,
         )
 
-    def _reference(self, kind: Hashable, like: Profile | None = None) -> _Reference | None:
-        """Return the latest reference of that kind (with the operations of `like`)."""
-        wanted = operations(like) if like is not None else None
-        for one in reversed(self._references):
-            if one.key.kind == kind and wanted in (None, operations(one.profile)):
-                return one
-        return None
-
-    def _is_ample(self, key: StepKey, known: StepKey, reference: _Reference) -> bool:
+    def _is_ample(self, key: StepKey, known: StepKey, reference: Reference) -> bool:
         if self._grad_checkpoint == "full" or key.kind != known.kind:
             return False
         resident_bytes = reference.profile.baseline_bytes
@@ -343,18 +345,11 @@ class Replanner:
         most_bytes = resident_bytes + _AMPLE * growth * (reference.plain_peak_bytes - resident_bytes)
         return most_bytes <= self._budget_bytes
 
-    def _step_now(self) -> Step:
-        """Return the step as it runs now: an open autocast context counts as the step's own."""
-        ambient = device_for(self._model).ambient_autocast()
-        if ambient is None:
-            return self._step
-        settings = {one.name: getattr(self._step, one.name) for one in fields(self._step) if one.init}
-        return _InOpenAutocast(**{**settings, "autocast": ambient})
-
-    def _tell_of_new_kind(self) -> None:
-        trained = {id(p) for one in self._step.optimizers for group in one.param_groups for p in group["params"]}
+    def _tell_of_new_kind(self, step: str) -> None:
+        optimizers = self._steps[step].all_optimizers
+        trained = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
         names = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in trained]
-        if self._step.optimizers and names:
+        if optimizers and names:
             _log.warning(
                 "%d parameters that require a gradient (%s, ...) are in none of the optimizers that fit was given, so "
                 "the memory of their optimizer is not in the budget. Add them with add_param_group, or fit again.",
@@ -379,13 +374,3 @@ def _replaying(plan: Plan) -> set[str]:
 
 def _estimated(profile: Profile) -> set[str]:
     return {signature.name for signature in profile.signatures if signature.note}
-
-
-def _no_ambient_autocast(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """Close the autocast context that is open, if one is.
-
-    Only then: inside any open context, be it a disabled one, the model's own contexts do not forget at their end the
-    weights that they have cast, and the step that is measured would run other operations than the user's.
-    """
-    device = device_for(model)
-    return device.autocast(None) if device.ambient_autocast() is not None else nullcontext()

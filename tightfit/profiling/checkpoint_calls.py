@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from tightfit._torch_private import current_graph_task, graph_position, position_of_node
+from tightfit._torch_private.autograd import current_graph_task, graph_position, position_of_node
 from tightfit.operators._checkpoint_private import CheckpointCall
 from tightfit.operators.checkpoint_calls import checkpoint_path, reason_to_leave
 
@@ -23,6 +24,7 @@ _SHARES = (
     "it is reentrant, and uses weights or tensors that other code uses, too: their gradients would be added in another "
     "order"
 )
+_GETS_NONE = "it is reentrant, and a result of it gets no gradient, where PyTorch's form gives its weights zeros"
 _EXCLUDED = "it is called inside an excluded module"
 _AS_IT_IS = "as the model does it, the step takes less memory than under any plan"
 
@@ -127,8 +129,15 @@ class CheckpointCalls:
                 there = self._calls_at(position_of_node(before), with_arguments=True)
                 for index in set(here) - set(there):
                     self.left.setdefault(self._reentrant[index].path, _SHARES)
+                for index in set(self._calls_at(position_of_node(before))) - set(here):
+                    before.register_prehook(partial(self._note_gradients, self._reentrant[index].path))
         for index in {index for calls in users.values() if len(calls) > 1 for index in calls if index >= 0}:
             self.left.setdefault(self._reentrant[index].path, _SHARES)
+
+    def _note_gradients(self, path: str, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        """Note what the node of a result of a call gets in backward."""
+        if all(gradient is None for gradient in gradients):
+            self.left.setdefault(path, _GETS_NONE)
 
     def _calls_at(self, position: int, *, with_arguments: bool = False) -> list[int]:
         """Return the calls that made the node at a position of the graph, the outermost first.

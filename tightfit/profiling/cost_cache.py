@@ -4,6 +4,7 @@ One small JSON file per *environment* (this PyTorch, this device, these threads 
 folder.  Only costs are kept, never plans: a wrong entry can make a plan slower or have a guarded run repaired, never a
 gradient wrong.
 
+* What was measured while others kept the processor busy is not remembered, and measured again the next time.
 * A file is replaced whole, so several processes may use it at once.  Of two that write at the same time one may lose
   its entries, which are then measured again.
 * A file that is damaged, of another version or of another environment is not read, and is written anew.
@@ -37,7 +38,7 @@ from tightfit.profiling.output_strides import Layouts
 _log = logging.getLogger(__name__)
 
 #: Raised when what an entry means changes.
-_FORMAT = "tightfit.operation-costs/5"
+_FORMAT = "tightfit.operation-costs/6"
 _MOST_ENTRIES = 20_000
 _MOST_FILES = 16
 _OFF = ("off", "0", "false", "no")
@@ -55,6 +56,8 @@ class Cost:
     """How each result lies in memory."""
     device_ms: float = 0.0
     """Shortest time of a device that works beside the host."""
+    is_disturbed: bool = False
+    """Others kept the host's processor from it at every run: the time says little, and is not remembered."""
 
     @property
     def slower_ms(self) -> float:
@@ -87,8 +90,9 @@ class CostCache:
         return self._known.get(_key(call))
 
     def put(self, call: object, cost: Cost) -> None:
-        """Note what a call was measured to cost; `save` writes it."""
-        self._new[_key(call)] = cost
+        """Note what a call was measured to cost, unless others disturbed that; `save` writes it."""
+        if not cost.is_disturbed:
+            self._new[_key(call)] = cost
 
     def put_dangerous(self, call: object) -> None:
         """Note, and write at once, that running a call alone broke the device."""
@@ -117,7 +121,7 @@ class CostCache:
             _log.info("the costs of operations cannot be kept in %s (%s)", self._path, error)
 
     def _document(self, known: Mapping[str, Cost]) -> str:
-        costs = {k: "dangerous" if c.is_dangerous else astuple(c) for k, c in known.items()}
+        costs = {k: "dangerous" if c.is_dangerous else astuple(c)[:-1] for k, c in known.items()}
         text = json.dumps(costs, separators=(",", ":"))
         head = {"format": _FORMAT, "environment": self._environment, "checksum": _checksum(text)}
         return f"{json.dumps(head)}\n{text}\n"

@@ -8,13 +8,13 @@ some hundred operations of the same kinds it is not.  Workspace: the most memory
 inputs and outputs, which no dispatcher shows (convolutions, attention); see `Device.workspace_meter`.
 
 Made-up data: floats in [0.1, 0.9), integers zero (a valid index everywhere), booleans true.  An operation that cannot
-be run on such data is estimated by its size; so is one that a made-up argument could crash: anything outside ATen, and
-backward kernels that read a buffer which only their own forward can fill (cuDNN's and oneDNN's RNNs get it from one).
-An argument on the wrong device crashes, too: a kernel that expects a random seed in host memory reads it there.  So
-once an operation returns a result elsewhere than its fake kernel said, only operations like it are run; the others
-wait for the next fake run, which knows where their arguments are.  An operation that breaks the device all the same (an
-assertion in a kernel, an access out of bounds) ends the process's work with its name; with a cost cache, it is not run
-alone again.
+be run on such data is estimated by its size; so is one that a made-up argument could crash: anything outside ATen
+(where a step runs with data, it is metered there), and backward kernels that read a buffer which only their own forward
+can fill (cuDNN's and oneDNN's RNNs get it from one). An argument on the wrong device crashes, too: a kernel that
+expects a random seed in host memory reads it there.  So once an operation returns a result elsewhere than its fake
+kernel said, only operations like it are run; the others wait for the next fake run, which knows where their arguments
+are.  An operation that breaks the device all the same (an assertion in a kernel, an access out of bounds) ends the
+process's work with its name; with a cost cache, it is not run alone again.
 
 What a machine has measured once is remembered by `cost_cache`.
 
@@ -32,22 +32,24 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, find_overload, set_grad_mode
+from tightfit._torch_private.autograd import set_grad_mode
+from tightfit._torch_private.dispatch import below_autograd, find_overload
 from tightfit.device import Device, device_for
 from tightfit.device.device import OperationTimer, OperationTimes
-from tightfit.errors import DeviceLost, first_line
 from tightfit.interrupts import pass_on, safe_point
+from tightfit.profiling.broken_device import BrokenBy, device_lost, require_usable
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, elsewhere, layouts_of
 from tightfit.profiling.partial_call import argument_bytes, fit_call
 from tightfit.profiling.processor_caches import fill_caches, forget
 from tightfit.profiling.signatures import Call, TensorSpec
+from tightfit.progress import progress
 from tightfit.records import Signature
 from tightfit.step.snapshot import RandomState
 
@@ -58,6 +60,8 @@ _TIMERS_SHARE = 0.25
 #: Arguments of an operation that are likely to be out of the caches when it runs.
 _MUCH_DATA_BYTES = 256 << 10
 _COLD_ROUNDS = 9
+#: Numbers drawn to fill an operation's argument, at most: they fit a cache, and are copied from there.
+_DRAWN = 1 << 14
 #: What an operation takes where none could be run alone that would say more.
 _CALL_MS = 0.005
 _MS_PER_BYTE = 1e-7
@@ -145,9 +149,9 @@ def measure_costs(
             alone = _run_each(list(to_run.values()), said, misplacing, device_for(device), result) if to_run else {}
             timer = device_for(device).operation_timer(timer_bytes) if to_run and timed else None
             times = _time_each(list(to_run.values()), alone, timer, device_for(device).is_host, result)
-    except _BrokenBy as broken:
+    except BrokenBy as broken:
         cache.put_dangerous(broken.call)
-        raise _device_lost(broken, device) from broken
+        raise device_lost(broken, device) from broken
     except BaseException:
         random_state.restore()
         raise
@@ -205,9 +209,12 @@ def _time_each(
         cold_code_ms = _cold_code_ms() if on_host and calls else 0.0
         for round_number in range(_ROUNDS):
             for index, call in enumerate(calls):
-                if index not in alone or (round_number > 0 and index in best and max(best[index]) > _LONG_RUN_MS):
+                known = best.get(index)
+                is_long = known is not None and max(known) > _LONG_RUN_MS and not known.is_disturbed
+                if index not in alone or (round_number > 0 and is_long):
                     continue
                 safe_point()
+                progress("timing operations", round_number * len(calls) + index, _ROUNDS * len(calls))
                 repeats = 1 if round_number == 0 else 2
                 found = _times_ms(call, timer, repeats)
                 if found is None:
@@ -215,12 +222,19 @@ def _time_each(
                 if on_host and argument_bytes(call) >= _MUCH_DATA_BYTES and found.host_ms < _LONG_RUN_MS:
                     in_cold = _times_ms(call, timer, repeats, cold=True)
                     if in_cold is not None:
-                        found = OperationTimes(max(found.host_ms, in_cold.host_ms - cold_code_ms))
-                best[index] = OperationTimes(*map(min, found, best.get(index, found)))
+                        host_ms = max(found.host_ms, in_cold.host_ms - cold_code_ms)
+                        found = OperationTimes(host_ms, 0.0, found.is_disturbed or in_cold.is_disturbed)
+                best[index] = found.or_less(known or found)
         forget()
     result.times_ms = (time.perf_counter() - begin) * 1e3
     return {
-        index: Cost(round(times.host_ms, 6), found.workspace_bytes, found.layouts, round(times.device_ms, 6))
+        index: Cost(
+            round(times.host_ms, 6),
+            found.workspace_bytes,
+            found.layouts,
+            round(times.device_ms, 6),
+            is_disturbed=times.is_disturbed,
+        )
         for index, found in alone.items()
         if (times := best.get(index)) is not None
     }
@@ -268,7 +282,7 @@ def _times_ms(call: Call, timer: OperationTimer, repeats: int, *, cold: bool = F
         return time_alone(timer, call.func, args, kwargs, repeats, grad_enabled=call.grad_enabled)
     except Exception as error:
         pass_on(error)
-        _require_usable(timer.device, call)
+        require_usable(timer.device, call)
         return None
 
 
@@ -288,6 +302,7 @@ def _run_each(
     with device.workspace_meter() as meter:
         for index, call in enumerate(calls):
             safe_point()
+            progress("running operations alone", index, len(calls))
             if misplacing and call.func not in misplacing:
                 continue
             try:
@@ -300,52 +315,13 @@ def _run_each(
                     misplacing.add(call.func)
             except Exception as error:
                 pass_on(error)
-                _require_usable(device, call)
+                require_usable(device, call)
                 continue
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made
     workspace_bytes = meter.workspace_bytes()
     costs.workspace_ms = (time.perf_counter() - begin) * 1e3
     return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}
-
-
-def cost_of_opaque(call: Call, again: Callable[..., object], args: tuple[Any, ...], device: Device) -> Cost:
-    """Return what an opaque call costs; `again` makes it, with the arguments that it was made with."""
-    with device.workspace_meter() as meter, meter.watch(0):
-        made = again(*args)
-        device.synchronize()
-    del made
-    times = _opaque_times_ms(call, again, args, device)
-    return Cost(round(times.host_ms, 6), meter.workspace_bytes()[0], (), round(times.device_ms, 6))
-
-
-def _opaque_times_ms(call: Call, again: Callable[..., object], args: tuple[Any, ...], device: Device) -> OperationTimes:
-    return device.operation_timer().times_ms(lambda: again(*args), _ROUNDS)
-
-
-class _BrokenBy(Exception):
-    """Running a call alone has broken the device."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__(str(call.func))
-        self.call = call
-
-
-def _require_usable(device: Device, call: Call) -> None:
-    """Raise `_BrokenBy` if the call, which failed, has broken the device: then waiting for it fails, too."""
-    try:
-        device.synchronize()
-    except RuntimeError as error:
-        raise _BrokenBy(call) from error
-
-
-def _device_lost(broken: _BrokenBy, device: torch.device) -> DeviceLost:
-    return DeviceLost(
-        f"{broken.call.func}, run alone on made-up data to measure it, has broken the device {device} for this process "
-        f"({first_line(broken.__cause__ or broken)}). Nothing that uses the device can go on here. Start the "
-        f"program again: the operation is noted in the cost cache, and will be estimated instead of run. Without a "
-        f"cost cache it would be run again. Please report this operation."
-    )
 
 
 def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:
@@ -392,14 +368,23 @@ def _value(argument: Any) -> Any:
     return argument
 
 
+def _fill(whole: torch.Tensor) -> None:
+    """Write numbers between 0.1 and 0.9: the same few again and again, as drawing takes longer than most operations."""
+    drawn, rest = whole[:_DRAWN].uniform_(0.1, 0.9), whole[_DRAWN:]
+    if len(rest):
+        times, left = divmod(len(rest), _DRAWN)
+        rest[: times * _DRAWN].view(times, _DRAWN).copy_(drawn)
+        rest[times * _DRAWN :].copy_(drawn[:left])
+
+
 def _tensor(spec: TensorSpec) -> torch.Tensor:
     if spec.nbytes == 0:
         return torch.empty(spec.size, dtype=spec.dtype, device=spec.device)
     whole = torch.empty(spec.nbytes // spec.dtype.itemsize, dtype=spec.dtype, device=spec.device)
     if spec.dtype.is_floating_point:
-        whole.uniform_(0.1, 0.9)
+        _fill(whole)
     elif spec.dtype.is_complex:
-        torch.view_as_real(whole).uniform_(0.1, 0.9)
+        _fill(torch.view_as_real(whole).view(-1))
     else:
         whole.fill_(1 if spec.dtype is torch.bool else 0)
     return whole.as_strided(spec.size, spec.stride, spec.offset)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import FakeTensor, FakeTensorMode
+from tightfit._torch_private.dispatch import FakeTensor, FakeTensorMode
 from tightfit.errors import UnsupportedInput
 
 _log = logging.getLogger(__name__)
@@ -31,39 +31,21 @@ _MAX_DEPTH = 4
 _MAX_HOLDERS = 5000
 _CONTAINERS = (dict, list, tuple, set)
 _ABSENT: Any = object()
+#: Stands for the owner of a module's attributes: the structural copy's.
+_OF_COPY = "a module"
 #: Attributes of a module that its import set, and that nobody else changes.
 _OF_IMPORT = frozenset({"__spec__", "__loader__"})
+#: Types of most globals, which lead to no namespace.
+_INERT = frozenset({str, int, float, bool, type(None), tuple, list, dict, types.BuiltinFunctionType, types.ModuleType})
 #: Packages whose globals no model's forward changes.
 _LIBRARIES = frozenset(
-    {
-        "PIL",
-        "_pytest",
-        "datasets",
-        "fsspec",
-        "highspy",
-        "httpcore",
-        "httpx",
-        "huggingface_hub",
-        "hypothesis",
-        "jinja2",
-        "matplotlib",
-        "mpmath",
-        "numpy",
-        "pandas",
-        "pluggy",
-        "pyarrow",
-        "pytest",
-        "rich",
-        "scipy",
-        "sklearn",
-        "statsmodels",
-        "sympy",
-        "tightfit",
-        "tokenizers",
-        "torch",
-        "typing_extensions",
-        "yaml",
-    }
+    """
+    Cython PIL _pytest anyio certifi charset_normalizer cython datasets dateutil dill execnet filelock fsspec google
+    h11 highspy httpcore httpx huggingface_hub hypothesis idna iniconfig jinja2 markupsafe matplotlib mpmath
+    multiprocess numpy packaging pandas pluggy psutil pyarrow pygments pytest regex requests rich safetensors scipy
+    sklearn sniffio sortedcontainers statsmodels sympy tensorboard tightfit tokenizers torch torchgen tqdm
+    truststore typing_extensions urllib3 xdist xxhash yaml
+    """.split()  # noqa: SIM905  # one word a line would be a page
 )
 
 
@@ -111,7 +93,10 @@ class NamespaceSnapshot:
             if issubclass(type(module), types.ModuleType):
                 self._remember_namespace(module, vars(module))
                 for attribute, thing in list(vars(module).items()):
-                    if attribute not in _OF_IMPORT:
+                    kind = type(thing)
+                    if kind is types.FunctionType and not thing.__closure__:
+                        continue
+                    if kind not in _INERT and attribute not in _OF_IMPORT:
                         self._remember(thing, name)
 
     def _unfreeze(self) -> None:
@@ -136,9 +121,8 @@ class NamespaceSnapshot:
             fakes = _living_fakes(mode)
             if not fakes:
                 return
-            ignored = {id(fakes), id(ignored_frame := sys._getframe())}
-            stuck = [place for fake in fakes for place in self._remove(fake, ignored, _MAX_DEPTH)]
-            del fakes, ignored_frame
+            stuck = list(self._remove(fakes, set(), _MAX_DEPTH))
+            del fakes
             gc.collect()
         if stuck:
             raise UnsupportedInput(
@@ -151,8 +135,7 @@ class NamespaceSnapshot:
     def _remember(self, thing: Any, module_name: str) -> None:
         kind = type(thing)  # isinstance reads `__class__`: a lazy module would then import what it stands for
         if kind is types.FunctionType:
-            if thing.__closure__:
-                self._remember_function(thing)
+            self._remember_function(thing)
         elif issubclass(kind, type):
             if vars(thing).get("__module__") == module_name:
                 self._remember_namespace(thing, _class_namespace(thing))
@@ -188,58 +171,79 @@ class NamespaceSnapshot:
                 self._cells[id(cell)] = (cell, contents)
                 self._remember_function(contents, depth - 1)
 
-    def _remove(self, thing: Any, ignored: set[int], depth: int) -> Iterator[str]:
-        """Remove a fake tensor, or a tuple that contains it, from its holders; yield places that cannot be restored."""
-        holders = gc.get_referrers(thing)
-        ignored = ignored | {id(holders)}
+    def _remove(self, things: list[Any], ignored: set[int], depth: int) -> Iterator[str]:
+        """Remove fake tensors, or tuples that contain them, from their holders; yield places that cannot be restored.
+
+        All at once, as finding holders means to walk over everything that Python holds.
+        """
+        wanted = {id(thing) for thing in things}
+        holders = gc.get_referrers(*things)
+        ignored = ignored | {id(things), id(holders)}
+        tuples: list[Any] = []
+        cells: list[types.CellType] = []
+        unknown: list[dict[Any, Any]] = []
         for holder in holders:
             if id(holder) in ignored or isinstance(holder, types.FrameType | FakeTensor | FakeTensorMode):
                 continue
             if isinstance(holder, types.CellType):
-                yield from self._restore_cell(holder)
+                if not self._restore_cell(holder):
+                    cells.append(holder)
             elif isinstance(holder, dict):
-                yield from self._remove_from_dict(holder, thing)
+                if not self._put_back(holder, wanted):
+                    unknown.append(holder)
             elif isinstance(holder, list | deque):
-                kept = [part for part in holder if part is not thing]
+                kept = [part for part in holder if id(part) not in wanted]
                 holder.clear()
                 holder.extend(kept)
             elif isinstance(holder, set):
-                holder.discard(thing)
+                holder.difference_update([part for part in holder if id(part) in wanted])
             elif isinstance(holder, tuple | frozenset):
-                if depth:
-                    yield from self._remove(holder, ignored, depth - 1)
+                tuples.append(holder)
             elif isinstance(holder, torch.nn.Module):
                 pass  # the structural copy's
             elif isinstance(getattr(holder, "__dict__", None), dict) and not isinstance(holder, type):
-                yield from self._remove_from_dict(vars(holder), thing)
-            elif not isinstance(holder, types.BuiltinFunctionType | types.GeneratorType) and _is_in_slot(holder, thing):
+                if not self._put_back(vars(holder), wanted):
+                    unknown.append(vars(holder))
+            elif not isinstance(holder, types.BuiltinFunctionType | types.GeneratorType) and _is_in_slot(
+                holder, wanted
+            ):
                 yield f"a slot of {type(holder).__name__}"
+        if unknown:
+            yield from _empty(unknown, wanted)
+        if cells:
+            yield from self._reachable_closures(cells)
+        if tuples and depth:
+            yield from self._remove(tuples, ignored | {id(unknown), id(cells)}, depth - 1)
 
-    def _remove_from_dict(self, holder: dict[Any, Any], thing: Any) -> Iterator[str]:
-        names = [name for name, value in holder.items() if value is thing]
+    def _put_back(self, holder: dict[Any, Any], wanted: set[int]) -> bool:
+        """Put back what a recorded namespace held in place of some objects; tell whether it was recorded."""
         owner, before = self._dicts.get(id(holder), (None, None))
         if before is not None:
-            for name in names:
+            for name in _names_of(wanted, holder):
                 _restore(owner, holder, name, before.get(name, _ABSENT))
-        elif names and (place := _owner_name(holder)):
-            if place != "a module":
-                yield f"{place}.{names[0]}"
-        else:
-            for name in names:
-                del holder[name]
+        return before is not None
 
-    def _restore_cell(self, cell: types.CellType) -> Iterator[str]:
-        if id(cell) in self._cells:
-            contents = self._cells[id(cell)][1]
-            if contents is _ABSENT:
-                del cell.cell_contents
-            else:
-                cell.cell_contents = contents
+    def _restore_cell(self, cell: types.CellType) -> bool:
+        """Put back what a recorded cell held; tell whether it was recorded."""
+        if id(cell) not in self._cells:
+            return False
+        contents = self._cells[id(cell)][1]
+        if contents is _ABSENT:
+            del cell.cell_contents
         else:
-            functions = _functions_with_cell(cell)
-            for function in functions:
-                if self._is_reachable(function, {id(functions)}):
-                    yield f"a variable in the closure of {function.__qualname__}"
+            cell.cell_contents = contents
+        return True
+
+    def _reachable_closures(self, cells: list[types.CellType]) -> Iterator[str]:
+        """Name the closures with such cells that somebody can still call.
+
+        Not those that only the frame of an ended call holds.
+        """
+        closures = [holder for holder in gc.get_referrers(*cells) if isinstance(holder, tuple)]
+        functions = [o for o in gc.get_referrers(*closures) if isinstance(o, types.FunctionType)] if closures else []
+        for function in functions:
+            if self._is_reachable(function, {id(functions)}):
+                yield f"a variable in the closure of {function.__qualname__}"
 
     def _is_reachable(self, thing: Any, ignored: set[int]) -> bool:
         """Tell whether an object older than the run refers to `thing`, directly or through others.
@@ -249,20 +253,21 @@ class NamespaceSnapshot:
         if self._new_ids is None:
             return True
         seen = {id(thing)}
-        stack = [thing]
-        while stack and len(seen) < _MAX_HOLDERS:
-            part = stack.pop()
-            for holder in gc.get_referrers(part):
-                if id(holder) in ignored | seen | {id(stack)}:
-                    continue
-                if isinstance(holder, types.FrameType | types.GeneratorType):  # this search itself
+        parts = [thing]
+        while parts and len(seen) < _MAX_HOLDERS:
+            holders = gc.get_referrers(*parts)
+            further: list[Any] = []
+            ignored |= {id(parts), id(holders), id(further)}
+            for holder in holders:
+                # Frames and generators are this search itself.
+                if id(holder) in ignored | seen or isinstance(holder, types.FrameType | types.GeneratorType):
                     continue
                 if id(holder) not in self._new_ids:
                     return True
                 seen.add(id(holder))
-                stack.append(holder)
-            del part
-        return bool(stack)
+                further.append(holder)
+            parts = further
+        return bool(parts)
 
 
 def _namespace(thing: Any) -> dict[str, Any] | None:
@@ -304,9 +309,9 @@ def _holds_fake(thing: Any, mode: FakeTensorMode, depth: int) -> bool:
     return False
 
 
-def _is_in_slot(holder: Any, thing: Any) -> bool:
+def _is_in_slot(holder: Any, wanted: set[int]) -> bool:
     names = [name for kind in type(holder).__mro__ for name in _slots_of(kind)]
-    return any(getattr(holder, name, None) is thing for name in names)
+    return any(id(getattr(holder, name, None)) in wanted for name in names)
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:
@@ -314,19 +319,39 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _functions_with_cell(cell: types.CellType) -> list[Any]:
-    """List the functions whose closure contains a cell; none where only the frame of an ended call holds it."""
-    closures = [holder for holder in gc.get_referrers(cell) if isinstance(holder, tuple)]
-    return [o for closure in closures for o in gc.get_referrers(closure) if isinstance(o, types.FunctionType)]
+def _names_of(wanted: set[int], holder: dict[Any, Any]) -> list[Any]:
+    return [name for name, value in holder.items() if id(value) in wanted]
 
 
-def _owner_name(namespace: dict[Any, Any]) -> str:
-    """Name the object whose attributes a dictionary holds: "a module" for an `nn.Module` (the copy's), '' if none."""
-    if namespace.get("__name__") in sys.modules and "__spec__" in namespace:
-        return str(namespace["__name__"])
-    for owner in gc.get_referrers(namespace):
-        if isinstance(owner, torch.nn.Module):
-            return "a module"
-        if isinstance(owner, type) or getattr(owner, "__dict__", None) is namespace:
-            return owner.__name__ if isinstance(owner, type) else type(owner).__name__
-    return ""
+def _empty(holders: list[dict[Any, Any]], wanted: set[int]) -> Iterator[str]:
+    """Remove objects from dictionaries, but not from attributes: yield the names of those that are not a module's."""
+    owners = _owner_names(holders)
+    for holder in holders:
+        names = _names_of(wanted, holder)
+        if not names:
+            continue
+        if place := owners.get(id(holder), ""):
+            if place != _OF_COPY:
+                yield f"{place}.{names[0]}"
+        else:
+            for name in names:
+                del holder[name]
+
+
+def _owner_names(namespaces: list[dict[Any, Any]]) -> dict[int, str]:
+    """Name the objects whose attributes dictionaries hold, by the dictionary's id; nothing where one is nobody's."""
+    found = {
+        id(namespace): str(namespace["__name__"])
+        for namespace in namespaces
+        if namespace.get("__name__") in sys.modules and "__spec__" in namespace
+    }
+    wanted = {id(namespace) for namespace in namespaces}
+    for owner in gc.get_referrers(*namespaces):
+        for namespace in gc.get_referents(owner):
+            if id(namespace) not in wanted or id(namespace) in found:
+                continue
+            if isinstance(owner, torch.nn.Module):
+                found[id(namespace)] = _OF_COPY
+            elif isinstance(owner, type) or getattr(owner, "__dict__", None) is namespace:
+                found[id(namespace)] = owner.__name__ if isinstance(owner, type) else type(owner).__name__
+    return found

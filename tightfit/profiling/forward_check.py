@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode, current_graph_task
+from tightfit._torch_private.autograd import current_graph_task, forbids_saved_tensor_hooks
+from tightfit._torch_private.dispatch import DispatchMode
 from tightfit.operators._checkpoint_private import CheckpointCall, taking_over
 from tightfit.operators.checkpoint_calls import checkpoint_path
 from tightfit.operators.facts import describe, is_opaque
+from tightfit.operators.wrapper_tensors import any_wrapper
 from tightfit.profiling.observation import Observation
-from tightfit.step.reached import reached_by
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -41,6 +42,8 @@ class _OpNames(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any_wrapper(types):
+            return NotImplemented
         info = describe(func)
         if not info.is_view and current_graph_task() < 0:
             self.names.append(info.name)
@@ -55,6 +58,11 @@ def _plainly(call: CheckpointCall, checkpoints: Mapping[str, str]) -> AbstractCo
     return None if checkpoints.get(checkpoint_path(call.function), "not seen") else nullcontext()
 
 
+def asks_for_fakes(model: torch.nn.Module) -> bool:
+    """Tell whether the model's code is known to ask whether a tensor is fake."""
+    return any(type(module).__module__.partition(".")[0] in _CHECKED_PACKAGES for module in model.modules())
+
+
 def forward_differs(
     observation: Observation, checkpoints: Mapping[str, str], model: torch.nn.Module, batch: Any, step: Step
 ) -> bool:
@@ -63,11 +71,11 @@ def forward_differs(
     `checkpoints`: which checkpointed functions were taken over there, as `Profile.checkpoints`.
 
     The model, batch and optimizers are restored.  False for models that are not checked (see the module's docstring),
-    and for a forward that runs a backward of its own.
+    and for a forward that runs a backward of its own, or forbids to look at what is saved.
     """
-    if not any(type(module).__module__.partition(".")[0] in _CHECKED_PACKAGES for module in model.modules()):
+    if not asks_for_fakes(model):
         return False
-    state = TrainingState(model, step.optimizers, also=(batch, *reached_by(step.loss, model)))
+    state = TrainingState(model, step.all_optimizers, also=(batch, *step.reached(model)))
     ops = _OpNames()
     try:
         with (
@@ -79,6 +87,10 @@ def forward_differs(
             step.run_loss(model, batch)
     except _BackwardInForward:
         return False
+    except RuntimeError as error:
+        if not forbids_saved_tensor_hooks(error):
+            raise
+        return False
     finally:
         state.restore()
-    return ops.names != [op.name for op in observation.ops if not is_opaque(op.name)]
+    return ops.names != [op.name for op in observation.ops if op.node < 0 and not is_opaque(op.name)]

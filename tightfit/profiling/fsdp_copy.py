@@ -13,6 +13,7 @@ import torch
 from tightfit.distributed._fsdp_private import (
     after_backward,
     on_storage_resize,
+    place_copy,
     shard_copy,
     unshard_once,
     use_collectives,
@@ -31,16 +32,21 @@ class ShardedCopy:
     Optimizers of the copy see each local shard as a plain parameter: they compute the same, in the same memory.
     """
 
-    def __init__(self, model: torch.nn.Module, copies: dict[int, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, copies: dict[int, Any], place: torch.device | None = None) -> None:
         """Shard `copies[id(model)]`.  Call it inside the `FakeTensorMode` that made the copies.
 
         Args:
             model: the sharded model.
             copies: the copies of its modules and tensors, by the id of the original.
+            place: where the copies are, if that is a GPU that is not here; NCCL's buffers are none of PyTorch's.
         """
         self.model: torch.nn.Module = copies[id(model)]
         self._pairs = shard_copy(model, copies)
-        gather_ratio, scatter_ratio = collective_workspace(process_group_of(model), device_of(model))
+        gather_ratio = scatter_ratio = 0.0
+        if place is None:
+            gather_ratio, scatter_ratio = collective_workspace(process_group_of(model), device_of(model))
+        else:
+            place_copy(self.model, place)
         self._collectives = CollectiveStandIn(gather_ratio), CollectiveStandIn(scatter_ratio)
         use_collectives(self.model, *self._collectives)
         self._all_gather_outputs = unshard_once(self.model)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import current_graph_node, is_view, storage_key
+from tightfit._torch_private.autograd import current_graph_node
+from tightfit._torch_private.tensors import is_view, storage_key
 from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import Event, EventKind
 
@@ -59,6 +60,7 @@ class GradientSums:
         ledger = self._ledger
         if (
             self._in_engine
+            and not torch.is_grad_enabled()  # else what made the first gradient is part of a graph (create_graph=True)
             and func is torch.ops.aten.add.Tensor
             and ledger.counts(args[0])
             and ledger.counts(result)

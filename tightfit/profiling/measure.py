@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from tightfit.device import device_for
-from tightfit.device.memory import resident_bytes
-from tightfit.distributed._fsdp_private import unsharded_class
+from tightfit.device import Device, device_for
+from tightfit.device.described.cards import card_for
+from tightfit.device.described.gpu import DescribedDevice
 from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
 from tightfit.interrupts import waiting_interrupts
 from tightfit.operators.pure_modules import is_bare
 from tightfit.operators.region_names import ROOT, is_module_below
+from tightfit.profiling.described.observe import observe_described
 from tightfit.profiling.excluded import keep_excluded
 from tightfit.profiling.fsdp_collectives import collective_workspace
 from tightfit.profiling.mechanism_cost import Overhead, eviction_ratio, measure_overhead
 from tightfit.profiling.observation import Observation
-from tightfit.profiling.observed_step import Clock, Pricer, observe_step
+from tightfit.profiling.observed_step import Clock, ObservedStep, Pricer, observe_step
 from tightfit.profiling.profile_tables import build_tables
 from tightfit.profiling.regions import choose_regions
+from tightfit.progress import progress, showing_when_long
 from tightfit.records import COMPONENTS, Profile
 from tightfit.step.batch import describe_batch
 from tightfit.step.exclude import Exclude, excluded_paths, is_inside
 from tightfit.step.fingerprint import fingerprint
 from tightfit.step.model import check_model, device_of
+from tightfit.step.models import Models, as_model, name_of, paths_of_models
+from tightfit.step.open_autocast import as_it_runs_now, without_open_autocast
+from tightfit.step.resident import bytes_held
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 
 
+@showing_when_long()
 @waiting_interrupts()
 def measure(
-    model: torch.nn.Module,
+    model: Models,
     batch: Any,
     *,
     step: Step | None = None,
@@ -44,6 +50,7 @@ def measure(
     clip_norm: float | None = None,
     exclude: Exclude = (),
     cost_cache: bool = True,
+    device: str | None = None,
 ) -> Profile:
     """Measure one training step: its storages, operations, saved tensors and their times, as `solve` needs them.
 
@@ -55,7 +62,8 @@ def measure(
         plan = tightfit.solve(profile, budget_bytes=8 * 2**30)
 
     Args:
-        model: any module with parameters that train, all on one device; it is not changed.
+        model: any module with parameters that train, all on one device; it is not changed. Of several models a list, a
+            tuple or a mapping, which `loss` is called with.
         batch: one batch as training will give it. Without `loss`, a mapping becomes keyword arguments, a tuple
             positional arguments, anything else one argument.
         step: how a step runs, in one object; or give the keywords from `loss` to `clip_norm`.
@@ -68,6 +76,9 @@ def measure(
         cost_cache: use, and add to, the costs of single operations that this machine has measured before. The
             environment variable TIGHTFIT_COST_CACHE=off turns that off everywhere; TIGHTFIT_CACHE_DIR names the
             folder.
+        device: a GPU that is not here: one of ``tightfit devices``, such as ``rtx4090-24gb``, or ``cuda:24GiB``. The
+            model and the batch may then be anywhere, on PyTorch's ``meta`` device too, where they take no memory.
+            Times are estimates from the card's rates. None: the device that the model is on.
 
     Of a model that is sharded by `fully_shard`, all its processes have to call this.
 
@@ -76,12 +87,18 @@ def measure(
 
     Raises:
         UnsupportedInput: nothing to train, no scalar loss, a compiled model, several devices; or both `step` and single
-            keywords; or `exclude` names no module.
+            keywords; or `exclude` names no module; or `device` names no card, or the step cannot run without data.
     """
+    card = None if device is None else card_for(device)
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
-    check_model(model)
-    step = replace(step, excluded=excluded_paths(model, exclude))
-    return measure_together(model, batch, step, cost_cache=cost_cache)
+    one = as_model(model)
+    check_model(one)
+    step = replace(step, excluded=excluded_paths(one, exclude)).starting(one)
+    if card is not None:
+        return measure_described(one, batch, step, DescribedDevice(card))
+    step = as_it_runs_now(step, one)
+    with without_open_autocast(one):
+        return measure_together(one, batch, step, cost_cache=cost_cache)
 
 
 def measure_together(
@@ -138,32 +155,73 @@ def measure_step(
     ensure_sharded(model)
     pricer = Pricer(model, batch, step, clock, cost_cache=cost_cache, timed=not untimed, budget_bytes=budget_bytes)
     left: Mapping[str, str] | None = None if as_it_is else {}
+    progress("observing a step")
     observed = observe_step(model, batch, step, pricer, concrete=concrete, left_checkpoints=left)
+
+    def mechanism(evicted: float) -> Overhead:
+        progress("timing recomputation itself")
+        with clock.part("mechanism"):
+            return Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
+
+    held_bytes = bytes_held(model, batch, step.all_optimizers, step.reached(model))
+    return _profile(model, batch, step, observed, device_for(model), held_bytes, str(pricer.device), clock, mechanism)
+
+
+def measure_described(
+    model: torch.nn.Module, batch: Any, step: Step, device: DescribedDevice, *, as_it_is: bool = False
+) -> Profile:
+    """Measure one step for a device that is not here; `as_it_is` as for `measure_step`.
+
+    Raises:
+        UnsupportedInput: the step cannot run without data.
+    """
+    clock = Clock()
+    with clock.part("observing"):
+        observed = observe_described(model, batch, step, device, None if as_it_is else {})
+    return _profile(model, batch, step, observed, device, 0, device.card.name, clock, lambda _: Overhead())
+
+
+def _profile(
+    model: torch.nn.Module,
+    batch: Any,
+    step: Step,
+    observed: ObservedStep,
+    device: Device,
+    held_bytes: int,
+    device_name: str,
+    clock: Clock,
+    mechanism: Callable[[float], Overhead],
+) -> Profile:
+    """Write down what was observed.
+
+    Args:
+        model, batch, step, observed, clock: as they are.
+        device: where the step runs.
+        held_bytes: what the allocator there holds now of the step's own.
+        device_name: how the profile names it.
+        mechanism: returns what the mechanism costs there, by the `eviction_ratio`.
+    """
     observer, signatures = observed.observer, observed.costs.signatures
     seen = observer.observation
     class_of = {path or ROOT: type(module).__name__ for path, module in model.named_modules()}
     keep_excluded(seen, step.excluded)
-    region_paths = choose_regions(seen, class_of, step.excluded)
+    region_paths = choose_regions(seen, class_of, step.excluded, paths_of_models(model))
     called_once = {*step.excluded, *observer.under_hooks}
     tables = build_tables(seen, region_paths, signatures, _callable_again(model, region_paths, called_once))
-    with clock.part("mechanism"):
-        evicted = eviction_ratio(tables["ops"], tables["values"], tables["storages"])
-        overhead = Overhead() if untimed else measure_overhead(pricer.device, pricer.cache, evicted)
+    overhead = mechanism(eviction_ratio(tables["ops"], tables["values"], tables["storages"]))
     component_bytes = _bytes_by_component(seen)
-    allocator = device_for(model).allocator_state(
-        resident_bytes(model, batch, step.optimizers), {signature.name for signature in signatures}
-    )
+    allocator = device.allocator_state(held_bytes, {signature.name for signature in signatures})
     profile = Profile(
-        model=unsharded_class(model).__name__,
+        model=name_of(model),
         fingerprint=fingerprint(model),
         batch=describe_batch(batch),
-        device=str(pricer.device),
+        device=device_name,
         torch_version=torch.__version__,
         threads=torch.get_num_threads(),
         baseline={part: nbytes for part, nbytes in component_bytes.items() if part != "activation"},
         signatures=signatures,
         region_paths=region_paths,
-        optimizer=", ".join(type(o).__name__ for o in step.optimizers),
+        optimizer=", ".join(type(o).__name__ for o in step.all_optimizers),
         accumulation_steps=step.accumulation_steps,
         method=observed.method,
         data_dependent=observed.data_dependent,

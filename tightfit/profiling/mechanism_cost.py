@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import DispatchMode
+from tightfit._torch_private.dispatch import DispatchMode
 from tightfit.device import device_for
+from tightfit.device.stopwatch import Stopwatch
 from tightfit.operators.facts import describe
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.costs import time_alone
@@ -48,6 +49,8 @@ _BLOCK = (
 )
 _WIDTH = 8
 _ROUNDS = 5
+#: Python's work takes at most so many times as long in cold caches. What seems to be more was something else's work.
+_MOST_COLD = 6.0
 _KEY = "<overhead>"
 
 
@@ -97,15 +100,17 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
     if len(known) == len(keys):
         return Overhead(*known)
     random_state = RandomState()
+    watch = Stopwatch()
     with torch.enable_grad():
         alone = _Alone() if device_for(device).is_host else _measure_alone(device)
         overhead = Overhead(
             *_measure_plain(device, alone), *_measure_tape(device, cold, alone), *_measure_module(device, cold)
         )
+    _, is_disturbed = watch.read()
     random_state.restore()
     forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
-        cache.put(key, Cost(ms, 0, ()))
+        cache.put(key, Cost(ms, 0, (), is_disturbed=is_disturbed))
     cache.save()
     return overhead
 
@@ -266,9 +271,8 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
             backward[name].append((time.perf_counter() - begin) * 1e3 / len(chains[1].op_names))
             weight.grad = None
             chains[1].zero_grad()
-    forward_ms, hot_ms, backward_ms = (
-        {name: statistics.median(found) for name, found in times.items()} for times in (forward, hot, backward)
-    )
+    forward_ms, hot_ms = ({name: statistics.median(found) for name, found in times.items()} for times in (forward, hot))
+    backward_ms = {name: min(found) for name, found in backward.items()}  # of few: other work only adds to them
     region_ms = 0.0
     if alone.backward_count:  # there Python's work is all that counts, and some of it is done when a region ends
         whole_ms, small_ms = (
@@ -282,9 +286,14 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
     record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
     scale = 1.0
     if cold:
-        scale = max(1.0, (forward_ms["tape"] - forward_ms["plain"]) / max(1e-6, hot_ms["tape"] - hot_ms["plain"]))
+        scale = _cold_by_hot(*(found["tape"] - found["plain"] for found in (forward_ms, hot_ms)))
     replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"] - alone.forward_ms)
     return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6), round(region_ms, 6)
+
+
+def _cold_by_hot(cold_ms: float, hot_ms: float) -> float:
+    """Return how many times as long Python's work takes in cold caches; two measurements may say anything."""
+    return min(max(1.0, cold_ms / max(1e-6, hot_ms)), _MOST_COLD)
 
 
 def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:

@@ -15,6 +15,8 @@ class RawStorage:
     component: str
     current: int = -1
     """Index of the value that it holds last."""
+    stream: int = 0
+    """Number of the stream on which it was allocated, in the order in which they appeared; 0: the step's own."""
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class RawOp:
     random_state_bytes: int
     outputs: list[int] = field(default_factory=list)
     """Values that it makes, those of in-place writes included."""
+    node: int = -1
+    """The position in autograd's graph of the node whose backward ran it, if a backward inside forward did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +69,14 @@ class Observation:
     ops: list[RawOp] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     """The value of each slot: a slot is one tensor that autograd saved."""
+    under_hooks: set[int] = field(default_factory=set)
+    """Operations that ran under saved-tensor hooks of somebody else."""
+    of_view_writes: set[int] = field(default_factory=set)
+    """Operations of the backward of a write into a view: without data autograd takes another way there."""
+    saved_again: dict[int, int] = field(default_factory=dict)
+    """Slots that a backward saved of what it had read from another one (``create_graph=True``), and that one."""
+    node_of_slot: dict[int, int] = field(default_factory=dict)
+    """Slots that a backward saved, and the position in autograd's graph of the node whose backward it was."""
+    positions: dict[int, int] = field(default_factory=dict)
+    """How many nodes autograd's graph had before an event that may end a region, or after a backward."""
     events: list[Event | ModuleEvent] = field(default_factory=list)

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_key
+from tightfit._torch_private.tensors import storage_key
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators import replayable as safety
 from tightfit.operators.facts import describe, opaque_function, tensors_in
 from tightfit.operators.function_calls import is_compiled_graph
 from tightfit.operators.opaque_calls import FunctionCall, what_it_made
-from tightfit.profiling.costs import cost_of_opaque
+from tightfit.profiling.costs_in_place import cost_of_opaque
 from tightfit.profiling.observation import Observation, RawOp
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.storage_ledger import StorageLedger
@@ -74,7 +74,7 @@ class ObservedCalls:
         info = describe(kind)
         tensors = tensors_in(args)
         device = device_of_call(tensors, {})
-        reason = safety.blocker(info, (), args, {}, tensors, device)
+        reason = safety.blocker(info, (), args, {}, tensors, device, function)
         inputs = [value for tensor in tensors if (value := self._ledger.value_of(tensor)) >= 0]
         if not reason and any(self._ledger.is_uninitialised(value) for value in inputs):
             reason = "it reads uninitialised memory"

@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
+from tightfit._torch_private.autograd import forbids_saved_tensor_hooks
+from tightfit._torch_private.dispatch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    clips_by_foreach,
     fake_mode,
-    is_compiled,
+    lacks_an_address,
 )
+from tightfit._torch_private.modules import clips_by_foreach, is_compiled
 from tightfit.device import device_for
+from tightfit.distributed.ddp import unseen_by_reducers
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
 from tightfit.interrupts import is_of_a_handler, safe_point
 from tightfit.operators._checkpoint_private import taking_over
 from tightfit.operators.escaped_memory import watching_memory, with_fast_paths
-from tightfit.operators.pure_modules import are_plain
+from tightfit.operators.pure_modules import are_plain, has_own_weights
 from tightfit.operators.region_names import ROOT
 from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
 from tightfit.profiling.fsdp_copy import ShardedCopy
+from tightfit.profiling.known_values import KnownValues
 from tightfit.profiling.observer import Observer
 from tightfit.profiling.output_strides import Layouts
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
 from tightfit.step.batch import batch_tensors
 from tightfit.step.host_copy import CopyFile, memory_of
-from tightfit.step.model import give_gradients
 from tightfit.step.own_steps import own_steps
-from tightfit.step.reached import reached_by
+from tightfit.step.resident import tensors_beside
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -48,6 +51,14 @@ _log = logging.getLogger(__name__)
 
 #: What stands for an ordinary tensor while measuring.
 _KINDS_OF_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+class Needs(enum.Enum):
+    """For what a step needs data."""
+
+    SHAPES = "shapes depend on it"
+    ADDRESSES = "code past the dispatcher takes the addresses of tensors"
+    OTHERS = "something else"
 
 
 def observe_fake(
@@ -58,18 +69,26 @@ def observe_fake(
     layouts: Mapping[str, Layouts],
     surroundings: NamespaceSnapshot,
     left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
-) -> tuple[Observer | None, bool]:
+    *,
+    knows_batch: bool = False,
+) -> Observer | Needs:
     """Observe a run of a copy without data; `left_checkpoints` as for `Observer`.
 
+    `knows_batch`: what the model asks of the batch's own numbers is answered (see `known_values`).
+
     Returns:
-        The observer, None if the run failed; and whether it failed because shapes depend on the data.
+        The observer; where the run failed, for what the step needs data.
     """
     mode = fake_mode()
     device = device_for(model)
-    observer = Observer(signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded)
     with surroundings.removing_fakes(mode):
         try:
-            _observe_copy(model, batch, step, observer, mode)
+            while True:
+                observer = Observer(
+                    signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded
+                )
+                if not _observe_copy(model, batch, step, observer, mode, knows_batch=knows_batch):
+                    break
         except BaseException as error:
             if isinstance(error, TightfitError) or not isinstance(error, Exception) or is_of_a_handler(error):
                 if error.__traceback__ is not None:
@@ -77,29 +96,39 @@ def observe_fake(
                 raise
             # As text: whoever keeps log records would keep the error, its frames, and the fake tensors in them.
             _log.info("the fake run failed (%s: %s); measuring with a real step", type(error).__name__, str(error))
-            return None, isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-    return observer, False
+            if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+                return Needs.SHAPES
+            return Needs.ADDRESSES if lacks_an_address(error) else Needs.OTHERS
+    return observer
 
 
-def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Observer, mode: FakeTensorMode) -> None:
+def _observe_copy(
+    model: torch.nn.Module, batch: Any, step: Step, observer: Observer, mode: FakeTensorMode, *, knows_batch: bool
+) -> bool:
+    """Observe a run of a copy; return whether it made gradients that the steps after it begin with."""
     # The fake run is the copy's: this puts back what a loss function does that reaches for the user's own objects.
-    state = TrainingState(model, step.optimizers, also=(batch,), contents=False)
+    state = TrainingState(model, step.all_optimizers, also=(batch,), contents=False)
     # What it reaches is no copy, so that such a run fails; until then it may have changed something.
-    reached = reached_by(step.loss, model)
+    reached = step.reached(model)
     state_of_reached = TrainingState(torch.nn.Module(), (), also=reached) if reached else None
     try:
         copied, copies = copy_model(model, mode)
         fake_batch = copy_batch(batch, mode)
+        known = KnownValues(batch_tensors(fake_batch), batch_tensors(batch)) if knows_batch else None
         with mode, _hushed("torch._subclasses.fake_tensor"):
             parameters: list[torch.Tensor] = list(copied.parameters())
             sharded = ShardedCopy(model, copies) if is_sharded(model) else None
-            give_gradients(copied)
+            step.gradients.give(copied)
             if sharded is not None:
                 sharded.watch(observer)
                 copies, parameters = sharded.copies, sharded.parameters
-            optimizers = [copy_optimizer(optimizer, copies) for optimizer in step.optimizers]
-            _observe(copied, parameters, fake_batch, step, optimizers, observer)
+            optimizers = [copy_optimizer(optimizer, copies) for optimizer in step.all_optimizers]
+            beside = tensors_beside(model, batch, step.all_optimizers, reached)
+            lacking = step.gradients.lacking(reached)
+            beside += [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in lacking]
+            observe(copied, parameters, fake_batch, step, optimizers, observer, beside, known)
             observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
+            return step.gradients.learn(copied)
     finally:
         state.restore()
         if state_of_reached is not None:
@@ -125,31 +154,41 @@ def observe_concrete(
     step: Step,
     signatures: SignatureTable,
     left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
+    *,
+    runs_native_code: bool = False,
 ) -> Observer:
     """Observe a real step, with what autograd saves moved to a file; afterwards everything is put back.
 
-    `left_checkpoints` as for `Observer`.
+    `left_checkpoints` and `runs_native_code` as for `Observer`.
 
     Raises:
         UnsupportedInput: the model uses `torch.func` transforms in its forward.
     """
-    state = TrainingState(model, step.optimizers, also=(batch, *reached_by(step.loss, model)))
+    reached = step.reached(model)
+    state = TrainingState(model, step.all_optimizers, also=(batch, *reached))
     try:
         spill, unspill = _spill_to(CopyFile())
-        observer = Observer(
-            signatures,
-            device_for(model),
-            spill=spill,
-            unspill=unspill,
-            left_checkpoints=left_checkpoints,
-            excluded=step.excluded,
-        )
-        give_gradients(model)
         device_for(model).warm_up(model)
         try:
-            _observe(model, list(model.parameters()), batch, step, list(step.optimizers), observer)
+            while True:
+                observer = Observer(
+                    signatures,
+                    device_for(model),
+                    spill=spill,
+                    unspill=unspill,
+                    left_checkpoints=left_checkpoints,
+                    excluded=step.excluded,
+                    runs_native_code=runs_native_code,
+                )
+                step.gradients.give(model, reached)
+                beside = tensors_beside(model, batch, step.all_optimizers, reached)
+                with unseen_by_reducers(model):
+                    observe(model, list(model.parameters()), batch, step, step.all_optimizers, observer, beside)
+                if not step.gradients.learn(model, reached):
+                    break
+                state.restore()
         except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):
+            if not forbids_saved_tensor_hooks(error):
                 raise
             raise UnsupportedInput(
                 "the model uses torch.func (grad, vjp, jacrev, hessian) in its forward. PyTorch forbids "
@@ -179,16 +218,27 @@ def _spill_to(file: CopyFile) -> tuple[Callable[[torch.Tensor], Any], Callable[[
     return spill, unspill
 
 
-def _observe(
+def observe(
     model: torch.nn.Module,
     parameters: Sequence[torch.Tensor],
     batch: Any,
     step: Step,
     optimizers: Sequence[torch.optim.Optimizer],
     observer: Observer,
+    beside: Sequence[torch.Tensor],
+    known: KnownValues | None = None,
 ) -> None:
-    """Run the step under the observer.  `parameters`: the model's, as the optimizers see them."""
-    with torch.enable_grad(), own_steps():
+    """Run the step under the observer.
+
+    Args:
+        model, batch, step, observer: as they are.
+        parameters: the model's, as the optimizers see them.
+        optimizers: the step's, or their copies: those that step, and then those that are idle.
+        beside: tensors that only the loss reaches.
+        known: what the batch's tensors without data would hold; None: nobody may ask.
+    """
+    observer.known_values = known
+    with torch.enable_grad(), own_steps(), nullcontext() if known is None else known.taken_for_real():
         observer.in_optimizer = True
         with observer.unobserved():  # the state that the first step allocates is there in every later one
             for optimizer in optimizers:
@@ -207,6 +257,9 @@ def _observe(
                         observer.add_resident(entry, "optimizer_state")
         for tensor in batch_tensors(batch):
             observer.add_resident(tensor, "batch")
+        for tensor in beside:
+            observer.add_resident(tensor, "reached")
+        stepping = optimizers[: len(step.optimizers)]
         with _watching_modules(model, observer):
             observer.start()
             try:
@@ -220,10 +273,11 @@ def _observe(
                 safe_point()
                 observer.begin_optimizer()
                 if step.clip_norm is not None:
-                    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                    clipped = step.clipped(parameters, stepping)
+                    gradients = [parameter.grad for parameter in clipped if parameter.grad is not None]
                     foreach = clips_by_foreach(gradients, FakeTensor)
-                    torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm, foreach=foreach)
-                for optimizer in optimizers:
+                    torch.nn.utils.clip_grad_norm_(clipped, step.clip_norm, foreach=foreach)
+                for optimizer in stepping:
                     optimizer.step()
             finally:
                 observer.stop()
@@ -242,7 +296,8 @@ def _watching_modules(model: torch.nn.Module, observer: Observer) -> Iterator[No
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return original(*args, **kwargs)
-            observer.enter_module(path, are_plain((args, kwargs), _KINDS_OF_TENSORS))
+            is_plain = are_plain((args, kwargs), _KINDS_OF_TENSORS) and has_own_weights(module)
+            observer.enter_module(path, is_plain)
             try:
                 return original(*args, **kwargs)
             finally:

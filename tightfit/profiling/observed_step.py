@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import is_compiled
+from tightfit._torch_private.modules import is_compiled
 from tightfit.device import device_for
-from tightfit.device.memory import resident_bytes
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import UnsupportedInput
 from tightfit.profiling.cost_cache import CostCache, NoCache
 from tightfit.profiling.costs import Costs, measure_costs
 from tightfit.profiling.fake_tensor_leaks import NamespaceSnapshot
-from tightfit.profiling.forward_check import forward_differs
-from tightfit.profiling.observed_run import observe_concrete, observe_fake
+from tightfit.profiling.forward_check import asks_for_fakes, forward_differs
+from tightfit.profiling.observed_run import Needs, observe_concrete, observe_fake
 from tightfit.profiling.observer import Observer
 from tightfit.profiling.output_strides import Layouts, corrections
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.step.model import device_of
+from tightfit.step.resident import bytes_held
 from tightfit.step.step import Step
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class Pricer:
             where.give_back()
             # The operations run one after another, and what one leaves in the cache may serve the next one not at all.
             self._within = lambda: where.capped(budget_bytes)
-            there_bytes = max(resident_bytes(model, batch, step.optimizers), where.held_bytes())
+            reached = step.reached(model)
+            there_bytes = max(bytes_held(model, batch, step.all_optimizers, reached), where.held_bytes())
             self._room_bytes = budget_bytes - there_bytes
 
     def price(self, table: SignatureTable, fake_layouts: Mapping[str, Layouts] | None = None) -> Costs:
@@ -142,18 +143,26 @@ def observe_step(
     """
     # A compiled module runs eagerly where its copy is called, and without data its own code could not run.
     concrete = concrete or any(is_compiled(module) for module in model.modules())
-    observer, costs, data_dependent = (
-        (None, None, False) if concrete else _observe_fake(model, batch, step, pricer, left_checkpoints)
-    )
-    if observer is not None and costs is not None:
+    found: tuple[Observer, Costs] | Needs = Needs.OTHERS
+    # Code that asks whether a tensor is fake goes other ways with one; what is asked of the batch's numbers may change
+    # with the next batch.
+    asks = asks_for_fakes(model)
+    for knows_batch in () if concrete else (True, False) if asks else (False, True):
+        if knows_batch and not asks and found is not Needs.SHAPES:
+            break
+        without_numbers, found = found, _observe_fake(model, batch, step, pricer, left_checkpoints, knows_batch)
+        if isinstance(found, Needs):
+            continue
+        observer, costs = found
         with pricer.clock.part("observing"):
             # A real forward of a sharded model needs all its processes; whether this one is right, the trial run tells.
             differs = not is_sharded(model) and forward_differs(
                 observer.observation, observer.checkpoints.decisions, model, batch, step
             )
         if not differs:
-            return ObservedStep(observer=observer, costs=costs, method="fake", data_dependent=data_dependent)
-        _log.info("a real forward runs other operations than the fake one; measuring with a real step")
+            is_dependent = without_numbers is Needs.SHAPES and knows_batch
+            return ObservedStep(observer=observer, costs=costs, method="fake", data_dependent=is_dependent)
+        _log.info("a real forward runs other operations than the fake one")
     if is_sharded(model):
         raise UnsupportedInput(
             "the model's shapes cannot be told without running it (they depend on the data, or a part of it cannot run "
@@ -164,14 +173,17 @@ def observe_step(
     with pricer.clock.part("observing"):
         while True:
             signatures = SignatureTable()
-            observer = observe_concrete(model, batch, step, signatures, left_checkpoints)
+            observer = observe_concrete(
+                model, batch, step, signatures, left_checkpoints, runs_native_code=found is Needs.ADDRESSES
+            )
             # The first call of a compiled callable compiles it, and runs otherwise than all later ones.
             compiled_now = observer.saw_compiled_calls and not has_compiled
             if observer.checkpoints.is_consistent and not compiled_now:
                 break
             has_compiled |= observer.saw_compiled_calls
             left_checkpoints = observer.checkpoints.left
-    return ObservedStep(observer=observer, costs=pricer.price(signatures), method="real", data_dependent=data_dependent)
+    costs = pricer.price(signatures)
+    return ObservedStep(observer=observer, costs=costs, method="real", data_dependent=found is Needs.SHAPES)
 
 
 def _observe_fake(
@@ -180,24 +192,26 @@ def _observe_fake(
     step: Step,
     pricer: Pricer,
     left: Mapping[str, str] | None,
-) -> tuple[Observer | None, Costs | None, bool]:
+    knows_batch: bool,
+) -> tuple[Observer, Costs] | Needs:
     """Observe fake runs until results lie in memory as those of real kernels do.
 
     Returns:
-        The observer, None if a run failed; the costs; and whether it failed because shapes depend on the data.
+        The observer and the costs; where a run failed, for what the step needs data.
     """
     layouts: dict[str, Layouts] = {}
-    observer: Observer | None = None
-    costs: Costs | None = None
     with pricer.clock.part("observing"):
         surroundings = NamespaceSnapshot(step.loss)
     for _ in range(_MOST_FAKE_RUNS):
         while True:
             signatures = SignatureTable()
             with pricer.clock.part("observing"):
-                observer, data_dependent = observe_fake(model, batch, step, signatures, layouts, surroundings, left)
-            if observer is None:
-                return None, None, data_dependent
+                found = observe_fake(
+                    model, batch, step, signatures, layouts, surroundings, left, knows_batch=knows_batch
+                )
+            if isinstance(found, Needs):
+                return found
+            observer = found
             if observer.checkpoints.is_consistent:
                 break
             left = observer.checkpoints.left
@@ -207,4 +221,4 @@ def _observe_fake(
             break
         _log.info("%d fake kernels lay their results out otherwise than the real ones; observing again", len(wrong))
         layouts |= wrong
-    return observer, costs, False
+    return observer, costs

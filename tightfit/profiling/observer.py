@@ -14,28 +14,47 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
-    LOCAL_SCALAR,
-    DispatchMode,
+from tightfit._torch_private.autograd import (
+    current_graph_node,
     current_graph_task,
-    never_compiled,
-    storage_key,
-    top_dispatch_mode,
     top_saved_tensor_hooks,
 )
+from tightfit._torch_private.compiling import never_compiled
+from tightfit._torch_private.dispatch import (
+    DEVICE,
+    LOCAL_SCALAR,
+    DispatchMode,
+    fake_device_of,
+    is_traced,
+    top_dispatch_mode,
+)
+from tightfit._torch_private.tensors import storage_key
 from tightfit.device import Device
 from tightfit.device.placement import device_of_call
 from tightfit.device.tensor_parts import stored_in
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.operators import replayable as safety
 from tightfit.operators._checkpoint_private import CheckpointCall
+from tightfit.operators.asking_for_modes import leave_modes_if_asked
 from tightfit.operators.checkpoint_calls import checkpoint_path
 from tightfit.operators.compiled_calls import CompiledCalls
-from tightfit.operators.facts import OpInfo, describe, mutated_tensors, result_tensors, tensors_in, undeclared_writes
+from tightfit.operators.facts import (
+    OpInfo,
+    describe,
+    draws,
+    mutated_tensors,
+    result_tensors,
+    tensors_in,
+    undeclared_writes,
+)
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.stashed_tensors import hold_otherwise
+from tightfit.operators.wrapper_tensors import any_wrapper
 from tightfit.profiling.checkpoint_calls import CheckpointCalls
+from tightfit.profiling.costs_in_place import cost_where_it_runs
 from tightfit.profiling.gradient_sums import GradientSums
+from tightfit.profiling.kept_backwards import KeptBackwards
+from tightfit.profiling.known_values import KnownValues
 from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
 from tightfit.profiling.observed_calls import ObservedCalls
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
@@ -43,6 +62,7 @@ from tightfit.profiling.saved_scalars import saved_scalar_bytes
 from tightfit.profiling.saved_tensors import CHECKPOINTING, SavedTensors, owner_of_hook
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.storage_ledger import StorageLedger
+from tightfit.profiling.unseen_writes import UnseenWrites
 from tightfit.records import EventKind
 from tightfit.step.exclude import is_inside
 
@@ -59,6 +79,8 @@ class Observer(DispatchMode):
         layouts: Mapping[str, Layouts] | None = None,
         left_checkpoints: Mapping[str, str] | None = MappingProxyType({}),
         excluded: Sequence[str] = (),
+        *,
+        runs_native_code: bool = False,
     ) -> None:
         """Prepare to record a step.
 
@@ -69,12 +91,15 @@ class Observer(DispatchMode):
             layouts: the real kernels' result layouts, by the key of the signature, where the fake kernels are wrong.
             left_checkpoints: checkpointed functions of the model's that are left to PyTorch, and why; None: all are.
             excluded: paths of the modules that are left untouched.
+            runs_native_code: it runs code that takes addresses, and may write there unseen.
         """
         super().__init__()
         self._ledger = ledger = StorageLedger(device)
+        self._unseen_writes = UnseenWrites(ledger) if runs_native_code else None
         self._sums = GradientSums(ledger)
         self._saved_tensors = SavedTensors(ledger, self._unrecorded, spill, unspill)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._saved_tensors.unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._backwards = KeptBackwards(ledger, self._sums, self._saved_tensors, device)
         self.in_optimizer = False
         self._in_backward = False
         self._unrecorded_depth = 0
@@ -98,6 +123,8 @@ class Observer(DispatchMode):
         self._open_paths: list[str] = []  # of the module calls that run now, the outermost first
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
+        self.known_values: KnownValues | None = None
+        """What tensors without data would hold; None: they are not asked for it."""
         self._has_data = unspill is not None
         self._device = device
         self._real_layouts = layouts or {}
@@ -133,11 +160,13 @@ class Observer(DispatchMode):
         self.activate()
         self._functions.start()
         self._compiled.start()
+        self._backwards.begin_forward()
         self._ledger.is_open = True
 
     def stop(self) -> None:
         """Stop recording."""
         self._sums.resolve()
+        self._backwards.close()
         self._ledger.is_open = False
         self._functions.stop()
         self._compiled.stop()
@@ -177,7 +206,8 @@ class Observer(DispatchMode):
 
     def mark_escaped(self, tensor: torch.Tensor) -> None:
         """Record that the tensor's memory was handed out: from now on it may be written at any moment, unseen."""
-        forward = self._ledger.is_open and not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
+        forward = self._ledger.is_open and not (self._in_backward or self.in_optimizer)
+        forward = forward and (current_graph_task() < 0 or self._backwards.are_running)
         recorded = not (self._unrecorded_depth or self._memory_only_depth or self._in_observer)
         if forward and recorded and self._ledger.counts(tensor) and not self._calls.escapes(tensor):
             self._escapes(tensor)
@@ -191,6 +221,7 @@ class Observer(DispatchMode):
 
     def begin_backward(self) -> None:
         """Mark the end of forward and the start of backward."""
+        self._backwards.end()
         self._in_backward = True
         self._ledger.emit(EventKind.BACKWARD)
 
@@ -205,11 +236,13 @@ class Observer(DispatchMode):
         if current_graph_task() >= 0:  # made again in backward
             self.switched_off.add(CHECKPOINTING)
         self._open_paths.append(path)
+        self._backwards.note_position()
         self.observation.events.append(ModuleEvent(path, has_plain_arguments))
 
     def exit_module(self) -> None:
         """Mark the end of the innermost module call."""
         self._open_paths.pop()
+        self._backwards.note_position()
         self.observation.events.append(ModuleEvent(None))
 
     def take_checkpoint(self, call: CheckpointCall) -> AbstractContextManager[None] | None:
@@ -236,16 +269,21 @@ class Observer(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any_wrapper(types):
+            return NotImplemented  # its class runs operations on its parts, which come here
         kwargs = kwargs or {}
         if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:
             return 1.0  # `item()`: an optimizer reads its step counter, and a fake tensor has no number
-        if self._unrecorded_depth or not self._ledger.is_open:
+        if self._unrecorded_depth or not self._ledger.is_open or is_traced(self._has_data):
             return func(*args, **kwargs)
         was_in_observer, self._in_observer = self._in_observer, True
         try:
             if self._memory_only_depth:
                 return self._record_memory(func, args, kwargs)
-            return self._dispatch(func, types, args, kwargs)
+            result = self._dispatch(func, types, args, kwargs)
+            if self.known_values is not None:
+                self.known_values.follow(func, args, kwargs, result)
+            return result
         finally:
             self._in_observer = was_in_observer
 
@@ -262,16 +300,20 @@ class Observer(DispatchMode):
     def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graph_task = current_graph_task()
         self._sums.set_graph_task(graph_task)
+        if func is DEVICE and (device := fake_device_of(args[0])) is not None:  # autograd asks most of all
+            return device
         info = describe(func)
         if info.is_view:
             return func(*args, **kwargs)
+        self._watch_backward(graph_task)
         if self._calls.is_in_graph:
             for tensor in mutated_tensors(info, args, kwargs):
                 self._ledger.overwrite(tensor)
             return self._record_memory(func, args, kwargs)
         self._sums.resolve()
         tensors = tensors_in((*args, *kwargs.values()))
-        forward = not self._in_backward and not self.in_optimizer and graph_task < 0
+        node = self._backwards.node_of_forward(graph_task) if torch.is_grad_enabled() else -1
+        forward = not self._in_backward and not self.in_optimizer and (graph_task < 0 or node >= 0)
         signature = self._signatures.add(func, args, kwargs)
         if not forward:
             since = len(self.observation.events)
@@ -287,16 +329,27 @@ class Observer(DispatchMode):
             self._ledger.emit(EventKind.OTHER_OP, signature)
             self._sums.record_op(func, args, result, since)
             return result
-        return self._forward_op(func, info, types, args, kwargs, tensors, signature)
+        return self._forward_op(func, info, types, args, kwargs, tensors, signature, node)
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
         """Run the op and give its results the real kernel's layout where the fake kernel's is known to be wrong."""
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs, signature)
         key = self._signatures.keys[signature]
         if (layouts := self._real_layouts.get(key)) is not None:
             result = with_layouts(result, layouts, self._device.torch_device)
         if key not in self.layouts:
             self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
+        """Run the op, and learn what it costs where only a step with data shows that."""
+        if self.known_values is not None and (number := self.known_values.scalar(func, args)) is not None:
+            return number
+        info, measured = describe(func), self._signatures.measured
+        if not self._has_data or signature in measured or not info.is_foreign or info.blocker:
+            return func(*args, **kwargs)
+        call = self._signatures.calls[signature]
+        result, measured[signature] = cost_where_it_runs(call, lambda: func(*args, **kwargs), self._device)
         return result
 
     def _forward_op(
@@ -308,17 +361,26 @@ class Observer(DispatchMode):
         kwargs: dict[str, Any],
         tensors: list[torch.Tensor],
         signature: int,
+        node: int,
     ) -> Any:
         observation = self.observation
         if (hook := self._foreign_hook()) is not None:
             self.switched_off.add(owner_of_hook(hook))
             self.under_hooks.update(self._open_paths[-1:])
+            observation.under_hooks.add(len(observation.ops))
         device = device_of_call(tensors, kwargs)
         reason = safety.blocker(info, types, args, kwargs, tensors, device)
-        if not reason and info.is_random and safety.call_generator(args, kwargs, device) is None:
+        is_random = draws(info, args, kwargs)
+        if not reason and is_random and safety.call_generator(args, kwargs, device) is None:
             reason = "its random state cannot be recorded"
+        if self._unseen_writes is not None:
+            self._unseen_writes.look_at(tensors, len(observation.ops))
         moved = undeclared_writes(info, args)  # running statistics, which a replay leaves alone
-        inputs = [value for t in tensors if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)]
+        inputs = [
+            value if node < 0 or self._saved_tensors.is_unpacked(t) else self._backwards.from_outside(value)
+            for t in tensors
+            if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)
+        ]
         if not reason and any(self._is_escaped(value) for value in inputs):
             reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
         if not reason:
@@ -331,7 +393,7 @@ class Observer(DispatchMode):
         mutated = [t for t in mutated_tensors(info, args, kwargs) if self._ledger.counts(t)]
         written = {storage_key(t): t for t in mutated}
         self.checkpoints.note_op(
-            is_random=info.is_random,
+            is_random=is_random,
             written_storages=lambda: [
                 observation.values[value].storage
                 for tensor in (*written.values(), *moved)
@@ -339,13 +401,16 @@ class Observer(DispatchMode):
             ],
         )
         op_index = len(observation.ops)
+        if node >= 0 and type(current_graph_node()).__name__ == "CopySlices":
+            observation.of_view_writes.add(op_index)
         op = RawOp(
             name=info.name,
             signature=signature,
             inputs=tuple(inputs),
-            mutates=tuple(self._ledger.value_of(t) for t in written.values()),
+            mutates=tuple(self._backwards.mutated(self._ledger.value_of(t), inputs) for t in written.values()),
             keep_reason=reason,
-            random_state_bytes=self.random_state_bytes if info.is_random else 0,
+            random_state_bytes=self.random_state_bytes if is_random else 0,
+            node=node,
         )
         result = self._call(func, args, kwargs, signature)
         results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
@@ -370,6 +435,8 @@ class Observer(DispatchMode):
             # Uninitialised memory is never read by a replay and never dropped: what fills it later may be invisible.
             observation.values[value].overwritten = info.is_uninitialised
             op.outputs.append(value)
+        if self._unseen_writes is not None:
+            self._unseen_writes.remember([*results, *written.values(), *moved])
         observation.ops.append(op)
         self._ledger.emit(EventKind.OP, op_index)
         if self._numbers_count:
@@ -388,13 +455,15 @@ class Observer(DispatchMode):
         in_forward = not (self._in_backward or self.in_optimizer) and current_graph_task() < 0
         recorded = recorded and in_forward and top_dispatch_mode() is self
         if not recorded or self._calls.is_open or not can_be_made_again(function, args):
-            return forward(*args)
+            with self._hooks_aside():
+                return forward(*args)
         context, inputs = arguments_of(function, args)
         with self._as_observer():
             self._sums.resolve()
             self._calls.begin(function, inputs)
         try:
-            result = forward(*args)
+            with self._hooks_aside():
+                result = forward(*args)
         except BaseException:
             self._calls.abort()
             raise
@@ -403,8 +472,20 @@ class Observer(DispatchMode):
             saved = saved_by(context)
             self._calls.end(result, saved)
             if saved:
-                hold_otherwise(context, self._pack_stashed, self._saved_tensors.unpack)
+                hold_otherwise(context, result, self._pack_stashed, self._unpack)
         return result
+
+    @contextmanager
+    def _hooks_aside(self) -> Iterator[None]:
+        """As `replay.own_stacks.OwnStacks.hooks_aside`."""
+        on_top = self._foreign_hook() is None and top_saved_tensor_hooks() is not None
+        if on_top:
+            self._hooks.__exit__()
+        try:
+            yield
+        finally:
+            if on_top:
+                self._hooks.__enter__()
 
     def _pack_stashed(self, tensor: torch.Tensor) -> Any:
         packed = self._saved_tensors.pack(tensor)
@@ -420,11 +501,31 @@ class Observer(DispatchMode):
 
     @never_compiled
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if not self._ledger.is_open or self._memory_only_depth:
+        if not self._ledger.is_open or self._memory_only_depth or is_traced(self._has_data):
             return tensor
         with self._as_observer():
             self._calls.note_saved(tensor)
-            return self._saved_tensors.pack(tensor)
+            if self._unseen_writes is not None and current_graph_task() < 0:
+                self._unseen_writes.look_at([tensor])
+            slot = len(self.observation.slots)
+            packed = self._saved_tensors.pack(tensor)
+            node = self._backwards.node_of_forward(current_graph_task())
+            if node >= 0 and len(self.observation.slots) > slot:
+                self.observation.node_of_slot[slot] = node
+                if slot not in self.observation.saved_again:
+                    self.observation.slots[slot] = self._backwards.from_outside(self.observation.slots[slot])
+            return packed
+
+    @never_compiled
+    def _unpack(self, packed: Any) -> Any:
+        leave_modes_if_asked()
+        if self._ledger.is_open:
+            self._watch_backward(current_graph_task())
+        return self._saved_tensors.unpack(packed)
+
+    def _watch_backward(self, graph_task: int) -> None:
+        if not (self._in_backward or self.in_optimizer):
+            self._backwards.watch(graph_task)
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_key
+from tightfit._torch_private.tensors import storage_key
 from tightfit.device import device_for
 from tightfit.operators.facts import result_tensors, tensors_in
 

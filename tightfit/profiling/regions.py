@@ -15,7 +15,7 @@ single module's call: then the module stands for both.
 
 A module that is to be left untouched is no region, and neither is any module inside it.
 
-The model itself is always a region: its own ops between other regions are its segments.
+The model itself, or each of several, is always a region: its own ops between other regions are its segments.
 """
 
 from __future__ import annotations
@@ -40,16 +40,21 @@ class _Call:
     children: list[_Call] = field(default_factory=list)
 
 
-def choose_regions(observation: Observation, class_of: dict[str, str], excluded: Sequence[str] = ()) -> tuple[str, ...]:
+def choose_regions(
+    observation: Observation, class_of: dict[str, str], excluded: Sequence[str] = (), models: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Return the paths of the modules that become regions, the model's own (`<model>`) first.
 
     Args:
         observation: what was recorded of a step.
         class_of: the name of the module's class, by path.
         excluded: paths of the modules that are to be left untouched.
+        models: paths of the models of a step that has several.
     """
     chosen: set[str] = set()
     for call in _calls(observation):
+        if call.path in models:
+            chosen.add(call.path)
         _choose(call, class_of, chosen)
     chosen.discard(ROOT)
     return (ROOT, *sorted(path for path in chosen if not is_inside(path, excluded)))
@@ -70,7 +75,7 @@ def _calls(observation: Observation) -> list[_Call]:
                     stack[-1].ops += ended.ops
                 _merge_checkpoints(ended)
         elif isinstance(event, Event) and event.kind == EventKind.OP and stack:
-            stack[-1].ops += 1
+            stack[-1].ops += observation.ops[event.a].node < 0
     return top
 
 

@@ -27,7 +27,7 @@ def measure_reshaped(model: torch.nn.Module, batch: Any, step: Step, reference: 
         forward = measure_step(
             model,
             batch,
-            replace(step, optimizer=None, clip_norm=None),
+            replace(step, optimizer=None, idle_optimizer=None, clip_norm=None),
             concrete=reference.method == "real",
             untimed=True,
             budget_bytes=budget_bytes - reference.baseline["optimizer_state"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import schema_of
+from tightfit._torch_private.dispatch import OpOverload, schema_of
 
 #: Their derivatives need none of their arguments.
 _LINEAR = frozenset({"aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::copy_"})
@@ -32,6 +32,8 @@ def saved_scalar_bytes(func: Any, args: Sequence[Any], tensors: Sequence[torch.T
 @cache
 def _tensor_places(func: Any) -> tuple[int, ...]:
     """Return the places of the arguments that are declared as tensors, and may be given as numbers."""
+    if not isinstance(func, OpOverload):  # a higher-order operator has none
+        return ()
     schema = schema_of(func)
     if schema.name in _LINEAR:
         return ()

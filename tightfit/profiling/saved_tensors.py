@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import is_conj_or_neg, never_compiled
+from tightfit._torch_private.compiling import never_compiled
+from tightfit._torch_private.tensors import is_conj_or_neg, storage_key
+from tightfit.operators.wrapper_tensors import Parts, held_as_parts, is_wrapper
 from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
 
@@ -33,6 +35,14 @@ class _Placeholder:
         self.nbytes = tensor.untyped_storage().nbytes()
         self.contents = contents
         self.on_release = on_release
+
+    @property
+    def fills_storage(self) -> bool:
+        """Whether the tensor begins where its storage begins, and ends where that ends."""
+        if self.offset or 0 in self.size:
+            return False
+        last = sum((count - 1) * step for count, step in zip(self.size, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize == self.nbytes
 
     def __del__(self) -> None:
         self.on_release(self.slot)
@@ -54,6 +64,8 @@ def owner_of_hook(hook: Any) -> str:
 class SavedTensors:
     """The pack and unpack hooks, which record a SAVE, UNPACK and RELEASE event for each slot.
 
+    In a backward inside forward that keeps its graph, the end of what was unpacked is a READ event.
+
     Args:
         ledger: the ledger that the events go to.
         unrecorded: a context whose ops are not recorded as the step's.
@@ -72,10 +84,15 @@ class SavedTensors:
         self._spill = spill
         self._unspill = unspill
         self._references: dict[int, int] = {}  # by slot: its placeholder and unpacked tensors that are alive
+        self._slot_of: dict[int, int] = {}  # by the `storage_key` of an unpacked tensor that is alive
+        self.keeps_graph = False
+        """Whether a backward inside forward runs that keeps its graph."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Return a placeholder for an activation; parameters and tensors on other devices are saved as they are."""
         ledger = self._ledger
+        if is_wrapper(type(tensor)) and not isinstance(tensor, torch.nn.Parameter):
+            return held_as_parts(tensor, self._pack_part) or tensor
         if not ledger.counts(tensor) or is_conj_or_neg(tensor) or isinstance(tensor, torch.nn.Parameter):
             return tensor
         observation = ledger.observation
@@ -83,6 +100,9 @@ class SavedTensors:
         if observation.storages[observation.values[value].storage].component != "activation":
             return tensor
         slot = len(observation.slots)
+        read = self._slot_of.get(storage_key(tensor))
+        if read is not None and observation.slots[read] == value:
+            observation.saved_again[slot] = read
         observation.slots.append(value)
         self._references[slot] = 1
         ledger.emit(EventKind.SAVE, slot)
@@ -92,9 +112,15 @@ class SavedTensors:
                 contents = self._spill(tensor)
         return _Placeholder(slot, tensor, contents, self._release)
 
+    def _pack_part(self, part: torch.Tensor) -> Any:
+        packed = self.pack(part)
+        return None if packed is part else packed
+
     @never_compiled
     def unpack(self, packed: Any) -> Any:
         """Return the saved tensor, or on fake tensors an empty one of the same geometry."""
+        if type(packed) is Parts:
+            return packed.read(self.unpack)
         if not isinstance(packed, _Placeholder):
             return packed
         slot = packed.slot
@@ -102,16 +128,23 @@ class SavedTensors:
         with self._unrecorded(), torch.no_grad():
             tensor = self._rebuild(packed)
         self._references[slot] += 1
+        key = storage_key(tensor)
+        self._slot_of[key] = slot
         saved_tensors = weakref.ref(self)
 
         def died() -> None:
             this = saved_tensors()
             if this is not None:
+                this._slot_of.pop(key, None)
                 this._release(slot)
 
         observation = self._ledger.observation
         self._ledger.substitute(tensor, observation.values[observation.slots[slot]].storage, died)
         return tensor
+
+    def is_unpacked(self, tensor: torch.Tensor) -> bool:
+        """Tell whether the tensor is what a slot was read as."""
+        return storage_key(tensor) in self._slot_of
 
     def _rebuild(self, placeholder: _Placeholder) -> torch.Tensor:
         size, stride, offset = placeholder.size, placeholder.stride, placeholder.offset
@@ -120,6 +153,8 @@ class SavedTensors:
             return torch.empty(0, dtype=placeholder.dtype, device=placeholder.device).set_(
                 storage, offset, size, stride
             )
+        if placeholder.fills_storage:  # one operation on fake tensors, which take long, instead of four
+            return torch.empty_strided(size, stride, dtype=placeholder.dtype, device=placeholder.device)
         flat = torch.empty(placeholder.nbytes, dtype=torch.uint8, device=placeholder.device)
         itemsize = placeholder.dtype.itemsize
         typed = flat[: placeholder.nbytes // itemsize * itemsize].view(placeholder.dtype)
@@ -127,5 +162,9 @@ class SavedTensors:
 
     def _release(self, slot: int) -> None:
         self._references[slot] -= 1
-        if self._references[slot] == 0 and self._ledger.is_open:
+        if not self._ledger.is_open:
+            return
+        if self._references[slot] == 0:
             self._ledger.emit(EventKind.RELEASE, slot)
+        elif self._references[slot] == 1 and self.keeps_graph:
+            self._ledger.emit(EventKind.READ, slot)

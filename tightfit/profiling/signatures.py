@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_key
+from tightfit._torch_private.tensors import storage_key
 from tightfit.operators.differing_calls import DESCRIBED
 from tightfit.profiling.cost_cache import Cost
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import WeakStorage, storage_key
+from tightfit._torch_private.tensors import WeakStorage, storage_key
 from tightfit.device import Device
 from tightfit.device.tensor_parts import parts_of, stored_in
 from tightfit.profiling.observation import Observation, RawStorage, RawValue
@@ -34,6 +34,7 @@ class StorageLedger:
         self._resizable: dict[int, int] = {}  # by the key of a resizable tensor: its storage now
         self._merged_into: dict[int, int] = {}  # by storage, see `merge`
         self._unseen: list[int] = []  # storages, see `hold_unseen`
+        self._streams = {device.current_stream(): 0}  # their numbers
 
     def emit(self, kind: EventKind, index: int = 0) -> None:
         """Record an event; `index` names its op, slot, storage or signature."""
@@ -144,7 +145,9 @@ class StorageLedger:
         index = len(observation.storages)
         observation.values.append(RawValue(storage=index))
         nbytes = self._device.round_up(nbytes)
-        observation.storages.append(RawStorage(nbytes=nbytes, component=component, current=len(observation.values) - 1))
+        stream = self._streams.setdefault(self._device.current_stream(), len(self._streams))
+        current = len(observation.values) - 1
+        observation.storages.append(RawStorage(nbytes=nbytes, component=component, current=current, stream=stream))
         return index
 
     def _watch(self, tensor: torch.Tensor, died: Callable[[], None]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import FakeTensorMode, default_foreach, tree_map
+from tightfit._torch_private.dispatch import FakeTensorMode, tree_map
+from tightfit._torch_private.modules import default_foreach
 from tightfit.distributed._fsdp_private import (
     sharded_modules,
     unsharded_attributes,
@@ -21,11 +22,21 @@ from tightfit.distributed._fsdp_private import (
     unsharded_parameters,
 )
 
+#: Optimizers that take one tensor after another unless they are told otherwise, wherever these are: to save memory.
+_SINGLE_BY_DEFAULT = (torch.optim.Adafactor,)
 
-def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.Module, dict[int, Any]]:
+
+def copy_model(
+    model: torch.nn.Module, mode: FakeTensorMode, place: torch.device | None = None
+) -> tuple[torch.nn.Module, dict[int, Any]]:
     """Deep-copy a model onto fake tensors; tied weights stay tied.
 
     A model that `fully_shard` has sharded is copied as it was before: unsharded.
+
+    Args:
+        model: the model.
+        mode: the mode that makes fake tensors.
+        place: where the copy is to be; None: where the model is.
 
     Returns:
         The copy, and the memo of `copy.deepcopy`: the copy of each tensor, and of much else, by the original's id.
@@ -38,9 +49,11 @@ def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.M
             raise TypeError(f"{name or 'the model'} is a TorchScript module, which copies its data in C++")
     # deepcopy looks each object up in its memo first: with every tensor's fake in it, no data is copied.
     memo: dict[int, Any] = {}
+    here = next(model.parameters()).device
+    buffers = {id(buffer) for buffer in model.buffers()}
     for parameter in unsharded_parameters(model):
         with mode:
-            data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            data = torch.empty(parameter.shape, dtype=parameter.dtype, device=place or parameter.device)
             fake = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
         for tensor in parameter.tensors:
             memo[id(tensor)] = fake
@@ -48,7 +61,8 @@ def copy_model(model: torch.nn.Module, mode: FakeTensorMode) -> tuple[torch.nn.M
                 memo[id(tensor.grad)] = None
     for tensor in _all_tensors(model):
         if id(tensor) not in memo:
-            memo[id(tensor)] = mode.from_tensor(tensor)
+            moves = place is not None and (tensor.device == here or id(tensor) in buffers)
+            memo[id(tensor)] = _moved(tensor, mode, place) if moves else mode.from_tensor(tensor)
             tensor_gradient = tensor.grad if tensor.is_leaf else None
             if tensor_gradient is not None:
                 memo[id(tensor_gradient)] = None
@@ -76,24 +90,36 @@ def _tensors_below(thing: Any, seen: set[int], depth: int) -> Iterable[torch.Ten
             yield from _tensors_below(item, seen, depth + 1)
 
 
-def copy_batch(batch: Any, mode: FakeTensorMode) -> Any:
-    """Copy a batch with its containers, tensors replaced by fake ones."""
+def _moved(tensor: torch.Tensor, mode: FakeTensorMode, place: torch.device | None) -> torch.Tensor:
+    """Return a fake of a tensor at another place, with its geometry and a storage of its own."""
+    with mode:
+        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def copy_batch(batch: Any, mode: FakeTensorMode, place: torch.device | None = None) -> Any:
+    """Copy a batch with its containers, tensors replaced by fake ones, at `place` or where they are."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return mode.from_tensor(tensor) if place is None else _moved(tensor, mode, place)
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return mode.from_tensor(leaf)
+            return fake(leaf)
         if hasattr(leaf, "__dict__") and any(isinstance(v, torch.Tensor) for v in vars(leaf).values()):
             duplicate = copy.copy(leaf)
             for name, value in vars(leaf).items():
                 if isinstance(value, torch.Tensor):
-                    setattr(duplicate, name, mode.from_tensor(value))
+                    setattr(duplicate, name, fake(value))
             return duplicate
         return leaf
 
     return tree_map(convert, batch)
 
 
-def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> torch.optim.Optimizer:
+def copy_optimizer(
+    optimizer: torch.optim.Optimizer, fakes: dict[int, Any], foreach: bool | None = None
+) -> torch.optim.Optimizer:
     """Make an optimizer of the same class and settings over the fake parameters, with empty state.
 
     Parameters that are not the model's are left out.
@@ -101,6 +127,7 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> t
     Args:
         optimizer: the user's optimizer.
         fakes: the fake parameters, by the id of the real ones.
+        foreach: whether an optimizer that was not told takes its foreach path; None: as it does with the real ones.
     """
     copied: torch.optim.Optimizer = object.__new__(type(optimizer))
     copied.__dict__.update(optimizer.__dict__)
@@ -116,8 +143,9 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, fakes: dict[int, Any]) -> t
     for group in optimizer.param_groups:
         duplicate = dict(group)
         duplicate["params"] = [fakes[id(p)] for p in group["params"] if id(p) in fakes]
-        if duplicate.get("foreach", True) is None and not duplicate.get("fused"):
+        chooses = duplicate.get("foreach", True) is None and not isinstance(optimizer, _SINGLE_BY_DEFAULT)
+        if chooses and not duplicate.get("fused"):
             # The optimizer's own choice depends on the tensors' type, which here is FakeTensor.
-            duplicate["foreach"] = default_foreach(group["params"])
+            duplicate["foreach"] = default_foreach(group["params"]) if foreach is None else foreach
         copied.param_groups.append(duplicate)
     return copied

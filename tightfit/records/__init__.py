@@ -11,18 +11,8 @@ from tightfit.records.plan import (
     Recipe,
     SharedTape,
 )
-from tightfit.records.profile import (
-    COMPONENTS,
-    Event,
-    EventKind,
-    Op,
-    Profile,
-    Region,
-    Signature,
-    Slot,
-    Storage,
-    Value,
-)
+from tightfit.records.profile import Profile
+from tightfit.records.step_tables import COMPONENTS, Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 from tightfit.records.stretch import StepWork, Stretch, step_ms
 from tightfit.records.verdict import Verdict
 

@@ -1,160 +1,16 @@
-"""What measuring found: a step's storages, values, operations, regions, saved tensors and the timeline of its events.
-
-How a step is described
------------------------
-A *storage* is a piece of memory; a *value* is what one storage holds between two writes, so an in-place operation makes
-a new value in an old storage.  Bytes are always accounted per storage, never per tensor or view.
-
-Forward is cut into *regions* that follow each other in time: one call of one module, or a stretch of a container's own
-operations between two such calls (a *segment*), or a stretch of code outside the model (``<loss>``).  The operations of
-a region are contiguous in `Profile.ops`.  Values made in one region and used in another are that other region's
-*external* values: they are never dropped, only held.
-
-A *slot* is one save of one value by autograd.  The *events* tell, in the order in which they happen in one plain
-training step, when storages appear, when the last reference other than autograd's dies, when autograd saves, reads and
-releases, and which operation ran in between.  From them `simulate` knows the memory at every moment, for any decision
-about what to drop.
-"""
+"""What measuring found: one training step, by the tables of `step_tables`, and what all of it took."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
 
 from tightfit.records import json_codec
 from tightfit.records.allocator_state import AllocatorState
 from tightfit.records.checks import require
+from tightfit.records.step_tables import COMPONENTS, Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 from tightfit.records.stretch import StepWork, step_ms
-
-#: What a storage belongs to. All but "activation" are alive during the whole step and make up the baseline.
-COMPONENTS = ("parameters", "buffers", "gradients", "optimizer_state", "batch", "activation")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Storage:
-    """One piece of memory."""
-
-    nbytes: int
-    """Its size, rounded up to the allocator's granule."""
-    component: str = "activation"
-    """One of `COMPONENTS`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Value:
-    """What one storage holds between two writes."""
-
-    storage: int
-    """Index into `Profile.storages`."""
-    op: int = -1
-    """Index into `Profile.ops` of the operation that made it; -1 if no recorded operation did."""
-    output: int = 0
-    """Which of the operation's results: 0, 1, ... for returned tensors; -1, -2, ... for mutated arguments, in order."""
-    overwritten: bool = False
-    """Its storage is written again later in forward, so it cannot be held as a source for replay."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Signature:
-    """A distinct operation: name, shapes, strides, dtypes, scalars. What it costs was measured by running it alone."""
-
-    name: str
-    """The overload's name, e.g. ``aten.mm.default``."""
-    ms: float = 0.0
-    """Milliseconds that one run takes the host (minimum of several): until it is done, or submitted to a device."""
-    device_ms: float = 0.0
-    """Milliseconds that it takes a device which works beside the host."""
-    workspace_bytes: int = 0
-    """Most memory it holds inside, beyond its inputs and outputs."""
-    note: str = ""
-    """Where the figures are estimates: why. Empty if the operation was run alone as it is."""
-
-    @property
-    def slower_ms(self) -> float:
-        """What it takes in the middle of others like it: the longer of its two times."""
-        return max(self.ms, self.device_ms)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Op:
-    """One operation of forward. Pure views are not recorded: an argument is a value seen through a geometry."""
-
-    signature: int
-    """Index into `Profile.signatures`."""
-    inputs: tuple[int, ...] = ()
-    """Values read, in argument order, a value named once for each argument that it appears in."""
-    outputs: tuple[int, ...] = ()
-    """Values made; a mutated argument's new value is among them."""
-    mutates: tuple[int, ...] = ()
-    """Those of `inputs` whose storage it overwrites."""
-    keep_reason: str = ""
-    """Why its results must be kept (not replayable); empty if it may be replayed."""
-    random_state_bytes: int = 0
-    """Size of the generator's state that a tape holds for it, where that counts: 5 KB for a random operation on CPU."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Region:
-    """One call of one module, a segment of a container, or a stretch of ``<loss>``."""
-
-    key: str
-    """``layers.3#0``: module path, ``#`` call index, and ``/n`` for the n-th segment of a container."""
-    first_op: int
-    """Index into `Profile.ops`."""
-    op_count: int
-    class_id: int
-    """Regions with the same id have the same operations, wiring, sizes and saved tensors: one solve serves them all."""
-    module_recomputable: bool = False
-    """Its module can be called a second time as a whole: it was called with tensors and constants only, and has no
-    hooks inside."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
-    """One save of one value by autograd: a saved tensor."""
-
-    value: int
-    region: int
-    """Index of the region in which it was saved."""
-
-
-class EventKind(IntEnum):
-    """What happened. The event's number `a` is an index into the named table."""
-
-    ALLOC = 0
-    """Storage `a` appeared."""
-    FREE = 1
-    """The last reference to storage `a`, other than autograd's saved tensors, died."""
-    OP = 2
-    """Forward operation `a` ran (its new storages were announced just before)."""
-    OTHER_OP = 3
-    """An operation of backward or of the optimizer ran, with signature `a`."""
-    SAVE = 4
-    """Autograd saved slot `a`."""
-    UNPACK = 5
-    """Backward read slot `a`."""
-    RELEASE = 6
-    """Autograd let go of slot `a`."""
-    ENTER = 7
-    """Region `a` began."""
-    EXIT = 8
-    """Region `a` ended."""
-    BACKWARD = 9
-    """Backward began."""
-    OPTIMIZER = 10
-    """The optimizer step began."""
-    READ = 11
-    """Backward was done with slot `a`, of a graph that is kept: autograd has it until its RELEASE."""
-
-
-class Event(NamedTuple):
-    """One moment of the timeline."""
-
-    kind: EventKind
-    a: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +21,7 @@ class Profile:
         profile.save("profile.json")
         plan = tightfit.solve(tightfit.Profile.load("profile.json"), budget_bytes=8 * 2**30)
 
-    How a step is described, the module's docstring tells (``help(tightfit.records.profile)``).
+    How a step is described, ``help(tightfit.records.step_tables)`` tells.
 
     Attributes:
         model: the model's class name.
@@ -274,10 +130,14 @@ class Profile:
         host_ms, device_ms = [0.0] * len(self.events), [0.0] * len(self.events)
         optimizer = len(self.events)
         beside_ms = self.backward_ms_per_op
+        keeping = 0
         for time, (kind, a) in enumerate(self.events):
             if kind == EventKind.OP:
                 signature = self.signatures[self.ops[a].signature]
-                host_ms[time], device_ms[time] = signature.ms + self.forward_ms_per_op, signature.device_ms
+                more_ms = self.backward_ms_per_op if keeping else self.forward_ms_per_op
+                host_ms[time], device_ms[time] = signature.ms + more_ms, signature.device_ms
+            elif kind == EventKind.KEEPING:
+                keeping += 1 if a else -1
             elif kind == EventKind.OTHER_OP:
                 signature = self.signatures[a]
                 host_ms[time], device_ms[time] = signature.ms + beside_ms, signature.device_ms
@@ -319,8 +179,9 @@ class Profile:
 
     @property
     def keeps_graph(self) -> bool:
-        """Whether the step's backwards but the last one keep the graph."""
-        return any(event.kind == EventKind.READ for event in self.events)
+        """Whether the step's own backwards but the last one keep the graph."""
+        kinds = [event.kind for event in self.events]
+        return EventKind.KEEPING in kinds[kinds.index(EventKind.BACKWARD) if EventKind.BACKWARD in kinds else 0 :]
 
     def with_kept_graph(self) -> Profile:
         """Return the profile of the step whose backward keeps the graph (``retain_graph=True``) for further ones.
@@ -334,7 +195,8 @@ class Profile:
         end = kinds.index(EventKind.OPTIMIZER) if EventKind.OPTIMIZER in kinds else len(kinds)
         backward = self.events[begin:end]
         released = tuple(event for event in backward if event.kind == EventKind.RELEASE)
-        kept = tuple(Event(EventKind.READ, e.a) if e.kind == EventKind.RELEASE else e for e in backward)
+        kept = tuple(Event(EventKind.READ, e.a) if e.kind == EventKind.RELEASE else e for e in backward[1:])
+        kept = (backward[0], Event(EventKind.KEEPING, 1), *kept, Event(EventKind.KEEPING, 0))
         return replace(self, events=(*self.events[:begin], *kept, *released, *self.events[end:]))
 
     def save(self, path: str | Path) -> None:
@@ -371,10 +233,14 @@ def _check_wiring(profile: Profile) -> None:
         require(-1 <= value.op < len(profile.ops), f"values[{place}] names no operation")
         if value.op >= 0:
             require(place in profile.ops[value.op].outputs, f"values[{place}] is no output of its operation")
+    region_of_op = [index for index, region in enumerate(profile.regions) for _ in range(region.op_count)]
+    require(len(region_of_op) == len(profile.ops), "regions do not cover the operations")
     for place, op in enumerate(profile.ops):
         require(0 <= op.signature < len(profile.signatures), f"ops[{place}] names no signature")
         require(all(0 <= v < len(values) for v in (*op.inputs, *op.outputs)), f"ops[{place}] names no value")
-        require(all(values[v].op < place for v in op.inputs), f"ops[{place}] reads a value that is made later")
+        makers = [maker for v in op.inputs if (maker := values[v].op) >= place]
+        is_later = any(region_of_op[maker] == region_of_op[place] for maker in makers)
+        require(not is_later, f"ops[{place}] reads a value that is made later")
         require(all(values[v].op == place for v in op.outputs), f"ops[{place}] makes a value of another operation")
         names = {values[v].output for v in op.outputs}
         require(len(names) == len(op.outputs), f"ops[{place}] makes two values under one name")
@@ -385,7 +251,6 @@ def _check_wiring(profile: Profile) -> None:
             region.first_op == first and region.op_count >= 0, f"region {region.key} does not follow the one before"
         )
         first += region.op_count
-    require(first == len(profile.ops), "regions do not cover the operations")
     keys = {region.key for region in profile.regions}
     require(len(keys) == len(profile.regions), "regions name one region twice")
     for place, slot in enumerate(profile.slots):

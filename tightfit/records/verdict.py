@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,48 @@ class Verdict:
     mismatches: int
     tape_host_bytes: int = 0
     compared_share: float = 0.0
+
+    @classmethod
+    def of_kinds(cls, verdicts: Mapping[str, Verdict]) -> Verdict:
+        """Return one verdict on all kinds of steps of one plan: peaks are the highest, times those of all together.
+
+        Names are followed by the kind in brackets.
+        """
+        all_of = list(verdicts.values())
+        plain_ms, step_ms = sum(one.plain_step_ms for one in all_of), sum(one.step_ms for one in all_of)
+        differences = [one.max_abs_difference for one in all_of if one.max_abs_difference is not None]
+        is_measured = all(one.plain_peak_source == "measured" for one in all_of)
+
+        def named(field: str) -> tuple[str, ...]:
+            return tuple(f"{name} ({kind})" for kind, one in verdicts.items() for name in getattr(one, field))
+
+        return cls(
+            ok=_all(one.ok for one in all_of),
+            method="whole-step" if all(one.method == "whole-step" for one in all_of) else "per-region",
+            loss_equal=_all(one.loss_equal for one in all_of),
+            gradients_equal=_all(one.gradients_equal for one in all_of),
+            buffers_equal=_all(one.buffers_equal for one in all_of),
+            rng_equal=_all(one.rng_equal for one in all_of),
+            max_abs_difference=max(differences, default=None),
+            differing=named("differing"),
+            plain_reproducible=_all(one.plain_reproducible for one in all_of),
+            not_reproducible=named("not_reproducible"),
+            unverified=named("unverified"),
+            steps=sum(one.steps for one in all_of),
+            budget_bytes=max(one.budget_bytes for one in all_of),
+            plain_peak_bytes=max(one.plain_peak_bytes for one in all_of),
+            plain_peak_source="measured" if is_measured else "predicted",
+            predicted_peak_bytes=max(one.predicted_peak_bytes for one in all_of),
+            measured_peak_bytes=max(one.measured_peak_bytes for one in all_of),
+            plain_step_ms=plain_ms,
+            plain_step_source="measured" if is_measured else "predicted",
+            step_ms=step_ms,
+            overhead_ratio=step_ms / plain_ms - 1 if plain_ms else 0.0,
+            replayed_ops=sum(one.replayed_ops for one in all_of),
+            mismatches=sum(one.mismatches for one in all_of),
+            tape_host_bytes=max(one.tape_host_bytes for one in all_of),
+            compared_share=min(one.compared_share for one in all_of),
+        )
 
     @property
     def reason(self) -> str:
@@ -147,6 +189,12 @@ def listed(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _all(found: Iterable[bool | None]) -> bool | None:
+    """Return False where one is False, else None where one is unknown."""
+    known = list(found)
+    return False if False in known else None if None in known else True
 
 
 def _equal(equal: bool | None) -> str:

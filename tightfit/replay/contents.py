@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tightfit._torch_private import below_autograd
+from tightfit._torch_private.dispatch import below_autograd
 from tightfit.device import device_for
 from tightfit.step.host_copy import memory_of
 
@@ -43,11 +43,11 @@ def checksum(tensor: torch.Tensor) -> Checksum:
     and of changes of order: of all, of the rows weighted by their place, and of the columns weighted by theirs.
     """
     storage = tensor.untyped_storage()
-    return _checksum_on_host(storage) if device_for(tensor).is_host else _checksum_elsewhere(storage)
+    return checksum_of_memory(memory_of(storage)) if device_for(tensor).is_host else _checksum_elsewhere(storage)
 
 
-def _checksum_on_host(storage: torch.UntypedStorage) -> Checksum:
-    memory = memory_of(storage)
+def checksum_of_memory(memory: npt.NDArray[np.uint8]) -> Checksum:
+    """Return such sums over memory on the host."""
     words = memory[: memory.size // 8 * 8].view(np.uint64)
     grid = words[: words.size // _ROW_ON_HOST * _ROW_ON_HOST].reshape(-1, _ROW_ON_HOST)
     rows, columns = grid.sum(axis=1), grid.sum(axis=0)  # modulo 2 ** 64
@@ -80,14 +80,14 @@ def _checksum_elsewhere(storage: torch.UntypedStorage) -> Checksum:
         return int(plain + tail), int(by_row), int((columns * _places(columns)).sum())
 
 
-#: Up to here the contents themselves are their mark: reading them is quicker than adding them up.
-_SMALL_BYTES = 64 << 10
+#: Up to here the contents themselves are their mark: copying them is quicker than adding them up.
+SMALL_BYTES = 64 << 10
 
 
 def mark_of(tensor: torch.Tensor) -> object:
     """Return what tells these contents from others: the bytes of a small storage, else its checksum."""
     storage = tensor.untyped_storage()
-    if storage.nbytes() > _SMALL_BYTES:
+    if storage.nbytes() > SMALL_BYTES:
         return checksum(tensor)
     if device_for(tensor).is_host:
         return memory_of(storage).tobytes()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tightfit._torch_private import current_graph_task
+from tightfit._torch_private.autograd import current_graph_task
 from tightfit.errors import UnsupportedInput
 from tightfit.operators.region_names import is_module_below
 from tightfit.replay.executors import RegionCall

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_key
+from tightfit._torch_private.tensors import storage_key
 from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators.facts import describe, opaque_function, tensors_in
 from tightfit.operators.function_calls import is_compiled_graph
 from tightfit.operators.opaque_calls import FunctionCall, what_it_made
 from tightfit.replay.repeats import Repeat
-from tightfit.replay.replayer import Handle
 from tightfit.replay.tape import Tape
 from tightfit.replay.values import TapedOp, TapedRegion, TapedValue
 
@@ -99,26 +98,41 @@ class OpaqueTape(Tape):
         opened, self._open = self._open, None
         assert opened is not None
         op, call = opened.op, opened.call
-        if op is None or call is None or self._region is not opened.region:
+        if self._region is not opened.region:
             return
         made = what_it_made(result, [*opened.saved, *saved])
+        if op is None or call is None:
+            if opened.is_trusted:  # the plan has no use for it; what it made others may read, as when it is recorded
+                self._take_back(opened, made)
+            return
         call.made(made)
         opaque = {place: tensor for place, tensor in enumerate(made) if self._is_opaque(tensor, opened, op)}
         if not opaque:
             return
         if opened.repeat is not None and not opened.repeat.agrees(tuple(made)):
             opened.region.refused.add(opened.position)
-            self._statistics.refused_ops += 1
+            self.statistics.refused_ops += 1
             self._forget_contents(opened.repeat.changed_inputs())
             return
-        for key in opened.exposed:  # only to be read, or written before it was handed on
-            self._writes.exposed.pop(key, None)
-            if key in opened.inputs:
-                self._current[key] = opened.inputs[key]
+        self._take_back(opened, made)
         for place, tensor in opaque.items():
             value = self._current.get(storage_key(tensor))
             if value is None or value.op is not op:  # two of them may be one
                 self._new_value(op, storage_key(tensor), tensor, place)
+
+    def _take_back(self, opened: OpenCall, made: list[torch.Tensor]) -> None:
+        """Note of memory that was handed out inside a call that it was only read, or written before it was handed on.
+
+        That is known of the call's arguments and of what it made.
+        """
+        if not opened.exposed:
+            return
+        known = {storage_key(tensor) for tensor in made if tensor.layout is torch.strided} | opened.keys
+        for key in opened.exposed:
+            if key in known:
+                self._writes.exposed.pop(key, None)
+            if key in opened.inputs:
+                self._current[key] = opened.inputs[key]
 
     def note_exposed(self, tensor: torch.Tensor) -> bool:
         """Note that memory is handed out; tell whether an opaque call took it that is known only to read its inputs."""
@@ -139,11 +153,6 @@ class OpaqueTape(Tape):
             self._open.saved.append(tensor)
         return super().pack(tensor)
 
-    def pack_if_dropped(self, tensor: torch.Tensor) -> Any:
-        """Return what to hold instead of a tensor that a call keeps for its backward; None: the tensor itself."""
-        packed = super().pack(tensor)
-        return packed if type(packed) is Handle else None
-
     def _sight(self, tensor: torch.Tensor) -> TapedValue:
         known = self._current.get(storage_key(tensor))
         value = super()._sight(tensor)
@@ -160,11 +169,13 @@ class OpaqueTape(Tape):
             return False
         key = storage_key(tensor)
         value = self._current.get(key)
+        if key in opened.inputs:  # even if its memory was handed out: the call is not repeated unless it is unchanged
+            return False
         if value is None:
             return True
         if value in op.inputs:
             return False
-        if self._check is not None and not self._check.unchanged(value, tensor):
+        if self.check is not None and not self.check.unchanged(value, tensor):
             del self._current[key]
             return True
         if value.op is None:

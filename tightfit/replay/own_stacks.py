@@ -7,19 +7,19 @@ began; otherwise it leaves them and lets operations pass through.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
+from tightfit._torch_private.autograd import saved_tensor_hooks_allowed, top_saved_tensor_hooks
+from tightfit._torch_private.dispatch import (
     DispatchMode,
     dispatch_depth,
     function_mode_depth,
-    saved_tensor_hooks_allowed,
     top_dispatch_mode,
     top_function_mode,
-    top_saved_tensor_hooks,
 )
 from tightfit.operators.escaped_memory import MemoryWatch
 
@@ -36,6 +36,8 @@ class OwnStacks:
     ) -> None:
         self.active = False
         """Whether they are on the stacks."""
+        self.hooks_are_aside = False
+        """Whether the hooks are off, in a function's forward."""
         self._mode = mode
         self._pack = pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
@@ -70,6 +72,23 @@ class OwnStacks:
             self._push()
         elif self._are_on_top():
             self._pop()
+
+    @contextmanager
+    def hooks_aside(self) -> Iterator[None]:
+        """Take our hooks off inside a function's forward: the graph around it saves nothing there.
+
+        `torch.func`, which forbids hooks, may be in it.  What a graph inside saves is the call's own matter.
+        """
+        on_top = self.active and self._are_ours(top_saved_tensor_hooks())
+        if on_top:
+            self._hooks.__exit__()
+            self.hooks_are_aside = True
+        try:
+            yield
+        finally:
+            if on_top:
+                self._hooks.__enter__()
+                self.hooks_are_aside = False
 
     def _are_ours(self, hooks: object) -> bool:
         return isinstance(hooks, tuple) and hooks[0] is self._pack

@@ -13,6 +13,7 @@ from tightfit.operators._checkpoint_private import CheckpointCall, taking_over
 from tightfit.operators.checkpoint_calls import checkpoint_path, reason_to_leave
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.executors.module_state import NO_MOVES, Moves
+from tightfit.replay.rebuilt import Rebuilt
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.repeats import Repeats
 from tightfit.replay.saved_bytes import SavedBytes
@@ -39,6 +40,12 @@ class Listener(Protocol):
 
     def other_loss(self) -> None:
         """Hear that what ran as the loss is not what was planned."""
+
+    def compiled(self) -> None:
+        """Hear that `torch.compile` was called on what is planned, which stays eager."""
+
+    def written_unseen(self) -> None:
+        """Hear that memory was written, past PyTorch, that a plan recomputes from: what reads it is kept since."""
 
 
 @dataclass(kw_only=True)
@@ -69,6 +76,7 @@ class PlanState:
     repeats: Repeats = field(default_factory=Repeats)
     """Which calls gave the same bits twice."""
     writes: WriteWatch = field(default_factory=WriteWatch)
+    rebuilt: Rebuilt = field(default_factory=Rebuilt)
     fast_paths: Sequence[torch.nn.Module] = ()
     """See `with_fast_paths`: while one of them is in eval mode, handed-out memory is not watched."""
     listener: Listener | None = None
@@ -90,7 +98,7 @@ class PlanState:
         """Make a call that may be made again in backward; the first time, only if it bears that."""
         if not all(self.checkpoints.values()):
             call.inside = self.taking_checkpoints
-        kinds = tuple(map(type, call.module.modules()))
+        kinds = tuple(map(type, call.modules))
         known, moves = self.moves.get(key, ((), NO_MOVES))
         if self.self_check and known != kinds:
             self.checked.add(as_a_whole(key))
@@ -102,4 +110,15 @@ class PlanState:
             moves = found
             self.moves[key] = kinds, moves
         call.moves = moves
+
+        def refuse(written: torch.Tensor) -> None:
+            self.writes.notice(written)
+            self.refused.setdefault(key, set()).add(AS_A_WHOLE)
+
+        def differs() -> None:
+            like_this = {other for other, (found, _) in self.moves.items() if found == kinds}
+            for other in {key} | like_this:
+                self.refused.setdefault(other, set()).add(AS_A_WHOLE)
+
+        call.refuse, call.differs = refuse, differs
         return recipe.carry_out(call)

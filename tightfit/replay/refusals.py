@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, first_line
+
+#: How a tensor was modified that no version counter tells of.
+WRITTEN_BEHIND = "behind PyTorch's back (for example through NumPy, by a kernel of an extension, or by BatchNorm)"
 
 
 class CannotRebuild(RuntimeError):
@@ -36,6 +39,25 @@ def other_kernel_error(operation: str, reason: str) -> CannotRebuild:
         f"tightfit cannot rebuild a saved tensor: {reason}, and did not when forward ran {operation}. Gradients might "
         "have other bits. Set torch.backends.cudnn.benchmark and torch.autograd.set_multithreading_enabled before "
         "training, and leave them as they are from forward to backward."
+    )
+
+
+def other_call_error(dtype: torch.dtype, size: torch.Size, found: torch.Tensor | None) -> CannotRebuild:
+    """Return what to raise when a module's second call has not saved what its first one had; `found` is what it has."""
+    instead = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+    return CannotRebuild(
+        f"tightfit cannot rebuild a saved tensor: a module that was called again in backward saved {instead} where its "
+        f"first call had saved {dtype} {list(size)}. It is not the same computation twice. Leave the module untouched: "
+        "fit(..., exclude=module), or a pattern of its path."
+    )
+
+
+def failed_call_error(error: Exception) -> CannotRebuild:
+    """Return what to raise when a module's second call raises `error`, which its first one has not."""
+    return CannotRebuild(
+        f"tightfit cannot rebuild a saved tensor: a module that was called again in backward raised "
+        f"{type(error).__name__} ({first_line(error)}), which its first call had not. It depends on something that is "
+        "there in forward alone. Leave the module untouched: fit(..., exclude=module), or a pattern of its path."
     )
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, set_grad_mode
+from tightfit._torch_private.autograd import set_grad_mode
+from tightfit._torch_private.dispatch import below_autograd
 from tightfit.device import Device
 from tightfit.device.generators import drawing_from
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.placement import device_of_call
 from tightfit.operators.differing_calls import bar, kind_of_call
 from tightfit.operators.facts import OpInfo, is_suspect, result_tensors, tensors_in, undefined_results
-from tightfit.operators.opaque_calls import FunctionCall, OpaqueCall
+from tightfit.operators.opaque_calls import OpaqueCall, function_of
 from tightfit.replay.contents import checksum, same_bits
 from tightfit.replay.values import TapedOp
 from tightfit.step.snapshot import RandomState
@@ -41,18 +42,13 @@ class Repeats:
         if not (info.needs_self_check or (device.adds_atomically and is_suspect(info, args, kwargs))):
             return None
         kind: Hashable = info.name
-        if isinstance(op.func, FunctionCall):
-            kind = self._kind_of_function(op.func.function, info, args, device)
-        elif device.adds_atomically or info.is_foreign:
-            kind = kind_of_call(info, args, kwargs, device)
+        if device.adds_atomically or info.is_foreign:
+            kind = kind_of_call(info, args, kwargs, device, function_of(op.func))
         return None if kind in self.trusted else Repeat(self, op, args, kwargs, device, kind)
 
     def trusts(self, function: Any, info: OpInfo, args: tuple[Any, ...], device: Device) -> bool:
         """Tell whether a call of this kind of an `autograd.Function` was repeated, and agreed."""
-        return self._kind_of_function(function, info, args, device) in self.trusted
-
-    def _kind_of_function(self, function: Any, info: OpInfo, args: tuple[Any, ...], device: Device) -> Hashable:
-        return function, kind_of_call(info, args, {}, device)  # compiled graphs have one name
+        return kind_of_call(info, args, {}, device, function) in self.trusted
 
 
 class Repeat:
@@ -85,7 +81,7 @@ class Repeat:
         if agrees:
             self._owner.trusted.add(self._kind)
         else:
-            bar(self._op.info, self._args, self._kwargs, self._device)
+            bar(self._op.info, self._args, self._kwargs, self._device, function_of(self._op.func))
         return agrees
 
     def changed_inputs(self) -> list[torch.Tensor]:

@@ -8,32 +8,34 @@ runs when, and what is held until when, `tightfit.simulation.schedule` says, to 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
+from tightfit._torch_private.autograd import (
     backward_keeps_graph,
-    below_autograd,
     call_after_backward,
     current_graph_task,
-    library_switches,
-    outside_batched_backward,
     set_grad_mode,
-    switched,
-    version_counter,
-    version_of,
+    top_saved_tensor_hooks,
 )
+from tightfit._torch_private.compiling import never_compiled
+from tightfit._torch_private.dispatch import below_autograd, outside_batched_backward
+from tightfit._torch_private.libraries import library_switches, switched
+from tightfit._torch_private.tensors import version_counter, version_of
 from tightfit.device import device_for
 from tightfit.device.generators import drawing_from
+from tightfit.operators.asking_for_modes import leave_modes_if_asked
 from tightfit.operators.facts import result_tensors
 from tightfit.records.recompute_tree import RecomputeTree
-from tightfit.replay.contents import mark_of
-from tightfit.replay.refusals import changed_error, modified_error, other_kernel_error
+from tightfit.replay.rebuilt import Rebuilt
+from tightfit.replay.refusals import WRITTEN_BEHIND, changed_error, modified_error, other_kernel_error
 from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
+from tightfit.replay.taken_apart import TakenApart
 from tightfit.replay.used_up import UsedUp
-from tightfit.replay.values import Ref, TapedOp, TapedValue, before_write, contents, rebuild, written_refs
+from tightfit.replay.values import Kept, Ref, TapedOp, TapedValue, before_write, contents, rebuild, written_refs
 from tightfit.simulation.schedule import Pass, Schedule
 
 #: What an operation returned, the storages of its arguments, and those of them that it wrote.
@@ -43,7 +45,7 @@ _Made = tuple[tuple[Any, ...], dict[TapedValue, torch.UntypedStorage], list[Tape
 class Handle:
     """What autograd holds instead of a dropped tensor."""
 
-    __slots__ = ("counter", "leaf", "ref", "replayer", "version")
+    __slots__ = ("__weakref__", "counter", "leaf", "ref", "replayer", "version")
 
     def __init__(self, replayer: Replayer, ref: Ref, tensor: torch.Tensor, leaf: int) -> None:
         self.replayer = replayer
@@ -61,31 +63,74 @@ class Handle:
         self.replayer.release(self.ref.value)
 
 
+@never_compiled
+def unpack(packed: Any) -> Any:
+    """Return the tensor for what autograd was given to hold."""
+    leave_modes_if_asked()
+    if type(packed) is Handle:
+        return packed.replayer.read(packed)
+    if type(packed) is Kept:
+        return packed.read()
+    if type(packed) is TakenApart:
+        return packed.read(unpack)
+    return packed
+
+
+def _are_hooks_ours() -> bool:
+    """Return whether what is saved now is given to a plan's hooks."""
+    hooks = top_saved_tensor_hooks()
+    return isinstance(hooks, tuple) and hooks[1] is unpack
+
+
 class Replayer(Schedule[TapedValue, TapedOp]):
     """Replays what is on a tape; any thread may ask it to, forward having ended or not."""
 
-    def __init__(self, statistics: Statistics, tree: RecomputeTree | None, check: SelfCheck | None) -> None:
-        self._statistics = statistics
-        self._tree = tree if tree is not None and tree.cuts else None
-        self._check = check
+    def __init__(
+        self,
+        statistics: Statistics,
+        tree: RecomputeTree | None,
+        check: SelfCheck | None,
+        rebuilt: Rebuilt,
+        notice: Callable[[torch.Tensor], None],
+    ) -> None:
+        """`notice` is told of a tensor whose storage was written unseen."""
+        self.statistics = statistics
+        self.tree = tree if tree is not None and tree.cuts else None
+        self.check = check
+        """The self-check of its region calls, while that is to be done."""
+        self.rebuilt = rebuilt
+        self._notice = notice
+        self.interrupted: Callable[[], object] | None = None
+        """Called when a backward reads it that runs inside the forward which it records."""
         self._released: list[TapedValue] | None = []  # while recording: what is saved later may want the same again
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._switches_now: tuple[Any, ...] = ()  # of libraries, in this backward
-        self._used_up: UsedUp | None = None  # by the backward that runs, if that keeps its graph
+        self.used_up: UsedUp | None = None
+        """What the backward that runs has used up, if that keeps its graph."""
 
     def read(self, handle: Handle) -> torch.Tensor:
         """Return the dropped tensor, rebuilt."""
         handle.check_version()
         value = handle.ref.value
-        # What another graph is made of (create_graph=True) is held by that one, as plain autograd holds it.
-        graph_task = -1 if torch.is_grad_enabled() or not backward_keeps_graph() else current_graph_task()
-        with self._lock, below_autograd():
+        graph_task = current_graph_task() if backward_keeps_graph() else -1
+        if graph_task >= 0 and self.interrupted is not None:
+            self.interrupted()
+        makes_graph = torch.is_grad_enabled()
+        if makes_graph and not _are_hooks_ours():
+            # What another graph is made of (create_graph=True) is held by that one, as plain autograd holds it.
+            graph_task = -1
+        with self.lock, below_autograd():
             storage = value.live.untyped_storage() if value.live is not None else None
-            if storage is None and self._check is not None:
-                storage = self._check.written_since(value)
+            if storage is None and self.check is not None:
+                storage = self.check.written_since(value)
             if storage is None and graph_task >= 0 and self._released is None:
-                storage = self._need_once(handle, graph_task)
-            elif storage is None:
+                tensor = handle.ref.build(self._need_once(handle, graph_task))
+                if makes_graph:
+                    self.rebuilt.note(tensor, handle)
+                elif graph_task != self.rebuilt.planned:
+                    self.statistics.kept_graphs += 1
+                return tensor
+            if storage is None:
                 self.put_back()
                 storage = self._need(value, handle.leaf)
             return handle.ref.build(storage)
@@ -93,12 +138,7 @@ class Replayer(Schedule[TapedValue, TapedOp]):
     def _need_once(self, handle: Handle, graph_task: int) -> torch.UntypedStorage:
         """Return a value's bytes, and let go of them: in a backward that keeps its graph, nobody else does."""
         value = handle.ref.value
-        if self._used_up is None or self._used_up.graph_task != graph_task:
-            self.put_back()
-            self._used_up = UsedUp(graph_task)
-            self._statistics.kept_graphs += 1
-            call_after_backward(self.put_back)
-        used_up = self._used_up
+        used_up = self.keep_graph(graph_task)
         used_up.note(value)
         if contents(value) is None and (value.op is None or value.op.done):  # read, and let go of, before
             used_up.put_back()
@@ -107,23 +147,32 @@ class Replayer(Schedule[TapedValue, TapedOp]):
             self._give_back([value])
         return storage
 
+    def keep_graph(self, graph_task: int) -> UsedUp:
+        """Note from now on what the backward of that id uses up, which keeps its graph."""
+        used_up = self.used_up
+        if used_up is None or used_up.graph_task != graph_task:
+            self.put_back()
+            used_up = self.used_up = UsedUp(graph_task)
+            call_after_backward(self.put_back)
+        return used_up
+
     def put_back(self) -> None:
         """Let the tape be as before the last backward that kept its graph."""
-        with self._lock:
-            used_up, self._used_up = self._used_up, None
+        with self.lock:
+            used_up, self.used_up = self.used_up, None
             if used_up is not None:
                 used_up.put_back()
 
     def before_write(self, value: TapedValue, tensor: torch.Tensor) -> None:
         """Put aside what is needed of a value whose storage, which `tensor` shows, is about to be written."""
-        with self._lock:
+        with self.lock:
             self.put_back()
             if value.refs or value.handles:
                 before_write(value, tensor)
 
     def release(self, value: TapedValue) -> None:
         """Give back the reference of a handle that died."""
-        with self._lock:
+        with self.lock:
             self.put_back()
             value.handles -= 1
             if not value.handles:
@@ -146,24 +195,38 @@ class Replayer(Schedule[TapedValue, TapedOp]):
     def _is_changed(self, value: TapedValue) -> bool:
         """Return whether, during the self-check, somebody wrote into a source, unseen."""
         source = value.source
-        return self._check is not None and source is not None and not self._check.unchanged(value, source)
+        return self.check is not None and source is not None and not self.check.unchanged(value, source)
 
-    def _is_changed_elsewhere(self, value: TapedValue) -> bool:
-        """Return whether memory that may be written unseen was, since the region ended; asked at its first use."""
-        expected, value.mark = value.mark, None
-        return expected is not None and value.source is not None and mark_of(value.source) != expected
+    def _look_again(self, value: TapedValue) -> None:
+        """Take what a source held from its mark, where memory that may be written unseen was; asked at its first use.
+
+        Raises:
+            CannotRebuild: the mark is a checksum.
+        """
+        mark, value.mark = value.mark, None
+        source = value.source
+        if mark is None or source is None or mark.still_fits(source):
+            return
+        known = mark.copy_like(source)
+        if known is not None:
+            value.source, value.version = known, version_of(known)
+        elif value.version is None or version_of(source) == value.version:  # else it was seen, and `contents` says so
+            value.source = None
+            self._notice(source)
+            raise changed_error(source, WRITTEN_BEHIND)
 
     def _execute(self, op: TapedOp, going_on: Pass[TapedValue], finished: bool) -> _Made:
-        self._statistics.replayed_ops += 1
+        self.statistics.replayed_ops += 1
         memos = going_on.memos
         storages: dict[TapedValue, torch.UntypedStorage] = {}
         written = written_refs(op)
         for value in op.inputs:
+            self._look_again(value)
             held = memos[value] if value in memos else contents(value)
             assert held is not None
-            if self._is_changed(value) or self._is_changed_elsewhere(value):
+            if self._is_changed(value):
                 assert value.source is not None
-                raise changed_error(value.source, "behind PyTorch's back (for example through NumPy, or by BatchNorm)")
+                raise changed_error(value.source, WRITTEN_BEHIND)
             if value in written and not self._may_overwrite(value, going_on, finished):
                 held = held.clone()
             storages[value] = held

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import storage_bytes, storage_key
+from tightfit._torch_private.tensors import storage_bytes, storage_key
 from tightfit.replay.values import Kept
 
 

@@ -47,6 +47,13 @@ class SelfCheck:
             op.region.refused.add(op.position)
         return False
 
+    def copied(self, value: TapedValue, copy: TapedValue) -> None:
+        """Note that a value has a copy, which has the same contents."""
+        if value in self._checksums:
+            self._checksums[copy] = self._checksums[value]
+        if value in self._dropped:
+            self._dropped[copy] = self._dropped[value]
+
     def dropped(self, value: TapedValue, tensor: torch.Tensor) -> None:
         """Note that autograd saved the value, and that it is dropped."""
         self._dropped[value] = weakref.ref(tensor.untyped_storage())

@@ -26,7 +26,7 @@ class Statistics:
     written_after_drop: int = 0
     """Dropped values that were then written, unseen by autograd's version counters."""
     kept_graphs: int = 0
-    """Tapes that a backward has read which keeps its graph (``retain_graph=True``)."""
+    """Reads of dropped tensors by backwards that keep their graphs (``retain_graph=True``)."""
     refused_ops: int = 0
     """Operations that a self-check found unfit for replay."""
 

@@ -25,53 +25,29 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
-    WeakStorage,
-    alias,
-    is_conj_or_neg,
-    library_switches,
-    storage_key,
-    version_of,
-)
-from tightfit.device import device_for
-from tightfit.device.placement import StreamWatch, device_of_call, generators_of
+from tightfit._torch_private.libraries import library_switches
+from tightfit._torch_private.tensors import WeakStorage, storage_key
+from tightfit.device.placement import device_of_call, generators_of
 from tightfit.operators import replayable as safety
-from tightfit.operators.facts import (
-    OpInfo,
-    learn_undeclared_writes,
-    mutated_tensors,
-    result_tensors,
-    setting_up,
-    tensors_in,
-    undeclared_writes,
-)
-from tightfit.operators.opaque_calls import OpaqueCall, OperatorCall
+from tightfit.operators.facts import OpInfo, draws, mutated_tensors, setting_up, tensors_in, undeclared_writes
+from tightfit.operators.opaque_calls import OpaqueCall, OperatorCall, function_of
 from tightfit.records.recompute_tree import RecomputeTree
-from tightfit.replay.contents import mark_of
+from tightfit.replay.current_values import CurrentValues
+from tightfit.replay.rebuilt import Rebuilt
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.repeats import Repeats
-from tightfit.replay.replayer import Handle, Replayer
 from tightfit.replay.self_check import SelfCheck
 from tightfit.replay.statistics import Statistics
-from tightfit.replay.values import (
-    Kept,
-    Ref,
-    TapedOp,
-    TapedRegion,
-    TapedValue,
-    before_write,
-    belongs_to_others,
-    can_rebuild,
-    copy_of_storage,
-    may_be_statistics,
-)
+from tightfit.replay.values import TapedOp, TapedRegion, TapedValue
 from tightfit.replay.write_watch import WriteWatch
 
 _Tensor = torch.Tensor
+#: More operations than a tape has.
+_MOST_OPS = 2**32
 _Noted = (torch.Tensor, list, tuple)
 
 
-class Tape(Replayer):
+class Tape(CurrentValues):
     """Records one region call, or several that follow each other, and replays parts of it.
 
     Forward is one thread's; replay may be any thread's.
@@ -84,28 +60,20 @@ class Tape(Replayer):
         tree: RecomputeTree | None = None,
         check: SelfCheck | None = None,
         repeats: Repeats | None = None,
+        rebuilt: Rebuilt | None = None,
     ) -> None:
-        super().__init__(statistics, tree, check)
+        super().__init__(statistics, writes, tree, check, rebuilt if rebuilt is not None else Rebuilt())
         self._repeats = repeats
-        self._writes = writes
-        self._region: TapedRegion | None = None
         self._place = 0  # of the region among the tape's
         self._position = 0  # of the next operation in it
-        self._leaf = 0  # of the next operation
-        self._current: dict[int, TapedValue] = {}  # storage address -> what it holds now
-        self._held: list[TapedValue] = []  # sources taken while recording
-        self._movable: list[TapedValue] = []  # of those, what may be running statistics, not copied yet
-        self._ops: list[TapedOp] = []
-        # Storages whose parts have version counters of their own. Their addresses stay reserved: what came
-        # to lie at one later would be taken for such a part, and kept.
-        self._split: dict[int, WeakStorage] = {}
-        self._streams = StreamWatch()
+        self._first_order = 0  # of its operations
+        self._copies = 0
         self._switches: tuple[Any, ...] = ()  # of libraries, as the last operation found them
 
     @property
     def is_self_checking(self) -> bool:
         """Whether its operations are checked as they run."""
-        return self._check is not None
+        return self.check is not None
 
     @property
     def left_its_plan(self) -> bool:
@@ -118,15 +86,39 @@ class Tape(Replayer):
 
         `keeps_rest`: once its operations are not the recipe's, everything is kept.
         """
+        self._end_region()
         self._region = TapedRegion(recipe, refused, keeps_rest)
         self._switches = library_switches()
         self._place = recipe.place if recipe is not None else 0
         self._go_to(0)
 
+    @property
+    def region(self) -> TapedRegion | None:
+        """The region that it records."""
+        return self._region
+
+    @property
+    def root(self) -> Tape:
+        """The tape of which this is a copy: itself."""
+        return self
+
+    def original(self, one: Any) -> Any:
+        """Return the value or operation that one of this tape is a copy of: itself."""
+        return one
+
+    def further_order(self) -> int:
+        """Return a number from which on no operation of the tape or of its copies is numbered yet."""
+        self._copies += 1
+        return self._copies * _MOST_OPS
+
+    def _end_region(self) -> None:
+        if self._region is not None:
+            self._region.position = self._position
+
     def _go_to(self, position: int) -> None:
         self._position = position
-        if self._tree is not None:
-            self._leaf = self._tree.leaf_at(self._place, position)
+        if self.tree is not None:
+            self._leaf = self.tree.leaf_at(self._place, position)
 
     def passes(self, func: Any) -> bool:
         """Return whether the plan has no use for the operation that comes now; if so, the tape is past it.
@@ -136,7 +128,7 @@ class Tape(Replayer):
         a value of the tape: every such value reserves the address of its storage.
         """
         region = self._region
-        if self._tree is not None or self._check is not None or region is None or not region.on_plan:
+        if self.tree is not None or self.check is not None or region is None or not region.on_plan:
             return False
         recipe = region.recipe
         if recipe is None or recipe.passes[self._position] is not func:
@@ -167,7 +159,7 @@ class Tape(Replayer):
         if position in region.refused:
             record = False
         op = self._record(region, func, info, types, args, kwargs) if record else None
-        check = self._check
+        check = self.check
         if check is not None and op is not None:
             check.note_reads(op)
         repeat = None
@@ -198,7 +190,7 @@ class Tape(Replayer):
                 places = [(n, t) for n, a in enumerate(args) for t in tensors_in((a,)) if id(t) in written]
                 self._written_unseen(func, places)
             region.refused.add(position)
-            self._statistics.refused_ops += 1
+            self.statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)
         return result
@@ -216,7 +208,7 @@ class Tape(Replayer):
         if position < recipe.length and recipe.funcs[position] is func:
             return recipe.record[position], None
         region.on_plan = False
-        self._statistics.mismatches += 1
+        self.statistics.mismatches += 1
         left_with = [(value, value.source) for value in self._movable]
         self._copy_movable()
         return True, left_with
@@ -234,14 +226,14 @@ class Tape(Replayer):
         """
         if op is not None:
             self._ops.pop()
-            self._statistics.taped_ops -= 1
+            self.statistics.taped_ops -= 1
             for value in self._held[held_count:]:
                 value.source = None
             self._movable = [value for value in self._movable if value.source is not None]
             del self._held[held_count:]
         if left_with is not None:
             region.on_plan = True
-            self._statistics.mismatches -= 1
+            self.statistics.mismatches -= 1
             for value, source in left_with:
                 value.source = source
                 self._movable.append(value)
@@ -259,21 +251,21 @@ class Tape(Replayer):
         if kwargs:
             tensors += tensors_in(kwargs.values())
         device = device_of_call(tensors, kwargs)
-        if safety.blocker(info, types, args, kwargs, tensors, device):
+        if safety.blocker(info, types, args, kwargs, tensors, device, function_of(func)):
             return None
         exposed = self._writes.exposed
         if exposed and any(storage_key(tensor) in exposed for tensor in tensors):
             return None
         if info.is_foreign and not isinstance(func, OpaqueCall):
             func = OperatorCall(func, device, generators_of(tensors))
-        op = TapedOp(region, self._position, len(self._ops), self._leaf, func, info)
+        op = TapedOp(region, self._position, self._first_order + len(self._ops), self._leaf, func, info)
         op.grad = torch.is_grad_enabled()
         if info.uses_libraries:
             now = library_switches()
             if now != self._switches:
                 self._switches = now
         op.switches = self._switches
-        if info.is_random:
+        if info.is_random and draws(info, args, kwargs):
             op.generator = safety.call_generator(args, kwargs, device)
             if op.generator is None:
                 return None
@@ -293,161 +285,11 @@ class Tape(Replayer):
             op.kwargs = {name: self._note(a, inputs) if isinstance(a, _Noted) else a for name, a in kwargs.items()}
         op.inputs = tuple(inputs)
         self._ops.append(op)
-        self._statistics.taped_ops += 1
+        self.statistics.taped_ops += 1
         return op
-
-    def _note(self, argument: Any, inputs: dict[TapedValue, None]) -> Any:
-        """Replace the tensors of an argument by references to values; values that are sources get held."""
-        if isinstance(argument, _Tensor):
-            value = self._sight(argument)
-            value.last_leaf = self._leaf
-            kept = value.op is None or value.op.region.keeps(value)
-            if kept and value.source is None and not value.uninitialised:
-                value.source = alias(argument)
-                self._held.append(value)
-                if may_be_statistics(argument):
-                    self._movable.append(value)
-                    if self._region is None or not self._region.on_plan:
-                        self._copy_movable()
-            inputs[value] = None
-            return Ref(value, argument)
-        if isinstance(argument, list | tuple):
-            return type(argument)(self._note(a, inputs) for a in argument)
-        return argument
-
-    def _copy_movable(self) -> None:
-        """Copy what may be running statistics: only a plan knows which of them move later, and spares those."""
-        for value in self._movable:
-            if value.source is not None:
-                value.source = copy_of_storage(value.source)
-        self._movable = []
-
-    def _sight(self, tensor: _Tensor) -> TapedValue:
-        """Return the value that a tensor's storage holds now; what the region did not make is external."""
-        key = storage_key(tensor)
-        value = self._current.get(key)
-        if value is not None and self._check is not None and not self._check.unchanged(value, tensor):
-            value = None  # something wrote into it behind the dispatcher's back
-        if value is None:
-            value = TapedValue(WeakStorage(tensor), tensor.untyped_storage().nbytes())
-            self._current[key] = value
-            if self._check is not None:
-                self._check.remember(value, tensor)
-        return value
-
-    def about_to_write(self, tensor: _Tensor) -> None:
-        """Note that the contents of the tensor's storage are about to change."""
-        key = storage_key(tensor)
-        old = self._current.pop(key, None)
-        if old is None:
-            return
-        if old.handles and old.live is None:
-            self._statistics.written_after_drop += 1  # the plan keeps what it saw written: this is a surprise
-        with self._lock:
-            before_write(old, tensor)
-
-    def _written_unseen(self, func: Any, changed: list[tuple[int, _Tensor]]) -> None:
-        """Learn that an operation that is not PyTorch's own wrote arguments that its schema does not mark.
-
-        What was computed from the old contents can still be rebuilt, unless they had to be read again: that is an error
-        when backward asks, this once.
-        """
-        if changed:
-            learn_undeclared_writes(func, [place for place, _ in changed])
-        self._forget_contents([tensor for _, tensor in changed])
-
-    def _forget_contents(self, changed: Sequence[_Tensor]) -> None:
-        """Forget what tensors held that were written unseen."""
-        for tensor in changed:
-            old = self._current.pop(storage_key(tensor), None)
-            if old is None:
-                continue
-            if old.handles:
-                old.live = alias(tensor)
-            if old.source is not None:
-                old.source = old.op = None
-
-    def _register(self, op: TapedOp | None, info: OpInfo, mutated: list[_Tensor], result: Any) -> None:
-        if op is None:
-            # What it made is unknown to the tape: seen again, it is external. Written storages were forgotten above.
-            return
-        current = self._current
-        written = {storage_key(tensor): tensor for tensor in mutated}
-        for index, (key, tensor) in enumerate(written.items()):
-            self._new_value(op, key, tensor, -1 - index)
-        for index, tensor in enumerate(result_tensors(result)):
-            if not isinstance(tensor, _Tensor) or tensor.layout is not torch.strided:
-                continue
-            key = storage_key(tensor)
-            if key in written or current.get(key) in op.inputs:
-                continue  # an alias of an argument (declared or, like _unsafe_view, not)
-            self._new_value(op, key, tensor, index).uninitialised = info.is_uninitialised
-
-    def _new_value(self, op: TapedOp, key: int, tensor: _Tensor, output: int) -> TapedValue:
-        value = TapedValue(WeakStorage(tensor), tensor.untyped_storage().nbytes())
-        value.op = op
-        value.output = output
-        op.outputs.append(value)
-        self._current[key] = value
-        if self._check is not None:
-            self._check.remember(value, tensor)
-        return value
-
-    def pack(self, tensor: _Tensor) -> Any:
-        """Return what autograd shall hold instead of a tensor that it saves."""
-        value = None
-        if type(tensor) is _Tensor and tensor.layout is torch.strided and not is_conj_or_neg(tensor):
-            value = self._current.get(storage_key(tensor))
-        if value is None or value.op is None or value.uninitialised or storage_key(tensor) in self._split:
-            return Kept(tensor)
-        if self._check is not None and not self._check.unchanged(value, tensor):
-            del self._current[storage_key(tensor)]
-            return Kept(tensor)
-        if not value.op.region.drops(value):
-            return Kept(tensor)
-        # Replay runs on the stream of the node that reads, which is right only if the region used one stream.
-        if not self._streams.is_same(tensor) or not can_rebuild(value):
-            self._statistics.kept_unsafe += 1
-            return Kept(tensor)
-        with self._lock:
-            self._demand(value)
-            value.handles += 1
-            value.last_leaf = self._leaf
-        if self._check is not None:
-            self._check.dropped(value, tensor)
-        self._statistics.dropped_slots += 1
-        return Handle(self, Ref(value, tensor), tensor, self._leaf)
 
     def seal(self) -> None:
         """End the tape's last region: let go of everything that no handle needs."""
-        with self._lock:
-            self._give_back(self._released or [])
-            self._released = None
-            movable = set(self._movable)
-            for value in self._held:
-                if value.refs == 0:
-                    value.source = None
-                elif value.source is not None:
-                    value.version = version_of(value.source)
-                    if self._check is None and (value in movable or belongs_to_others(value.source)):
-                        if device_for(value.source).is_host:
-                            value.mark = mark_of(value.source)
-                        else:  # to read a mark would be to wait for the device; what it is of is small
-                            value.source = copy_of_storage(value.source)
-                            value.version = version_of(value.source)
-                    if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
-                        value.source = value.op = None
-                    else:
-                        self._writes.add(storage_key(value.source), value, self)
-            for key, value in self._current.items():
-                if value.handles:
-                    self._writes.add(key, value, self)
-            for op in self._ops:
-                if not op.demanded:
-                    self._forget(op)
-            self._held = []
-            self._movable = []
-            self._ops = []
-            self._current = {}
-            self._split = {}
-            self._region = None
+        with self.lock:
+            self._end_region()
+            super().seal()

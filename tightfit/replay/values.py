@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import (
+from tightfit._torch_private.dispatch import below_autograd
+from tightfit._torch_private.tensors import (
     WeakStorage,
     alias,
     alias_outside_dispatch,
-    below_autograd,
     storage_key,
     version_of,
     with_lazy_bits,
 )
-from tightfit.device import device_for
 from tightfit.operators.facts import OpInfo
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import changed_error, modified_error
+from tightfit.replay.source_mark import SourceMark
 from tightfit.simulation.schedule import ScheduledOp, ScheduledValue
 
 _Tensor = torch.Tensor
@@ -41,7 +41,7 @@ class TapedValue(ScheduledValue):
         self.output = 0
         self.source: _Tensor | None = None  # held alias
         self.version: int | None = None  # the source's version when the region ended
-        self.mark: object = None  # by which to know the contents of a source that may be written unseen
+        self.mark: SourceMark | None = None  # by which to know the contents of a source that may be written unseen
         self.memo: torch.UntypedStorage | None = None  # replayed contents
         self.refs = 0  # handles, and operations not yet replayed, that want it
         self.handles = 0  # of those, the handles
@@ -63,6 +63,14 @@ class Ref:
         self.dtype = tensor.dtype
         self.lazy = tensor.is_conj(), tensor.is_neg()
 
+    def of(self, value: TapedValue) -> Ref:
+        """Return the same geometry of another value."""
+        other = Ref.__new__(Ref)
+        other.value = value
+        other.size, other.stride, other.offset = self.size, self.stride, self.offset
+        other.dtype, other.lazy = self.dtype, self.lazy
+        return other
+
     def build(self, storage: torch.UntypedStorage) -> _Tensor:
         """Return a tensor of this geometry on `storage`."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
@@ -73,13 +81,19 @@ class Ref:
 class TapedRegion:
     """One region call on a tape."""
 
-    __slots__ = ("keeps_rest", "on_plan", "recipe", "refused")
+    __slots__ = ("keeps_rest", "on_plan", "position", "recipe", "refused")
 
     def __init__(self, recipe: ResolvedRecipe | None, refused: set[int], keeps_rest: bool = False) -> None:
         self.recipe = recipe
         self.on_plan = recipe is not None  # its operations have been the plan's so far
         self.keeps_rest = keeps_rest  # nothing is dropped off the plan
+        self.position = 0  # of its next operation, while none of its operations run
         self.refused = refused  # positions of operations that a self-check found unfit, in any call of this region
+
+    @property
+    def has_more(self) -> bool:
+        """Whether more operations may come by its plan, or nobody knows."""
+        return not self.on_plan or self.recipe is None or self.position < self.recipe.length
 
     def keeps(self, value: TapedValue) -> bool:
         """Return whether the plan has one of this region's values held."""
@@ -197,11 +211,6 @@ def copy_of_storage(tensor: _Tensor) -> _Tensor:
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
         return copy
-
-
-def belongs_to_others(tensor: _Tensor) -> bool:
-    """Return whether memory was given to PyTorch (`torch.from_numpy`): the giver may write there, unseen."""
-    return not tensor.untyped_storage().resizable() and device_for(tensor).is_host
 
 
 #: More channels than any normalisation has.

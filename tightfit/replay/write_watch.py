@@ -11,7 +11,7 @@ import weakref
 
 import torch
 
-from tightfit._torch_private import storage_key
+from tightfit._torch_private.tensors import storage_key
 from tightfit.replay.replayer import Replayer
 from tightfit.replay.values import TapedValue
 
@@ -22,6 +22,10 @@ class WriteWatch:
     def __init__(self) -> None:
         self.exposed: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Storages whose memory was handed out: from then on they may be written at any moment, unseen."""
+        self.has_noticed = False
+        """Somebody has written memory of whose being handed out nothing was known."""
+        self.known: dict[int, bytes] = {}
+        """What small storages held when the forward that runs read them, for marks to share."""
         self._by_storage: dict[int, list[tuple[weakref.ref[TapedValue], weakref.ref[Replayer]]]] = {}
 
     def add(self, key: int, value: TapedValue, tape: Replayer) -> None:
@@ -40,11 +44,20 @@ class WriteWatch:
     def expose(self, tensor: torch.Tensor) -> None:
         """Note that the memory of the tensor's storage is handed out. To be safe, that counts as a write."""
         self.before_write(tensor)
+        self._expose(tensor)
+
+    def notice(self, tensor: torch.Tensor) -> None:
+        """Note that the tensor's storage was written, unseen: what is to be put aside of it is not there any more."""
+        self.has_noticed = True
+        self._expose(tensor)
+
+    def _expose(self, tensor: torch.Tensor) -> None:
         key, exposed = storage_key(tensor), self.exposed
         if key not in exposed:
             exposed[key] = weakref.ref(tensor.untyped_storage(), lambda _: exposed.pop(key, None))
 
     def prune(self) -> None:
-        """Forget values that are gone."""
+        """Forget values that are gone, and what the last forward read."""
+        self.known = {}
         alive = {key: [e for e in entries if e[0]() is not None] for key, entries in self._by_storage.items()}
         self._by_storage = {key: entries for key, entries in alive.items() if entries}

@@ -40,14 +40,19 @@ def check_output(path: Path) -> None:
             f"the plot's file {path} {found}, which does not say which kind of picture to write. "
             f"Give a name that ends in {', '.join(list(_METADATA)[:-1])} or {list(_METADATA)[-1]}."
         )
+    require_matplotlib()
+
+
+def require_matplotlib() -> None:
+    """Raise `UnsupportedInput` if matplotlib is missing."""
     if not _has_matplotlib():
         raise UnsupportedInput(
             "matplotlib is not installed, and without it nothing can be drawn. "
-            "Install it with `pip install 'tightfit[report]'`, or leave the plot's file out."
+            "Install it with `pip install 'tightfit[report]'`, or leave out the flag that asks for a plot."
         )
 
 
-def save_frontier(figure: Figure, path: Path, suffix: str) -> None:
+def save_figure(figure: Figure, path: Path, suffix: str) -> None:
     """Write the figure to `path` in the format of `suffix`, whatever the path's own suffix is."""
     kind = suffix.lower()
     figure.savefig(path, format=kind[1:], dpi=160, metadata=_METADATA[kind])

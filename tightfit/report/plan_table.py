@@ -9,6 +9,9 @@ from tightfit.peak_breakdown import parts_of_peak
 from tightfit.records import Plan
 from tightfit.units import format_bytes
 
+#: Kinds of values that are kept for safety, in a table of few lines.
+_MOST_KEPT = 2
+
 
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Return a row for each recipe: the regions that share it, and its figures for all their calls together."""
@@ -53,10 +56,11 @@ def plan_figures(solved: Plan) -> dict[str, Any]:
 def format_plan(plan: Plan) -> str:
     """Format a plan's decisions and peaks in two or three lines."""
     planned = [plan.recipes[region.recipe] for region in plan.regions if region.recipe >= 0]
+    reached = ", batch and what only the loss reaches" if plan.breakdown.get("reached") else " and batch"
     peaks = (
         f"predicted peak {format_bytes(plan.predicted_peak_bytes)} of a budget of {format_bytes(plan.budget_bytes)} "
         f"(plain {format_bytes(plan.plain_peak_bytes)}; {format_bytes(plan.baseline_bytes)} of it are parameters, "
-        f"gradients, optimizer state and batch)"
+        f"gradients, optimizer state{reached})"
     )
     if plan.excluded:
         peaks += f"\n        left untouched, as asked: {', '.join(plan.excluded)}"
@@ -108,41 +112,58 @@ def format_table(plan: Plan, most: int | None = None) -> str:
         f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}".rstrip()
         for line in table
     ]
-    return "\n".join(lines + _kept_lines(rows))
+    return "\n".join(lines + _kept_lines(rows, most))
 
 
-def _kept_lines(rows: list[dict[str, Any]]) -> list[str]:
+def _kept_lines(rows: list[dict[str, Any]], most: int | None) -> list[str]:
     kept: Counter[tuple[str, str]] = Counter()
     for row in rows:
         for entry in row["kept_for_safety"]:
             kept[entry["op"], entry["reason"]] += entry["bytes"]
-    return [
-        f"  kept, whatever the budget: {format_bytes(nbytes)} of {op} ({reason})"
-        for (op, reason), nbytes in kept.most_common()
+    entries = kept.most_common()
+    shown = entries if most is None else entries[:_MOST_KEPT]
+    lines = [
+        f"  kept, whatever the budget: {format_bytes(nbytes)} of {op} ({reason})" for (op, reason), nbytes in shown
     ]
+    if len(shown) < len(entries):
+        rest = sum(nbytes for _, nbytes in entries[len(shown) :])
+        lines.append(f"  kept, whatever the budget: {format_bytes(rest)} of {len(entries) - len(shown)} other kinds")
+    return lines
 
 
 def _lines(plan: Plan) -> dict[str, tuple[int, int, float]]:
-    """Return calls, bytes and milliseconds by label: of blocks by their recipe, of other code by where it is."""
+    """Return calls, bytes and milliseconds by label."""
+    found: dict[str, tuple[int, int, float]] = {}
+    for region, label in zip(plan.regions, region_labels(plan, by_recipe=True), strict=True):
+        if region.recipe >= 0:
+            recipe = plan.recipes[region.recipe]
+            calls, saved, added = found.get(label, (0, 0, 0.0))
+            found[label] = (calls + 1, saved + recipe.dropped_bytes, added + recipe.replay_ms)
+    return found
+
+
+def region_labels(plan: Plan, *, by_recipe: bool = False) -> list[str]:
+    """Return each region's label, for people: of blocks that are treated alike one, of other code where it is.
+
+    by_recipe: number the recipes of calls of one module, and name their executors.
+    """
+    kinds: list[int | str] = []
     paths: dict[int | str, list[str]] = {}
-    figures: dict[int | str, tuple[int, int, float]] = {}
     for region in plan.regions:
-        if region.recipe < 0:
-            continue
-        recipe = plan.recipes[region.recipe]
         path = region.key.partition("#")[0]
-        kind = _OWN_CODE.get(path, region.recipe)
-        paths.setdefault(kind, []).append(path)
-        calls, saved, added = figures.get(kind, (0, 0, 0.0))
-        figures[kind] = (calls + 1, saved + recipe.dropped_bytes, added + recipe.replay_ms)
-    named = [(kind if isinstance(kind, str) else _names(paths[kind]), kind) for kind in figures]
-    labels = [label for label, _ in named]
+        kinds.append(_OWN_CODE.get(path, region.recipe))
+        paths.setdefault(kinds[-1], []).append(path)
+    named = {kind: kind if isinstance(kind, str) else _names(of_kind) for kind, of_kind in paths.items()}
     # Two calls of one module may have two recipes.
-    unique = {kind: label if labels.count(label) == 1 else f"{label} ({kind})" for label, kind in named}
-    for kind in unique:
-        if isinstance(kind, int) and plan.recipes[kind].executor != "tape":
-            unique[kind] += f", {plan.recipes[kind].executor} recomputation"
-    return {unique[kind]: line for kind, line in figures.items()}
+    shared = {label for label, count in Counter(named.values()).items() if count > 1}
+    for kind, label in named.items():
+        if by_recipe and isinstance(kind, int) and kind >= 0:
+            number = f" ({kind})" if label in shared else ""
+            executor = plan.recipes[kind].executor
+            named[kind] = label + number
+            if executor != "tape":
+                named[kind] = f"{label}{number}, {executor} recomputation"
+    return [named[kind] for kind in kinds]
 
 
 #: The pseudo-regions, for people.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -13,6 +13,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tightfit.report.phase_bar import showing_phases
 from tightfit.report.step_report import StepReport, format_memory, format_rates, format_step
 from tightfit.report.text import format_metrics
 
@@ -41,7 +42,8 @@ class Reporter:
         if error is not None:
             self._write(f"ended by {type(error).__name__}: {error}")
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
             self._log = None
 
     def open_log(self, path: Path) -> None:
@@ -77,6 +79,12 @@ class Reporter:
                 self._progress.stop()
                 self._progress = None
 
+    @contextmanager
+    def phases(self) -> Iterator[None]:
+        """Show how far planning is inside the context, if this is a terminal."""
+        with nullcontext() if self._quiet else showing_phases(self._console):
+            yield
+
     def advance(self, step: int) -> None:
         """Note that step ``step`` is done, but not logged."""
         if self._progress is not None and self._task is not None:
@@ -100,4 +108,5 @@ class Reporter:
         if self._log is None:
             self._unwritten.append(stamped)
         else:
-            self._log.write(stamped)
+            with suppress(OSError):  # the disk is full: a line of the log is no reason to end a run
+                self._log.write(stamped)

@@ -75,7 +75,7 @@ class AllocatorSettings:
                     f"PyTorch's allocator is set to {name}:{value.strip()}, which is no value of that option. What it "
                     "does to memory cannot be told. Correct PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF)."
                 ) from None
-        return cls(**found)  # type: ignore[arg-type]
+        return cls(**found)  # type: ignore[arg-type]  # each by its own reader
 
     def rounded(self, nbytes: int) -> int:
         """Return what a request of `nbytes` is rounded up to.

@@ -18,7 +18,7 @@ from tightfit.simulation.allocator_settings import GRANULE_BYTES, AllocatorSetti
 
 _SMALL_BYTES = 2**20
 """Largest request that is served from the small pool; and the least that must remain of a large block to split it."""
-_SMALL_SEGMENT_BYTES = 2 * 2**20
+SMALL_SEGMENT_BYTES = 2 * 2**20
 _OWN_SEGMENT_BYTES = 10 * 2**20
 """From this size on, a request has a segment of its own size."""
 _SEGMENT_STEP_BYTES = 2 * 2**20
@@ -109,6 +109,19 @@ class CachingAllocator:
         self._release_unused(self._large)
         self._release_unused(self._small)
 
+    def chains(self) -> list[list[Block]]:
+        """Return the blocks of each segment that have memory, in the order of their addresses."""
+        free = (*self._small.blocks.values(), *self._large.blocks.values())
+        found: list[list[Block]] = []
+        for block in sorted((*self._used.values(), *free), key=lambda block: block.address):
+            if not block.is_mapped:
+                continue
+            if found and found[-1][-1] is block.before:
+                found[-1].append(block)
+            else:
+                found.append([block])
+        return found
+
     # ------------------------------------------------------------------------------------------------ blocks
 
     def _splits(self, block: Block, nbytes: int, remaining: int) -> bool:
@@ -187,7 +200,7 @@ class CachingAllocator:
 
     def _segment_bytes(self, nbytes: int) -> int:
         if nbytes <= _SMALL_BYTES:
-            return _SMALL_SEGMENT_BYTES
+            return SMALL_SEGMENT_BYTES
         if nbytes < _OWN_SEGMENT_BYTES:
             return self.settings.large_segment_bytes
         return -(-nbytes // _SEGMENT_STEP_BYTES) * _SEGMENT_STEP_BYTES
@@ -291,7 +304,7 @@ class CachingAllocator:
 
     def _unmapped(self, pool: Pool, stream: int, address: int) -> Block:
         """Begin a growing segment."""
-        page_bytes = _SMALL_SEGMENT_BYTES if pool.is_small else self.settings.large_segment_bytes
+        page_bytes = SMALL_SEGMENT_BYTES if pool.is_small else self.settings.large_segment_bytes
         pages = -(-(self._capacity_bytes + self._capacity_bytes // 8) // page_bytes)
         segment = Segment(address, page_bytes)
         block = Block(pool, stream, address, pages * page_bytes, segment)

@@ -76,6 +76,14 @@ class ProfileIndex:
         self._values_of_storage: list[list[int]] = [[] for _ in profile.storages]
         for number, value in enumerate(profile.values):
             self._values_of_storage[value.storage].append(number)
+        self.backward_of_slot = [0] * len(profile.slots)
+        """By slot: which backward inside forward that keeps its graph saved it, 1, 2, ...; 0: forward did."""
+        self.backward_of_op = [0] * len(profile.ops)
+        """The same by operation: which one ran it."""
+        self._keeping = self._number_backwards()
+        if self.has_keeping:
+            keeping = [time for time, event in enumerate(profile.events) if event.kind == EventKind.KEEPING]
+            self.events_of_region = [sorted([*times, *keeping]) for times in self.events_of_region]
         self.facts = tuple(self._region_facts(index) for index in range(len(profile.regions)))
         self._spans: dict[int, tuple[int, int, int]] = {}
         self._tape_facts: dict[tuple[int, int], RegionFacts] = {}
@@ -108,10 +116,44 @@ class ProfileIndex:
         """Whether the step's backwards but the last one keep the graph."""
         return self.profile.keeps_graph
 
+    def is_keeping(self, time: int) -> bool:
+        """Return whether a backward runs that keeps its graph."""
+        return self._keeping[time]
+
+    @cached_property
+    def has_keeping(self) -> bool:
+        """Whether any backward keeps its graph."""
+        return any(self._keeping)
+
+    @property
+    def has_backward_inside(self) -> bool:
+        """Whether a backward inside forward keeps its graph."""
+        return any(self._keeping[: self._backward_event])
+
     @cached_property
     def has_device_times(self) -> bool:
         """Whether a device works beside the host."""
         return self.profile.has_device_times
+
+    def is_saved_again(self, slot: int) -> bool:
+        """Return whether a backward saved what forward, or another backward, had made."""
+        op = self.profile.values[self.profile.slots[slot].value].op
+        return self.backward_of_slot[slot] != (self.backward_of_op[op] if op >= 0 else 0)
+
+    def _number_backwards(self) -> list[bool]:
+        """Give each backward inside forward its number; return for each event whether one of them runs."""
+        keeping: list[bool] = []
+        running = count = 0
+        for kind, a in self.profile.events:
+            if kind == EventKind.KEEPING:
+                running += 1 if a else -1
+                count += a
+            elif kind == EventKind.SAVE and running:
+                self.backward_of_slot[a] = count
+            elif kind == EventKind.OP and running:
+                self.backward_of_op[a] = count
+            keeping.append(running > 0)
+        return keeping
 
     def backward_event(self) -> int:
         """Return when backward begins: the moment at which everything held from forward is held; 0 without backward."""
@@ -191,12 +233,14 @@ class ProfileIndex:
         """Return the operations that are recomputed at least once when every droppable value not `kept` is dropped."""
         return self.rebuilding_ops(self.facts[region], self.keep_values(region, kept))
 
-    def rebuilding_ops(self, facts: RegionFacts, held: frozenset[int]) -> frozenset[int]:
+    def rebuilding_ops(
+        self, facts: RegionFacts, held: frozenset[int], slots: Collection[int] | None = None
+    ) -> frozenset[int]:
         """Return the operations that run again at least once when every droppable slot whose value is not `held` is
-        dropped.
+        dropped; `slots`: only for these of them.
         """
         needed: set[int] = set()
-        stack = [v for s in facts.slots if (v := self.profile.slots[s].value) not in held]
+        stack = [v for s in (facts.slots if slots is None else slots) if (v := self.profile.slots[s].value) not in held]
         while stack:
             value = stack.pop()
             op = self.profile.values[value].op

@@ -70,6 +70,8 @@ def reserved_for(step: StepRequests, state: AllocatorState, *, passes: int = 1) 
     """
     try:
         found = [_Repetition([step], state, passes, keeps).run() for keeps in (False, True)]
+        if step.given_gradients:
+            found.append(_Repetition([step], state, passes, True).run(gradients_are_given=True))
     except OutOfDeviceMemory:
         return reserved_for(step, replace(state, cap_bytes=None), passes=passes)
     flushes = max(one.flushes for one in found)
@@ -118,12 +120,14 @@ class _Repetition:
         self._addresses: dict[int, int] = {}
         self._gradients: list[int] = []
 
-    def run(self) -> Reserved:
+    def run(self, *, gradients_are_given: bool = False) -> Reserved:
         allocator, steps = self._allocator, self._steps
         for nbytes in steps[0].held:
             allocator.allocate(nbytes)
         if len(steps) == 1:  # each batch then takes the last one's place
             self._put(steps[0].batch)
+        if gradients_are_given:
+            self._gradients = self._put(steps[0].given_gradients)
         peak = before = (0, 0)
         for number in range(_MOST_STEPS):
             allocator.reset_peaks()
@@ -160,9 +164,9 @@ class _Repetition:
     def _ask(self, requests: Requests) -> None:
         allocate, free, addresses = self._allocator.allocate, self._allocator.free, self._addresses
         are_there = bool(self._gradients)
-        for thing, nbytes in requests:
+        for thing, nbytes, stream in requests:
             if nbytes > 0:
-                addresses[thing] = allocate(nbytes)
+                addresses[thing] = allocate(nbytes, stream)
             elif nbytes == BECOMES_GRADIENT and not are_there:
                 self._gradients.append(addresses.pop(thing))
             else:

@@ -74,7 +74,7 @@ class Pass(Generic[ValueT]):
 class Schedule(ABC, Generic[ValueT, OpT]):
     """Decides what is recomputed, held and freed; what that is made of, tensors or bytes, is the subclass's."""
 
-    _tree: RecomputeTree | None
+    tree: RecomputeTree | None
 
     def _demand(self, wanted: ValueT) -> None:
         """Put one more reference on a value, and on all that recomputing it needs."""
@@ -123,7 +123,7 @@ class Schedule(ABC, Generic[ValueT, OpT]):
             self._run(todo[order], going_on)
 
     def _run(self, op: OpT, going_on: Pass[ValueT]) -> None:
-        tree, readers = self._tree, going_on.readers
+        tree, readers = self.tree, going_on.readers
         stays = {
             value: value.refs != 0
             and value.source is None

@@ -57,6 +57,6 @@ def slots_made_again(
     last = max((value for op in ops for value in op.outputs), default=-1)
     for storage in {values[profile.slots[slot].value].storage for slot in again}:
         for value in values_of_storage[storage]:
-            if values[value].op >= end or (values[value].op < 0 and value > last):
+            if value > last:
                 return frozenset()
     return again

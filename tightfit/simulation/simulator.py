@@ -20,12 +20,13 @@ reserves more than is allocated, `tightfit.simulation.reserved` adds that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from tightfit.records import Decision, EventKind, Profile, SharedTape, Stretch, step_ms
-from tightfit.simulation.levers import BY_VALUE, NOTHING, RegionModel, UntouchedModel, lever_named
+from tightfit.simulation.levers import BY_VALUE, NOTHING, Happening, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
 
 
@@ -44,8 +45,6 @@ class RegionCurve:
     """Operations recomputed, in that order."""
     added: tuple[tuple[int, Stretch], ...]
     """(event, work): what is done within that event of each pass: recomputation, and the lever's own work."""
-    replay_ms: float
-    """Time of the recomputed operations."""
     overhead_ms: float
     """What the decision adds to the host's time of the step."""
 
@@ -56,13 +55,25 @@ def _model_of(index: ProfileIndex, region: int, decision: Decision | None) -> Re
     return lever_named(decision.lever).model(index, region, decision)
 
 
-def _replay_ms(profile: Profile, model: RegionModel) -> float:
-    return sum(profile.signatures[profile.ops[op].signature].slower_ms for op in model.replayed_ops)
+def _replay_ms(profile: Profile, replayed_ops: Iterable[int]) -> float:
+    return sum(profile.signatures[profile.ops[op].signature].slower_ms for op in replayed_ops)
+
+
+def _happenings(
+    index: ProfileIndex, region: int, decision: Decision | None
+) -> tuple[Sequence[Happening], Sequence[int]]:
+    """Return what a decision does at which event of a region, and the operations that are recomputed."""
+    if decision is not None and decision.lever == BY_VALUE.name:
+        found = BY_VALUE.happenings(index, region, decision)
+        if found is not None:
+            return found
+    model, events = _model_of(index, region, decision), index.profile.events
+    moments = [(time, model.handle(*events[time])) for time in index.events_of_region[region]]
+    return moments, model.replayed_ops
 
 
 def region_curve(index: ProfileIndex, region: int, decision: Decision | None) -> RegionCurve:
     """Return the memory and time that a decision adds for a region, beyond what is fixed."""
-    model = _model_of(index, region, decision)
     profile = index.profile
     deltas: Counter[int] = Counter()
     spikes: list[tuple[int, int]] = []
@@ -74,9 +85,8 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
 
     opened: dict[int, int] = {}
     intervals: list[tuple[int, int, int]] = []
-    for time in index.events_of_region[region]:
-        event = profile.events[time]
-        moment = model.handle(event.kind, event.a)
+    happenings, replayed_ops = _happenings(index, region, decision)
+    for time, moment in happenings:
         if moment is NOTHING:
             continue
         for storage in moment.acquired:
@@ -111,9 +121,8 @@ def region_curve(index: ProfileIndex, region: int, decision: Decision | None) ->
         deltas=tuple(sorted((t, d) for t, d in deltas.items() if d)),
         spikes=tuple(spikes),
         holds=tuple(sorted(holds)),
-        replayed_ops=tuple(model.replayed_ops),
+        replayed_ops=tuple(replayed_ops),
         added=tuple(added),
-        replay_ms=_replay_ms(profile, model),
         overhead_ms=profile.accumulation_steps * sum(work.host_ms for _, work in added),
     )
 
@@ -171,12 +180,31 @@ def models_of(
     return models
 
 
+class Moment(NamedTuple):
+    """The most that is held within one event of a step, resident memory and corrections left out."""
+
+    event: int
+    """Index into `Profile.events`."""
+    total_bytes: int
+    recomputed_bytes: int
+    """Of it, what recomputation made."""
+    workspace_bytes: int
+    """Of it, what one operation takes for itself."""
+    added_ms: float
+    """What recomputation adds to the event's time."""
+
+
 def simulate(
-    index: ProfileIndex, decisions: Sequence[Decision | None], shared_tapes: Sequence[SharedTape] = ()
+    index: ProfileIndex,
+    decisions: Sequence[Decision | None],
+    shared_tapes: Sequence[SharedTape] = (),
+    *,
+    trace: list[Moment] | None = None,
 ) -> Simulation:
     """Walk the step with one decision per region (`None`: untouched).
 
     A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
+    Where `trace` is given, each event is appended to it, those left out that only free memory.
     """
     profile = index.profile
     models = models_of(index, decisions, shared_tapes)
@@ -239,11 +267,17 @@ def simulate(
                     level -= nbytes_of[storage]
         elif kind == EventKind.ENTER:
             current = a
+        elif kind == EventKind.KEEPING:
+            memo += sum(model.handle(kind, a).memo_delta for model in {id(model): model for model in models}.values())
         elif kind == EventKind.BACKWARD:
             phase = "backward"
         elif kind == EventKind.OPTIMIZER:
             phase = "optimizer"
         high = max(level + memo + workspace, level_before + memo_before + spike)
+        if trace is not None:
+            in_replay = spike > 0 and level_before + memo_before + spike == high
+            parts = (memo_before + spike, 0) if in_replay else (memo, workspace)
+            trace.append(Moment(time, high, *parts, added[time].ms if time in added else 0.0))
         if high > peak:
             peak, peak_event = high, time
             in_replay = level_before + memo_before + spike >= level + memo + workspace and spike > 0
@@ -267,7 +301,7 @@ def simulate(
     replay_total = 0.0
     replayed: list[int] = []
     for model in {id(model): model for model in models}.values():
-        replay_total += _replay_ms(profile, model)
+        replay_total += _replay_ms(profile, model.replayed_ops)
         replayed += model.replayed_ops
     breakdown = {
         **profile.baseline,

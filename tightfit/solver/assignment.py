@@ -36,7 +36,12 @@ class Assignment:
         moments = column.timeline.moments
         start, end = moments[0], moments[-1]
         ranks = np.array(moments[:-1], dtype=np.int64) - start
-        levels = np.array(column.shape.levels[:-1], dtype=np.float64) - np.array(old.shape.levels[:-1])
+        levels = np.zeros(len(ranks))
+        for one, sign in ((column, 1), (old, -1)):
+            for rank, delta in one.shape.deltas:
+                if rank < len(levels):
+                    levels[rank] += sign * delta
+        levels = np.cumsum(levels)
         change = np.repeat(levels, np.diff(np.append(ranks, end - start)))
         for one, sign in ((column, 1), (old, -1)):
             for rank, extra in one.shape.extras.items():

@@ -23,25 +23,22 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, combinations, pairwise
+from itertools import chain, combinations
 
 from tightfit.interrupts import safe_point
+from tightfit.progress import progress
 from tightfit.records import Decision
 from tightfit.simulation.levers import BY_VALUE, LEVERS
 from tightfit.solver.columns import Column, ColumnSource, keeping, useful_values
+from tightfit.solver.effort import SEARCH_WORK, Effort
 from tightfit.solver.master import Master, Relaxation
 from tightfit.solver.pricing import Prices, PricingModel
+from tightfit.solver.proposals import between, low_peaks, spliced, sweep, tries
 from tightfit.solver.region_mip import RegionProgram
 from tightfit.solver.time_cuts import Cut
 
 #: A class is enumerated when that takes at most so many columns over all its regions.
 ENUMERATE_AT_MOST = 3000
-#: Points of the sweep over the price of held bytes, for each class.
-_SWEEP_AT_MOST = 24
-#: Columns evaluated in one descent, at most, and operations walked for them: what a longer region could gain is found
-#: by recursive recomputation (`recursive`).
-_DESCENT_AT_MOST = 240
-_DESCENT_OPS_AT_MOST = 40_000
 #: Points sought between those of the hull: for each class, for all regions of a class together, and operations in their
 #: programs.
 _BETWEEN_AT_MOST = 24
@@ -59,6 +56,8 @@ _GAP = 0.1
 #: Operations in the programs of one class that are solved to find columns, at most: those of long regions take long,
 #: and what they could gain is found by recursive recomputation (`recursive`).
 _PROGRAM_OPS_AT_MOST = 1000
+#: The same for rows and columns of these programs.
+_PROGRAM_LINES_AT_MOST = 20_000
 #: The same for descents: operations walked in all of them.
 _DESCENTS_OPS_AT_MOST = 400_000
 #: Rounds of column generation at one budget.
@@ -84,6 +83,8 @@ class ColumnPool:
     _programs: dict[int, RegionProgram] = field(init=False)
     _program_ops: Counter[int] = field(init=False)
     """Class to the operations in programs that were solved for it."""
+    _program_lines: Counter[int] = field(init=False)
+    """The same for rows and columns of these programs."""
     _descent_ops: Counter[int] = field(init=False)
     """Class to the operations that its descents have walked."""
     smallest: tuple[int, list[Decision | None]] = field(init=False)
@@ -92,11 +93,13 @@ class ColumnPool:
 
     def __post_init__(self) -> None:
         index = self.source.index
+        effort = self.source.effort = Effort(SEARCH_WORK)  # it counts from now on
         self.master = Master(self.source)
         self._shared = frozenset(storage for storage, regions in self.source.holders.items() if len(regions) > 1)
         self._models = {}
         self._programs = {}
         self._program_ops = Counter()
+        self._program_lines = Counter()
         self._descent_ops = Counter()
         self.members = {}
         for region, record in enumerate(index.profile.regions):
@@ -109,10 +112,12 @@ class ColumnPool:
             if class_id not in self.enumerated and any(self.may_drop(region) for region in regions)
         }
         if self.structure is None and larger:
-            self._generate(None)  # from few columns and again from many: descents end elsewhere
+            with effort.part(1 / 2):
+                self._generate(None)  # from few columns and again from many: descents end elsewhere
         for class_id, regions in larger.items():
             for cut in self.source.cuts.first:
-                for decision in self._sweep(regions[len(regions) // 2], cut):
+                middle = regions[len(regions) // 2]
+                for decision in sweep(self.source, self.model(middle), middle, cut):
                     self._offer(class_id, decision)
         if self.structure is None:
             if larger:
@@ -124,8 +129,10 @@ class ColumnPool:
             return
         smallest, _ = self.smallest
         plain = float(self.source.peaks(self.master.chosen([None] * len(index.profile.regions))).max())
-        for share in _LADDER:
-            self._generate(smallest + math.ceil((plain - smallest) * share))
+        for number, share in enumerate(_LADDER):
+            progress("searching what to recompute", number, len(_LADDER))
+            with effort.part(1 / (len(_LADDER) + 1 - number)):  # one more for what is sought between them
+                self._generate(smallest + math.ceil((plain - smallest) * share))
         for class_id, regions in larger.items():
             for cut in self.source.cuts.first:
                 for decision in self._between(class_id, regions, cut):
@@ -204,8 +211,20 @@ class ColumnPool:
                 self.master.offer(class_id, known)
             return
         for region in dict.fromkeys((regions[0], regions[-1])):
-            for decision in self._low_peaks(region):
+            for decision in low_peaks(self.source, region):
                 self._offer(class_id, decision)
+
+    def _between(self, class_id: int, regions: list[int], cut: Cut) -> Iterator[Decision | None]:
+        """Yield decisions between those of the hull, for a class of few regions."""
+        region = regions[len(regions) // 2]
+        points = min(_BETWEEN_AT_MOST, _BETWEEN_ALL // len(regions))
+        if points < 2:
+            return iter(())
+        known = self.master.decisions[class_id]
+        ops = self.source.index.profile.regions[region].op_count
+        if points * ops > _BETWEEN_OPS_AT_MOST or not self.program(region).usable:
+            return spliced(self.source, known, region, points)
+        return between(self.source, self.program(region), known, region, points, cut)
 
     def _offer(self, class_id: int, decision: Decision | None) -> bool:
         """Offer what a search found, unless it drops nothing and so is None with more effort."""
@@ -213,129 +232,14 @@ class ColumnPool:
             return False
         return self.master.offer(class_id, decision)
 
-    def _sweep(self, region: int, cut: Cut) -> Iterator[Decision | None]:
-        """Yield decisions on the lower hull of a way's added time against bytes held when backward begins.
-
-        The hull's vertices by bisection of slopes (Eisner & Severance 1976).
-        """
-        middle = self.source.index.backward_event()
-        model = self.model(region)
-
-        def point(price: float, weight: float) -> tuple[float, int, Decision | None]:
-            shared = {(middle, storage, region): price for storage in model.shared}
-            _, decision = model.best(Prices(times={cut: weight}, private={middle: price}, shared=shared))
-            column = self.source.column(region, decision)
-            return column.added_ms(cut), column.held_bytes, decision
-
-        cheap: tuple[float, int, Decision | None] = (0.0, self.source.column(region, None).held_bytes, None)
-        small = point(1.0, 0.0)
-        yield small[2]
-        spans = [(cheap, small)]
-        for _ in range(_SWEEP_AT_MOST):
-            if not spans:
-                return
-            (ms_a, bytes_a, a), (ms_b, bytes_b, b) = spans.pop(0)
-            if bytes_a <= bytes_b or ms_b <= ms_a:
-                continue
-            price = (ms_b - ms_a) / (bytes_a - bytes_b)
-            found = point(price, 1.0)
-            line = ms_a + price * bytes_a
-            if found[0] + price * found[1] < line * (1 - 1e-9):
-                yield found[2]
-                spans += [((ms_a, bytes_a, a), found), (found, (ms_b, bytes_b, b))]
-
-    def _between(self, class_id: int, regions: list[int], cut: Cut) -> Iterator[Decision | None]:
-        """Yield the fastest decisions of a region within evenly spaced numbers of bytes held when backward begins."""
-        region = regions[len(regions) // 2]
-        points = min(_BETWEEN_AT_MOST, _BETWEEN_ALL // len(regions))
-        ops = self.source.index.profile.regions[region].op_count
-        if points < 2:
-            return
-        if points * ops > _BETWEEN_OPS_AT_MOST or not self.program(region).usable:
-            yield from self._spliced(class_id, region, points)
-            return
-        middle = self.source.index.backward_event()
-        held = [self.source.column(region, decision).held_bytes for decision in self.master.decisions[class_id]]
-        smallest, largest = min(held), max(held)
-        most = largest
-        for place in reversed(range(1, points)):
-            capacity = smallest + (largest - smallest) * place // points
-            if capacity >= most:
-                continue  # the fastest within more bytes holds no more than these
-            answer = self.program(region).within(cut, {middle: capacity}, {middle: frozenset()})
-            if answer is not None:
-                most = self.source.column(region, answer[1]).held_bytes
-                yield answer[1]
-
-    def _spliced(self, class_id: int, region: int, points: int) -> Iterator[Decision]:
-        """Yield decisions that keep what one decision keeps up to an operation, and from there on what another does.
-
-        The steps of a loop are alike, and so is what a decision of the hull does to each: between two decisions lie
-        those that treat some steps as the one, and the rest as the other.
-        """
-        index = self.source.index
-        useful = frozenset(useful_values(index, region))
-        record = index.profile.regions[region]
-        kept = [useful if d is None else index.keep_values(region, d.kept) for d in self._hull(class_id, region)]
-        for fewer, more in pairwise(kept):
-            for place in range(1, points):
-                end = record.first_op + record.op_count * place // points
-                before, after = (
-                    {value for value in values if (index.profile.values[value].op < end) == early}
-                    for values, early in ((fewer, True), (more, False))
-                )
-                yield keeping(index, before | after)
-
-    def _hull(self, class_id: int, region: int) -> list[Decision | None]:
-        """Return the lower hull of added time against bytes held when backward begins, from few bytes to many."""
-        cut = self.source.cuts.first[0]
-        known = [d for d in self.master.decisions[class_id] if d is None or d.lever == BY_VALUE.name]
-        points = sorted(
-            (
-                (column.held_bytes, column.added_ms(cut), place)
-                for place, column in enumerate(self.source.column(region, decision) for decision in known)
-            ),
-        )
-        hull: list[tuple[int, float, int]] = []
-        for point in points:
-            if hull and point[1] >= hull[-1][1]:
-                continue
-            while len(hull) > 1 and _is_above(hull[-1], hull[-2], point):
-                hull.pop()
-            hull.append(point)
-        return [known[place] for _, _, place in hull]
-
-    def _low_peaks(self, region: int) -> Iterator[Decision]:
-        """Yield decisions on the way to the lowest peak that the region itself reaches, from dropping all."""
-        index, base = self.source.index, self.source.base
-        useful = useful_values(index, region)
-        window = index.events_of_region[region]
-
-        def measure(values: frozenset[int]) -> tuple[int, int]:
-            column = self.source.column(region, keeping(index, values))
-            return max(base[time] + column.at(time)[0] for time in window), column.held_bytes
-
-        kept: frozenset[int] = frozenset()
-        best = measure(kept)
-        left = self._tries(region)
-        while left > 0:
-            stride = max(1, len(useful) // left)
-            tries = [(measure(kept | {value}), kept | {value}) for value in useful[::stride] if value not in kept]
-            left -= len(tries)
-            if not tries or min(tries, key=lambda t: t[0])[0][0] >= best[0]:
-                return
-            best, kept = min(tries, key=lambda t: t[0])
-            yield keeping(index, kept)
-
-    def _tries(self, region: int) -> int:
-        """Return how many columns one descent may evaluate."""
-        op_count = self.source.index.profile.regions[region].op_count
-        return min(_DESCENT_AT_MOST, 1 + _DESCENT_OPS_AT_MOST // max(1, op_count))
-
     def _generate(self, budget_bytes: int | None) -> None:
         """Generate columns at one budget, or for the smallest peak."""
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
             safe_point()
+            if budget_bytes is None:
+                progress("searching the smallest peak", number, _ROUNDS)
+            if self.source.effort.is_spent:
+                return
             relaxation = self.master.relaxed(budget_bytes)
             if relaxation is None or not self._price_all(relaxation):
                 return
@@ -344,7 +248,7 @@ class ColumnPool:
         """Offer what the prices want in every class that is not enumerated; True if anything is new."""
         prices = relaxation.prices
         worth_ms = _WORTH * self.source.index.plain_step_ms
-        tries = _DESCENTS[0 if prices.time_weight == 0 else 1]
+        most = _DESCENTS[0 if prices.time_weight == 0 else 1]
         new = False
         for class_id, regions in self.members.items():
             if class_id in self.enumerated:
@@ -363,7 +267,9 @@ class ColumnPool:
             if new:
                 continue  # the cheap way has not come to its end yet
             loose.sort(key=lambda entry: (-entry[0], entry[1]))
-            for slack, _, start in loose[:tries]:  # where memory during replay matters most
+            for slack, _, start in loose[:most]:  # where memory during replay matters most
+                if self.source.effort.is_spent:
+                    break
                 found = self._better(start, prices, _GAP * slack)
                 if found is not None and self._offer(class_id, found):
                     new = True
@@ -389,16 +295,18 @@ class ColumnPool:
         # For the smallest peak, what rises within an event is most of the matter, which only the exact column shows.
         record = self.source.index.profile.regions[start.region]
         left = self._program_ops[record.class_id] + record.op_count <= _PROGRAM_OPS_AT_MOST
-        if prices.time_weight > 0 and left and self.program(start.region).usable:
+        left &= self._program_lines[record.class_id] < _PROGRAM_LINES_AT_MOST
+        if prices.time_weight > 0 and left and (program := self.program(start.region)).usable:
             self._program_ops[record.class_id] += record.op_count
-            _, decision = self.program(start.region).bound(prices, gap)
+            _, decision = program.bound(prices, self.source.effort, gap)
+            self._program_lines[record.class_id] += program.lines
             least = self.cost(start, prices)
             if self.cost(self.source.column(start.region, decision), prices) < least - 1e-9 * abs(least):
                 return decision
         if prices.time_weight > 0:
             if self._descent_ops[record.class_id] > _DESCENTS_OPS_AT_MOST:
                 return None
-            self._descent_ops[record.class_id] += record.op_count * self._tries(start.region)
+            self._descent_ops[record.class_id] += record.op_count * tries(self.source, start.region)
         return self._descend(start, prices)
 
     def _descend(self, start: Column, prices: Prices) -> Decision | None:
@@ -408,19 +316,16 @@ class ColumnPool:
         kept = frozenset(useful) if start.decision is None else index.keep_values(start.region, start.decision.kept)
         best = self.cost(start, prices)
         found: Decision | None = None
-        left = self._tries(start.region)
+        left = tries(self.source, start.region)
         improved = True
         while improved and left > 0:
             improved = False
             for value in useful[:left]:
+                if self.source.effort.is_spent:
+                    return found
                 trial = keeping(index, kept ^ {value})
                 left -= 1
                 cost = self.cost(self.source.column(start.region, trial), prices)
                 if cost < best - 1e-9 * abs(best):
                     best, kept, found, improved = cost, kept ^ {value}, trial, True
         return found
-
-
-def _is_above(point: tuple[int, float, int], left: tuple[int, float, int], right: tuple[int, float, int]) -> bool:
-    """Return whether a point (bytes, ms) lies above the line between two others."""
-    return (point[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (point[0] - left[0])

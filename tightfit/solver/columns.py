@@ -8,7 +8,7 @@ that are in memory once.  Regions whose part of the timeline looks the same (`pa
 from __future__ import annotations
 
 import copy
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from tightfit.records import Decision, Profile, Stretch
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import fixed_peaks, region_curve
+from tightfit.solver.effort import SEARCH_WORK, Effort
 from tightfit.solver.region_timelines import Timeline, timelines
 from tightfit.solver.time_cuts import Array, Cut, TimeCuts
 
@@ -39,8 +40,15 @@ class Shape:
     """Rank of a moment in which the level is higher for an instant, and by how much."""
     shared: tuple[tuple[int, int, int, bool], ...]
     """(place, first rank, rank after the last, whether the moment of that rank still sees it)."""
-    levels: tuple[int, ...]
-    """Private bytes after the moment of each rank."""
+    change_ranks: tuple[int, ...]
+    """Ranks of `deltas`."""
+    change_levels: tuple[int, ...]
+    """Private bytes after each of `deltas`."""
+
+    def level(self, rank: int) -> int:
+        """Return the private bytes after the moment of a rank."""
+        place = bisect_right(self.change_ranks, rank) - 1
+        return self.change_levels[place] if place >= 0 else 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,7 +129,7 @@ class Column:
         rank, exactly = self.timeline.place(time)
         if rank < 0:
             return 0, ()
-        level = self.shape.levels[rank]
+        level = self.shape.level(rank)
         if exactly:
             level += self.shape.extras.get(rank, 0)
         if not self.shape.shared:
@@ -142,6 +150,8 @@ class ColumnSource:
         self._columns: list[dict[Decision | None, Column]] = [{} for _ in index.profile.regions]
         self._shapes: dict[tuple[int, Decision | None], Shape] = {}
         self._middle = index.backward_event()
+        self.effort = Effort(SEARCH_WORK)
+        """Of the search that looks for columns now."""
 
     def repriced(self, profile: Profile) -> ColumnSource:
         """Return columns of a profile that differs from this one's in nothing but times."""
@@ -150,6 +160,7 @@ class ColumnSource:
         other.cuts = TimeCuts(other.index)
         other._columns = [{} for _ in profile.regions]
         other._shapes = {}
+        other.effort = Effort(SEARCH_WORK)
         return other
 
     def column(self, region: int, decision: Decision | None) -> Column:
@@ -165,17 +176,10 @@ class ColumnSource:
         return found
 
     def _evaluate(self, region: int, decision: Decision | None, timeline: Timeline) -> Shape:
+        self.effort.spend(self.index.profile.regions[region].op_count)
         curve = region_curve(self.index, region, decision)
         end_of_step = len(self.base)
-        moments = timeline.moments
-        places = {storage: place for place, storage in enumerate(timeline.storages)}
-
-        def rank_of(time: int) -> int:
-            rank = bisect_left(moments, time)
-            assert rank < len(moments), "a region's curve changes only at the region's moments"
-            assert moments[rank] == time, "a region's curve changes only at the region's moments"
-            return rank
-
+        rank_of = timeline.ranks.__getitem__  # a region's curve changes only at the region's moments
         deltas = Counter(dict(curve.deltas))
         shared = [hold for hold in curve.holds if len(self.holders[hold[0]]) > 1]
         for storage, start, end in shared:
@@ -184,17 +188,17 @@ class ColumnSource:
             deltas[end] += nbytes
         deltas.pop(end_of_step, None)
         spikes = dict(curve.spikes)
-        changes = {rank_of(t): delta for t, delta in sorted(deltas.items()) if delta}
-        levels = accumulate(changes.get(rank, 0) for rank in range(len(moments)))
+        changes = [(rank_of(t), delta) for t, delta in sorted(deltas.items()) if delta]
         return Shape(
             overhead_ms=curve.overhead_ms,
             work=tuple((rank_of(time), work) for time, work in curve.added),
             held_bytes=sum(delta for t, delta in curve.deltas if t <= self._middle),
-            deltas=tuple(changes.items()),
+            deltas=tuple(changes),
             extras={rank_of(t): spike - deltas[t] for t, spike in spikes.items()},
             # A storage let go at the event of a spike is still there during the spike.
-            shared=tuple((places[s], rank_of(start), rank_of(end), end in spikes) for s, start, end in shared),
-            levels=tuple(levels),
+            shared=tuple((timeline.places[s], rank_of(start), rank_of(end), end in spikes) for s, start, end in shared),
+            change_ranks=tuple(rank for rank, _ in changes),
+            change_levels=tuple(accumulate(delta for _, delta in changes)),
         )
 
     def longest_way(self, chosen: Iterable[tuple[Column, float]]) -> tuple[Cut, float]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tightfit.errors import UnsupportedInput
+from tightfit.progress import progress, showing_when_long
 from tightfit.records import Plan, Profile
 from tightfit.solver.solver import Solver, solver_of
 
 
+@showing_when_long()
 def frontier(profile: Profile, points: int = 20) -> list[Plan]:
     """Return the curve of best step time against budget.
 
@@ -44,7 +46,11 @@ def frontier_of(solver: Solver, points: int = 20, *, also: Sequence[int] = ()) -
     budgets.add(solver.least_budget(solver.smallest_at_one_level().peak_bytes))
     budgets.update(budget for budget in also if budget >= least_bytes)
     # In rising order, so that the solver can use a plan for a smaller budget where its search finds only slower ones.
-    return _with_tightest_bounds([solver.solve(budget) for budget in sorted(budgets)])
+    plans: list[Plan] = []
+    for budget in sorted(budgets):
+        progress("solving for budgets", len(plans), len(budgets))
+        plans.append(solver.solve(budget))
+    return _with_tightest_bounds(plans)
 
 
 def _with_tightest_bounds(plans: list[Plan]) -> list[Plan]:

@@ -67,14 +67,21 @@ class Program:
         return model
 
     def solve(
-        self, *, relaxed: bool = False, gap: float = 0.0, nodes: int = _NODES, effort: int | None = None
+        self,
+        *,
+        relaxed: bool = False,
+        gap: float = 0.0,
+        nodes: int = _NODES,
+        effort: int | None = None,
+        seconds: float = INFINITY,
     ) -> Solution | None:
         """Return the optimum, or None if no solution exists. `relaxed` forgets that variables are integer.
 
         For integer programs: `gap` is how far (in cost) the answer may be from the optimum, `nodes` how many nodes of
         the search tree are looked at, at most.  `effort` ends the search, with the best answer so far, when HiGHS has
         asked whether to go on so often that the number of variables times the number of questions reaches it: a count
-        that grows with the time taken, also within one node, and does not depend on the machine.
+        that grows with the time taken, also within one node, and does not depend on the machine.  `seconds` ends it by
+        the clock, as a last resort.
         """
         import highspy
 
@@ -85,6 +92,8 @@ class Program:
         highs.setOptionValue("mip_rel_gap", 0.0)
         highs.setOptionValue("mip_abs_gap", gap)
         highs.setOptionValue("mip_max_nodes", nodes)
+        if integer:
+            highs.setOptionValue("time_limit", max(0.0, seconds))
         highs.passModel(self.model(relaxed=relaxed))
         if integer and effort is not None:
             _end_after(highs, effort // len(self.costs))
@@ -93,13 +102,19 @@ class Program:
         proven = status == highspy.HighsModelStatus.kOptimal
         info = highs.getInfo()
         cost = float(info.objective_function_value)
-        ended = status in (highspy.HighsModelStatus.kSolutionLimit, highspy.HighsModelStatus.kInterrupt)
+        statuses = highspy.HighsModelStatus
+        ended = status in (statuses.kSolutionLimit, statuses.kInterrupt, statuses.kTimeLimit)
         if not proven and not (integer and ended and cost < INFINITY):
             return None
         solution = highs.getSolution()
         duals = [] if integer else [float(dual) for dual in solution.row_dual]
         bound = float(info.mip_dual_bound) if integer else cost
         return Solution([float(value) for value in solution.col_value], duals, cost, min(bound, cost))
+
+
+def load_solver() -> None:
+    """Load HiGHS's library now, where it is not yet; the first program that is solved would."""
+    import highspy  # noqa: F401  # to have it loaded
 
 
 def _end_after(highs: Any, questions: int) -> None:

@@ -14,14 +14,15 @@ offer is evaluated as it is.  So the bound holds for every plan of the plan spac
 from __future__ import annotations
 
 from tightfit.solver.column_generation import ColumnPool
+from tightfit.solver.effort import Effort
 from tightfit.solver.pricing import Prices
 
 #: The minimum cut is good enough where it leaves less than this part of the plain step open.
 _LOOSE = 1e-4
 
 
-def added_ms_bound(pool: ColumnPool, prices: Prices, budget_bytes: int) -> float:
-    """Return a time that no plan within the budget adds less than (at least 0)."""
+def added_ms_bound(pool: ColumnPool, prices: Prices, budget_bytes: int, effort: Effort) -> float:
+    """Return a time that no plan within the budget adds less than (at least 0): the lower, the less effort is left."""
     source = pool.source
     loose_ms = _LOOSE * source.index.plain_step_ms
     spare = sum(price * (budget_bytes - source.base[time]) for time, price in prices.private.items())
@@ -33,8 +34,9 @@ def added_ms_bound(pool: ColumnPool, prices: Prices, budget_bytes: int) -> float
             cost = known = pool.least_known(region, prices)
             if class_id not in pool.enumerated and pool.may_drop(region):
                 cost = pool.model(region).best(prices)[0]
-                if len(regions) * (known - cost) > loose_ms and pool.program(region).usable:
-                    cost = max(cost, pool.program(region).bound(prices, loose_ms / len(regions))[0])
+                is_loose = len(regions) * (known - cost) > loose_ms and not effort.is_spent
+                if is_loose and pool.program(region).usable:
+                    cost = max(cost, pool.program(region).bound(prices, effort, loose_ms / len(regions))[0])
                 cost = min(cost, pool.least_listed(region, prices))
             total += len(regions) * cost
             magnitude += len(regions) * abs(cost)

@@ -155,14 +155,18 @@ class PricingModel:
         return _Term(storage=storage, nbytes=self.index.nbytes(value), start=start, end=end)
 
     def _saving_times(self) -> dict[int, tuple[int, int, int]]:
-        """Return, for each saved droppable value: when it is saved first, read first, and released first."""
-        profile = self.index.profile
+        """Return, for each saved droppable value: when it is saved first, read first, and released first.
+
+        What backwards inside forward read, and what they save again, does not count, which leaves a lower bound.
+        """
+        profile, index = self.index.profile, self.index
         never = len(profile.events)
-        slots = set(self.index.facts[self.region].slots)
+        slots = {slot for slot in index.facts[self.region].slots if not index.is_saved_again(slot)}
         times: dict[int, dict[EventKind, int]] = {}
         for time in self.index.events_of_region[self.region]:
             kind, a = profile.events[time]
-            if kind not in (EventKind.OP, EventKind.EXIT) and a in slots:
+            reads_again = kind == EventKind.UNPACK and index.is_keeping(time) and time < index.backward_event()
+            if kind not in (EventKind.OP, EventKind.EXIT, EventKind.KEEPING) and not reads_again and a in slots:
                 times.setdefault(profile.slots[a].value, {}).setdefault(kind, time)
         result = {}
         for value, found in times.items():

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from tightfit.records import Decision, EventKind
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.columns import keeping
-from tightfit.solver.highs import INFINITY, Program
+from tightfit.solver.effort import Effort
+from tightfit.solver.highs import INFINITY, Program, Solution
 from tightfit.solver.pricing import LeastCosts, Prices
 from tightfit.solver.time_cuts import Cut
 
@@ -53,9 +54,11 @@ class RegionProgram:
     shared: frozenset[int]
     """Storages that other regions may hold too."""
     usable: bool = field(init=False)
-    """False where there is nothing to decide, for a graph that is kept, and for the rare region of which the program
-    could say too much: one with a saved value that backward does not read, or that only a second call of its module
-    rebuilds."""
+    """False where there is nothing to decide, for a graph that is kept, for a region whose nodes a backward inside
+    forward runs, and for the rare region of which the program could say too much: one with a saved value that backward
+    does not read, or that only a second call of its module rebuilds."""
+    lines: int = field(init=False, default=0)
+    """Rows and columns of the program that was solved last."""
     _slots: dict[int, list[tuple[int, int]]] = field(init=False)
     """Saved droppable value to (saved, let go) of each of its slots."""
     _read: dict[int, int] = field(init=False)
@@ -71,21 +74,24 @@ class RegionProgram:
     def __post_init__(self) -> None:
         index, profile = self.index, self.index.profile
         facts = index.facts[self.region]
-        slots = set(facts.slots)
+        # As `PricingModel`: what backwards inside forward read and save again is left out.
+        slots = {slot for slot in facts.slots if not index.is_saved_again(slot)}
         times: dict[int, dict[EventKind, int]] = defaultdict(dict)
         self._ran = {}
         for time in index.events_of_region[self.region]:
             kind, a = profile.events[time]
             if kind == EventKind.OP:
                 self._ran[a] = time
-            elif kind != EventKind.EXIT and a in slots:
+            elif kind not in (EventKind.EXIT, EventKind.KEEPING) and a in slots and not index.is_keeping(time):
                 times[a].setdefault(kind, time)
         never = len(profile.events)
         self._slots = defaultdict(list)
         self._read = {}
         self.usable = bool(slots) and not facts.only_again and not index.keeps_graph
+        # What runs again for several graphs runs once for each, of which the program knows nothing.
+        self.usable &= not any(index.backward_of_slot[slot] for slot in slots)
         self._begins, self._ends = min(self._ran.values(), default=never), 0
-        for slot in facts.slots:
+        for slot in sorted(slots):
             value, found = profile.slots[slot].value, times[slot]
             released = found.get(EventKind.RELEASE, never)
             unpacked = found.get(EventKind.UNPACK, never)
@@ -108,10 +114,10 @@ class RegionProgram:
             for value in reads:
                 self._readers[value].append(op)
 
-    def bound(self, prices: Prices, gap: float = 0.0) -> tuple[float, Decision | None]:
+    def bound(self, prices: Prices, effort: Effort, gap: float = 0.0) -> tuple[float, Decision | None]:
         """Return a lower bound on the cost of every decision at these prices, and the best decision that was found.
 
-        `gap`: how far apart, in cost, the two may be.
+        `effort`: of the search that asks. `gap`: how far apart, in cost, the two may be.
         """
         built = self._build(prices.private, prices)
         for time, price in prices.private.items():
@@ -121,19 +127,20 @@ class RegionProgram:
                     of_storage = prices.shared.get((time, storage, self.region), 0.0)
                 for variable, nbytes in entries.items():
                     built.program.costs[variable] += of_storage * nbytes
-        solution = built.program.solve(nodes=_NODES, effort=_EFFORT, gap=gap)
+        solution = self._solved(built.program, effort, gap)
         if solution is None:
             return -INFINITY, None
         return solution.bound, self._decision(built, solution.values)
 
     def within(
-        self, cut: Cut, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]]
+        self, cut: Cut, capacities: Mapping[int, float], held_by_others: Mapping[int, frozenset[int]], effort: Effort
     ) -> tuple[float, Decision | None] | None:
         """Return a time that no decision beats whose levels keep these capacities (moment to bytes), and the fastest
         such decision; None if there is none.
 
         `cut`: of the way whose time counts.
         `held_by_others`: at each of the moments, shared storages that cost nothing because others hold them.
+        `effort`: of the search that asks.
         """
         built = self._build(capacities, Prices(times={cut: 1.0}, private={}, shared={}))
         for time, capacity in capacities.items():
@@ -144,8 +151,13 @@ class RegionProgram:
                 for variable, nbytes in entries.items():
                     row[variable] += nbytes / 1024  # sizes and times of one order
             built.program.row(dict(row), -INFINITY, capacity / 1024)
-        solution = built.program.solve(nodes=_NODES, effort=_EFFORT)
+        solution = self._solved(built.program, effort)
         return None if solution is None else (solution.bound, self._decision(built, solution.values))
+
+    def _solved(self, program: Program, effort: Effort, gap: float = 0.0) -> Solution | None:
+        self.lines = len(program.costs) + len(program.bounds)
+        effort.spend_on_program(self.lines)
+        return program.solve(nodes=_NODES, effort=_EFFORT, gap=gap, seconds=effort.seconds_left)
 
     def _decision(self, built: _Built, values: list[float]) -> Decision | None:
         replayed = {op for op, variable in built.replayed.items() if values[variable] > 0.5}

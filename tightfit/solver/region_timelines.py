@@ -10,14 +10,15 @@ makes a chain of a thousand identical blocks cost as much as one.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from tightfit.records import EventKind
 from tightfit.simulation.profile_index import ProfileIndex
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Timeline:
     """One region's part of the step."""
 
@@ -26,6 +27,16 @@ class Timeline:
     """Events that matter to the region, in order; a rank is an index into it."""
     storages: tuple[int, ...]
     """Storages that its tape touches, by first appearance."""
+
+    @cached_property
+    def ranks(self) -> Mapping[int, int]:
+        """Rank of each moment."""
+        return {time: rank for rank, time in enumerate(self.moments)}
+
+    @cached_property
+    def places(self) -> Mapping[int, int]:
+        """Place of each storage."""
+        return {storage: place for place, storage in enumerate(self.storages)}
 
     def place(self, time: int) -> tuple[int, bool]:
         """Return the rank of the last moment up to event `time` (-1: none), and whether it is that very event."""
@@ -58,9 +69,9 @@ def _timeline(index: ProfileIndex, holders: dict[int, set[int]], region: int, nu
         kind, a = profile.events[time]
         if kind == EventKind.OP:
             a -= record.first_op
-        elif kind != EventKind.EXIT:
+        elif kind not in (EventKind.EXIT, EventKind.KEEPING):
             a = slot_places[a]
-        else:
+        elif kind == EventKind.EXIT:
             a = 0
         happenings.setdefault(time, []).append((int(kind), a))
     traits = []

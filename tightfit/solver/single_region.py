@@ -11,6 +11,7 @@ import math
 
 from tightfit.records import Decision
 from tightfit.solver.column_generation import ColumnPool
+from tightfit.solver.effort import Effort
 
 #: Programs solved, at most: each time, moments that the last answer violates are added.
 _ROUNDS = 12
@@ -21,7 +22,7 @@ _SIZE = 6000
 
 
 def refine(
-    pool: ColumnPool, decisions: list[Decision | None], budget_bytes: int
+    pool: ColumnPool, decisions: list[Decision | None], budget_bytes: int, effort: Effort
 ) -> tuple[list[Decision | None], float]:
     """Return faster decisions within the budget where just one region's are not all on offer, else those given.
 
@@ -48,7 +49,9 @@ def refine(
     alone = sum(pool.may_drop(other) for other in range(len(decisions))) == 1
     while len(capacities) * index.profile.regions[region].op_count <= _SIZE and len(capacities) <= _MOMENTS * _ROUNDS:
         held = {time: frozenset(s for column, _ in others for s in column.at(time)[1]) for time in capacities}
-        answer = pool.program(region).within(source.cuts.first[0], capacities, held)
+        if effort.is_spent:
+            break
+        answer = pool.program(region).within(source.cuts.first[0], capacities, held, effort)
         if answer is None:
             break
         least_ms, decision = answer

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from tightfit.errors import BudgetInfeasible
+from tightfit.progress import showing_when_long
 from tightfit.records import Decision, Plan, Profile, SharedTape
 from tightfit.simulation.levers import BY_VALUE, LEVERS
 from tightfit.simulation.profile_index import ProfileIndex
@@ -16,6 +17,7 @@ from tightfit.simulation.simulator import Simulation, simulate
 from tightfit.solver.assignment import Assignment
 from tightfit.solver.column_generation import ColumnPool
 from tightfit.solver.columns import ColumnSource
+from tightfit.solver.effort import SOLVE_WORK, Effort
 from tightfit.solver.lower_bound import added_ms_bound
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.recursive import RecursivePlan, RecursivePlans
@@ -93,14 +95,19 @@ class Solver:
 
     @cached_property
     def _smallest(self) -> tuple[Simulation, Sequence[Decision | None], Sequence[SharedTape]]:
-        rivals: list[tuple[Simulation, Sequence[Decision | None], Sequence[SharedTape]]]
-        rivals = [(self.smallest_at_one_level(), self._structure.smallest[1], ())]
-        for one in self._recursive:
+        best = self.smallest_at_one_level(), self._structure.smallest[1], tuple[SharedTape, ...]()
+        state = self.profile.allocator
+        more_bytes = 0 if state is None else state.beside_bytes + state.outside_bytes
+        # What is allocated cannot be more than the totals, which take long to find: most rivals are out of it by that.
+        for one in sorted(self._recursive, key=lambda one: one.simulation.peak_bytes):
+            if one.simulation.peak_bytes + more_bytes >= best[0].peak_bytes:
+                break
             walked = one.simulation
-            if self.profile.allocator is not None:
+            if state is not None:
                 walked = simulate_in_totals(self.index, one.decisions, one.shared_tapes)
-            rivals.append((walked, one.decisions, one.shared_tapes))
-        return min(rivals, key=lambda rival: rival[0].peak_bytes)
+            if walked.peak_bytes < best[0].peak_bytes:
+                best = walked, one.decisions, tuple(one.shared_tapes)
+        return best
 
     def smallest_at_one_level(self) -> Simulation:
         """Return the step with the smallest peak without recursive recomputation."""
@@ -124,6 +131,8 @@ class Solver:
         budget where they are not looked at (see `_solve`).
         """
         if self.index.profile.is_sharded or not any(facts.slots for facts in self.index.facts):
+            return []
+        if self.index.has_backward_inside:  # it would read a tape that is not ended
             return []
         least_ms = _RECURSIVE_SHARE * (self._one_level.step_ms - self._plain.step_ms)
         return [
@@ -228,13 +237,14 @@ class Solver:
 
     def _solve_at_one_level(self, budget_bytes: int) -> Plan:
         pool = self._pool
+        effort = Effort(SOLVE_WORK)
         relaxation = pool.master.relaxed(budget_bytes)
-        bounds = [added_ms_bound(pool, relaxation.prices, budget_bytes) if relaxation else 0.0]
+        bounds = [added_ms_bound(pool, relaxation.prices, budget_bytes, effort) if relaxation else 0.0]
         gap_ms = max(1e-9, _TIME_GAP * self._plain.step_ms)
         decisions, bound_of_columns = pool.master.fastest(budget_bytes, gap_ms) or (self._structure.smallest[1], 0.0)
         if pool.is_complete:
             bounds.append(bound_of_columns * (1 - 1e-9))
-        decisions, bound_of_region = refine(pool, decisions, budget_bytes)
+        decisions, bound_of_region = refine(pool, decisions, budget_bytes, effort)
         decisions = self._lighten(decisions, budget_bytes)
         plan = build_plan(self.index, decisions, budget_bytes, max(*bounds, bound_of_region), self._plain)
         in_solver_terms = plan.predicted_peak_bytes
@@ -289,13 +299,15 @@ def solver_of(profile: Profile) -> Solver:
     return found
 
 
+@showing_when_long()
 def solve(profile: Profile, budget_bytes: int) -> Plan:
     """Solve for what to keep and what to recompute: the fastest plan whose predicted peak is within the budget.
 
         profile = tightfit.measure(model, batch, loss=loss_fn, optimizer=optimizer)
         plan = tightfit.solve(profile, budget_bytes=8 * 2**30)
 
-    Needs no PyTorch.  Predicted time never rises with the budget.
+    Needs no PyTorch.  Predicted time never rises with the budget.  The search is limited by counted work, so that every
+    machine finds the same plan: `Plan.lower_bound_ms` says how far from the best it may be.
 
     Args:
         profile: a measured step, from `measure` or `Profile.load`.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import tree_leaves
+from tightfit._torch_private.dispatch import tree_leaves
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from tightfit.errors import UnsupportedInput
+from tightfit.step.models import name_of
 
 #: Modules, or patterns of paths such as ``layers.*.attn``; one alone, or several.
 Exclude = str | torch.nn.Module | Iterable[str | torch.nn.Module]
@@ -47,7 +48,7 @@ def is_inside(path: str, excluded: Iterable[str]) -> bool:
 
 
 def _matches_nothing(model: torch.nn.Module, wanted: object, paths: list[str]) -> UnsupportedInput:
-    kind = type(model).__name__
+    kind = name_of(model)
     if wanted is model or wanted == "":
         return UnsupportedInput(
             f"exclude names the model itself ({kind}), so nothing of it could be planned. A plan is for the rest. "

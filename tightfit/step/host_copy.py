@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tightfit._torch_private import below_autograd, no_function_modes
+from tightfit._torch_private.dispatch import below_autograd, no_function_modes
 from tightfit.device import device_for
 from tightfit.device.tensor_parts import parts_of
 from tightfit.errors import TightfitError
@@ -49,9 +49,9 @@ class CopyFile:
                 self._end += written
         except OSError as error:
             raise TightfitError(
-                f"the temporary folder {tempfile.gettempdir()} has no room for {format_bytes(len(memoryview(data)))} "
+                f"the temporary folder {tempfile.gettempdir()} does not take {format_bytes(len(memoryview(data)))} "
                 f"({error}). Measuring keeps what it must put back there, outside the memory that the budget counts. "
-                "Make room, or name another folder in the environment variable TMPDIR."
+                "Make room, raise the limit that this names, or name another folder in TMPDIR."
             ) from error
         return begin
 
@@ -197,7 +197,7 @@ def memory_of(data: torch.Tensor | torch.UntypedStorage) -> npt.NDArray[np.uint8
     """Show the memory of a storage, or of a contiguous tensor of bytes, on the CPU as an array, to read and write.
 
     Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
-    the engine, for good: it would look for unseen writes at every step (see `replay.values.belongs_to_others`).
+    the engine, for good: it would look for unseen writes at every step (see `replay.source_mark.was_given_or_lent`).
     """
     return np.asarray(_Memory(data)) if len(data) else np.empty(0, dtype=np.uint8)
 

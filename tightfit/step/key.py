@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import own_children, own_parameters, storage_bytes, storage_key, tree_leaves
+from tightfit._torch_private.dispatch import tree_leaves
+from tightfit._torch_private.modules import own_children, own_parameters
+from tightfit._torch_private.tensors import has_storage, storage_bytes, storage_key
 from tightfit.device import Device, device_for
 from tightfit.step.microbatch import Microbatch
 
@@ -32,6 +34,8 @@ class StepKey:
     kind: Hashable
     """What does not change with the size of a batch: its structure, dtypes and flags, the model's modules and
     parameters, the optimizers' parameters, PyTorch's settings."""
+    step: str = field(default="", compare=False)
+    """Name of the step, where a plan has several kinds of them: a part of `kind`."""
 
     @property
     def elements(self) -> int:
@@ -44,13 +48,23 @@ class StepKey:
         return max([1.0, *(math.prod(a) / max(1, math.prod(b)) for a, b in pairs)])
 
 
-def step_key(watch: ModelWatch, batch: Any, optimizers: Sequence[torch.optim.Optimizer] = ()) -> StepKey:
-    """Return the key of a training step on `batch`, as things are now."""
+def step_key(
+    watch: ModelWatch,
+    batch: Any,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    step: str = "",
+    autocast: torch.dtype | None = None,
+) -> StepKey:
+    """Return the key of a training step on `batch`, as things are now.
+
+    `step`: as for `StepKey`. `autocast`: dtype of the autocast context that forward will run in where none is open
+    yet: a context may be opened before the step begins, or inside.
+    """
     # A weight is one operation more, whatever its value.
     is_weighted = isinstance(batch, Microbatch) and batch.weight is not None
     arguments = arguments_key(batch.batch if isinstance(batch, Microbatch) else batch)
-    state = is_weighted, watch.state(), optimizer_state(optimizers), active_settings(watch.device)
-    return StepKey(arguments.sizes, arguments.numbers, (arguments.kind, state))
+    state = is_weighted, watch.state(), optimizer_state(optimizers), active_settings(watch.device, autocast)
+    return StepKey(arguments.sizes, arguments.numbers, (arguments.kind, state, step), step)
 
 
 def arguments_key(thing: Any) -> StepKey:
@@ -67,7 +81,7 @@ def arguments_key(thing: Any) -> StepKey:
         if isinstance(leaf, torch.Tensor):
             sizes.append(tuple(leaf.shape))
             kind.append((name, leaf.dtype, leaf.device, leaf.requires_grad, leaf.layout, leaf.dim()))
-            if leaf.layout is torch.strided:
+            if leaf.layout is torch.strided and has_storage(leaf):
                 number = storages.setdefault(storage_key(leaf), len(storages))
                 numbers.append((leaf.stride(), storage_bytes(leaf), number))
         elif alone and type(leaf) is int:
@@ -166,10 +180,10 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> Hashable:
     return tuple((type(one), tuple(len(group["params"]) for group in one.param_groups)) for one in optimizers)
 
 
-def active_settings(device: Device) -> Hashable:
-    """Return PyTorch's settings that decide which kernels run."""
+def active_settings(device: Device, autocast: torch.dtype | None = None) -> Hashable:
+    """Return PyTorch's settings that decide which kernels run; `autocast` as for `step_key`."""
     return (
-        device.ambient_autocast(),
+        device.ambient_autocast() or autocast,
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         torch.get_num_threads(),
@@ -183,9 +197,9 @@ def _leaves(thing: Any, name: str, alone: bool, depth: int) -> Iterator[tuple[st
         for key, value in thing.items():
             yield from _leaves(value, f"{name}.{key}", alone, depth - 1)
     elif isinstance(thing, list | tuple):
-        # The arguments of a call are a tuple; what is in a list belongs to samples.
+        # The arguments of a call are a tuple; what is in a list belongs to samples. Of tensors, they are the same.
         alone = alone and isinstance(thing, tuple)
-        yield f"{name}:{type(thing).__qualname__}", None, alone
+        yield f"{name}:sequence", None, alone
         for place, value in enumerate(thing):
             yield from _leaves(value, f"{name}.{place}", alone, depth - 1)
     elif isinstance(getattr(thing, "__dict__", None), dict) and not isinstance(thing, torch.nn.Module | type):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import register_pytree_node
+from tightfit._torch_private.dispatch import register_pytree_node
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ def _named_by(function: types.FunctionType) -> Iterator[OuterVariable]:
                 yield from (OuterVariable(other, place) for other in names if other in vars(value))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            cell.cell_contents  # noqa: B018  (empty ones raise)
+            cell.cell_contents  # noqa: B018  # empty ones raise
         except ValueError:
             continue
         yield OuterVariable(name, cell)

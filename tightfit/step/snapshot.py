@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import no_function_modes, set_versions
+from tightfit._torch_private.dispatch import no_function_modes
+from tightfit._torch_private.tensors import set_versions
 from tightfit.device.process_state import device_random_states, set_device_random_states
+from tightfit.device.tensor_parts import holds_data
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.interrupts import safe_point
 from tightfit.step.host_copy import CopyFile, HostCopy, Zeros
@@ -190,7 +192,8 @@ class TrainingState:
                 yield from slots.values()
 
     def _contents_of(self, tensor: torch.Tensor) -> HostCopy | Zeros | None:
-        if self._file is None or is_dtensor(tensor):  # what a sharded tensor holds is in its local part
+        # What a sharded tensor holds is in its local part, and one on `meta` holds nothing.
+        if self._file is None or is_dtensor(tensor) or not holds_data(tensor):
             return None
         if id(tensor) in self._zeros:
             return Zeros()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tightfit._torch_private import drop_tensor_hooks, storage_key, tensor_hooks, version_of
+from tightfit._torch_private.tensors import drop_tensor_hooks, storage_key, tensor_hooks, version_of
+from tightfit.device.tensor_parts import holds_data
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.errors import UnsupportedInput
 from tightfit.step.host_copy import HostCopy, Zeros
@@ -61,7 +62,7 @@ class TensorSnapshot:
             tensor.data = shown
         if self.contents is not None:
             self.contents.restore(tensor)
-        elif self.version >= 0 and version_of(tensor) != self.version:
+        elif self.version >= 0 and version_of(tensor) != self.version and holds_data(tensor):
             raise UnsupportedInput(
                 f"a tensor of the model, the optimizer or the batch ({tensor.dtype} {list(tensor.shape)}) was changed "
                 "while a copy of them was measured without data, so the loss function reaches past what it is given. "

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-00000100`` with three files: ``training.safetensors`` (every tensor of weights,
 optimizer, moving average and random generators), ``state.json`` (everything else: the step, the run's identity and
-progress, and where each tensor belongs) and ``manifest.json`` (sizes and digests of the two).  Reading one never runs
-code.
+progress, and where each tensor belongs) and ``manifest.json`` (sizes and digests of the others).  Of a sharded model,
+each further process has a file of its own for its shards (``training-00001.safetensors``).  Reading never runs code.
 
 It is written under another name, flushed to disk and renamed; only then do the links ``latest`` and ``best`` move. So a
 process may be killed at any moment: ``latest`` names a complete checkpoint, before or after. Later damage is noticed
@@ -17,20 +17,23 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tightfit.distributed.dtensor import is_dtensor
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
-from tightfit.train.files import flush_to_disk
-from tightfit.train.manifest import Damaged, check_manifest, format_of, write_manifest
-from tightfit.train.parallel.fsdp import shards_of_model, shards_of_optimizer
+from tightfit.train.files import flush_to_disk, remove_temporary
+from tightfit.train.manifest import Damaged, Written, check_manifest, format_of, write_manifest
 from tightfit.train.plain_state import pack, unpack
+from tightfit.train.shard_files import Piece, ShardFiles, in_order, pieces_of, save_file
+from tightfit.train.shard_targets import targets_of
 
 FORMAT_VERSION = 5
 _RECOLLECT_FORMATS = (1, 2, 3)
@@ -55,6 +58,8 @@ class Checkpoint:
     """The settings and data of the run, which may not change when it is resumed."""
     progress: Mapping[str, Any]
     """How the run went so far, as `Progress.to_json` gives it."""
+    files: tuple[str, ...] = (TENSORS,)
+    """Names of those with tensors."""
     damaged: tuple[Path, ...] = ()
     """Newer ones that are not complete, and were passed over for this one."""
 
@@ -78,7 +83,70 @@ class Retention:
 KEEP_ALL = Retention()
 
 
-def save_checkpoint(
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A checkpoint as one process is about to write it.
+
+    First `begin`, then `write_tensors` in each process that has any, then `commit`; first and last are rank 0's.
+    """
+
+    checkpoints: Path
+    """The folder of all checkpoints of the run."""
+    step: int
+    state: Mapping[str, Any]
+    """What ``state.json`` holds."""
+    pieces: Sequence[Piece]
+    """The tensors that this process writes."""
+    is_best: bool
+    retention: Retention = KEEP_ALL
+    is_whole: bool = True
+    """Rank 0 writes all of it: nothing is sharded."""
+
+    def begin(self) -> Path:
+        """Make the temporary folder; not the run's, which somebody may have moved."""
+        self.checkpoints.mkdir(exist_ok=True)
+        remove_temporary(self.checkpoints)
+        temporary = self.checkpoints / f".{self._name}.{os.getpid()}.tmp"
+        temporary.mkdir()
+        return temporary
+
+    def write_tensors(self, temporary: Path, rank: int = 0) -> Written | None:
+        """Write this process's tensors; None: it has none."""
+        if not self.pieces and rank:
+            return None
+        return save_file(temporary / (f"training-{rank:05d}.safetensors" if rank else TENSORS), in_order(self.pieces))
+
+    def commit(self, temporary: Path, written: Sequence[Written]) -> Path:
+        """Write all else, and give the folder its name: only now there is such a checkpoint."""
+        (temporary / STATE).write_text(json.dumps(self.state, allow_nan=False) + "\n", encoding="utf-8")
+        write_manifest(temporary, FORMAT_VERSION, written)
+        folder = self.checkpoints / self._name
+        if folder.exists():  # left by a run that was killed, or that went on from an earlier step
+            folder.rename(self.checkpoints / f".{self._name}.replaced.{os.getpid()}.tmp")
+        temporary.rename(folder)
+        for name in (LATEST, *((BEST,) if self.is_best else ())):
+            _point(name, folder)
+        _prune(self.checkpoints, self.retention)
+        remove_temporary(self.checkpoints)
+        return folder
+
+    def write(self) -> Path:
+        """Do all of it in one process; where that fails, nothing is left of it."""
+        temporary = self.begin()
+        try:
+            written = self.write_tensors(temporary)
+            assert written is not None
+            return self.commit(temporary, [written])
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
+            raise
+
+    @property
+    def _name(self) -> str:
+        return f"step-{self.step:08d}"
+
+
+def draft_checkpoint(
     checkpoints: Path,
     *,
     step: int,
@@ -90,47 +158,48 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     is_best: bool,
     retention: Retention = KEEP_ALL,
-) -> Path:
-    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is the best.
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Draft:
+    """Take apart what a checkpoint is to hold; the draft shares its tensors.  All processes call this.
 
     Args:
         checkpoints: the folder of all checkpoints of the run.
         step: optimizer steps done.
         identity, progress: see `Checkpoint`.
-        model, optimizer: state dicts of what is trained, unsharded.
+        model, optimizer: state dicts of what is trained, sharded or not.
         random_states: `random_state` of each process of the run, by rank.
         extra: more state, of tensors and plain data.
         is_best: it is the best so far.
         retention: which earlier ones stay.
+        group: the processes of the run.
 
     Raises:
         UnsupportedInput: the state holds something that only code could load again.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    _remove_temporary(checkpoints)
-    folder = checkpoints / f"step-{step:08d}"
-    temporary = checkpoints / f".{folder.name}.{os.getpid()}.tmp"
-    temporary.mkdir()
-    tensors, training = pack(
-        {"model": model, "optimizer": optimizer, "random": list(random_states), "extra": dict(extra)}
-    )
-    save_file(tensors, temporary / TENSORS)
+    held = {"model": model, "optimizer": optimizer, "random": list(random_states), "extra": dict(extra)}
+    tensors, training = pack(held, shares=True)
     state: dict[str, Any] = {"step": step}
     for name, plain in (("identity", identity), ("progress", progress)):
         state[name] = {key: pack(value)[1] for key, value in plain.items()}
     state["training"] = training
-    (temporary / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
-    for path in temporary.iterdir():
-        path.chmod(0o666 & ~_umask())  # safetensors lets only the owner read
-    write_manifest(temporary, FORMAT_VERSION)
-    if folder.exists():  # left by a run that was killed, or that went on from an earlier step
-        folder.rename(checkpoints / f".{folder.name}.replaced.{os.getpid()}.tmp")
-    temporary.rename(folder)
-    for name in (LATEST, *((BEST,) if is_best else ())):
-        _point(name, folder)
-    _prune(checkpoints, retention)
-    _remove_temporary(checkpoints)
-    return folder
+    pieces = pieces_of(tensors, group)
+    return Draft(
+        checkpoints=checkpoints,
+        step=step,
+        state=state,
+        pieces=pieces,
+        is_best=is_best,
+        retention=retention,
+        is_whole=not any(map(is_dtensor, tensors.values())),
+    )
+
+
+def save_checkpoint(checkpoints: Path, **held: Any) -> Path:
+    """Write ``checkpoints/step-…`` and let ``checkpoints/latest`` name it, and ``best`` too if it is the best.
+
+    Takes what `draft_checkpoint` takes, and raises what that raises.
+    """
+    return draft_checkpoint(checkpoints, **held).write()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -141,7 +210,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         _refuse_other_formats(folder)
-        check_manifest(folder, (TENSORS, STATE))
+        names = check_manifest(folder, (TENSORS, STATE))
         if (folder / STATE).stat().st_size > _MOST_STATE_BYTES:
             raise Damaged(f"{STATE} is too large to be one")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -154,6 +223,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             step=step,
             identity={key: unpack(value, {}) for key, value in state["identity"].items()},
             progress={key: unpack(value, {}) for key, value in state["progress"].items()},
+            files=tuple(name for name in names if name.endswith(".safetensors")),
         )
     except Damaged as problem:
         raise _incomplete(folder, str(problem)) from None
@@ -186,7 +256,7 @@ def _format_without_manifest(folder: Path) -> int | None:
     """Return the format of a checkpoint that an earlier version wrote, which had no manifest; None: it is not one."""
     state = folder / STATE
     try:
-        if state.stat().st_size > _MOST_STATE_BYTES:
+        if not state.is_file() or state.stat().st_size > _MOST_STATE_BYTES:
             return None
         version = json.loads(state.read_text(encoding="utf-8")).get("format_version")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -232,32 +302,30 @@ def set_aside(folder: Path) -> Path:
 
 
 def read_training_state(folder: Path) -> Mapping[str, Any]:
-    """Read the tensors of a checkpoint that `read_checkpoint` has checked: ``model``, ``optimizer``, and others.
+    """Read the tensors of a checkpoint that `read_checkpoint` has checked: ``model``, ``optimizer``, and others, whole.
 
     Raises:
         UnsupportedInput: they are not as `save_checkpoint` writes them.
     """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        saved = unpack(state["training"], load_file(folder / TENSORS))
-        return {name: saved[name] for name in ("model", "optimizer", "random", "extra")}
-    except (OSError, SafetensorError, *_NOT_OURS, RuntimeError) as problem:
-        raise _incomplete(folder, f"what it holds cannot be understood ({problem})") from None
+    return _read_training(folder, sorted(folder.glob("*.safetensors")))
 
 
 def load_checkpoint(
     checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0, world_size: int = 1
 ) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Load model and optimizer.
+    """Load model and optimizer, each process its own shards.
 
     Returns:
-        What was given as ``extra``, and the state of this process's random generators; None where the run had another
-        number of processes.
+        What was given as ``extra``, its average sharded as the parameters are, and the state of this process's random
+        generators; None where the run had another number of processes.
     """
-    saved = read_training_state(checkpoint.folder)
+    files = [checkpoint.folder / name for name in checkpoint.files]
     try:
-        model.load_state_dict(shards_of_model(saved["model"], model))
-        optimizer.load_state_dict(shards_of_optimizer(saved["optimizer"], optimizer))
+        saved = _read_training(checkpoint.folder, files, model, optimizer)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except UnsupportedInput:
+        raise
     except (RuntimeError, ValueError, KeyError) as problem:
         raise UnsupportedInput(
             f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "
@@ -265,6 +333,23 @@ def load_checkpoint(
         ) from None
     states = saved["random"]
     return saved["extra"], states[rank] if len(states) == world_size else None
+
+
+def _read_training(
+    folder: Path,
+    files: Sequence[Path],
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Mapping[str, Any]:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        found = ShardFiles(files)
+        targets = targets_of(found, model, optimizer)
+        found.read_into(targets)
+        saved = unpack(state["training"], targets)
+        return {name: saved[name] for name in ("model", "optimizer", "random", "extra")}
+    except (OSError, SafetensorError, *_NOT_OURS, RuntimeError) as problem:
+        raise _incomplete(folder, f"what it holds cannot be understood ({problem})") from None
 
 
 def _incomplete(folder: Path, why: str) -> UnsupportedInput:
@@ -282,15 +367,6 @@ def _point(name: str, folder: Path) -> None:
     flush_to_disk(folder.parent)
 
 
-def _remove_temporary(checkpoints: Path) -> None:
-    """Remove what a killed process left behind: names that begin with a dot and end with ``.tmp``."""
-    for path in checkpoints.glob(".*.tmp"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _numbered(checkpoints: Path) -> list[Path]:
     """Return the folders of checkpoints, the newest first."""
     found = [path for path in checkpoints.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -302,14 +378,9 @@ def _step_of(folder: Path) -> int:
 
 
 def _prune(checkpoints: Path, retention: Retention) -> None:
-    """Remove what does not stay, one after the other, each first under a name that a later save would remove."""
+    """Give what does not stay names that this save or a later one removes."""
     always = {(checkpoints / name).resolve() for name in (LATEST, BEST)}
     for newer, folder in enumerate(_numbered(checkpoints)):
         if not retention.stays(_step_of(folder), newer) and folder.resolve() not in always:
-            shutil.rmtree(folder.rename(checkpoints / f".{folder.name}.pruned.{os.getpid()}.tmp"))
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
+            with suppress(OSError):  # the checkpoint that was written is as good with it
+                folder.rename(checkpoints / f".{folder.name}.pruned.{os.getpid()}.tmp")

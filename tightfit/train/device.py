@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from tightfit.device.described.cards import card_named
 from tightfit.device.registry import KINDS, device_named, preferred_kind
 from tightfit.errors import UnsupportedInput
 
 
 def resolve_device(text: str) -> torch.device:
     """Return the device that ``cpu``, ``cuda``, ``cuda:1`` or ``auto`` names."""
+    if (card := card_named(text)) is not None:
+        raise UnsupportedInput(
+            f"--device {text} names {card.title}, which is described, not here. Nothing can be run on it. Ask for a "
+            "prediction (`tightfit plan`, `tightfit frontier`), or write --device cpu, cuda, cuda:1 or auto."
+        )
     if text == "auto":
         return torch.device(preferred_kind().kind)
     try:

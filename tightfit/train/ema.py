@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tightfit.device import device_for
 from tightfit.distributed.dtensor import is_dtensor, local_shard
-from tightfit.train.parallel.fsdp import distributed_like, shard_of
+from tightfit.train.parallel.fsdp import distributed_like
 
 
 class MovingAverage:
@@ -65,6 +65,6 @@ class MovingAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load an unsharded average from a checkpoint; raises KeyError or RuntimeError if it is of another model."""
+        """Load an average, sharded as the parameters are; raises KeyError or RuntimeError for another model's."""
         for name, average in self._average.items():
-            average.copy_(local_shard(shard_of(state[name], self._trained[name])))
+            average.copy_(local_shard(state[name]))

@@ -14,9 +14,15 @@ from tightfit.step.batch import describe_batch
 from tightfit.step.microbatch import Microbatch
 from tightfit.units import format_bytes
 
+_SHOWN_SAMPLES = 8
+
 
 class TrainingFailed(TightfitError):
     """A run that began well cannot go on."""
+
+
+class StepRanOutOfMemory(TrainingFailed):
+    """The device had no more memory for a step, though its plan keeps the budget."""
 
 
 @contextmanager
@@ -26,7 +32,7 @@ def explaining_step_failures(
     """Inside, out-of-memory errors and lost processes become errors that say what to do.
 
     Raises:
-        TrainingFailed: the device has no more memory.
+        StepRanOutOfMemory: the device has no more memory.
         CommunicationFailed: another process of the run does not answer.
     """
     try:
@@ -37,11 +43,14 @@ def explaining_step_failures(
         if not is_out_of_memory(error):
             raise
         shapes = "; ".join(map(describe_batch, microbatches))
-        reason = first_line(error)
         predicted_bytes = plan.predicted_peak_bytes + budget.beside_step_bytes
-        raise TrainingFailed(
-            f"a step on {shapes} ran out of memory ({reason}), though its predicted peak of "
-            f"{format_bytes(predicted_bytes)} is within the budget of {format_bytes(budget.total_bytes)}: the device "
-            f"has less than that to give, or something else took it. Go on from the last checkpoint with --resume auto "
-            f"and a smaller --memory."
+        raise StepRanOutOfMemory(
+            f"a step on {shapes} ran out of memory ({first_line(error)}), though its predicted peak of "
+            f"{format_bytes(predicted_bytes)} is within the budget of {format_bytes(budget.total_bytes)}"
         ) from error
+
+
+def shown_samples(numbers: Sequence[int]) -> str:
+    """Return the numbers of samples for a message, the first of many."""
+    shown = ", ".join(map(str, numbers[:_SHOWN_SAMPLES]))
+    return shown + (f" and {len(numbers) - _SHOWN_SAMPLES} more" if len(numbers) > _SHOWN_SAMPLES else "")

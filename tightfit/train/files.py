@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,12 +28,36 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line, and have it on disk before going on."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(f"{line}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, and have it on disk before going on; where that fails, the file is as it was."""
+    with path.open("ab", buffering=0) as stream:
+        before_bytes = stream.tell()
+        try:
+            rest = memoryview(text.encode("utf-8"))
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(before_bytes)
+            raise
+
+
+def remove_temporary(folder: Path) -> list[Path]:
+    """Remove what a killed process left behind: names that begin with a dot and end with ``.tmp``.
+
+    Returns what cannot be removed now, for example because another process reads it on a network's disk: that is no
+    reason to fail.
+    """
+    left = []
+    for path in folder.glob(".*.tmp"):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError:
+            left.append(path)
+    return left
 
 
 def flush_to_disk(path: Path) -> None:

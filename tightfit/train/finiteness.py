@@ -7,47 +7,41 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tightfit._torch_private import tree_leaves
+from tightfit._torch_private.dispatch import tree_leaves
 from tightfit.distributed.dtensor import local_shard
 from tightfit.train.ema import MovingAverage
 from tightfit.train.failures import TrainingFailed
 from tightfit.train.workload import Workload
 
 
+class NonFiniteStep(TrainingFailed):
+    """The loss or the gradients of a step are no numbers; all processes of the run raise this, and none applies it."""
+
+
 class FiniteGuard:
     """Ends a run before it saves what is not finite.
 
-    Looked at are the loss of each step, and before each checkpoint the weights, the moving average and the optimizer's
-    state.  Buffers and frozen weights count only if they were finite when the run began: a mask may hold infinity.
+    Looked at before each checkpoint are the weights, the moving average and the optimizer's state.  Buffers and frozen
+    weights count only if they were finite when the run began: a mask may hold infinity.
     """
 
     def __init__(self, work: Workload, average: MovingAverage, checkpoints: Path) -> None:
         self._work = work
         self._average = average
         self._checkpoints = checkpoints
-        self._losses_are_finite: Tensor | None = None
         trained = {name for name, parameter in work.model.named_parameters() if parameter.requires_grad}
         self._judged = {name for name, tensor in self._weights() if name in trained or is_finite(tensor)}
-
-    def note(self, loss: Tensor) -> None:
-        """Note the loss of a step that is not logged, without waiting for the device."""
-        finite = loss.isfinite()
-        known = self._losses_are_finite
-        self._losses_are_finite = finite if known is None else known.logical_and_(finite)
-
-    def require_finite_step(self, step: int, loss: float, gradient_norm: float | None) -> None:
-        """Raise `TrainingFailed` if the loss or the gradients' norm of a logged step is no number."""
-        for what, value in (("loss", loss), ("norm of the gradients", gradient_norm)):
-            if value is not None and not math.isfinite(value):
-                raise self._failure(f"the {what} is {value} at step {step}")
 
     def require_finite_state(self, step: int) -> None:
         """Raise `TrainingFailed` if what is about to be saved after a step is not finite.  All processes call this."""
         found = [reason for reason in self._work.group.all_gather(self._reason()) if reason]
         if found:
-            raise self._failure(f"{found[0]} after step {step}")
+            raise TrainingFailed(
+                f"{found[0]} after step {step}, so the weights are no longer of use, and they are not saved. The last "
+                f"checkpoint in {self._checkpoints} is from before. Try a smaller --lr in another run (--mark NAME)."
+            )
 
     def require_a_step(self, taken: int, skipped: int) -> None:
         """Raise `TrainingFailed` if a run ends in which every step was skipped."""
@@ -59,15 +53,12 @@ class FiniteGuard:
             )
 
     def _reason(self) -> str | None:
-        finite, self._losses_are_finite = self._losses_are_finite, None
         for name, tensor in self._weights():
             if name in self._judged and not is_finite(tensor):
                 return f"the weights are not finite ({name})"
         for tensor in (*tree_leaves(self._work.optimizer.state_dict()["state"]), *self._average.state_dict().values()):
             if isinstance(tensor, Tensor) and not is_finite(tensor):
                 return "the optimizer's state or the weights' average is not finite"
-        if finite is not None and not finite.item():
-            return "a loss since the last logged step is not finite"
         return None
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -75,17 +66,29 @@ class FiniteGuard:
             if isinstance(value, Tensor):
                 yield name, value
 
-    def _failure(self, found: str) -> TrainingFailed:
-        return TrainingFailed(
-            f"{found}, so the weights are no longer of use, and they are not saved. The last checkpoint in "
-            f"{self._checkpoints} is from before. Try a smaller --lr in another run (--mark NAME), or go on from the "
-            f"checkpoint with --resume auto --on-nonfinite skip, which leaves out steps without finite gradients."
-        )
+
+def nonfinite_part(loss: Tensor, model: nn.Module | None) -> str | None:
+    """Say what of a step is not finite in this process, its loss or a gradient of the model; None: all is."""
+    if not math.isfinite(loss.item()):
+        return f"the loss is {loss.item()}"
+    gradients = {} if model is None else {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if are_finite(gradients.values()):
+        return None
+    name = next((name for name, gradient in gradients.items() if not is_finite(gradient)), "a parameter")
+    return f"the gradient of {name} is no number"
 
 
-def gradients_are_finite(parameters: Iterable[Tensor]) -> bool:
-    """Tell whether every gradient of this process is finite."""
-    return all(is_finite(parameter.grad) for parameter in parameters if parameter.grad is not None)
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether every element of this process's shards is finite, waiting for the device once."""
+    simple: list[Tensor] = []
+    for tensor in tensors:
+        values = local_shard(tensor).detach()
+        if values.layout is torch.strided and values.itemsize > 1 and values.is_floating_point():
+            simple += [values] if values.numel() else []
+        elif not is_finite(values):
+            return False
+    return not simple or math.isfinite(torch.nn.utils.get_total_norm(simple, math.inf).item())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from tightfit.errors import BudgetInfeasible
 from tightfit.step.batch import describe_batch
 from tightfit.train.data.dataset_info import TrainingData
 from tightfit.train.data.loader import BatchLoader
+from tightfit.train.failures import shown_samples
 
 #: Samples whose size is looked at, where it is not known; of more, as many are looked at, evenly spaced.
 MOST_SAMPLES = 20_000
-_SHOWN_SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,6 @@ def naming_batch(batch: object, largest: LargestMicrobatch) -> Iterator[None]:
             problem,
             f"It is for the batch of step {largest.step + 1}, the largest of the run"
             f"{'' if largest.is_bound else ' among the samples that were looked at'}: "
-            f"{describe_batch(batch)}, samples {_shown(largest.numbers)}. To run fewer samples at a time without "
-            f"changing the training, add --microbatch-size.",
+            f"{describe_batch(batch)}, samples {shown_samples(largest.numbers)}. To run fewer samples at a time "
+            f"without changing the training, add --microbatch-size.",
         ) from None
-
-
-def _shown(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_SHOWN_SAMPLES]))
-    return shown + (f" and {len(numbers) - _SHOWN_SAMPLES} more" if len(numbers) > _SHOWN_SAMPLES else "")

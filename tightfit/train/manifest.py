@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tightfit.train.files import flush_to_disk
 
 MANIFEST = "manifest.json"
-#: A manifest names a handful of files; whatever is larger is not one, and is not read.
-_MOST_BYTES = 100_000
+#: A manifest names a file for each process; whatever is larger is not one, and is not read.
+_MOST_BYTES = 10_000_000
 
 
 class Damaged(Exception):
     """A folder does not hold what its manifest says."""
 
 
-def write_manifest(folder: Path, format_version: int) -> None:
-    """Write the manifest over all files of the folder, and flush everything to disk."""
-    files = {
-        path.name: {"size_bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(folder.iterdir())
-    }
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def write_manifest(folder: Path, format_version: int, known: Sequence[Written] = ()) -> None:
+    """Write the manifest over all files of the folder, and flush everything to disk.
+
+    Of those that are `known`, what they hold is not read again: it is what was meant to be written.
+    """
+    written = {one.name: one for one in known}
+    for path in folder.iterdir():
+        written.setdefault(path.name, Written(path.name, path.stat().st_size, _digest(path)))
+    files = {name: {"size_bytes": one.size_bytes, "sha256": one.sha256} for name, one in sorted(written.items())}
     (folder / MANIFEST).write_text(_text({"format_version": format_version, "files": files}), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         flush_to_disk(path)
@@ -37,8 +52,8 @@ def format_of(folder: Path) -> int:
     return int(_read(folder)["format_version"])
 
 
-def check_manifest(folder: Path, names: tuple[str, ...]) -> None:
-    """Check that the folder holds these files as they were written.
+def check_manifest(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """Check that the folder holds these files and all others of its manifest as they were written; return their names.
 
     Raises:
         Damaged: a file is missing, or has other content.
@@ -47,18 +62,26 @@ def check_manifest(folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in files:
             raise Damaged(f"{MANIFEST} does not name {name}")
+    for name in files:
+        if Path(name).name != name:
+            raise Damaged(f"{MANIFEST} names a file of another folder")
         path = folder / name
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise Damaged(f"{name} is no file")
         try:
             is_same = path.stat().st_size == files[name]["size_bytes"] and _digest(path) == files[name]["sha256"]
         except OSError as problem:
             raise Damaged(f"{name}: {problem.strerror}") from None
         if not is_same:
             raise Damaged(f"{name} is not what was written (its size or digest differs)")
+    return list(files)
 
 
 def _read(folder: Path) -> Any:
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise Damaged(f"{MANIFEST} is no file")
         if path.stat().st_size > _MOST_BYTES:
             raise Damaged(f"{MANIFEST} is too large to be one")
         text = path.read_text(encoding="utf-8")

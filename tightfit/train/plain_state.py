@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.distributed.dtensor import is_dtensor
 from tightfit.errors import UnsupportedInput
 
 
 class _Packer:
-    def __init__(self) -> None:
+    def __init__(self, *, shares: bool) -> None:
+        self._shares = shares
         self.tensors: dict[str, Tensor] = {}
         self._names: dict[tuple[object, ...], str] = {}
         self._storages: set[int] = set()
@@ -47,6 +49,9 @@ class _Packer:
         )
 
     def _pack_tensor(self, tensor: Tensor, path: str) -> Any:
+        if self._shares and is_dtensor(tensor) and not tensor.is_complex():
+            self.tensors[path] = tensor
+            return {"tensor": path, "shape": list(tensor.shape)}
         if tensor.layout is torch.sparse_coo:
             parts = [tensor.coalesce().indices(), tensor.coalesce().values()]
             packed = [self._pack_tensor(part, f"{path}.{place}") for place, part in enumerate(parts)]
@@ -66,6 +71,9 @@ class _Packer:
         if reference["tensor"] == path:
             if tensor.numel():
                 self._names[key] = path
+            if self._shares:
+                self.tensors[path] = tensor
+                return reference
             host = tensor.cpu().contiguous()
             storage = host.untyped_storage().data_ptr()
             self.tensors[path] = host.clone() if storage in self._storages else host
@@ -83,13 +91,17 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """Take a state apart: its tensors in host memory by names, and JSON that refers to them.
+def pack(state: Any, *, shares: bool = False) -> tuple[dict[str, Tensor], Any]:
+    """Take a state apart: its tensors by names, and JSON that refers to them.
+
+    Args:
+        state: tensors, plain data and containers of them.
+        shares: return the tensors themselves, or their shards; else contiguous ones in host memory, each of its own.
 
     Raises:
         UnsupportedInput: it holds something else than tensors, plain data and containers of them.
     """
-    packer = _Packer()
+    packer = _Packer(shares=shares)
     plain = packer.pack(state, "")
     return packer.tensors, plain
 
@@ -109,11 +121,15 @@ def unpack(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "sparse" in plain:
         indices, values = unpack(plain["sparse"], tensors)
         return torch.sparse_coo_tensor(indices, values, plain["size"], check_invariants=True).coalesce()
-    (kind,) = plain.keys() - {"strides"}
+    (kind,) = plain.keys() - {"strides", "shape"}
     content = plain[kind]
     if kind == "tensor":
         tensor = tensors[content]
+        if plain.get("shape", list(tensor.shape)) != list(tensor.shape):
+            raise ValueError(f"a shard of {content} is missing")
         if "strides" not in plain:
+            return tensor
+        if list(tensor.stride()) == plain["strides"]:
             return tensor
         return torch.empty_strided(tensor.shape, plain["strides"], dtype=tensor.dtype).copy_(tensor)
     if kind == "dict":

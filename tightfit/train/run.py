@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,22 +11,25 @@ from typing import Any
 import torch
 
 import tightfit
+from tightfit.device.budget import Budget
+from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
 from tightfit.report.run_summary import RunSummary
 from tightfit.report.text import format_gaps
 from tightfit.train.checkpoint import LATEST, Checkpoint, Retention
-from tightfit.train.checkpoint_writer import CheckpointWriter
+from tightfit.train.checkpoint_writer import CheckpointWriter, copy_room_bytes
 from tightfit.train.config import TrainConfig
 from tightfit.train.determinism import deterministic_algorithms
 from tightfit.train.ema import MovingAverage
 from tightfit.train.evaluation import Evaluator, loss_of_first_batch, make_evaluator
 from tightfit.train.finiteness import FiniteGuard
 from tightfit.train.loop import OptimizerStep, TrainingLoop
+from tightfit.train.memory_limit import FILE as MEMORY_LIMIT
+from tightfit.train.memory_limit import noted_limit
 from tightfit.train.models import ModelSource
 from tightfit.train.parallel.ddp import data_parallel
-from tightfit.train.parallel.fsdp import unsharded
 from tightfit.train.precision import make_scaler
 from tightfit.train.progress import Progress
 from tightfit.train.resume import Restored, end_of_run, identity_of, progress_of, restore, settle_sums
@@ -53,6 +56,8 @@ class _Prepared:
     folder: RunFolder
     evaluator: Evaluator | None
     checkpoint: Checkpoint | None
+    limit_bytes: int | None
+    """What plans may hold in total, if that is less than the budget: see `memory_limit`."""
     total_steps: int
 
 
@@ -77,8 +82,8 @@ def run(
     """
     with deterministic_algorithms(config.deterministic), ExitStack() as lock:
         prepared = group.run_on_all(lambda: _prepare(config, group, device, reporter, lock))
-        checkpoint = group.broadcast(prepared.checkpoint)
-        return _train(replace(prepared, checkpoint=checkpoint), command, reporter)
+        checkpoint, limit_bytes = group.broadcast((prepared.checkpoint, prepared.limit_bytes))
+        return _train(replace(prepared, checkpoint=checkpoint, limit_bytes=limit_bytes), command, reporter)
 
 
 def _prepare(
@@ -93,6 +98,7 @@ def _prepare(
     if group.is_main_process:
         folder.check_place()
         lock.enter_context(only_run_in(folder.path, partial(reporter.say, important=True)))
+        folder.tidy()
         checkpoint = folder.find_checkpoint(config.resume)
     work = build(config, source, group, device, sharded=config.strategy == "fsdp" and not group.is_single_process)
     return _Prepared(
@@ -102,6 +108,7 @@ def _prepare(
         folder=folder,
         evaluator=make_evaluator(config, source, work),
         checkpoint=checkpoint,
+        limit_bytes=noted_limit(folder.path),
         total_steps=config.total_steps(work.order.steps_per_epoch),
     )
 
@@ -125,8 +132,26 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
         _finish_ended(prepared, checkpoint, average, reporter)
         return None
     _introduce(prepared, reporter)
-    applied, budget = plan_run(config, work, average, first_step, total_steps)
+    if prepared.limit_bytes is not None and prepared.limit_bytes < work.budget.total_bytes:
+        reporter.say(
+            f"note    a step of this run has run out of memory, so plans are made for "
+            f"{format_bytes(prepared.limit_bytes)}. Remove {folder.path / MEMORY_LIMIT} to have the whole budget.",
+            important=True,
+        )
+
+    def plan(limit_bytes: int | None) -> tuple[tightfit.Applied, Budget]:
+        with reporter.phases():
+            return plan_run(config, prepared.work, average, first_step, total_steps, limit_bytes=limit_bytes)
+
+    applied, budget = plan(prepared.limit_bytes)
     work = replace(work, budget=budget)
+
+    def tighten(limit_bytes: int) -> tuple[tightfit.Applied, Budget]:
+        nonlocal applied
+        applied.remove()
+        applied, budget = plan(limit_bytes)
+        return applied, budget
+
     try:
         unused = unused_parameters_of(config, work, applied)
         model = data_parallel(work.model, group, work.device, unused=unused, accumulation_steps=work.accumulation_steps)
@@ -142,39 +167,44 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
         elif config.resume is not None:
             reporter.say("nothing to resume: beginning with the first step")
-        with _metrics_of(folder, config, group) as metrics:
+        with _metrics_of(folder, config, group, reporter) as metrics:
             meter = StepMeter(work, average)
+            checkpoints = CheckpointWriter(
+                folder=folder.checkpoints,
+                work=work,
+                average=average,
+                scaler=scaler,
+                progress=progress,
+                identity=identity,
+                retention=Retention(last=config.keep_last, every=config.keep_every),
+                metrics=metrics,
+                reporter=reporter,
+                room_bytes=copy_room_bytes(
+                    applied.plan, budget, work.device, group.processes_here() if is_sharded(work.model) else 1
+                ),
+                last_step=first_step,
+            )
+            meter.beside_bytes = checkpoints.held_bytes
             loop = TrainingLoop(
                 config=config,
                 work=work,
-                steps=OptimizerStep(
-                    work=work,
-                    applied=applied,
-                    model=model,
-                    scaler=scaler,
-                    skips_nonfinite=config.on_nonfinite == "skip",
-                ),
+                steps=OptimizerStep(work=work, applied=applied, model=model, scaler=scaler),
                 meter=meter,
                 evaluator=prepared.evaluator,
                 average=average,
                 progress=progress,
                 log=StepLog(work=work, applied=applied, total_steps=total_steps, reporter=reporter, metrics=metrics),
-                checkpoints=CheckpointWriter(
-                    folder=folder.checkpoints,
-                    work=work,
-                    average=average,
-                    scaler=scaler,
-                    progress=progress,
-                    identity=identity,
-                    retention=Retention(last=config.keep_last, every=config.keep_every),
-                ),
+                checkpoints=checkpoints,
                 guard=FiniteGuard(work, average, folder.checkpoints),
                 total_steps=total_steps,
                 steps_done=first_step,
+                tighten=tighten,
+                folder=folder.path,
             )
             settle_sums(loop.steps, model, work, scaler, first_step)
             restored.restore_random_state()
-            loop.run()
+            with closing(checkpoints):
+                loop.run()
         mismatched_steps = 0 if applied.plans is None else applied.plans.statistics.mismatched_steps
     finally:
         applied.remove()
@@ -186,13 +216,8 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
 def _finish(folder: RunFolder, work: Workload, average: MovingAverage, step: int, summary: Mapping[str, Any]) -> None:
     """Write the model and the page of a run that has ended after `step` steps."""
     with average.in_place():
-        weights = unsharded(work.model.state_dict(), keep=work.group.is_main_process)
-
-        def write() -> None:
-            folder.save_model(weights, step)
-            folder.save_summary(summary)
-
-        _on_first(work.group, write)
+        folder.save_model(work.model.state_dict(), step, work.group)
+        _on_first(work.group, lambda: folder.save_summary(summary))
 
 
 def _finish_ended(prepared: _Prepared, checkpoint: Checkpoint, average: MovingAverage, reporter: Reporter) -> None:
@@ -266,18 +291,19 @@ def _open(
     checkpoint: Checkpoint | None,
     reporter: Reporter,
 ) -> None:
-    notes = folder.open(config, command, applied.plan, checkpoint)
+    notes = folder.open(config, command, applied.plan, applied.profile, checkpoint)
     reporter.open_log(folder.log)
     for note in notes:
         reporter.say(note, important=True)
 
 
 def _metrics_of(
-    folder: RunFolder, config: TrainConfig, group: ProcessGroup
+    folder: RunFolder, config: TrainConfig, group: ProcessGroup, reporter: Reporter
 ) -> AbstractContextManager[MetricsFile | None]:
     if not group.is_main_process:
         return nullcontext()
-    return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None)
+    say = partial(reporter.say, important=True)
+    return MetricsFile(folder.metrics, folder.tensorboard if config.tensorboard else None, say)
 
 
 def _introduce(prepared: _Prepared, reporter: Reporter) -> None:

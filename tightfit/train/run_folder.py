@@ -15,22 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tightfit.device.registry import devices
+from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
-from tightfit.records import Plan
+from tightfit.records import Plan, Profile
 from tightfit.report.metric_rows import read_metric_rows
-from tightfit.report.run_page import PAGE, read_run, refuse_recollect, render
+from tightfit.report.run_files import PAGE, PROFILE, read_run, refuse_made_up, refuse_recollect
+from tightfit.report.run_page import render
 from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, set_aside
 from tightfit.train.config import TrainConfig, to_yaml
 from tightfit.train.data import data_name
 from tightfit.train.failures import TrainingFailed
-from tightfit.train.files import replacing, write_text
+from tightfit.train.files import remove_temporary, replacing, write_text
+from tightfit.train.parallel.fsdp import unsharded
 from tightfit.train.registry import folder_name
 from tightfit.train.run_lock import LOCK
+from tightfit.train.shard_files import Piece, in_order, save_file
 
 _PACKAGES = ("tightfit", "torch", "numpy", "highspy", "transformers")
 
@@ -56,6 +58,10 @@ class RunFolder:
             )
         self._require_writable()
 
+    def tidy(self) -> None:
+        """Remove what a run that was killed had half written; the folder's lock must be held."""
+        remove_temporary(self.path)
+
     def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
         """Find the checkpoint to resume from; None: begin at the first step.
 
@@ -64,6 +70,7 @@ class RunFolder:
         """
         in_use = self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
         if in_use:
+            refuse_made_up(self.path)
             refuse_recollect(self.path)
         if resume is None:
             if in_use:
@@ -95,7 +102,12 @@ class RunFolder:
             )
 
     def open(
-        self, config: TrainConfig, command: Sequence[str], plan: Plan, checkpoint: Checkpoint | None
+        self,
+        config: TrainConfig,
+        command: Sequence[str],
+        plan: Plan,
+        profile: Profile | None,
+        checkpoint: Checkpoint | None,
     ) -> Sequence[str]:
         """Make the folder, or reopen it: drop metrics of steps that will be done again, and keep everything else.
 
@@ -107,12 +119,18 @@ class RunFolder:
             aside = set_aside(folder)
             notes.append(f"the checkpoint {folder.name} is damaged: it is set aside as {aside.name}, and not used")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for path in (*remove_temporary(self.path), *remove_temporary(self.checkpoints)):
+            notes.append(f"{path} is left from before and cannot be removed; remove it, it is of no use")
         write_text(self.path / "config.yaml", to_yaml(config))
         with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
             stream.write(shlex.join(command) + "\n")
         write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        (self.path / PROFILE).unlink(missing_ok=True)
         with replacing(self.path / "plan.json") as temporary:
             plan.save(temporary)
+        if profile is not None:  # what the plan was solved from
+            with replacing(self.path / PROFILE) as temporary:
+                profile.save(temporary)
         (self.path / PAGE).unlink(missing_ok=True)  # of the run's earlier end
         logged = read_metric_rows(self.metrics)
         if logged.damaged:
@@ -134,30 +152,32 @@ class RunFolder:
         steps = None if summary is None else summary.get("steps")
         return isinstance(steps, int) and steps >= step
 
-    def save_model(self, state: Mapping[str, Any], step: int) -> None:
+    def save_model(self, state: Mapping[str, Any], step: int, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Write ``model.safetensors``, with each key of the state dict, also of tied weights.
+
+        All processes call this.  Of a sharded model, one tensor after the other is gathered and written by rank 0.
 
         Raises:
             TrainingFailed: there is no room on the disk.
         """
-        tensors: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, tensor in state.items():
-            if not isinstance(tensor, Tensor):
-                continue  # a module's own extra state; the checkpoints hold it
-            host = tensor.detach().cpu().contiguous()
-            shared = host.untyped_storage().data_ptr() in seen
-            tensors[name] = host.clone() if shared else host
-            seen.add(host.untyped_storage().data_ptr())
-        try:
-            with replacing(self.model) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-                shutil.copymode(self.path / "config.yaml", temporary)  # safetensors lets only the owner read
-        except (OSError, SafetensorError) as problem:
+        # A module's own extra state is in the checkpoints.
+        pieces = in_order(Piece(name, tensor) for name, tensor in state.items() if isinstance(tensor, Tensor))
+        contents = (unsharded(piece.tensor) for piece in pieces)
+        problem = None
+        if group.is_main_process:
+            try:
+                with replacing(self.model) as temporary:
+                    save_file(temporary, pieces, contents)
+            except OSError as error:
+                problem = str(error)
+        for _ in contents:
+            pass  # the others take part in all of them
+        problem = group.broadcast(problem)
+        if problem is not None:
             raise TrainingFailed(
                 f"the model could not be written to {self.model} ({problem}). The checkpoint of step {step} is "
                 f"complete. Make room there and give the same command with --resume auto, which writes the model."
-            ) from problem
+            )
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's HTML page, with its summary."""

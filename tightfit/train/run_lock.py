@@ -40,7 +40,8 @@ def only_run_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # left there it locks nobody out, and the run's own error is worth more
+                lock.unlink()
             os.close(descriptor)
     finally:
         with suppress(OSError):  # a run has begun there

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tightfit.errors import UnsupportedInput
-from tightfit.train.files import append_line
+from tightfit.train.files import append_text
 
 
 class TensorBoardWriter:
@@ -49,11 +49,16 @@ def import_tensorboard() -> Any:
 
 
 class MetricsFile:
-    """Writes ``metrics.jsonl``: one object for each logged step."""
+    """Writes ``metrics.jsonl``: one object for each logged step.
 
-    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+    What cannot be written now, because the disk is full, is kept and written with what comes later.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None, say: Callable[[str], None]) -> None:
         self._path = path
         self._tensorboard = TensorBoardWriter(tensorboard) if tensorboard is not None else None
+        self._say = say
+        self._unwritten: list[str] = []
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -66,6 +71,21 @@ class MetricsFile:
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Append one object."""
-        append_line(self._path, json.dumps(metrics, allow_nan=False))
+        was_full = bool(self._unwritten)
+        self._unwritten.append(json.dumps(metrics, allow_nan=False) + "\n")
+        try:
+            self.flush()
+        except OSError as problem:
+            if not was_full:
+                self._say(
+                    f"{self._path} could not be written ({problem.strerror}). The run goes on, and writes these lines "
+                    f"when it can. Make room there."
+                )
         if self._tensorboard is not None:
             self._tensorboard.add(metrics["step"], metrics)
+
+    def flush(self) -> None:
+        """Write what is not written yet; raises OSError where that is not possible."""
+        if self._unwritten:
+            append_text(self._path, "".join(self._unwritten))
+            self._unwritten = []

@@ -23,12 +23,19 @@ from tightfit.units import format_bytes
 
 
 def plan_run(
-    config: TrainConfig, work: Workload, average: MovingAverage, first_step: int, total_steps: int
+    config: TrainConfig,
+    work: Workload,
+    average: MovingAverage,
+    first_step: int,
+    total_steps: int,
+    *,
+    limit_bytes: int | None = None,
 ) -> tuple[tightfit.Applied, Budget]:
     """Plan the largest microbatch of the run and all other sizes; returns the installed plan, and the budget with what
     is reserved beside the step.  All processes call this.
 
     Batches of other sizes, at the ends of epochs, are planned now: whether they fit is better known before the run.
+    Where `limit_bytes` is less than the budget, it is the budget.
 
     Raises:
         BudgetInfeasible: a batch does not fit; it is named.
@@ -37,7 +44,7 @@ def plan_run(
     largest = largest_microbatch(work.data, work.loader, first_step, total_steps)
     microbatches = work.microbatches(largest.step)
     budget = _with_reserve(
-        work.budget,
+        work.budget if limit_bytes is None else work.budget.at_most(limit_bytes),
         average.nbytes + work.bytes_beside(microbatches, largest.place) + bucket_bytes(work.model, work.group),
     )
     applied = _fit_together(config, work, budget, to_device(microbatches[largest.place], work.device), largest)

@@ -167,7 +167,7 @@ class DeviceSettings(Settings):
     TITLE = "device"
 
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto: CUDA where there is one"""
+    """cpu, cuda, cuda:1, auto, or, to plan for: one of `tightfit devices`, cuda:24GiB"""
     seed: int = 0
     """Seed of the initial weights, the order of the data and dropout"""
     deterministic: bool = False

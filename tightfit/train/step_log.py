@@ -15,7 +15,7 @@ from tightfit.train.step_meter import MeasuredStep
 from tightfit.train.workload import Workload
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StepLog:
     """Logs steps to the reporter and the metrics file."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +25,8 @@ class StepResult:
     """Mean over the whole batch; of several processes, the part of this one, times their number."""
     gradient_norm: Tensor | None
     """Before clipping; None: gradients are not clipped."""
-    skipped: bool = False
-    """The weights are as before, because the loss or a gradient was not finite in one of the processes."""
+    nonfinite: str | None = None
+    """What was not finite, in this process, or empty, in another one: the weights are as before. None: all was."""
 
 
 class TakesSteps(Protocol):
@@ -52,7 +52,7 @@ class MeasuredStep:
     """Of the process that needs most."""
     resident_bytes: int
     """Held after the step: parameters, gradients, optimizer state, batch, moving average."""
-    skipped: bool
+    nonfinite: str | None
     """See `StepResult`."""
 
 
@@ -69,6 +69,8 @@ class StepMeter:
         self._steps = 0
         self.highest_peak_bytes = 0
         """Of all that was metered, steps and evaluations."""
+        self.beside_bytes: Callable[[], int] = lambda: 0
+        """What else is held on the device now: a copy that is being saved."""
 
     def add(self, seconds: float) -> None:
         """Note that a step took so long, as far as this process can tell without waiting for the device."""
@@ -94,17 +96,20 @@ class StepMeter:
             step_ms=1e3 * max(seconds for _, seconds, _ in everyones),
             peak_bytes=max(peak for _, _, peak in everyones),
             resident_bytes=self._resident_bytes(microbatches),
-            skipped=result.skipped,
+            nonfinite=result.nonfinite,
         )
         self.highest_peak_bytes = max(self.highest_peak_bytes, measured.peak_bytes)
         return measured
 
     def note_evaluation(self, peak_bytes: int) -> None:
         """Note the peak of an evaluation, the moving average not included."""
-        self.highest_peak_bytes = max(self.highest_peak_bytes, peak_bytes + self._average.nbytes)
+        self.highest_peak_bytes = max(self.highest_peak_bytes, peak_bytes + self._beside_bytes())
 
     def _resident_bytes(self, microbatches: Sequence[Microbatch]) -> int:
-        return resident_bytes(self._work.model, microbatches, self._work.optimizer) + self._average.nbytes
+        return resident_bytes(self._work.model, microbatches, self._work.optimizer) + self._beside_bytes()
+
+    def _beside_bytes(self) -> int:
+        return self._average.nbytes + self.beside_bytes()
 
     def _settle(self) -> None:
         """Wait for the device, so that its work counts for the steps that handed it over."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from tightfit.train.data.rows import Columns
 from tightfit.train.data.tokens import load_tokens
 from tightfit.train.device import resolve_device
 from tightfit.train.models import ModelSource, find_model
+from tightfit.train.models.building import building
 from tightfit.train.optimizers import make_optimizer
 from tightfit.train.parallel.fsdp import can_be_cast, check_can_shard, shard
 from tightfit.train.precision import autocast_dtype
@@ -192,7 +193,8 @@ def build(
         )
     order = BatchOrder(sample_count=len(data.samples), batch_size=config.batch_size, seed=config.seed)
     seed_everything(config.seed)
-    built = source.build(data.facts, config.sequence_length, config.model_args)
+    with building(f"--model {source.name}") if source.accepts else nullcontext():  # a factory's code is the user's
+        built = source.build(data.facts, config.sequence_length, config.model_args)
     model = built.module.to(device).train()
     if sharded:
         by_fsdp = autocast if can_be_cast(model) else None

@@ -10,7 +10,7 @@ from tightfit.distributed.dtensor import local_shard
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.operators.region_names import ROOT
 from tightfit.records import Plan
-from tightfit.replay.executors.module import ModuleExecutor
+from tightfit.replay.executors import executor_of
 from tightfit.step.host_copy import HostCopy, difference, same_contents
 from tightfit.step.results import ATTRIBUTE, GRADIENT, Results
 from tightfit.step.snapshot import RandomState
@@ -129,7 +129,7 @@ def paths_called_again(plan: Plan) -> frozenset[str]:
     keys = [
         region.key
         for region in plan.regions
-        if region.recipe >= 0 and plan.recipes[region.recipe].executor == ModuleExecutor.name
+        if region.recipe >= 0 and not executor_of(plan.recipes[region.recipe]).on_tape
     ]
     return frozenset("" if path == ROOT else path for path in (key.rpartition("#")[0] for key in keys))
 

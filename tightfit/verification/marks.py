@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tightfit._torch_private import below_autograd
+from tightfit._torch_private.dispatch import below_autograd
 from tightfit.device import device_for
 from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.results import Keep

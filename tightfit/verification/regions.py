@@ -6,14 +6,15 @@ PyTorch's deterministic kernels.  Inputs are taken from a real planned step; out
 all runs.
 
 One call of each module is compared for each recipe that it follows, and the loss function on what the model returned.
-Segments cannot be called on their own; those of a recipe that no compared call follows are listed as unverified.
+Segments cannot be called on their own; those of a recipe that no compared call follows are listed as unverified.  So
+is all that a backward inside the loss function reads (``create_graph=True``): no call of a part has such a backward.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -22,15 +23,18 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import tree_leaves, tree_map, version_of
+from tightfit._torch_private.dispatch import tree_leaves, tree_map
+from tightfit._torch_private.tensors import version_of
 from tightfit.device.process_state import deterministic_libraries
 from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathered
 from tightfit.distributed.process_group import CommunicationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.region_forward import RegionForward
 from tightfit.interrupts import pass_on
-from tightfit.operators.region_names import LOSS, ROOT
+from tightfit.operators.region_names import LOSS, ROOT, is_begun_by_backward
+from tightfit.progress import progress
 from tightfit.step.host_copy import CopyFile, HostCopy
+from tightfit.step.models import paths_of_models
 from tightfit.step.results import Keep, Results, results_of
 from tightfit.step.snapshot import RandomState
 from tightfit.verification.comparison import Comparison, paths_called_again
@@ -84,13 +88,19 @@ def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Compariso
         was_compared[_WHOLE] = _compare(calls[_WHOLE], applied, trial, found)
     if was_compared.get(_WHOLE):
         keys = [key for key in keys if key == _LOSS]
-    was_compared |= {key: _compare(calls[key], applied, trial, found) for key in keys}
+    for number, key in enumerate(keys):
+        progress("comparing regions", number, len(keys))
+        was_compared[key] = _compare(calls[key], applied, trial, found)
     trial.go_to_start()
     by_recipe: dict[int, str] = {}
     covered = {recipe_of[key] for key, was in was_compared.items() if was and key in recipe_of}
+    # A call that is made alone runs no backward inside the forward around it, nor what that saves.
+    inside = [region.key for region in applied.plan.regions if is_begun_by_backward(region.key)]
+    inside_loss = any(key.startswith(LOSS) for key in inside)
     for key, recipe in recipe_of.items():
         unit = _LOSS if key.startswith(LOSS) else _WHOLE
-        if recipe not in covered and not was_compared.get(unit):
+        was = was_compared.get(unit) or (recipe in covered and not inside)
+        if inside_loss or not was:
             by_recipe.setdefault(recipe, key)
     failed = [key for key in keys if not was_compared[key]]
     found.unverified += dict.fromkeys((*by_recipe.values(), *failed))
@@ -135,7 +145,8 @@ def _capturing(trial: Trial, applied: Applied, wanted: AbstractSet[str], calls: 
         return _OnHost(contents=copy_of(leaf), device=leaf.device, requires_grad=leaf.requires_grad)
 
     paths = {_path_of(key) for key in wanted}
-    results: list[Any] = []
+    results: dict[str, list[Any]] = {}
+    open_models: list[str] = []
 
     def note(key: str, module: torch.nn.Module, call: Callable[..., Any], arguments: Any) -> None:
         random_state = RandomState()
@@ -152,23 +163,38 @@ def _capturing(trial: Trial, applied: Applied, wanted: AbstractSet[str], calls: 
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def watch_results(path: str, module: torch.nn.Module) -> None:
+        def begins(module: torch.nn.Module, args: Any) -> None:
+            open_models.append(path)
+
+        def ends(module: torch.nn.Module, args: Any, result: Any) -> None:
+            open_models.pop()
+            if not open_models:  # not inside another's call, which will not be made
+                results.setdefault(path, []).append(tree_map(save, result))
+
+        handles.append(module.register_forward_pre_hook(begins))
+        handles.append(module.register_forward_hook(ends))
+
     for path, module in model.named_modules():
         if (path or ROOT) in paths:
             watch(path or ROOT, module)
     if _LOSS in wanted:
-        handles.append(model.register_forward_hook(lambda _, __, result: results.append(tree_map(save, result))))
+        for path in paths_of_models(model) or (ROOT,):
+            module = model if path == ROOT else model.get_submodule(path)
+            if isinstance(vars(module).get("forward"), RegionForward):  # else its calls are the loss's
+                watch_results(path, module)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
     if results:
-        count = len(results) // trial.step.accumulation_steps
-        note(_LOSS, model, partial(_run_loss, trial, applied), (results[:count], {}))
+        of_one = {path: found[: len(found) // trial.step.accumulation_steps] for path, found in results.items()}
+        note(_LOSS, model, partial(_run_loss, trial, applied), ((of_one,), {}))
 
 
-def _run_loss(trial: Trial, applied: Applied, *results: Any) -> torch.Tensor:
-    """Run the loss function on what calls of the model returned."""
+def _run_loss(trial: Trial, applied: Applied, results: Mapping[str, Sequence[Any]]) -> torch.Tensor:
+    """Run the loss function on what calls of the model, or of several, returned."""
     with applied.returning(results):
         return trial.step.run_loss(trial.model, trial.batch)
 

@@ -20,10 +20,14 @@ from tightfit.installation.applied import Applied
 from tightfit.installation.install import install
 from tightfit.interrupts import waiting_interrupts
 from tightfit.profiling.measure import measure_step
+from tightfit.progress import progress, showing_when_long
 from tightfit.records import Plan, Verdict
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import simulate
 from tightfit.step.exclude import Exclude, excluded_paths
+from tightfit.step.model import check_model
+from tightfit.step.models import Models, as_model
+from tightfit.step.open_autocast import as_it_runs_now, without_open_autocast
 from tightfit.step.results import GRADIENT
 from tightfit.step.step import LossFunction, Optimizers, Step, as_step
 from tightfit.verification.comparison import Comparison, paths_called_again
@@ -32,10 +36,13 @@ from tightfit.verification.trial import Outcome, Trial
 
 _log = logging.getLogger(__name__)
 
+_TIMING_ROUNDS = 3
 
+
+@showing_when_long()
 @waiting_interrupts()
 def verify(
-    model: torch.nn.Module,
+    model: Models,
     batch: Any,
     plan: Plan,
     *,
@@ -61,11 +68,11 @@ def verify(
         assert verdict.ok, verdict.differing
 
     Args:
-        model: the model that the plan was solved for, without a plan installed.
+        model: the model that the plan was solved for, or the container of several, without a plan installed.
         batch: one batch as training gives it, of the shapes that the plan was solved for.
         plan: the plan to verify, from `solve`, `fit` or `Plan.load`.
         step: how a step runs, in one object; or give the keywords from `loss` to `clip_norm`, as for `measure`.
-        loss: called with (model, batch), returns a scalar tensor.
+        loss: called with (model, batch), or with the container of several models; returns a scalar tensor.
         optimizer: one, several, or None.
         accumulation_steps: forward and backward passes for each optimizer step.
         autocast: dtype for torch.autocast around forward.
@@ -89,20 +96,38 @@ def verify(
     if steps < 1:
         raise UnsupportedInput(f"steps={steps} compares nothing. Give steps=1 or more.")
     step = as_step(step, loss, optimizer, accumulation_steps, autocast, clip_norm)
-    excluded = excluded_paths(model, exclude)
+    one = as_model(model)
+    check_model(one)
+    step = as_it_runs_now(step.starting(one), one)
+    excluded = excluded_paths(one, exclude)
     if excluded and excluded != plan.excluded:
         raise PlanMismatch(
             f"the plan was made with {', '.join(plan.excluded) or 'nothing'} excluded, and exclude names "
             f"{', '.join(excluded)}. What would be verified is not what was asked for. Measure and solve with this "
             "exclude=, or leave it out: a plan knows what it excludes."
         )
-    with install(model, plan, step=step) as applied, Trial(model, batch, step) as trial:
+    with without_open_autocast(one), install(one, plan, step=step) as applied, Trial(one, batch, step) as trial:
         planned = trial.run_self_checked(applied, steps)
-        return prove(trial, applied, planned, reference_budget_bytes=reference_budget_bytes)
+        return prove(
+            trial,
+            applied,
+            planned,
+            reference_budget_bytes=reference_budget_bytes,
+            timing_rounds=_TIMING_ROUNDS,
+        )
 
 
-def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_bytes: int | None = None) -> Verdict:
+def prove(
+    trial: Trial,
+    applied: Applied,
+    planned: Outcome,
+    *,
+    reference_budget_bytes: int | None = None,
+    timing_rounds: int = 1,
+) -> Verdict:
     """Compare the outcome of an installed plan with plain runs of the same trial, and regions where those do not do.
+
+    `timing_rounds`: how often planned and plain steps are timed, which proves nothing.
 
     Regions are compared where plain does not fit, where it does not reproduce a gradient, and where something differs,
     to say in which of them that arises.
@@ -138,7 +163,7 @@ def prove(trial: Trial, applied: Applied, planned: Outcome, *, reference_budget_
     share = found.share(trial.model, group)
     ok = not found.differing and within
     with device_for(trial.device).uncapped() if is_larger else nullcontext():
-        step_ms, plain_ms = trial.times_ms(applied, plain=plain_fits)
+        step_ms, plain_ms = trial.times_ms(applied, plain=plain_fits, rounds=timing_rounds)
     plain_step_ms = plain_ms if plain_fits else plan.plain_step_ms
     plain_source = "measured" if plain_fits else "predicted"
     return Verdict(
@@ -181,7 +206,8 @@ def _peak_as_it_is(trial: Trial, applied: Applied) -> int:
 def _plain_twice(trial: Trial, applied: Applied, steps: int) -> tuple[Outcome, Outcome] | None:
     """Run the plain step twice; None where the device has no memory for it, though it was predicted to fit."""
     outcomes: list[Outcome] = []
-    for _ in range(2):
+    for number in range(2):
+        progress("running the plain step", number, 2)
         outcome = None
         try:
             outcome = trial.run_plain(applied, steps)

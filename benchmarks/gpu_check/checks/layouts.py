@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu_check.registry import Report, check
-from tightfit._torch_private import DispatchMode, fake_mode, tree_leaves
+from tightfit._torch_private.dispatch import DispatchMode, fake_mode, tree_leaves
 from tightfit.profiling.measure import measure_step
 from tightfit.profiling.structural_copy import copy_batch, copy_model, copy_optimizer
 from tightfit.records import Profile

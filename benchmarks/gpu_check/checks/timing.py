@@ -15,7 +15,7 @@ from benchmarks.gpu_check.models import adamw, small
 from benchmarks.gpu_check.registry import Report, check
 from benchmarks.llama import LLAMA_8B, Block, LlamaSizes, rotary
 from tests.emulated_cuda.counters import is_active
-from tightfit._torch_private import DispatchMode, below_autograd, tree_leaves
+from tightfit._torch_private.dispatch import DispatchMode, below_autograd, tree_leaves
 from tightfit.solver.solver import Solver
 
 _REPEATS = 10

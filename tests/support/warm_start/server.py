@@ -59,6 +59,7 @@ class Job:
         signal.signal(signal.SIGINT, signal.SIG_IGN if request["uninterrupted"] else signal.default_int_handler)
         os.environ.clear()
         os.environ.update(request["environment"])
+        os.environ.pop("TIGHTFIT_LAUNCHER", None)  # it has no such child: this one is the server's
         os.chdir(request["folder"])
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
         module, *words = request["words"]

@@ -95,6 +95,14 @@ def run(*words: str, command: list[str] | None = None, **variables: str) -> Ende
     return ended
 
 
+def clients_beside(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a run which `start` started has started in turn, in the order of their numbers."""
+    shown = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    ours = (line.split(maxsplit=1) for line in shown.splitlines() if str(Path(warm_start.python()).parent) in line)
+    found = {int(number) for number, words in ours if "-m tightfit train" in words}
+    return sorted(found - {process.pid})
+
+
 def torchrun(processes: int, python: str | None = None) -> list[str]:
     """The command that starts ``tightfit`` in several processes."""
     options = ["--standalone", "--nproc-per-node", str(processes)]

@@ -30,10 +30,12 @@ def _is_running(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
-@pytest.mark.parametrize("ours", [True, False], ids=["tightfit", "torchrun"])
+@pytest.mark.parametrize(
+    "ours", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["tightfit", "torchrun"]
+)
 def test_no_process_trains_on_without_its_launcher(ours: bool) -> None:
     # Real ones: those of `warm_start` are the children of its server.
-    words, command = ([*GPT, *TWO], REAL) if ours else (GPT, torchrun(2, sys.executable))
+    words, command, again = ([*GPT, *TWO], REAL, None) if ours else (GPT, torchrun(2, sys.executable), torchrun(2))
     process = start(*words, "--steps", "100000", "--mark", "m", command=command)
     logged(process, "python-source/m", 2)
     ranks = _children_of(process)
@@ -46,5 +48,5 @@ def test_no_process_trains_on_without_its_launcher(ours: bool) -> None:
     finish(process)
     saved = max(int(path.name[5:]) for path in Path("runs/python-source/m/checkpoints").glob("step-*"))
     assert saved == metrics("m")[-1]["step"]
-    run(*words, "--steps", str(saved + 1), "--mark", "m", "--resume", "auto", command=command)
+    run(*words, "--steps", str(saved + 1), "--mark", "m", "--resume", "auto", command=again)
     assert [line["step"] for line in metrics("m")] == list(range(1, saved + 2))

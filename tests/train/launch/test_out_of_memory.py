@@ -25,6 +25,9 @@ def test_rank_1_runs_out_of_memory() -> None:
     assert "tightfit: rank 1: a step on" in ended.err
     assert "float32[4x4]" in ended.err
     assert "ran out of memory" in ended.err
+    assert re.search(r"It was step \d+, of samples \d+", ended.err)
+    (noted,) = Path("runs").rglob("memory-limit.json")  # by rank 1; the same command goes on with it
+    assert "float32[4x4]" in noted.read_text()
     assert ended.err.rstrip().splitlines()[-1].startswith("tightfit: rank 1 (process ")
 
 

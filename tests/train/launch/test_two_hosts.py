@@ -43,6 +43,7 @@ def hosts() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@pytest.mark.exhaustive  # `test_runs.py` has torchrun, and two starters that meet at an address
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_two_hosts_train_like_one_process(hosts: list[list[str]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tests.train.attacks.subject import DATASET, words
 from tests.train.launch.launching import GPT, alone, equal_bits, finish, losses, metrics, run, start, torchrun, weights
 from tightfit.train.parallel.fsdp import units_of
 
@@ -25,7 +26,7 @@ def sharded_steps(processes: int, *words: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_each_process_holds_what_was_predicted() -> None:
     """Within 2 %: that a gloo exchange's scratch may linger is foreseen, but need not happen."""
-    for found in sharded_steps(4, "64", "6", "24", "fp32"):
+    for found in sharded_steps(2, "64", "6", "24", "fp32"):
         for kind in ("plain", "planned"):
             predicted, measured = found[kind]
             assert 0.98 * predicted <= measured <= predicted
@@ -81,6 +82,25 @@ def test_trains_like_one_process_and_goes_on_under_another_strategy() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_folder")
+def test_shards_that_are_saved_while_steps_go_on_are_the_state_at_their_step() -> None:
+    """Each process writes late, when the next step has changed its weights; without a copy, the steps wait."""
+    here = "tests.train.parallel.late_saves"
+    several = [*FSDP, "2", "--model", f"{here}:model"]
+    written = {}
+    for saves in ("at-once", "late"):
+        ended = run(*words(6, 2), *several, "--memory", "64MiB", "--mark", saves, SAVES=saves)
+        assert ("steps wait for checkpoints" in ended.out) == (saves == "at-once")
+        folder = Path("runs") / DATASET / saves / "checkpoints"
+        written[saves] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*.safetensors")}
+    assert sorted(path.name for path in Path().glob("late-*")) == [
+        f"late-{rank}-{step}" for rank in "01" for step in "24"
+    ]
+    assert len(written["late"]) == 8  # two of each of three, and those by the name of the latest
+    assert written["late"] == written["at-once"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -97,7 +117,7 @@ def test_what_cannot_be_is_said_once(words: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp"])
 @pytest.mark.usefixtures("own_folder")
 def test_a_proof_that_fails_in_one_process_stops_all_before_the_first_step(strategy: str) -> None:
     corrupted = "tests.train.parallel.corrupted"

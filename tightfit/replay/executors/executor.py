@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tightfit._torch_private.modules import modules_in
 from tightfit.records import Action, Recipe
 from tightfit.replay.executors.module_state import NO_MOVES, Moves
 from tightfit.replay.statistics import Statistics
@@ -29,6 +30,18 @@ class RegionCall:
     """What the call changes, where it is to be made again."""
     inside: Callable[[], AbstractContextManager[object]] = nullcontext
     """What it is made in, each time."""
+    refuse: Callable[[torch.Tensor], object] = lambda written: None
+    """Told of a tensor that was written unseen, so that calls of this region are not made again any more."""
+    differs: Callable[[], object] = lambda: None
+    """Told that the second call was another one, so that calls of modules like this are not made again any more."""
+    _modules: list[torch.nn.Module] | None = None
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The module and all below it, itself first, as they were when this was asked first."""
+        if self._modules is None:
+            self._modules = modules_in(self.module)
+        return self._modules
 
     def run_forward(self) -> Any:
         """Make the call as it is."""

@@ -1,4 +1,4 @@
-"""Recompute modules: a whole forward runs again in backward, by PyTorch's checkpoint, instead of a tape.
+"""Recompute modules: a whole forward runs again in backward, as checkpointing does it, instead of a tape.
 
 Where a block consists of many small operations and all that it saves is dropped, this costs less than a tape: nothing
 is written down in forward, and no mode watches it.  But the module's Python code runs twice, which is only right where
@@ -7,41 +7,44 @@ a second forward is the same computation and leaves nothing behind.  That is pro
 finds is what the first one found (`module_state`).  Modules with hooks inside, or called with other things than tensors
 and constants, take the tape.
 
-What is looked at before forward runs a second time, because `torch.utils.checkpoint` does not look: that weights and
+What is looked at before forward runs a second time, where `torch.utils.checkpoint` does not look: that weights and
 arguments are those of the first time.
 
-Blind spots: a write that moves no version counter (`.data`, NumPy) to a weight or an argument, and state outside of the
-module that changes between forward and backward.
+Blind spots: a write that moves no version counter to a weight or to what autograd's graph explains (others are noticed
+by their marks, see `tightfit.replay.source_mark`), and state outside of the module that changes between forward and
+backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from tightfit._torch_private import (
-    find_overload,
-    library_switches,
-    own_buffers,
-    own_parameters,
-    storage_key,
-    switched,
-    version_of,
-)
+from tightfit._torch_private.dispatch import find_overload, is_inside_transform
+from tightfit._torch_private.libraries import library_switches, switched
+from tightfit._torch_private.modules import own_buffers, own_parameters
+from tightfit._torch_private.tensors import storage_key, version_of
 from tightfit.device import device_for
 from tightfit.device.generators import drawing_from
 from tightfit.device.placement import generators_of
+from tightfit.operators.autocast import autocast_of, casting_as
 from tightfit.operators.facts import describe
 from tightfit.operators.pure_modules import can_call_again, is_pure
 from tightfit.records import Action, Recipe
+from tightfit.replay.executors.arguments import Arguments
 from tightfit.replay.executors.executor import RegionCall
 from tightfit.replay.executors.module_proof import prove
 from tightfit.replay.executors.module_state import NO_MOVES, ModuleState, Moves
-from tightfit.replay.refusals import changed_error, other_kernel_error
+from tightfit.replay.executors.second_call import SecondCall
+from tightfit.replay.refusals import WRITTEN_BEHIND, changed_error, other_kernel_error
+from tightfit.replay.source_mark import SourceMark, mark_of_source
+
+#: A module's table of parameters, a name in it, and what is there.
+_Weight = tuple[dict[str, torch.nn.Parameter | None], str, torch.nn.Parameter | None]
 
 
 class ModuleExecutor:
@@ -53,7 +56,9 @@ class ModuleExecutor:
 
     def accepts(self, call: RegionCall | None) -> bool:
         """Return whether a second call can be made as the first one was."""
-        return call is not None and can_call_again(call.module, call.args, call.kwargs)
+        if call is None or is_inside_transform():  # in backward, it runs no more
+            return False
+        return can_call_again(call.modules, call.args, call.kwargs)
 
     def run(self, call: RegionCall, recipe: Recipe) -> Any:
         """Make the call."""
@@ -68,9 +73,9 @@ class ModuleExecutor:
         def again(moves: Moves, look: Callable[[Any], None]) -> None:
             call.moves = moves
             one = ModuleCall(call, 0, convolves=False)
-            one.note_state(call.args)
+            one.note_state()
             with one.as_it_was():
-                look(one.call_forward(*call.args))
+                look(one.call_again())
 
         return prove(call.module, (call.args, call.kwargs), device_for(call.module), again)
 
@@ -87,63 +92,74 @@ class ModuleCall:
         """By the plan, a second call runs `op_count` operations, and convolutions among them if it `convolves`."""
         self._convolves = convolves
         self._call = call
-        self._args = call.args
+        self._arguments = Arguments(call.args, call.kwargs)
         self._op_count = op_count
         self._tensors: tuple[tuple[torch.Tensor, int, int], ...] = ()
+        self._marks: list[tuple[torch.Tensor, SourceMark]] = []
+        self._weights: list[_Weight] = []
         self._random: list[tuple[torch.Generator, torch.Tensor]] = []
-        self._is_first = True
 
     def run(self) -> Any:
         """Make the call."""
-        args, self._args, self._call.args = self._args, (), ()  # from here on, checkpoint has them
-        return checkpoint(self, *args, use_reentrant=False, preserve_rng_state=False)
+        self.note_state()
+        call = self._call
+        made = partial(call.forward, *call.args, **call.kwargs)
+        call.args, call.kwargs = (), {}  # what is held of them, `Arguments` says
+        with call.inside():
+            result = SecondCall(self._make_again, call.differs).first(made)
+        # Only now is it known whether anything was random.
+        self._random = [(one, state) for one, state in self._random if not torch.equal(one.get_state(), state)]
+        return result
 
-    def __call__(self, *args: Any) -> Any:
-        """Run forward, as `checkpoint` asks: in forward, and in backward when something is read."""
-        if self._is_first:
-            self._is_first = False
-            self.note_state(args)
-            result = self.call_forward(*args)
-            # Only now is it known whether anything was random.
-            self._random = [(one, state) for one, state in self._random if not torch.equal(one.get_state(), state)]
-            return result
+    def _make_again(self) -> None:
         self._check()
         statistics = self._call.statistics
         statistics.recomputed_calls += 1
         statistics.replayed_ops += self._op_count
         with self.as_it_was():
-            return self.call_forward(*args)
+            self.call_again()
 
-    def note_state(self, args: tuple[Any, ...]) -> None:
+    def note_state(self) -> None:
         """Note what the call finds."""
         call = self._call
-        self._state = ModuleState(call.module, call.moves)
+        below = call.modules
+        self._state = ModuleState(call.module, below, call.moves)
         self._switches = library_switches()
         moving = {id(buffer) for buffer in self._state.buffers}
-        watched: list[torch.Tensor | None] = []
-        for below in call.module.modules():
-            watched += own_parameters(below).values()
-            watched += [buffer for buffer in own_buffers(below).values() if id(buffer) not in moving]
-        watched += _tensors_in((args, call.kwargs))
-        tensors = [tensor for tensor in watched if tensor is not None]
-        self._tensors = tuple([(tensor, storage_key(tensor), version_of(tensor)) for tensor in tensors])
-        self._random = [(generator, generator.get_state()) for generator in generators_of(tensors)]
+        self._weights = _weights_of(below)
+        watched: list[torch.Tensor | None] = [weight for _, _, weight in self._weights]
+        for one in below:
+            watched += [buffer for buffer in own_buffers(one).values() if id(buffer) not in moving]
+        tensors = [(tensor, tensor) for tensor in watched if tensor is not None] + self._arguments.take_tensors()
+        self._tensors = tuple([(held, storage_key(held), version_of(held)) for _, held in tensors])
+        marks = [(held, mark_of_source(tensor, {})) for tensor, held in tensors]
+        self._marks = [(held, mark) for held, mark in marks if mark is not None]
+        devices = (device_for(tensor) for tensor, _ in tensors)
+        self._autocast = autocast_of(next((one.kind for one in devices if not one.is_host), "cpu"))
+        self._random = [(generator, generator.get_state()) for generator in generators_of(t for t, _ in tensors)]
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
         """Put back what the call found, inside."""
         with ExitStack() as stack:
-            stack.enter_context(switched(self._switches))
+            if library_switches() != self._switches:
+                stack.enter_context(switched(self._switches))
+            stack.enter_context(casting_as(self._autocast))
+            for weights, name, then in self._weights:
+                if weights[name] is not then:  # it was called with others (`torch.func.functional_call`)
+                    stack.callback(weights.__setitem__, name, weights[name])
+                    weights[name] = then
             stack.enter_context(self._state.as_it_was())
             for generator, state in self._random:
                 stack.enter_context(drawing_from(generator, state))
             yield
 
-    def call_forward(self, *args: Any) -> Any:
-        """Run the module's forward."""
+    def call_again(self) -> Any:
+        """Run the module's forward once more."""
         call = self._call
+        args, kwargs = self._arguments.again()
         with call.inside():
-            return call.forward(*args, **call.kwargs)
+            return call.forward(*args, **kwargs)
 
     def _check(self) -> None:
         if self._convolves:
@@ -157,11 +173,16 @@ class ModuleCall:
                 )
             if version_of(tensor) != version:
                 raise changed_error(tensor, "in place after the region that used it ended")
+        marks, self._marks = self._marks, []
+        for tensor, mark in marks:
+            if mark.still_fits(tensor):
+                continue
+            if mark.contents is None:
+                self._call.refuse(tensor)
+                raise changed_error(tensor, WRITTEN_BEHIND)
+            self._state.found(tensor, mark.contents)
 
 
-def _tensors_in(arguments: Any) -> list[torch.Tensor]:
-    if isinstance(arguments, torch.Tensor):
-        return [arguments]
-    if isinstance(arguments, tuple | list):
-        return [tensor for argument in arguments for tensor in _tensors_in(argument)]
-    return [t for argument in arguments.values() for t in _tensors_in(argument)] if isinstance(arguments, dict) else []
+def _weights_of(modules: Iterable[torch.nn.Module]) -> list[_Weight]:
+    tables = map(own_parameters, modules)
+    return [(weights, name, weight) for weights in tables for name, weight in weights.items()]

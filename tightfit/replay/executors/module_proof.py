@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private import tree_leaves
+from tightfit._torch_private.autograd import forbids_saved_tensor_hooks
+from tightfit._torch_private.dispatch import tree_leaves
+from tightfit._torch_private.tensors import version_of
 from tightfit.device import Device
 from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.device.tensor_parts import has_memory, parts_of
 from tightfit.replay.contents import mark_of
 from tightfit.replay.executors.module_state import Moves, random_numbers
 from tightfit.step.outer_variables import outer_variables
@@ -42,8 +45,8 @@ def prove(module: torch.nn.Module, arguments: Any, device: Device, again: CallAg
 
 
 def _prove(module: torch.nn.Module, arguments: Any, device: Device, again: CallAgain) -> Moves | None:
-    before = _surroundings(module, arguments)
     try:
+        before = _surroundings(module, arguments)
         first = _make(module, again, Moves(tuple(range(len(list(module.buffers())))), random_numbers=True))
         if not _are_equal(before, _surroundings(module, arguments)):
             return None
@@ -55,7 +58,7 @@ def _prove(module: torch.nn.Module, arguments: Any, device: Device, again: CallA
     except _CannotTell:
         return None
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) and not (isinstance(error, RuntimeError) and forbids_saved_tensor_hooks(error)):
             raise
         return None
     return first.moves
@@ -78,7 +81,8 @@ def _make(module: torch.nn.Module, again: CallAgain, moves: Moves) -> _Made:
     saved: list[object] = []
     found: list[_Made] = []
     buffers = list(module.buffers())
-    contents = [mark_of(buffer) for buffer in buffers]
+    # By what they hold and by their versions: a buffer that is written with what it held has moved, too.
+    before = [(_mark(buffer), version_of(buffer)) for buffer in buffers]
     numbers = repr(random_numbers())
 
     def pack(tensor: torch.Tensor) -> None:
@@ -87,7 +91,8 @@ def _make(module: torch.nn.Module, again: CallAgain, moves: Moves) -> _Made:
     def look(result: Any) -> None:
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         returned: list[object] = [(tuple(leaf.shape), leaf.stride(), leaf.dtype, _mark(leaf)) for leaf in leaves]
-        moved = [place for place, buffer in enumerate(buffers) if mark_of(buffer) != contents[place]]
+        now = [(_mark(buffer), version_of(buffer)) for buffer in buffers]
+        moved = [place for place, found_before in enumerate(before) if now[place] != found_before]
         found.append(_Made(returned, saved, Moves(tuple(moved), repr(random_numbers()) != numbers)))
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _refuse):
@@ -101,6 +106,10 @@ def _refuse(_: object) -> torch.Tensor:
 
 def _mark(tensor: torch.Tensor) -> object:
     if tensor.layout is not torch.strided:
+        raise _CannotTell
+    if parts := parts_of(tensor):
+        return tuple((name, part.stride(), _mark(part)) for name, part in parts.items())
+    if not has_memory(tensor):
         raise _CannotTell
     return mark_of(tensor)
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
+from operator import is_
 from typing import Any
 
 import torch
 
-from tightfit._torch_private import below_autograd, own_buffers, own_children, own_parameters, set_versions, version_of
+from tightfit._torch_private.dispatch import below_autograd
+from tightfit._torch_private.modules import own_buffers, own_children, own_parameters
+from tightfit._torch_private.tensors import set_versions, version_of
 from tightfit.device import device_for
 from tightfit.step.host_copy import memory_of
 
@@ -30,6 +34,9 @@ class Moves:
     """It draws from Python's or NumPy's generator."""
 
 
+#: How many attributes there are in each table of a module's, and all names and values, one table after another.
+_Attributes = tuple[list[int], list[str], list[Any]]
+
 #: Of a call that changes nothing.
 NO_MOVES = Moves()
 
@@ -37,14 +44,15 @@ NO_MOVES = Moves()
 class ModuleState:
     """What a module's call found."""
 
-    __slots__ = ("_contents", "_moves", "_random", "_tables", "buffers")
+    __slots__ = ("_contents", "_found", "_moves", "_random", "_tables", "buffers")
 
-    def __init__(self, module: torch.nn.Module, moves: Moves) -> None:
+    def __init__(self, module: torch.nn.Module, below: Sequence[torch.nn.Module], moves: Moves) -> None:
+        """Note what the module and all `below` it (itself among them) have."""
         # Each module's own table, and those of its parameters, buffers and children, which are values of that one.
-        tables: list[dict[str, Any]] = []
-        for below in module.modules():
-            tables += (vars(below), own_parameters(below), own_buffers(below), own_children(below))
-        self._tables = [(table, dict(table)) for table in tables]
+        self._tables: list[dict[str, Any]] = []
+        for one in below:
+            self._tables += (vars(one), own_parameters(one), own_buffers(one), own_children(one))
+        self._found = self._now()
         self._moves = moves
         self.buffers: list[torch.Tensor] = []
         """Those that a call moves."""
@@ -54,37 +62,57 @@ class ModuleState:
         self._contents = [contents_of(buffer) for buffer in self.buffers]
         self._random = random_numbers() if moves.random_numbers else None
 
+    def found(self, tensor: torch.Tensor, contents: bytes) -> None:
+        """Note what the call found in a tensor that it, or somebody else, was not known to move."""
+        self.buffers.append(tensor)
+        self._contents.append(contents)
+
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
         """Put back what the call found, inside; afterwards all is as it was before."""
-        now = [(table, dict(table)) for table, _ in self._tables]
+        # Usually the tables are as they were found.
+        now = None if self._are_as(self._found) else self._now()
         contents = [contents_of(buffer) for buffer in self.buffers]
         versions = [version_of(buffer) for buffer in self.buffers]
         drawn = random_numbers() if self._random is not None else None
         try:
-            self._put(self._tables, self._contents, self._random)
+            if now is not None:
+                self._put_tables(self._found)
+            self._put(self._contents, self._random)
             yield
         finally:
-            self._put(now, contents, drawn)
+            self._put_tables(self._found if now is None else now)
+            self._put(contents, drawn)
             set_versions(self.buffers, versions)
 
-    def _put(self, tables: list[tuple[dict[str, Any], dict[str, Any]]], contents: list[Any], drawn: Any) -> None:
-        for table, wanted in tables:
-            if not _is_same(table, wanted):
-                table.clear()
-                table.update(wanted)
+    def _now(self) -> _Attributes:
+        tables = self._tables
+        values = list(chain.from_iterable(map(dict.values, tables)))
+        return list(map(len, tables)), list(chain.from_iterable(tables)), values
+
+    def _are_as(self, wanted: _Attributes) -> bool:
+        """Tell whether all modules have these attributes, in one go: most have some twenty, and each is looked at."""
+        lengths, names, values = wanted
+        return (
+            list(map(len, self._tables)) == lengths
+            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), values))
+            and all(map(is_, chain.from_iterable(self._tables), names))
+        )
+
+    def _put_tables(self, wanted: _Attributes) -> None:
+        if self._are_as(wanted):
+            return
+        lengths, names, values = wanted
+        pairs = zip(names, values, strict=True)
+        for table, length in zip(self._tables, lengths, strict=True):
+            table.clear()
+            table.update(islice(pairs, length))
+
+    def _put(self, contents: list[Any], drawn: Any) -> None:
         for buffer, content in zip(self.buffers, contents, strict=True):
             set_contents(buffer, content)
         if drawn is not None:
             set_random_numbers(drawn)
-
-
-def _is_same(table: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return (
-        len(table) == len(wanted)
-        and all(a is b for a, b in zip(table.values(), wanted.values(), strict=True))
-        and table.keys() == wanted.keys()
-    )
 
 
 def contents_of(tensor: torch.Tensor) -> Any:

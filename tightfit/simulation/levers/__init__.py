@@ -8,6 +8,7 @@ from __future__ import annotations
 from tightfit.errors import PlanMismatch
 from tightfit.simulation.levers.lever import (
     NOTHING,
+    Happening,
     Lever,
     Moment,
     RegionModel,
@@ -46,6 +47,7 @@ __all__ = [
     "BY_VALUE",
     "LEVERS",
     "NOTHING",
+    "Happening",
     "Lever",
     "Moment",
     "RegionModel",

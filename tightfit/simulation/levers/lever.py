@@ -27,6 +27,9 @@ class Moment:
 #: What an event does that does nothing. Not to be changed.
 NOTHING = Moment()
 
+#: An event of the profile, and what it does.
+Happening = tuple[int, Moment]
+
 
 class Request(NamedTuple):
     """One thing asked of the allocator: memory for something, or to free it."""
@@ -35,6 +38,8 @@ class Request(NamedTuple):
     """Which: a storage by its index; what recomputation makes by other numbers."""
     nbytes: int
     """Its size; 0: it is freed."""
+    stream: int = 0
+    """The stream that it is allocated on."""
 
 
 #: The thing that is the workspace of the operation that runs. It is freed before the next one begins.
@@ -44,10 +49,10 @@ _WORKSPACE = -(2**62)
 class Requests(list[Request]):
     """What is asked of the allocator, in order; nothing is asked for what takes no bytes."""
 
-    def make(self, thing: int, nbytes: int) -> None:
+    def make(self, thing: int, nbytes: int, stream: int = 0) -> None:
         """Ask for memory."""
         if nbytes:
-            self.append(Request(thing, nbytes))
+            self.append(Request(thing, nbytes, stream))
 
     def free(self, thing: int, nbytes: int, instead: int = 0) -> None:
         """Free what took so many bytes."""
@@ -72,7 +77,9 @@ class RegionModel(Protocol):
     """Where recomputation writes down what it asks of the allocator; None: nowhere."""
 
     def handle(self, kind: EventKind, a: int) -> Moment:
-        """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of the model's regions, in their order."""
+        """Return what an event does: OP, SAVE, UNPACK, READ, RELEASE or EXIT of the model's regions, or KEEPING, in
+        their order.
+        """
 
 
 class Lever(Protocol):
@@ -116,6 +123,13 @@ class ValueLever(Lever, Protocol):
 
     def costs(self, profile: Profile) -> ValueCosts:
         """Return what its decisions cost beside the operations that are recomputed."""
+
+    def happenings(
+        self, index: ProfileIndex, region: int, decision: Decision
+    ) -> tuple[Sequence[Happening], Sequence[int]] | None:
+        """Return all that a decision does in a region, in order, and the operations recomputed: what walking its model
+        says, sooner. None where only the model tells.
+        """
 
     def shared_model(
         self, index: ProfileIndex, shared: SharedTape, decisions: Sequence[Decision | None]

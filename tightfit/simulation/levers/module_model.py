@@ -1,6 +1,6 @@
 """The memory of a module call that is made again in backward.  Mirrors `tightfit.replay.executors.module`.
 
-PyTorch's checkpoint holds the call's arguments and nothing that autograd saves.  At the first read, forward is made
+Held are the call's arguments, and nothing that autograd saves.  At the first read, forward is made
 again up to the last tensor that it saved; what autograd still wants is held until released.  In reality what a node has
 read goes a little earlier, when the node's own operations are done, so the model is above what is measured by as much
 as autograd's engine makes in between: the sum of a bias' gradient.
@@ -51,6 +51,8 @@ class ModuleModel:
             self._note(a, moment)
         elif kind == EventKind.SAVE:
             self._unreleased.add(a)
+            if self.replayed_ops:  # by a backward inside this one, of what the second call has made
+                self._hold(a)
         elif kind == EventKind.UNPACK:
             if not self.replayed_ops:
                 self._recompute(moment)
@@ -90,6 +92,12 @@ class ModuleModel:
         self._arguments = {}
         if self._is_random:
             moment.memo_delta -= self._state_bytes
+
+    def _hold(self, slot: int) -> None:
+        """Note that a slot holds what the second call has made, if it is of that."""
+        storage = self._profile.values[self._profile.slots[slot].value].storage
+        if storage in self._made:
+            self._copies[storage] += 1
 
     def _let_go(self, slot: int) -> int:
         """Return the bytes that go with the release of a slot."""
@@ -135,9 +143,7 @@ class ModuleModel:
                     ask(_copy_of(storage), nbytes)
             highest = max(highest, level)
         for slot in self._unreleased:
-            storage = profile.values[profile.slots[slot].value].storage
-            if storage in made:
-                self._copies[storage] += 1
+            self._hold(slot)
         if self.requests is not None:
             for storage, count in references.items():
                 if count and storage not in self._copies:

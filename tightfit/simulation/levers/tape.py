@@ -15,9 +15,10 @@ from tightfit.records import (
     SharedTape,
     ValueName,
 )
-from tightfit.simulation.levers.lever import RegionModel, ValueCosts
+from tightfit.simulation.levers.lever import Happening, RegionModel, ValueCosts
 from tightfit.simulation.levers.recipes import op_names_of, replay_ms_of
 from tightfit.simulation.levers.tape_model import TapeModel
+from tightfit.simulation.levers.tape_script import script_of
 from tightfit.simulation.profile_index import ProfileIndex, RegionFacts
 
 _OVERWRITTEN = "overwritten later"
@@ -47,6 +48,13 @@ class TapeLever:
     def model(self, index: ProfileIndex, region: int, decision: Decision) -> RegionModel:
         """Return what the region holds under a decision."""
         return TapeModel(index, region, [decision])
+
+    def happenings(
+        self, index: ProfileIndex, region: int, decision: Decision
+    ) -> tuple[Sequence[Happening], Sequence[int]] | None:
+        """Return all that a decision does in a region, and the operations recomputed; None where the model has to."""
+        script = script_of(index, region)
+        return None if script is None else script.play(decision.kept)
 
     def shared_model(
         self, index: ProfileIndex, shared: SharedTape, decisions: Sequence[Decision | None]

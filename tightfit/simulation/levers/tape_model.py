@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tightfit.records import Decision, EventKind, Stretch
@@ -44,6 +44,26 @@ class _Op(ScheduledOp):
         self.again = again  # what running it again takes
 
 
+class _Before:
+    """A tape's state before a backward that keeps its graph has used anything up."""
+
+    def __init__(self, held_bytes: int, values: Iterable[_Value], ops: Iterable[_Op]) -> None:
+        self.bytes = held_bytes
+        self._values = [(value, value.refs, value.source, value.memo) for value in values]
+        self._ops = [(op, op.done) for op in ops]
+
+    def put_back(self) -> list[_Value]:
+        """Let all be as it was; return the values whose memos are gone with it."""
+        gone = []
+        for value, refs, source, memo in self._values:
+            if value.memo is not None and memo is None:
+                gone.append(value)
+            value.refs, value.source, value.memo = refs, source, memo
+        for op, done in self._ops:
+            op.done = done
+        return gone
+
+
 class TapeModel(Schedule[_Value, _Op]):
     """One tape: that of one region, or of several that follow each other (`decisions` has one for each)."""
 
@@ -53,11 +73,13 @@ class TapeModel(Schedule[_Value, _Op]):
         first: int,
         decisions: Sequence[Decision | None],
         tree: RecomputeTree | None = None,
+        backward: int = 0,
     ) -> None:
+        """Begin a tape; `backward`: the copy for what that backward inside forward has saved again."""
         self._index = index
         profile = self._profile = index.profile
         self._first = first
-        self._tree = tree if tree is not None and tree.cuts else None
+        self.tree = tree if tree is not None and tree.cuts else None
         facts = index.tape_facts(first, len(decisions))
         self.replayed_ops: list[int] = []
         """Operations in the order of their replay, as often as they are replayed."""
@@ -71,21 +93,29 @@ class TapeModel(Schedule[_Value, _Op]):
         self._bytes = 0  # of memos, and of random states that wait for their operation to run again
         self._moment = NOTHING
         self._bytes_before = 0  # the present event
-        self._read: set[int] = set()  # slots that a backward was done with that keeps its graph
-        self._keeps_graph = index.keeps_graph
-        self._for_good = True  # what is freed now is not needed by a further backward
-        self._random_kept = 0  # bytes of random states for further backwards
-        self._released: list[_Value] | None = []  # values of slots let go while the tape was recording
+        self._keeping = 0  # backwards that run and keep their graphs
+        self._read: set[int] = set()  # slots that such a backward was done with
+        self._before: _Before | None = None  # the tape before such a backward used it up
+        self._is_copy = backward > 0
+        # Values of slots let go while the tape was recording; None when that is over.
+        self._released: list[_Value] | None = None if self._is_copy else []
         self._position = [0] * len(decisions)
         self._leaf_of_slot: dict[int, int] = {}
         self._ops: dict[int, _Op] = {}
         self._taped: Counter[int] = Counter()  # by region: operations
+        self._written_down: set[_Op] = set()  # by a copy
         self._values: dict[int, _Value] = {}
         held = index.kept_values(facts, decisions)
-        self._write_down(sorted(index.rebuilding_ops(facts, held)), held | (facts.own - facts.droppable), facts.own)
-        self._dropped = {s: self._values[v] for s in facts.slots if (v := profile.slots[s].value) not in held}
+        slots = [slot for slot in facts.slots if index.backward_of_slot[slot] == backward]
+        needed = sorted(index.rebuilding_ops(facts, held, slots))
+        self._write_down(needed, held | (facts.own - facts.droppable), facts.own)
+        self._dropped = {s: self._values[v] for s in slots if (v := profile.slots[s].value) not in held}
         for value in self._dropped.values():
             value.refs += 1
+        self._copies: dict[int, TapeModel] = {}  # by backward inside forward
+        if not backward:
+            for number in sorted({index.backward_of_slot[slot] for slot in facts.slots} - {0}):
+                self._copies[number] = TapeModel(index, first, decisions, backward=number)
 
     def _write_down(self, needed: Sequence[int], kept: frozenset[int], own: frozenset[int]) -> None:
         """Set up the operations that are replayed at least once, and the values that they read and make."""
@@ -117,43 +147,114 @@ class TapeModel(Schedule[_Value, _Op]):
             taped.written = [values[value] for value in record.mutates]
 
     def handle(self, kind: EventKind, a: int) -> Moment:
-        """Return what an event does: OP, SAVE, UNPACK, RELEASE or EXIT of this tape's regions."""
+        """Return what an event does: OP, SAVE, UNPACK, READ, RELEASE or EXIT of this tape's regions, or KEEPING."""
+        if kind == EventKind.KEEPING:
+            return self._keep_graph(a)
         if kind == EventKind.EXIT:
-            return self._exit(a) if self._ops else NOTHING
+            return self._exit(a) if self._ops or self._copies else NOTHING
         if kind == EventKind.OP:
-            if self._tree is not None:
+            if backward := self._index.backward_of_op[a]:
+                return self._copies[backward].record(a) if backward in self._copies else NOTHING
+            if self.tree is not None:
                 self._ran(a)
             op = self._ops.get(a)
             return NOTHING if op is None else self._record(op)
+        backward = self._index.backward_of_slot[a]
+        if backward and not self._is_copy and a in self.slots:
+            copy = self._copies[backward]
+            copy.requests = self.requests
+            moment = copy.handle(kind, a)
+            self.replayed_ops += copy.replayed_ops
+            copy.replayed_ops = []
+            return moment
         value = self._dropped.get(a)
         if value is None:
             return self._keep(kind, a)
         if kind == EventKind.SAVE:
-            if self._tree is not None:
-                region = self._profile.slots[a].region - self._first
-                leaf = self._leaf_of_slot[a] = self._tree.leaf_at(region, self._position[region])
-                value.last_leaf = max(leaf, value.last_leaf)
-        elif kind == EventKind.UNPACK:
+            return self._save(a, value)
+        if kind == EventKind.UNPACK:
             if value.memo is None:
-                self._begin()
-                self._for_good = not self._keeps_graph
-                self._recompute(value, self._leaf_of_slot.get(a, 0))
-                return self._end()
+                return self._read_again(a, value)
         elif kind == EventKind.READ:
-            self._read.add(a)
-            self._begin()
-            self._for_good = False
-            self._give_back([value])
-            return self._end()
-        elif a in self._read:
-            return self._let_go(a)
+            if self._before is not None and a not in self._read:
+                self._read.add(a)
+                self._begin()
+                self._give_back([value])
+                return self._end()
         elif self._released is not None:
             self._released.append(value)
         else:
             self._begin()
+            self._put_back()
             self._give_back([value])
             return self._end()
         return NOTHING
+
+    def _save(self, slot: int, value: _Value) -> Moment:
+        """Return what it does that a dropped slot is saved."""
+        if self._is_copy:
+            return self._hold_sources(value)
+        if self.tree is not None:
+            region = self._profile.slots[slot].region - self._first
+            leaf = self._leaf_of_slot[slot] = self.tree.leaf_at(region, self._position[region])
+            value.last_leaf = max(leaf, value.last_leaf)
+        return NOTHING
+
+    def _read_again(self, slot: int, value: _Value) -> Moment:
+        """Return what it does that a dropped slot is read which is not at hand."""
+        self._begin()
+        if self._keeping and self._released is None:
+            if self._before is not None and value.op is not None and value.op.done:
+                self._put_back()  # read, and let go of, before
+            if self._before is None:
+                self._before = _Before(self._bytes, self._values.values(), self._ops.values())
+        self._recompute(value, self._leaf_of_slot.get(slot, 0))
+        return self._end()
+
+    def record(self, op: int) -> Moment:
+        """Return what it does that the backward for which this is a copy runs an operation."""
+        taped = self._ops.get(op)
+        if taped is None:
+            return NOTHING
+        self._written_down.add(taped)
+        moment = self._record(taped)
+        for value in taped.inputs:
+            moment.acquired += self._hold_sources(value).acquired
+        return moment
+
+    def _hold_sources(self, wanted: _Value) -> Moment:
+        """Hold what rebuilding a value reads: it is written down for a copy of the tape."""
+        moment = Moment()
+        stack = [wanted]
+        while stack:
+            value = stack.pop()
+            op = value.op
+            if value.source is not None or op is None or op in self._written_down:
+                continue
+            self._written_down.add(op)
+            moment.acquired += self._record(op).acquired
+            stack += op.inputs
+        return moment
+
+    def _keep_graph(self, begins: int) -> Moment:
+        """Return what it does that a backward begins or ends that keeps its graph: what that used up is put back."""
+        moment = Moment()
+        for tape in (self, *self._copies.values()):
+            tape._keeping += 1 if begins else -1
+            if not tape._keeping and tape._before is not None:
+                tape._begin()
+                tape._put_back()
+                moment.memo_delta += tape._end().memo_delta
+        return moment
+
+    def _put_back(self) -> None:
+        """Let the tape be as before the backward that kept its graph."""
+        before, self._before = self._before, None
+        self._read = set()
+        if before is not None:
+            for value in before.put_back():
+                self._free_memo(value)
+            self._bytes = before.bytes
 
     def _keep(self, kind: EventKind, slot: int) -> Moment:
         """Return what an event does to a slot that is not dropped."""
@@ -165,23 +266,9 @@ class TapeModel(Schedule[_Value, _Op]):
                 return Moment(released=[storage])
         return NOTHING
 
-    def _let_go(self, slot: int) -> Moment:
-        """Return what a kept graph's end does: with the last slot goes what further backwards would have needed."""
-        self._read.remove(slot)
-        self._begin()
-        if not self._read:
-            held = [value for value in self._values.values() if value.is_held]
-            self._moment.released += [value.storage for value in held]
-            for value in held:
-                value.is_held = False
-            self._bytes -= self._random_kept
-            self._random_kept = 0
-        return self._end()
-
     def _begin(self) -> None:
         """Note from now on what is freed and recomputed."""
         self._bytes_before = self._bytes
-        self._for_good = True
         self._moment = Moment()
 
     def _end(self) -> Moment:
@@ -193,8 +280,9 @@ class TapeModel(Schedule[_Value, _Op]):
 
     def _record(self, op: _Op) -> Moment:
         """Write the operation to the tape: its sources are held from now on."""
-        moment = Moment(memo_delta=op.random_bytes)
-        self._bytes += op.random_bytes
+        held_bytes = 0 if self._is_copy else op.random_bytes  # a copy has the same random state
+        moment = Moment(memo_delta=held_bytes)
+        self._bytes += held_bytes
         for value in op.inputs:
             if value.source is not None and not value.is_held and not self._index.is_resident(value.storage):
                 value.is_held = True
@@ -210,18 +298,19 @@ class TapeModel(Schedule[_Value, _Op]):
             self._released = None
             moment = self._end()
         mode_ms = profile.mode_ms_per_op * profile.regions[region].op_count
-        moment.added = Stretch.of(profile.region_ms_per_call + mode_ms + profile.tape_ms_per_op * self._taped[region])
+        taped = self._taped[region] + sum(copy._taped[region] for copy in self._copies.values())
+        moment.added = Stretch.of(profile.region_ms_per_call + mode_ms + profile.tape_ms_per_op * taped)
         return moment
 
     def _ran(self, op: int) -> None:
         """Note the leaf in which an operation of forward runs, and with it where its values are used."""
-        assert self._tree is not None
+        assert self.tree is not None
         region = self._index.region_of_op[op]
         position = op - self._profile.regions[region].first_op
         self._position[region - self._first] = position + 1
         taped = self._ops.get(op)
         if taped is not None:
-            leaf = taped.leaf = self._tree.leaf_at(region - self._first, position)
+            leaf = taped.leaf = self.tree.leaf_at(region - self._first, position)
             for value in (*taped.inputs, *taped.outputs):
                 value.last_leaf = max(leaf, value.last_leaf)
 
@@ -270,14 +359,12 @@ class TapeModel(Schedule[_Value, _Op]):
             self._bytes -= value.memo
             value.memo = None
             self._free_memo(value)
-        if value.is_held and self._for_good:
+        if value.is_held and self._before is None:  # else a further backward needs it
             value.is_held = False
             self._moment.released.append(value.storage)
         value.source = None
 
     def _forget(self, op: _Op) -> None:
         op.done = True
-        if self._for_good:
+        if self._before is None and not self._is_copy:
             self._bytes -= op.random_bytes
-        else:
-            self._random_kept += op.random_bytes

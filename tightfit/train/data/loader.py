@@ -6,6 +6,7 @@ What a sample draws at random is seeded by its batch alone, so neither the numbe
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ from tightfit.step.batch import batch_tensors
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.data.dataset_info import Samples, TrainingData
 from tightfit.train.data.order import BatchOrder
+
+_log = logging.getLogger(__name__)
+
+#: How long a worker may take for a batch before a line says so, and how many such lines there are before the run ends.
+_PATIENCE_S = 60
+_MOST_WAITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +169,13 @@ class BatchLoader:
             num_workers=self._workers,
             pin_memory=self._pin_memory,
             multiprocessing_context=None if may_fork() else "spawn",
+            timeout=_PATIENCE_S,
             generator=torch.Generator(),  # else it draws from the one that dropout uses
         )
         batches = iter(loader)
         try:
-            for sizes, batch_size in all_sizes:
-                yield SplitBatch(tuple(_checked(_next_of(batches)) for _ in sizes), sizes, batch_size)
+            for step, (sizes, batch_size) in enumerate(all_sizes, first_step + 1):
+                yield SplitBatch(tuple(_checked(_next_of(batches, step)) for _ in sizes), sizes, batch_size)
         finally:
             del batches  # ends the workers
 
@@ -222,6 +230,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def batch_of(data: TrainingData, numbers: Sequence[int]) -> Any:
+    """Return one batch of samples, by their numbers.
+
+    Raises:
+        UnsupportedInput: a sample cannot be read, or they cannot be put into one batch.
+    """
+    return _checked(_batch_of(data.name, data.samples, numbers, data.collate))
+
+
 def _batch_of(name: str, samples: Samples, numbers: Sequence[int], collate: Any) -> Any:
     built = []
     for number in numbers:
@@ -253,16 +270,24 @@ def _checked(batch: Any) -> Any:
     return batch
 
 
-def _next_of(batches: Iterator[Any]) -> Any:
-    try:
-        return next(batches)
-    except RuntimeError as problem:
-        if "DataLoader worker" not in str(problem):
-            raise
-        raise UnsupportedInput(
-            f"a data loader worker has died: {first_line(problem)}. It may have run out of memory, or the "
-            f"dataset's code has ended it. Try fewer --workers, or 0, which shows errors where they happen."
-        ) from None
+def _next_of(batches: Iterator[Any], step: int) -> Any:
+    for waits in range(1, _MOST_WAITS + 1):
+        try:
+            return next(batches)
+        except RuntimeError as problem:
+            if "DataLoader timed out" in str(problem):
+                _log.warning("the data loader's workers have not delivered step %d for %d s", step, waits * _PATIENCE_S)
+                continue
+            if "DataLoader worker" not in str(problem):
+                raise
+            raise UnsupportedInput(
+                f"a data loader worker has died: {first_line(problem)}. It may have run out of memory, or the "
+                f"dataset's code has ended it. Try fewer --workers, or 0, which shows errors where they happen."
+            ) from None
+    raise UnsupportedInput(
+        f"the data loader's workers have not delivered the batch of step {step} in {_MOST_WAITS * _PATIENCE_S} s: they "
+        f"hang, or wait for something that does not come. Try --workers 0, which shows where (Ctrl-C there)."
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tightfit.errors import TightfitError
+from tightfit.train.launch.orphans import LAUNCHER
 from tightfit.train.launch.roles import RUN_ID_PREFIX, Starter
 from tightfit.train.signals import ending_signals
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _EXIT_CODES = (2, *(128 + number for number in (1, 2, 10, 15)))
 #: The file in which the first process that fails names itself.
 _FIRST = "first"
+#: SIGKILL, which not every system has.
+_KILLED = 9
 
 
 class ProcessFailed(TightfitError):
@@ -49,9 +52,10 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they tell, `ProcessFailed` says
     several = starter.nodes > 1
     if "OMP_NUM_THREADS" not in os.environ:  # else each process would take all cores
-        os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // starter.processes))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // starter.processes))
     # The profiler, which meters memory on a CPU, warns of each block that is older than itself; DDP frees such.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[LAUNCHER] = str(os.getpid())
     # Where a process that fails writes how; PyTorch's own choice would be left behind.
     notes = tempfile.TemporaryDirectory(prefix="tightfit-")
     config = LaunchConfig(
@@ -88,21 +92,27 @@ def noting_failure() -> Iterator[None]:
     Where `launch` started that, also note which process failed first: others fail as soon as they wait for it, and the
     agent, which compares whole seconds, may see these before.
     """
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
     try:
         yield
     except Exception as problem:
-        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if file:
-            get_error_handler().record_exception(problem)
-            if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX):
-                with suppress(FileExistsError), (Path(file).parents[1] / _FIRST).open("x") as note:
-                    note.write(f"{os.environ['RANK']} {os.getpid()}")
+        note_failure(problem)
         raise
 
 
-def _cores() -> int:
+def note_failure(problem: Exception) -> None:
+    """Record an error as `noting_failure` does, for who cannot raise it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        get_error_handler().record_exception(problem)
+        if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX):
+            with suppress(FileExistsError), (Path(file).parents[1] / _FIRST).open("x") as note:
+                note.write(f"{os.environ['RANK']} {os.getpid()}")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -119,7 +129,7 @@ def _process_failed(failed: ChildFailedError, notes: Path) -> ProcessFailed:
             code = others[rank].exitcode
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
-        hint = " The system may have had no more memory." if code == -signal.SIGKILL else ""
+        hint = " The system may have had no more memory." if code == -_KILLED else ""
     else:
         how, hint = f"ended with exit code {code}", " Its message is above."
     message = f"rank {rank} (process {process}) {how}, so the run was ended.{hint}"

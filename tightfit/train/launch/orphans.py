@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 
+#: The process of `launch`; a process may come to life only after that was killed.
+LAUNCHER = "TIGHTFIT_LAUNCHER"
 _LOOK_S = 0.5
 #: For the step and its checkpoint. A process that waits for one that is gone ends without.
 _GRACE_S = 20.0
@@ -14,7 +16,7 @@ _GRACE_S = 20.0
 
 def end_with_parent() -> None:
     """Watch the process that started this one, and end as on SIGTERM when it is gone: with a checkpoint, if it can."""
-    parent = os.getppid()
+    parent = int(os.environ.get(LAUNCHER) or os.getppid())
     threading.Thread(target=_watch, args=(parent,), name="end-with-parent", daemon=True).start()
 
 

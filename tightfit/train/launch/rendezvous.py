@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented
 
 from tightfit.device import device_for
-from tightfit.distributed.process_group import ProcessGroup
+from tightfit.distributed.notes import Notes
+from tightfit.distributed.process_group import CommunicationFailed, ProcessGroup, Whereabouts
 from tightfit.errors import UnsupportedInput, first_line
 from tightfit.train.launch.roles import Member
+from tightfit.train.launch.roll_call import RollCall
 
 #: Between two looks at who has signed in.
 _LOOK_S = 0.05
@@ -36,20 +38,33 @@ def was_in_a_group() -> bool:
 
 
 @contextmanager
-def process_group(member: Member, *, backend: str, device: torch.device, timeout_s: float) -> Iterator[ProcessGroup]:
+def process_group(
+    member: Member, *, backend: str, device: torch.device, timeout_s: float, give_up: Callable[[Exception], None]
+) -> Iterator[ProcessGroup]:
     """Make this process one of its group inside the context.
 
     Args:
         member: which process it is.
         backend: of the collectives on gradients.
         device: of this process.
-        timeout_s: how long to wait for the others, at the rendezvous and in every collective.
+        timeout_s: how long to wait for the others, at the rendezvous, in every collective, and to hear of them at all.
+        give_up: ends this process, in whatever it waits, with the error that it is given.
 
     Raises:
         UnsupportedInput: a rank is missing or there twice, or the rendezvous cannot be reached.
+        CommunicationFailed: another rank does not answer; it is named.
     """
     timeout = timedelta(seconds=timeout_s)
     store = sign_in(member, timeout_s)
+    whereabouts = Whereabouts()
+    roll_call = RollCall(
+        store,
+        rank=member.rank,
+        world_size=member.world_size,
+        whereabouts=whereabouts,
+        silence_s=timeout_s,
+        give_up=give_up,
+    )
     try:
         dist.init_process_group(
             backend,
@@ -68,7 +83,18 @@ def process_group(member: Member, *, backend: str, device: torch.device, timeout
     _has_joined = True
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        yield ProcessGroup(rank=member.rank, world_size=member.world_size, control=control)
+        group = ProcessGroup(
+            rank=member.rank,
+            world_size=member.world_size,
+            control=control,
+            whereabouts=whereabouts,
+            notes=Notes(PrefixStore("notes", store)),
+        )
+        with roll_call:
+            try:
+                yield group
+            except CommunicationFailed as problem:
+                raise roll_call.explain(problem) from problem
         with suppress(RuntimeError):  # nobody leaves while another may still need it, unless that one is gone
             dist.barrier(group=control)
     finally:

@@ -54,16 +54,16 @@ def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource
     longest = getattr(config, "max_position_embeddings", None)
 
     def build(facts: DataFacts, sequence_length: int, arguments: Mapping[str, object]) -> BuiltModel:
-        for key, value in arguments.items():
-            if not hasattr(config, key):
-                raise UnsupportedInput(
-                    f"the config {path} has no attribute {key!r}, which --model-args sets. "
-                    f"Use the names that {type(config).__name__} has."
-                )
-            setattr(config, key, value)
-        _fit_classes(path, config, facts)
-        _check_fit(path, config, facts, task, sequence_length)
         try:
+            for key, value in arguments.items():
+                if not hasattr(config, key):
+                    raise UnsupportedInput(
+                        f"the config {path} has no attribute {key!r}, which --model-args sets. "
+                        f"Use the names that {type(config).__name__} has."
+                    )
+                setattr(config, key, value)
+            _fit_classes(path, config, facts)
+            _check_fit(path, config, facts, task, sequence_length)
             return BuiltModel(_make(transformers, class_name, path, config), None)
         except Exception as problem:
             if isinstance(problem, UnsupportedInput) or is_out_of_memory(problem):
@@ -83,7 +83,7 @@ def transformers_source(spec: str, task: TransformersTask | None) -> ModelSource
         folder=path if path.is_dir() else path.parent,
         default_dataset=_USUAL_DATA.get(kind, ""),
         sequence_length=min(longest, _DEFAULT_SEQUENCE_LENGTH)
-        if isinstance(longest, int)
+        if isinstance(longest, int) and longest > 0
         else _DEFAULT_SEQUENCE_LENGTH,
     )
 
@@ -120,13 +120,13 @@ def _choose_class(
 ) -> tuple[str, TransformersTask]:
     if task is not None:
         return TASKS[task][0], task
-    architectures = getattr(config, "architectures", None) or []
-    if not architectures:
+    architectures = getattr(config, "architectures", None)
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
         raise UnsupportedInput(
             f"the config {path} has no `architectures`, so it does not say what its model is trained for. "
             f"Add --task, one of: {', '.join(TASKS)}."
         )
-    class_name = str(architectures[0])
+    class_name = architectures[0]
     found = next((made_for for ending, made_for in _ENDINGS.items() if class_name.endswith(ending)), None)
     if found is None or not hasattr(transformers, class_name):
         raise UnsupportedInput(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tightfit._torch_private import gradients_are_reduced
+from tightfit._torch_private.modules import gradients_are_reduced
 from tightfit.device import device_for
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.distributed.process_group import ProcessGroup

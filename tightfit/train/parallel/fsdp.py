@@ -1,15 +1,14 @@
-"""The model's parameters sharded over the processes by PyTorch's FSDP2, and state dicts from shards and back."""
+"""The model's parameters sharded over the processes by PyTorch's FSDP2."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tightfit._torch_private import own_parameters
+from tightfit._torch_private.modules import own_parameters
 from tightfit.device import device_for
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.distributed.process_group import ProcessGroup
@@ -30,7 +29,7 @@ def shard(model: nn.Module, group: ProcessGroup, device: torch.device, compute_d
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device_for(device).kind, (group.world_size,))
+    mesh = init_device_mesh(device_for(device).mesh_kind, (group.world_size,))
     within, outermost = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if compute_dtype is not None:
         within = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32)
@@ -98,34 +97,12 @@ def _has_forward(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
-def unsharded(state: Any, *, keep: bool = True) -> Any:
-    """Gather every shard in nested containers to the full tensor, in host memory; other things stay as they are.
-
-    All processes have to call this; those that do not `keep` the full tensors get None.
-    """
-    if isinstance(state, Tensor):
-        if not is_dtensor(state):
-            return state
-        gathered = state.full_tensor()  # type: ignore[attr-defined]  # a DTensor's
-        return gathered.cpu() if keep else None
-    if isinstance(state, Mapping):
-        # PyTorch's own state dicts carry more than their entries: left as they are where nothing is sharded.
-        changed = {key: unsharded(value, keep=keep) for key, value in state.items()}
-        return changed if any(changed[key] is not value for key, value in state.items()) else state
-    if isinstance(state, list | tuple):
-        return type(state)(unsharded(value, keep=keep) for value in state)
-    return state
-
-
-def shard_of(full: Any, like: Tensor) -> Any:
-    """Return this process's shard of a full tensor, sharded like another; the full one, where that is not sharded."""
-    if not is_dtensor(like):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    like_: Any = like
-    # From what is here already: nothing is sent.
-    return distribute_tensor(full.to(local_shard(like).device), like_.device_mesh, like_.placements, src_data_rank=None)
+def unsharded(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor to the full one, on each process; all of them call this.  Any other stays as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]  # a DTensor's
+    return full
 
 
 def distributed_like(shard: Tensor, like: Tensor) -> Tensor:
@@ -137,29 +114,3 @@ def distributed_like(shard: Tensor, like: Tensor) -> Tensor:
         shard.to(local_shard(like).device), like_.device_mesh, like_.placements, shape=like.shape, stride=like.stride()
     )
     return distributed
-
-
-def shards_of_model(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """Shard a full state dict as this process's part of the model loads it."""
-    current = model.state_dict()
-    if not any(isinstance(value, Tensor) and is_dtensor(value) for value in current.values()):
-        return state
-    return {name: shard_of(value, current[name]) if name in current else value for name, value in state.items()}
-
-
-def shards_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Shard a full state dict as this process's optimizer loads it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(map(is_dtensor, parameters)):
-        return state
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    shards: dict[Any, Any] = {}
-    for number, parameter in zip(numbers, parameters, strict=True):
-        entries = state["state"].get(number, {})
-        shards[number] = {
-            name: shard_of(value, parameter)
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
-            else value
-            for name, value in entries.items()
-        }
-    return {**state, "state": shards}

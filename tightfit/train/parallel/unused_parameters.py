@@ -11,7 +11,6 @@ from torch import nn
 
 from tightfit.installation.applied import Applied
 from tightfit.interrupts import waiting_interrupts
-from tightfit.step.reached import reached_by
 from tightfit.step.snapshot import TrainingState
 from tightfit.step.step import Step
 
@@ -38,7 +37,7 @@ def find_unused_parameters(model: nn.Module, batch: Any, applied: Applied, spec:
     if profile is None or profile.data_dependent:
         return UnusedParameters.VARYING
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = TrainingState(model, spec.optimizers, also=(batch, *reached_by(spec.loss, model)))
+    state = TrainingState(model, spec.all_optimizers, also=(batch, *spec.reached(model)))
     before = _random_state()
     try:
         for parameter in trained:

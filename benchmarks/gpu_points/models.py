@@ -1,0 +1,210 @@
+"""Building what was trained: models without weights, their batches, losses and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.gpu_points import transformers_4_39
+from benchmarks.gpu_points.points import Point
+from tightfit.step.weightless import without_weights
+
+#: xMem truncates to so many tokens and pads to the longest sample of a batch, of which there are several.
+_TOKENS = 128
+
+#: torchvision's name, and the classes, of what xMem calls so.
+_TORCHVISION = {
+    "ConvNeXtTiny": ("convnext_tiny", 1000),
+    "ConvNeXtBase": ("convnext_base", 1000),
+    "MnasNet": ("mnasnet1_0", 10),
+    "MobeNetV3Large": ("mobilenet_v3_large", 10),
+    "MobeNetV3Small": ("mobilenet_v3_small", 10),
+    "MobileNetV2": ("mobilenet_v2", 1000),
+    "RegNetX400MF": ("regnet_x_400mf", 1000),
+    "RegNetY400MF": ("regnet_y_400mf", 1000),
+    "ResNet101": ("resnet101", 1000),
+    "ResNet152": ("resnet152", 1000),
+    "VGG16": ("vgg16", 1000),
+    "VGG19": ("vgg19", 1000),
+}
+
+#: Type and settings of what is published under each name, some of which can be read only with an account.
+_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "openai-community/gpt2": ("gpt2", {}),
+    "distilbert/distilgpt2": ("gpt2", {"n_layer": 6}),
+    "cerebras/Cerebras-GPT-111M": (
+        "gpt2",
+        {
+            "n_layer": 10,
+            "n_inner": 3072,
+            "n_positions": 2048,
+            "activation_function": "gelu",
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        },
+    ),
+    "EleutherAI/gpt-neo-125M": (
+        "gpt_neo",
+        {
+            "hidden_size": 768,
+            "num_layers": 12,
+            "num_heads": 12,
+            "attention_types": [[["global", "local"], 6]],
+        },
+    ),
+    "T5-small": ("t5", {"decoder_start_token_id": 0}),
+    "facebook/opt-125m": ("opt", {}),
+    "facebook/opt-350m": (
+        "opt",
+        {
+            "hidden_size": 1024,
+            "word_embed_proj_dim": 512,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "ffn_dim": 4096,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "Qwen/Qwen3-4B": (
+        "qwen3",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (
+        "qwen2",
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "google/gemma-2-2b-it": (
+        "gemma2",
+        {
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": (
+        "llama",
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+_OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+    "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-3),
+    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
+}
+
+
+class Loss:
+    """A loop's loss, whose variables name the output until the next one is there.
+
+    What they hold of it is the tensors: backward has freed what its graph had saved.
+    """
+
+    def __init__(self, call: Callable[[Any, Any], Any], loss: Callable[[Any, Any], torch.Tensor]) -> None:
+        self._call = call
+        self._loss = loss
+        self.named: list[Any] = []
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        output = self._call(model, batch)
+        self.named = [tensor.detach() for tensor in _tensors_below(output)]
+        return self._loss(output, batch)
+
+
+def _tensors_below(thing: Any, depth: int = 12) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an output holds, those of its caches of keys and values too."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif depth and isinstance(thing, list | tuple | Mapping):
+        for one in thing.values() if isinstance(thing, Mapping) else thing:
+            yield from _tensors_below(one, depth - 1)
+    elif depth and hasattr(thing, "__dict__"):
+        yield from _tensors_below(list(vars(thing).values()), depth - 1)
+
+
+def built(point: Point) -> tuple[nn.Module, Any, Loss, torch.optim.Optimizer]:
+    """Return the model, a batch, the loss and the optimizer of a point, all without data."""
+    with without_weights():
+        model = _vision(point) if point.image_size is not None else _language(point.model)
+    model.train()
+    optimizer = _OPTIMIZERS[point.optimizer](model.parameters())
+    if point.image_size is not None:
+        images = torch.empty(point.batch_size, 3, point.image_size, point.image_size, device="meta")
+        labels = torch.empty(point.batch_size, dtype=torch.long, device="meta")
+        loss = Loss(lambda model, batch: model(batch[0]), lambda output, batch: F.cross_entropy(output, batch[1]))
+        return model, (images, labels), loss, optimizer
+    tokens = torch.empty(point.batch_size, _TOKENS, dtype=torch.long, device="meta")
+    batch = {"input_ids": tokens, "attention_mask": torch.empty_like(tokens), "labels": torch.empty_like(tokens)}
+    if model.config.model_type in transformers_4_39.KINDS:
+        return model, batch, Loss(transformers_4_39.called_then, lambda output, _: output.loss), optimizer
+    return model, batch, Loss(lambda model, batch: model(**batch), lambda output, _: output.loss), optimizer
+
+
+def _vision(point: Point) -> nn.Module:
+    if point.table == "timm":
+        import timm
+
+        timm.layers.set_fused_attn(False)  # the PyTorch of these rows had no fused attention
+        module: nn.Module = timm.create_model(_TIMM_NAMES.get(point.model, point.model))
+        return module
+    import torchvision
+
+    name, classes = _TORCHVISION[point.model]
+    found: nn.Module = getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    return found
+
+
+#: Names that timm has changed since.
+_TIMM_NAMES = {"convnext_base_384_in22ft1k": "convnext_base.fb_in22k_ft_in1k_384"}
+
+
+def _language(name: str) -> nn.Module:
+    import transformers
+
+    kind, settings = _LANGUAGE[name]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+    if kind not in transformers_4_39.KINDS:
+        newer: nn.Module = auto.from_config(config)
+        return newer
+    attention = "eager" if kind == "gpt_neo" else transformers_4_39.attention_name()
+    return transformers_4_39.as_then(auto.from_config(config, attn_implementation=attention))

@@ -1,0 +1,1 @@
+"""Models that nobody here wrote: plain, with every block checkpointed, and planned."""

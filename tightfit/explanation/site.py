@@ -1,0 +1,212 @@
+"""Where in a script a step is taken: files, lines, and the names that its code has for things."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import sys
+import textwrap
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from tightfit.step.batch import batch_tensors
+
+#: Trainers that have an integration, by the package that their class is of.
+_HOSTS = {"transformers": "transformers", "lightning": "lightning", "pytorch_lightning": "lightning"}
+_MOST_ITEMS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place in the script's code. It holds no frame, whose variables would live on."""
+
+    file: str
+    line: int
+    function: int
+    """Identifies the code object."""
+    names: Mapping[int, str] = field(repr=False)
+    """The names of modules and optimizers, by the object's id."""
+    tensors: Mapping[int, tuple[weakref.ref[torch.Tensor], str]] = field(repr=False)
+    """The names of tensors, which may be gone, by the object's id."""
+    host: str
+    """Whose trainer takes the step, as `Script.host`."""
+
+
+def script_frame() -> FrameType | None:
+    """Return the innermost frame whose code is neither PyTorch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("torch", "tightfit"):
+        frame = frame.f_back
+    return frame
+
+
+def current_site() -> Site | None:
+    """Return the place of that frame."""
+    frame = script_frame()
+    if frame is None:
+        return None
+    names: dict[int, str] = {}
+    tensors: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+    for name, value in (*frame.f_locals.items(), *frame.f_globals.items()):
+        for thing, called in _named(name, value):
+            if isinstance(thing, torch.Tensor):
+                tensors.setdefault(id(thing), (weakref.ref(thing), called))
+            else:
+                names.setdefault(id(thing), called)
+    return Site(
+        file=frame.f_code.co_filename,
+        line=frame.f_lineno,
+        function=id(frame.f_code),
+        names=names,
+        tensors=tensors,
+        host=_host_of(frame),
+    )
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[Any, str]]:
+    kind = type(value)
+    if issubclass(kind, torch.Tensor | torch.nn.Module | torch.optim.Optimizer):
+        yield value, name
+    elif kind in (dict, list, tuple) and len(value) <= _MOST_ITEMS:
+        for tensor in batch_tensors(value):
+            yield tensor, name
+    if name == "self":
+        for attribute, inner in (getattr(value, "__dict__", None) or {}).items():
+            if issubclass(type(inner), torch.nn.Module | torch.optim.Optimizer):
+                yield inner, f"self.{attribute}"
+        if isinstance(value, torch.nn.Module):
+            for attribute, inner in value.named_children():
+                yield inner, f"self.{attribute}"
+
+
+def _host_of(frame: FrameType | None) -> str:
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        for kind in type(caller).__mro__:
+            package = kind.__module__.partition(".")[0]
+            if kind.__name__ == "Trainer" and package in _HOSTS:
+                return _HOSTS[package]
+        frame = frame.f_back
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSource:
+    """The statements of a script from its model's call to its loss."""
+
+    statements: tuple[ast.stmt, ...]
+    result: ast.expr
+    """What backward begins with, or what the function returns."""
+    lines: tuple[str, ...]
+    """The statements as they are written."""
+    used_elsewhere: tuple[str, ...]
+    """What they give a value to, beside the result, and other code reads."""
+
+
+def loss_source(call: Site, backward: Site | None) -> LossSource | None:
+    """Return the statements from the model's call up to backward's; None where they are not found.
+
+    Without the place of `backward`, that is the next statement which calls something of that name, or returns.
+    """
+    if backward is not None and (call.file, call.function) != (backward.file, backward.function):
+        return None
+    source = linecache.getlines(call.file)
+    try:
+        tree = ast.parse("".join(source))
+    except (SyntaxError, ValueError):
+        return None
+    for statements in _blocks(tree):
+        first = _covering(statements, call.line)
+        if first is None:
+            continue
+        last = _covering(statements, backward.line) if backward is not None else _end_after(statements, first)
+        if last is None or last < first:
+            continue
+        body, end = statements[first:last], statements[last]
+        result = end.value if isinstance(end, ast.Return) else _result_of(body, end)
+        if result is None:
+            return None
+        kept = _leading_to(result, body)
+        lines = "".join("".join(source[one.lineno - 1 : one.end_lineno]) for one in kept)
+        return LossSource(
+            statements=tuple(kept),
+            result=result,
+            lines=tuple(textwrap.dedent(lines).rstrip().splitlines()),
+            used_elsewhere=_used_elsewhere(tree, kept, result),
+        )
+    return None
+
+
+def _used_elsewhere(tree: ast.AST, kept: list[ast.stmt], result: ast.expr) -> tuple[str, ...]:
+    within = [range(one.lineno, (one.end_lineno or one.lineno) + 1) for one in kept]
+    made = dict.fromkeys(name for one in kept for name in names_of(one, ast.Store))
+    read = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not any(node.lineno in r for r in within)
+    }
+    return tuple(name for name in made if name in read and name not in names_of(result, ast.Load))
+
+
+def _end_after(statements: list[ast.stmt], first: int) -> int | None:
+    """Return the place of the statement that calls backward, or returns."""
+    for place in range(first, len(statements)):
+        one = statements[place]
+        calls = [node.func for node in ast.walk(one) if isinstance(node, ast.Call)]
+        names = {func.attr for func in calls if isinstance(func, ast.Attribute)}
+        if isinstance(one, ast.Return) or (place > first and names & {"backward", "manual_backward"}):
+            return place
+    return None
+
+
+def _result_of(body: list[ast.stmt], end: ast.stmt) -> ast.expr | None:
+    """Return the name in backward's statement that the body has given a value."""
+    assigned = {name for statement in body for name in names_of(statement, ast.Store)}
+    found = next((name for name in names_of(end, ast.Load) if name in assigned), None)
+    return None if found is None else ast.Name(id=found, ctx=ast.Load())
+
+
+def _leading_to(result: ast.expr, body: list[ast.stmt]) -> list[ast.stmt]:
+    """Return the statements that an expression's value comes from."""
+    needed = set(names_of(result, ast.Load))
+    kept: list[ast.stmt] = []
+    for statement in reversed(body):
+        if needed.intersection(names_of(statement, ast.Store)):
+            kept.append(statement)
+            needed.update(names_of(statement, ast.Load))
+    return kept[::-1]
+
+
+def names_of(code: ast.AST, context: type[ast.expr_context]) -> list[str]:
+    """Return the names that code reads or gives a value to."""
+    return [node.id for node in ast.walk(code) if isinstance(node, ast.Name) and isinstance(node.ctx, context)]
+
+
+def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Yield each list of statements, the innermost first."""
+    blocks = [
+        block
+        for node in ast.walk(tree)
+        for name in ("body", "orelse", "finalbody")
+        if isinstance(block := getattr(node, name, None), list) and block and isinstance(block[0], ast.stmt)
+    ]
+    yield from reversed(blocks)
+
+
+def _covering(statements: list[ast.stmt], line: int) -> int | None:
+    for place, statement in enumerate(statements):
+        if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+            return place
+    return None
+
+
+def place_of(call: Site, lines: int) -> str:
+    """Return where the lines are, for people."""
+    name = Path(call.file).name
+    return f"{name}, line {call.line}" if lines < 2 else f"{name}, from line {call.line} on"
