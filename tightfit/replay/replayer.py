@@ -25,7 +25,7 @@ from tightfit._torch_private.dispatch import below_autograd, outside_batched_bac
 from tightfit._torch_private.libraries import library_switches, switched
 from tightfit._torch_private.tensors import version_counter, version_of
 from tightfit.device import device_for
-from tightfit.device.generators import drawing_from
+from tightfit.device.generators import AS_IT_WAS, drawing_from
 from tightfit.operators.asking_for_modes import leave_modes_if_asked
 from tightfit.operators.facts import result_tensors
 from tightfit.records.recompute_tree import RecomputeTree
@@ -241,7 +241,7 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         if op.switches == self._switches_now:
             result = _call(op, args, kwargs)
         else:
-            with switched(op.switches):
+            with AS_IT_WAS, switched(op.switches):
                 result = _call(op, args, kwargs)
         return result_tensors(result), storages, list(written)
 

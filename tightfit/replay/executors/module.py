@@ -29,7 +29,7 @@ from tightfit._torch_private.libraries import library_switches, switched
 from tightfit._torch_private.modules import own_buffers, own_parameters
 from tightfit._torch_private.tensors import storage_key, version_of
 from tightfit.device import device_for
-from tightfit.device.generators import drawing_from
+from tightfit.device.generators import AS_IT_WAS, drawing_from
 from tightfit.device.placement import generators_of
 from tightfit.operators.autocast import autocast_of, casting_as
 from tightfit.operators.facts import describe
@@ -141,7 +141,7 @@ class ModuleCall:
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
         """Put back what the call found, inside."""
-        with ExitStack() as stack:
+        with AS_IT_WAS, ExitStack() as stack:
             if library_switches() != self._switches:
                 stack.enter_context(switched(self._switches))
             stack.enter_context(casting_as(self._autocast))
