@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from tightfit._torch_private.autograd import (
-    current_graph_node,
     current_graph_task,
     top_saved_tensor_hooks,
 )
@@ -28,37 +27,31 @@ from tightfit._torch_private.dispatch import (
     is_traced,
     top_dispatch_mode,
 )
-from tightfit._torch_private.tensors import storage_key
 from tightfit.device import Device
-from tightfit.device.placement import device_of_call
 from tightfit.device.tensor_parts import stored_in
 from tightfit.distributed.dtensor import is_dtensor
-from tightfit.operators import replayable as safety
 from tightfit.operators._checkpoint_private import CheckpointCall
 from tightfit.operators.asking_for_modes import leave_modes_if_asked
 from tightfit.operators.checkpoint_calls import checkpoint_path
 from tightfit.operators.compiled_calls import CompiledCalls
 from tightfit.operators.facts import (
-    OpInfo,
     describe,
-    draws,
     mutated_tensors,
     result_tensors,
     tensors_in,
-    undeclared_writes,
 )
 from tightfit.operators.function_calls import WatchedFunctions, arguments_of, can_be_made_again, saved_by
 from tightfit.operators.stashed_tensors import hold_otherwise
 from tightfit.operators.wrapper_tensors import any_wrapper
 from tightfit.profiling.checkpoint_calls import CheckpointCalls
 from tightfit.profiling.costs_in_place import cost_where_it_runs
+from tightfit.profiling.forward_ops import ForwardCall, ForwardOps
 from tightfit.profiling.gradient_sums import GradientSums
 from tightfit.profiling.kept_backwards import KeptBackwards
 from tightfit.profiling.known_values import KnownValues
-from tightfit.profiling.observation import ModuleEvent, Observation, RawOp
+from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.profiling.observed_calls import ObservedCalls
 from tightfit.profiling.output_strides import Layouts, layouts_of, with_layouts
-from tightfit.profiling.saved_scalars import saved_scalar_bytes
 from tightfit.profiling.saved_tensors import CHECKPOINTING, SavedTensors, owner_of_hook
 from tightfit.profiling.signatures import SignatureTable
 from tightfit.profiling.storage_ledger import StorageLedger
@@ -112,7 +105,6 @@ class Observer(DispatchMode):
         self._signatures = signatures
         self.random_state_bytes = device.random_state_bytes()
         """What a copy of the default generator's state takes of the memory that counts."""
-        self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
         self.switched_off: set[str] = set()
         """Who keeps a part of the step from being recomputed; as `Profile.switched_off`."""
         self.under_hooks: set[str] = set()
@@ -121,6 +113,10 @@ class Observer(DispatchMode):
         """The model's own calls of `torch.utils.checkpoint`."""
         self._excluded = excluded
         self._open_paths: list[str] = []  # of the module calls that run now, the outermost first
+        self._forward_ops = ForwardOps(
+            ledger, signatures, device, self._backwards, self._saved_tensors, self.checkpoints, self._unseen_writes,
+            self._is_escaped,
+        )  # fmt: skip
         self.margin_bytes = 0
         """Bytes that a step may take beyond what is observed here."""
         self.known_values: KnownValues | None = None
@@ -329,7 +325,9 @@ class Observer(DispatchMode):
             self._ledger.emit(EventKind.OTHER_OP, signature)
             self._sums.record_op(func, args, result, since)
             return result
-        return self._forward_op(func, info, types, args, kwargs, tensors, signature, node)
+        self._note_hooks()
+        call = ForwardCall(func, info, types, args, kwargs, tensors, signature, node)
+        return self._forward_ops.record(call, lambda: self._call(func, args, kwargs, signature))
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
         """Run the op and give its results the real kernel's layout where the fake kernel's is known to be wrong."""
@@ -352,96 +350,12 @@ class Observer(DispatchMode):
         result, measured[signature] = cost_where_it_runs(call, lambda: func(*args, **kwargs), self._device)
         return result
 
-    def _forward_op(
-        self,
-        func: Any,
-        info: OpInfo,
-        types: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[torch.Tensor],
-        signature: int,
-        node: int,
-    ) -> Any:
-        observation = self.observation
+    def _note_hooks(self) -> None:
+        """Note that somebody else's saved-tensor hooks get what the op that begins saves."""
         if (hook := self._foreign_hook()) is not None:
             self.switched_off.add(owner_of_hook(hook))
             self.under_hooks.update(self._open_paths[-1:])
-            observation.under_hooks.add(len(observation.ops))
-        device = device_of_call(tensors, kwargs)
-        reason = safety.blocker(info, types, args, kwargs, tensors, device)
-        is_random = draws(info, args, kwargs)
-        if not reason and is_random and safety.call_generator(args, kwargs, device) is None:
-            reason = "its random state cannot be recorded"
-        if self._unseen_writes is not None:
-            self._unseen_writes.look_at(tensors, len(observation.ops))
-        moved = undeclared_writes(info, args)  # running statistics, which a replay leaves alone
-        inputs = [
-            value if node < 0 or self._saved_tensors.is_unpacked(t) else self._backwards.from_outside(value)
-            for t in tensors
-            if (value := self._ledger.value_of(t)) >= 0 and not any(t is m for m in moved)
-        ]
-        if not reason and any(self._is_escaped(value) for value in inputs):
-            reason = "it reads memory that was handed out (numpy(), data_ptr() and their kin)"
-        if not reason:
-            for tensor in tensors:
-                value = self._ledger.value_of(tensor)
-                if value >= 0 and self._ledger.is_uninitialised(value):
-                    covers = tensor is args[0] and tensor.numel() * tensor.itemsize == self._ledger.nbytes(value)
-                    if not (info.is_full_writer and covers):
-                        reason = "it reads uninitialised memory"
-        mutated = [t for t in mutated_tensors(info, args, kwargs) if self._ledger.counts(t)]
-        written = {storage_key(t): t for t in mutated}
-        self.checkpoints.note_op(
-            is_random=is_random,
-            written_storages=lambda: [
-                observation.values[value].storage
-                for tensor in (*written.values(), *moved)
-                if (value := self._ledger.value_of(tensor)) >= 0
-            ],
-        )
-        op_index = len(observation.ops)
-        if node >= 0 and type(current_graph_node()).__name__ == "CopySlices":
-            observation.of_view_writes.add(op_index)
-        op = RawOp(
-            name=info.name,
-            signature=signature,
-            inputs=tuple(inputs),
-            mutates=tuple(self._backwards.mutated(self._ledger.value_of(t), inputs) for t in written.values()),
-            keep_reason=reason,
-            random_state_bytes=self.random_state_bytes if is_random else 0,
-            node=node,
-        )
-        result = self._call(func, args, kwargs, signature)
-        results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
-        self._signatures.record_result(signature, tensors, results)
-        for tensor in moved:
-            self._ledger.overwrite(tensor)
-        for position, tensor in enumerate(written.values()):
-            op.outputs.append(self._ledger.overwrite(tensor, op_index, -1 - position))
-        for position, tensor in enumerate(result_tensors(result)):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if not self._ledger.counts(tensor):
-                self._ledger.note_parts(tensor)
-                continue
-            if self._ledger.knows(tensor):
-                continue  # aliases an argument
-            storage = self._ledger.add(tensor, "activation")
-            self._ledger.emit(EventKind.ALLOC, storage)
-            value = observation.storages[storage].current
-            observation.values[value].op = op_index
-            observation.values[value].output = position
-            # Uninitialised memory is never read by a replay and never dropped: what fills it later may be invisible.
-            observation.values[value].overwritten = info.is_uninitialised
-            op.outputs.append(value)
-        if self._unseen_writes is not None:
-            self._unseen_writes.remember([*results, *written.values(), *moved])
-        observation.ops.append(op)
-        self._ledger.emit(EventKind.OP, op_index)
-        if self._numbers_count:
-            self._ledger.hold_unseen(saved_scalar_bytes(func, args, tensors))
-        return result
+            self.observation.under_hooks.add(len(self.observation.ops))
 
     def _foreign_hook(self) -> object:
         """Return the pack hook of whoever has saved-tensor hooks above the observer's own; None if nobody has."""
