@@ -20,7 +20,7 @@ WORST_ERROR = 0.0005
 
 
 #: Models that are built of what others have, too.
-FURTHER = ("llama", "bert", "whisper", "vit", "swin", "convnext", "unet", "densenet", "gru")
+FURTHER = ("llama", "bert", "whisper", "vit", "swin", "convnext", "unet", "densenet", "gru", "lora", "mixtral", "t5")
 
 
 @pytest.mark.parametrize(

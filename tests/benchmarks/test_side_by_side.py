@@ -41,6 +41,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return prepare
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_methods_on_a_model_with_dropout(prepared) -> None:
     plain = prepared("gpt", Method("plain"))

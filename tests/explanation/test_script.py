@@ -146,12 +146,12 @@ def test_a_command_line_that_cannot_be_is_refused(
 
 #: What the exhaustive ones have, others have, too; the second also runs out of memory below.
 CASES = [
-    "cnn_autocast",
+    pytest.param("cnn_autocast", marks=pytest.mark.exhaustive),
     pytest.param("nanogpt", marks=pytest.mark.exhaustive),
     "gan",
     pytest.param("lstm", marks=pytest.mark.exhaustive),
     "hf_finetune",
-    "lightning_module",
+    pytest.param("lightning_module", marks=pytest.mark.exhaustive),
 ]
 
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mar
     [
         pytest.param("transformers_trainer.py", "accelerate", marks=pytest.mark.exhaustive),
         pytest.param("accelerate_loop.py", "accelerate", marks=pytest.mark.exhaustive),
-        ("lightning_module.py", "lightning"),
+        pytest.param("lightning_module.py", "lightning", marks=pytest.mark.exhaustive),
         pytest.param("nanogpt_loop.py", "torch", marks=pytest.mark.exhaustive),
     ],
 )

@@ -125,7 +125,10 @@ def trained(callback: TightfitCallback | None, module: type[Any] = Module, **opt
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}],
+    [
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.exhaustive),
+    ],
     ids=["accumulation", "bf16"],
 )
 def test_one_line_and_the_same_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

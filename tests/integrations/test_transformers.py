@@ -41,7 +41,7 @@ def check_same(plain: Any, planned: Any) -> None:
     "options",
     [
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "label_smoothing_factor": 0.1},
-        {"gradient_checkpointing": True},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.exhaustive),
         {"bf16": True},
     ],
     ids=["accumulation", "checkpointing", "bf16"],

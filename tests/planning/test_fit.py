@@ -381,7 +381,8 @@ def test_recognising_a_batch_hands_no_memory_out(peaks: tuple[int, int], monkeyp
     assert exposed == []
 
 
-@pytest.mark.parametrize("name", ["mixtral", "resnet"])  # the first needs a real step
+# The first needs a real step.
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.exhaustive), "resnet"])
 def test_the_models_memory_does_not_look_as_if_it_came_from_outside(name: str) -> None:
     """`numpy()` on a tensor marks its storage for good, and memory from outside is checked for writes at every step."""
     case = build(name)

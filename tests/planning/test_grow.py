@@ -49,8 +49,8 @@ def grown(budget: int | str, **options: Any) -> tightfit.Growth:
 
 @pytest.mark.slow
 def test_one_more_sample_has_no_plan() -> None:
-    budget = 1 << 20
-    found = grown(budget, most=4096)
+    budget = 1 << 19
+    found = grown(budget, most=1024)
     assert found.confirmed
     assert 0 < found.plain_largest < found.largest
     assert found.plan.predicted_peak_bytes <= budget

@@ -56,6 +56,7 @@ class HandWritten(nn.Module):
         return (x - 1).pow(2).mean()
 
 
+@pytest.mark.exhaustive  # the one below has ties in every layer
 def test_a_router_with_ties_at_every_step() -> None:
     batches = [torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(i)) for i in range(STEPS)]
     TopTwo.ties = 0

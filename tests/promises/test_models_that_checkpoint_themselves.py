@@ -442,7 +442,7 @@ def bert(**options: Any) -> tuple[nn.Module, Tensor]:
     return transformers.BertForMaskedLM(config), torch.randint(0, 64, (2, 24))
 
 
-QUICK_MODELS = ((llama, True), (bert, False))
+QUICK_MODELS = ((llama, True),)
 
 
 @pytest.mark.parametrize(

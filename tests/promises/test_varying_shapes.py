@@ -21,9 +21,9 @@ from tightfit.planning.plan_cache import MOST_PLANS
 from tightfit.solver.solver import Solver
 from tightfit.step.step import Step
 
-STEPS = 72
+STEPS = 24
 LENGTHS = (24, 32, 33, 48, 63, 72)
-VALIDATE_EVERY = 12
+VALIDATE_EVERY = 6
 
 
 @pytest.mark.slow

@@ -422,7 +422,7 @@ def surrounded_loss(model: nn.Module, data: Tensor) -> Tensor:
         SURROUNDINGS.is_forward = False
 
 
-@pytest.mark.parametrize("kind", [OtherInBackward, FailingInBackward])
+@pytest.mark.parametrize("kind", [OtherInBackward, pytest.param(FailingInBackward, marks=pytest.mark.exhaustive)])
 def test_modules_whose_second_call_is_another_one_are_planned_otherwise(kind: type[nn.Module]) -> None:
     """The proof runs in forward and cannot see it; the first trial does, and all modules of the class are spared."""
     model = Net(kind, count=8)  # more than fit has rounds

@@ -76,6 +76,7 @@ def test_it_is_chosen_where_it_costs_less_and_only_there() -> None:
         assert any(recipe.executor == "module" for recipe in plan.recipes) == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.thorough
 def test_the_bound_holds_for_large_classes() -> None:
     profile = replace(allowed(gpt_profile(6), per_op=0.1), tape_ms_per_op=0.5, mode_ms_per_op=0.5)

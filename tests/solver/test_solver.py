@@ -285,7 +285,7 @@ def test_the_smallest_budget_does_not_depend_on_measured_times() -> None:
 def test_what_lies_between_points_of_the_hull_is_on_offer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four blocks: mixtures of what is on the hull do not come near every budget. No plan gets slower by it."""
     profile = gpt_profile(4)
-    budgets = [budget_at(profile, share) for share in (0.45, 0.75)]
+    budgets = [budget_at(profile, share) for share in (0.75,)]
     found = [Solver(profile).solve(budget).predicted_step_ms for budget in budgets]
     monkeypatch.setattr(sys.modules["tightfit.solver.column_generation"], "_BETWEEN_AT_MOST", 0)
     on_hull = [Solver(profile).solve(budget).predicted_step_ms for budget in budgets]

@@ -100,7 +100,7 @@ def test_without_padding_the_loss_is_the_packed_one() -> None:
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("microbatch", [[], ["--microbatch-size", "3"]])
+@pytest.mark.parametrize("microbatch", [pytest.param([], marks=pytest.mark.exhaustive), ["--microbatch-size", "3"]])
 def test_a_run_on_documents_keeps_its_budget(microbatch: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "gpt-tiny", "--dataset", table(*TEXTS, LONG), "--packing", "off", "--sequence-length", "64"]
     more = ["--batch-size", "8", "--steps", "6", "--log-every", "1", "--memory", "6MiB", "--json", *microbatch]
@@ -139,6 +139,7 @@ def test_masking_never_chooses_padding() -> None:
         assert (batch["labels"] != IGNORED).any(dim=1).all()
 
 
+@pytest.mark.exhaustive
 def test_masked_language_modelling_of_documents(capsys: pytest.CaptureFixture[str]) -> None:
     model = save_config(hf.BertConfig(**BERT), "BertForMaskedLM")
     assert main(["train", "--model", model, "--dataset", table(*TEXTS), "--packing", "off", "--sequence-length", "40",

@@ -89,12 +89,12 @@ def test_gradients_are_clipped_and_their_norm_is_logged() -> None:
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_in_32_bits() -> None:
-    assert main(["train", *LSTM, "--steps", "2", "--precision", "bf16", "--mark", "bf16"]) == 0
-    assert main(["train", *LSTM, "--steps", "2", "--mark", "fp32"]) == 0
-    losses = [[line["loss"] for line in metrics(f"co2/{mark}")] for mark in ("bf16", "fp32")]
+    assert main(["train", *OWN, "--steps", "2", "--log-every", "1", "--precision", "bf16", "--mark", "bf16"]) == 0
+    assert main(["train", *OWN, "--steps", "2", "--log-every", "1", "--mark", "fp32"]) == 0
+    losses = [[line["loss"] for line in metrics(f"tests.train.user_code-numbers/{mark}")] for mark in ("bf16", "fp32")]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert all(tensor.dtype == torch.float32 for tensor in weights("co2/bf16").values())
+    assert all(tensor.dtype == torch.float32 for tensor in weights("tests.train.user_code-numbers/bf16").values())
 
 
 def test_fp16_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
