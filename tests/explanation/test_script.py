@@ -210,7 +210,7 @@ def limited_python(limit_bytes: int, folder: Path) -> str:
     # The logits, which nanoGPT's loop holds while it computes the next ones: no part of a step by itself.
     [
         pytest.param("cnn_autocast", ["--batch-size", "512"], 400, 0, marks=pytest.mark.exhaustive),
-        ("nanogpt", ["192"], 340, 192 * 64 * 256 * 4),
+        ("nanogpt", ["288", "2"], 340, 288 * 64 * 256 * 4),
     ],
 )
 def test_a_script_that_runs_out_of_memory(
@@ -228,7 +228,7 @@ def test_a_script_that_runs_out_of_memory(
     assert "more were asked for" in seen["ran_out"]
     assert any("MALLOC_MMAP_THRESHOLD_=131072" in note for note in found["notes"])
     assert sum(sum(part.values()) for part in seen["modules"].values()) == seen["total_bytes"]
-    assert 0.3 * room_mib * 2**20 < seen["total_bytes"] < room_mib * 2**20  # imports and kernels take some
+    assert 0.1 * room_mib * 2**20 < seen["total_bytes"] < room_mib * 2**20  # imports and kernels take some
     meter = metered("metered_script", script, *words)
     beside = seen["components"]["other"]
     assert step["total_bytes"] + left_bytes + beside == pytest.approx(meter["peak_bytes"], rel=0.01)

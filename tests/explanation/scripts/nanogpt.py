@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 batch_size = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-block_size, width, layers, heads, vocabulary = 64, 64, 4, 4, 256
+layers = int(sys.argv[2]) if len(sys.argv) > 2 else 4
+block_size, width, heads, vocabulary = 64, 64, 4, 256
 gradient_accumulation_steps = 2
 torch.manual_seed(1337)
 
