@@ -119,7 +119,7 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         if makes_graph and not _are_hooks_ours():
             # What another graph is made of (create_graph=True) is held by that one, as plain autograd holds it.
             graph_task = -1
-        with self.lock, below_autograd():
+        with AS_IT_WAS, self.lock, below_autograd():  # in this order: who has the first may wait for the second
             storage = value.live.untyped_storage() if value.live is not None else None
             if storage is None and self.check is not None:
                 storage = self.check.written_since(value)
