@@ -10,6 +10,8 @@ import pytest
 from tests.solver.profiles import gpt_profile, random_profile
 from tightfit.errors import BudgetInfeasible
 from tightfit.records import AllocatorState, Decision, Event, EventKind, Plan, Profile, Storage
+from tightfit.simulation import reserved
+from tightfit.simulation.caching_allocator import CachingAllocator
 from tightfit.simulation.levers import Request, Requests
 from tightfit.simulation.levers.module import can_recompute_module
 from tightfit.simulation.profile_index import ProfileIndex
@@ -135,14 +137,34 @@ def test_what_is_asked_for_adds_up_to_what_the_simulator_counts(seed: int) -> No
         assert highest >= 0.9 * counted
 
 
+@pytest.mark.parametrize("settings", ["", "expandable_segments:True"])
+@pytest.mark.parametrize("seed", range(6))
+def test_passes_that_change_nothing_are_not_repeated(seed: int, settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five hundred are answered like each of them, and take no more than a few."""
+    profile = random_profile(seed, regions=4)
+    storages = tuple(replace(one, nbytes=one.nbytes * 40_000) for one in profile.storages)
+    index = ProfileIndex(replace(profile, storages=storages))
+    step = requests_of(index, [Decision("tape") if facts.slots else None for facts in index.facts])
+    state = replace(STATE, settings=settings)
+    asked = []
+    ask = reserved._Repetition._ask
+    monkeypatch.setattr(
+        reserved._Repetition, "_ask", lambda self, requests: asked.append(requests) or ask(self, requests)
+    )
+    found = reserved_for(step, state, passes=500)
+    assert len(asked) < 100
+    monkeypatch.setattr(CachingAllocator, "layout", lambda self: None)
+    assert reserved_for(step, state, passes=30) == found
+
+
 def test_growing_segments_save_what_lies_in_between() -> None:
     profile = large_profile()
     plain = [None] * len(profile.regions)
     saved = saved_by_growing_segments(ProfileIndex(profile), plain)
     assert saved > 0
     growing = ProfileIndex(replace(profile, allocator=replace(STATE, settings="expandable_segments:True")))
-    reserved = simulate_in_totals(ProfileIndex(profile), plain).reserved_bytes
-    assert simulate_in_totals(growing, plain).reserved_bytes == reserved - saved
+    fixed_bytes = simulate_in_totals(ProfileIndex(profile), plain).reserved_bytes
+    assert simulate_in_totals(growing, plain).reserved_bytes == fixed_bytes - saved
     assert saved_by_growing_segments(growing, plain) == 0
     assert saved_by_growing_segments(ProfileIndex(replace(profile, allocator=None)), plain) == 0
 

@@ -13,6 +13,9 @@ driver's addresses are taken to rise; among free blocks of one size in several s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from tightfit.simulation.allocator_blocks import Block, Pool, Segment
 from tightfit.simulation.allocator_settings import GRANULE_BYTES, AllocatorSettings
 
@@ -109,11 +112,19 @@ class CachingAllocator:
         self._release_unused(self._large)
         self._release_unused(self._small)
 
+    def layout(self) -> list[tuple[int, ...]] | None:
+        """Return what its answers to further requests follow from; None if they follow from past requests, too."""
+        if self._collects_garbage:  # blocks have ages
+            return None
+        return [
+            (block.address, block.nbytes, block.stream, block.is_free, block.is_mapped, block.before is None)
+            for block in sorted(self._blocks(), key=lambda block: block.address)
+        ]
+
     def chains(self) -> list[list[Block]]:
         """Return the blocks of each segment that have memory, in the order of their addresses."""
-        free = (*self._small.blocks.values(), *self._large.blocks.values())
         found: list[list[Block]] = []
-        for block in sorted((*self._used.values(), *free), key=lambda block: block.address):
+        for block in sorted(self._blocks(), key=lambda block: block.address):
             if not block.is_mapped:
                 continue
             if found and found[-1][-1] is block.before:
@@ -123,6 +134,9 @@ class CachingAllocator:
         return found
 
     # ------------------------------------------------------------------------------------------------ blocks
+
+    def _blocks(self) -> Iterable[Block]:
+        return chain(self._used.values(), self._small.blocks.values(), self._large.blocks.values())
 
     def _splits(self, block: Block, nbytes: int, remaining: int) -> bool:
         settings = self.settings

@@ -149,10 +149,17 @@ class _Repetition:
 
     def _take(self, step: StepRequests, makes_states: bool) -> None:
         allocator = self._allocator
-        for _ in range(self._passes):
+        before = None
+        for left in reversed(range(self._passes)):
+            flushes = allocator.retries
             self._ask(step.forward_backward)
             # Not seen to be made; sizes are not told apart.
             self._gradients += self._put(step.gradients[len(self._gradients) :])
+            if left:  # where a pass leaves what the one before has left, so do all that follow
+                now = allocator.layout()
+                if now is not None and now == before and allocator.retries == flushes:
+                    break
+                before = now
         if makes_states:
             self._put(step.states)
         self._ask(step.optimizer)
