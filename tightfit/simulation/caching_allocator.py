@@ -112,14 +112,14 @@ class CachingAllocator:
         self._release_unused(self._large)
         self._release_unused(self._small)
 
-    def layout(self) -> list[tuple[int, ...]] | None:
+    def layout(self) -> tuple[tuple[int, ...], ...] | None:
         """Return what its answers to further requests follow from; None if they follow from past requests, too."""
         if self._collects_garbage:  # blocks have ages
             return None
-        return [
+        return tuple(
             (block.address, block.nbytes, block.stream, block.is_free, block.is_mapped, block.before is None)
             for block in sorted(self._blocks(), key=lambda block: block.address)
-        ]
+        )
 
     def chains(self) -> list[list[Block]]:
         """Return the blocks of each segment that have memory, in the order of their addresses."""

@@ -149,17 +149,19 @@ class _Repetition:
 
     def _take(self, step: StepRequests, makes_states: bool) -> None:
         allocator = self._allocator
-        before = None
-        for left in reversed(range(self._passes)):
+        passes, seen = self._passes, dict[object, int]()
+        number = 0
+        while number < passes:
+            number += 1
             flushes = allocator.retries
             self._ask(step.forward_backward)
             # Not seen to be made; sizes are not told apart.
             self._gradients += self._put(step.gradients[len(self._gradients) :])
-            if left:  # where a pass leaves what the one before has left, so do all that follow
-                now = allocator.layout()
-                if now is not None and now == before and allocator.retries == flushes:
-                    break
-                before = now
+            # What was left once is left again: all that follows has been seen, too, up to where passes end.
+            if number < passes and allocator.retries == flushes and (now := allocator.layout()) is not None:
+                if now in seen:
+                    passes = number + (passes - number) % (number - seen[now])
+                seen[now] = number
         if makes_states:
             self._put(step.states)
         self._ask(step.optimizer)
@@ -173,7 +175,10 @@ class _Repetition:
         are_there = bool(self._gradients)
         for thing, nbytes, stream in requests:
             if nbytes > 0:
+                before = addresses.get(thing)  # of the last pass, as a loop's variables hold it
                 addresses[thing] = allocate(nbytes, stream)
+                if before is not None:
+                    free(before)
             elif nbytes == BECOMES_GRADIENT and not are_there:
                 self._gradients.append(addresses.pop(thing))
             else:
