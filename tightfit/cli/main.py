@@ -36,7 +36,7 @@ from tightfit.cli.options import (
 from tightfit.cli.setting import settings_of
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import RankFailed
-from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
+from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput, remedy_for
 from tightfit.explanation.script import ScriptFailed
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
@@ -183,9 +183,10 @@ def main(arguments: Sequence[str]) -> int:
             )
         if problem.errno in _OF_DISKS:
             where = f" to {problem.filename!r}" if problem.filename else ""
+            remedy = remedy_for(str(problem))
             return _print_error(
-                f"nothing more could be written{where} ({problem.strerror}). Make room there; a training run goes on "
-                f"with --resume auto.",
+                f"nothing more could be written{where} ({problem.strerror}). {remedy}; a training run goes on with "
+                f"--resume auto.",
                 EXIT_FAILED,
             )
         return _unexpected(problem, arguments)

@@ -38,6 +38,7 @@ from tightfit.train.shard_targets import targets_of
 FORMAT_VERSION = 5
 _RECOLLECT_FORMATS = (1, 2, 3)
 LATEST, BEST = "latest", "best"
+_REPLACED = ".replaced."
 TENSORS = "training.safetensors"
 STATE = "state.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -45,6 +46,8 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 #: A state is some kilobytes for each thousand tensors; whatever is larger was not written by us, and is not parsed.
 _MOST_STATE_BYTES = 256 * 2**20
+#: No run takes more.
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +124,15 @@ class Draft:
         (temporary / STATE).write_text(json.dumps(self.state, allow_nan=False) + "\n", encoding="utf-8")
         write_manifest(temporary, FORMAT_VERSION, written)
         folder = self.checkpoints / self._name
-        if folder.exists():  # left by a run that was killed, or that went on from an earlier step
-            folder.rename(self.checkpoints / f".{self._name}.replaced.{os.getpid()}.tmp")
-        temporary.rename(folder)
+        replaced = self.checkpoints / f".{self._name}{_REPLACED}{os.getpid()}.tmp"
+        if os.path.lexists(folder):  # left by a run that was killed, or that went on from an earlier step
+            folder.rename(replaced)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if os.path.lexists(replaced):
+                replaced.rename(folder)
+            raise
         for name in (LATEST, *((BEST,) if self.is_best else ())):
             _point(name, folder)
         _prune(self.checkpoints, self.retention)
@@ -216,7 +225,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         step = state["step"]
         named = _FOLDER.fullmatch(folder.resolve().name)
-        if type(step) is not int or step < 1 or (named is not None and int(named[1]) != step):
+        if type(step) is not int or not 1 <= step <= _MOST_STEPS:
+            raise Damaged("its step is none that a run can take")
+        if named is not None and int(named[1]) != step:
             raise Damaged(f"it is of step {step}, which is not what its name says")
         return Checkpoint(
             folder=folder.resolve(),
@@ -291,14 +302,23 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return None
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, why: str = "damaged") -> Path:
     """Give a damaged checkpoint a name under which nothing looks for one, and return that."""
-    aside = folder.with_name(f"{folder.name}.damaged")
+    aside = folder.with_name(f"{folder.name}.{why}")
     number = 1
-    while aside.exists():
+    while os.path.lexists(aside):
         number += 1
-        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+        aside = folder.with_name(f"{folder.name}.{why}-{number}")
     return folder.rename(aside)
+
+
+def restore_replaced(checkpoints: Path) -> None:
+    """Give its name back to a checkpoint that was being replaced when its run was killed, before the new one had it."""
+    for path in checkpoints.glob(f".step-*{_REPLACED}*.tmp"):
+        folder = checkpoints / path.name[1:].partition(_REPLACED)[0]
+        if not os.path.lexists(folder):
+            with suppress(OSError):  # without it, the one before is used
+                path.rename(folder)
 
 
 def read_training_state(folder: Path) -> Mapping[str, Any]:
@@ -363,7 +383,10 @@ def _point(name: str, folder: Path) -> None:
     link = folder.with_name(f".{name}.{os.getpid()}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
-    os.replace(link, folder.with_name(name))
+    place = folder.with_name(name)
+    if place.exists() and not place.is_symlink():  # copying the run has followed its links, or written them as files
+        set_aside(place, "copied")
+    os.replace(link, place)
     flush_to_disk(folder.parent)
 
 

@@ -173,11 +173,11 @@ def other_numbers(table: Table, base: list[str]) -> None:
     table.add(f"resumed by {', '.join(said)}", ended, "", problems)
 
 
-def attack(count: int, seed: int, root: Path, output: Path | None) -> bool:
+def attack(count: int, seed: int, root: Path, output: Path | None, strategies: list[str]) -> bool:
     """Send so many of the signals under each strategy, and all else once; return whether all was well."""
     table = Table(root)
     base = [*words(STEPS, SAVE_EVERY), "--root-path", str(root / "runs")]
-    for strategy in ("ddp", "fsdp"):
+    for strategy in strategies:
         command = [*base, *several(strategy, 2)]
         whole = start_group([*command, "--mark", f"{strategy}-whole"], root / "whole.txt", warm=True)
         assert whole.wait() == 0, (root / "whole.txt").read_text()
@@ -192,4 +192,4 @@ def attack(count: int, seed: int, root: Path, output: Path | None) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_attack(attack, __doc__, 10))
+    sys.exit(run_attack(attack, __doc__, 10, ("ddp", "fsdp")))
