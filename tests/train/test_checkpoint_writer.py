@@ -153,7 +153,7 @@ def test_the_last_checkpoint_is_worth_an_error(
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "mount it anew"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "ulimit -f"),
-        (OSError(errno.EPIPE, os.strerror(errno.EPIPE)), "written to again"),
+        (OSError(errno.ENOTTY, os.strerror(errno.ENOTTY)), "written to again"),
     ],
 )
 def test_what_to_do_fits_what_has_happened(problem: Exception, remedy: str) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -38,6 +39,7 @@ from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import RankFailed
 from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput, remedy_for
 from tightfit.explanation.script import ScriptFailed
+from tightfit.report.lasting_stream import discard
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
 from tightfit.train.launch.rendezvous import was_in_a_group
@@ -59,7 +61,7 @@ _OF_PATHS = {
     errno.EEXIST, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
 #: What a disk may be.
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EPIPE}
 _SHOWN = 200
 
 COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
@@ -130,16 +132,47 @@ _OTHERS_ERROR_S = 2.0
 
 def console() -> NoReturn:
     """Run the `tightfit` program."""
+    _take_standard_descriptors()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    exit_code = main(sys.argv[1:])
+    exit_code = _flushed(main(sys.argv[1:]))
     if was_in_a_group():
         # Threads of the process group may outlive it, and abort the process when they ask for Python's lock while that
         # is coming to its end: the end is left out.
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _take_standard_descriptors() -> None:
+    """Open what the process was begun without: else the next file has its number, and libraries print into that."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+def _flushed(exit_code: int) -> int:
+    """Have all that was printed written before the interpreter's end, which would only say that it cannot be."""
+    try:
+        if sys.stdout is not None:  # None: the process was begun without
+            sys.stdout.flush()
+    except OSError as problem:
+        discard(sys.stdout)
+        if problem.errno != errno.EPIPE:  # a reader that has read enough is none
+            return _print_error(_unwritten(problem), exit_code or EXIT_FAILED)
+    return exit_code
+
+
+def _unwritten(problem: OSError) -> str:
+    """Say that something could not be written; where no file is named, it is what was printed."""
+    where = f" to {problem.filename!r}" if problem.filename else ""
+    return (
+        f"nothing more could be written{where} ({problem.strerror}). {remedy_for(str(problem))}; a training run goes "
+        f"on with --resume auto."
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -182,13 +215,7 @@ def main(arguments: Sequence[str]) -> int:
                 EXIT_BAD_INPUT,
             )
         if problem.errno in _OF_DISKS:
-            where = f" to {problem.filename!r}" if problem.filename else ""
-            remedy = remedy_for(str(problem))
-            return _print_error(
-                f"nothing more could be written{where} ({problem.strerror}). {remedy}; a training run goes on with "
-                f"--resume auto.",
-                EXIT_FAILED,
-            )
+            return _print_error(_unwritten(problem), EXIT_FAILED)
         return _unexpected(problem, arguments)
     except Exception as problem:
         if is_out_of_memory(problem):

@@ -16,8 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.files import flush_to_disk, remove_temporary
 from tightfit.train.manifest import Damaged, Written, check_manifest, format_of, write_manifest
+from tightfit.train.optimizer_state import require_state_of
 from tightfit.train.plain_state import pack, unpack
 from tightfit.train.shard_files import Piece, ShardFiles, in_order, pieces_of, save_file
 from tightfit.train.shard_targets import targets_of
@@ -240,7 +242,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise _incomplete(folder, str(problem)) from None
     except OSError as problem:
         raise _incomplete(folder, f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
-    except _NOT_OURS as problem:
+    except (*_NOT_OURS, RuntimeError) as problem:
         if isinstance(problem, UnsupportedInput):
             raise
         raise _incomplete(folder, f"{STATE} cannot be understood") from None
@@ -340,19 +342,33 @@ def load_checkpoint(
         generators; None where the run had another number of processes.
     """
     files = [checkpoint.folder / name for name in checkpoint.files]
-    try:
+    with fitting(checkpoint):
         saved = _read_training(checkpoint.folder, files, model, optimizer)
+        require_state_of(optimizer, saved["optimizer"])
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        states = saved["random"]
+        return saved["extra"], states[rank] if len(states) == world_size else None
+
+
+@contextmanager
+def fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, errors of what a checkpoint is loaded into say that it does not fit.
+
+    Raises:
+        UnsupportedInput: as it is of another model, or not as a run writes it.
+    """
+    try:
+        yield
     except UnsupportedInput:
         raise
-    except (RuntimeError, ValueError, KeyError) as problem:
+    except (RuntimeError, ArithmeticError, LookupError, *_NOT_OURS) as problem:
+        if is_out_of_memory(problem):
+            raise
         raise UnsupportedInput(
-            f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "
-            f"Resume with the model that wrote it."
+            f"the checkpoint {checkpoint.folder} does not fit this model ({problem}). "
+            f"Resume with the model that wrote it, or begin another run with --mark NAME."
         ) from None
-    states = saved["random"]
-    return saved["extra"], states[rank] if len(states) == world_size else None
 
 
 def _read_training(

@@ -118,14 +118,9 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
     group, total_steps = work.group, prepared.total_steps
     identity = identity_of(config, work, total_steps)
     restored = Restored()
+    average, scaler = MovingAverage(work.model, config.ema_decay), make_scaler(config.precision, work.device)
     if checkpoint is not None:
-        restored = group.run_on_all(lambda: restore(config, work, checkpoint, identity))
-    average = MovingAverage(work.model, config.ema_decay)
-    if "average" in restored.extra:
-        average.load_state_dict(restored.extra["average"])
-    scaler = make_scaler(config.precision, work.device)
-    if "scaler" in restored.extra:
-        scaler.load_state_dict(restored.extra["scaler"])
+        restored = group.run_on_all(lambda: restore(config, work, checkpoint, identity, average, scaler))
     first_step = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None and (end := end_of_run(config, work, checkpoint, total_steps)) is not None:
         for note in group.run_on_all(lambda: folder.set_damaged_aside(checkpoint) if group.is_main_process else []):
@@ -167,6 +162,11 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
         _on_first(group, lambda: _open(folder, config, command, applied, checkpoint, reporter))
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
+            if restored.is_seeded_anew:
+                reporter.say(
+                    "note    another number of processes wrote it: what is drawn at random from here on is not what "
+                    "they would have drawn"
+                )
         elif config.resume is not None:
             reporter.say("nothing to resume: beginning with the first step")
         with _metrics_of(folder, config, group, reporter) as metrics:

@@ -21,8 +21,8 @@ else:
     _HAS_LOCKS = True
 
 LOCK = ".lock"
-#: A run whose launcher was killed ends within this; the same command, given again at once, then goes on.
-_WAIT_S = 10.0
+#: A run whose launcher was killed ends within this (`orphans`); the same command, given again at once, then goes on.
+_WAIT_S = 30.0
 _LOOK_S = 0.1
 
 
