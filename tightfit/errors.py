@@ -48,6 +48,7 @@ _REMEDIES = (
     ),
     ((errno.EACCES, errno.EPERM), "Give back the permission to write there"),
     ((errno.ENOENT, errno.ENOTDIR), "Put the folder back, if it was moved"),
+    ((errno.EISDIR, errno.EEXIST), "Remove what is in its place"),
     ((errno.EPIPE,), "Have its output read to the end, or write it to a file"),
     ((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
 )

@@ -51,7 +51,8 @@ def _after_a_step(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], pa
     probe = nn.Parameter(torch.zeros([_PROBE_SIZE] * parameter.dim(), dtype=parameter.dtype))
     probe.grad = torch.zeros_like(probe)
     settings = {name: value for name, value in group.items() if name != "params"}
-    tiny = type(optimizer)([{**settings, "params": [probe]}])
+    kind: Any = type(optimizer)
+    tiny = kind([{**settings, "params": [probe]}])
     tiny.step()
     return tiny.state[probe]
 
