@@ -19,7 +19,7 @@ from tests.train.attacks.ranks import processes_of, start_group
 from tests.train.attacks.runs import differences, newest_step, run_attack, run_folder
 from tests.train.attacks.subject import words
 
-STEPS, SAVE_EVERY = 24, 4
+STEPS, SAVE_EVERY = 60, 4
 _PATIENCE_S = 120
 #: Of `--dist-timeout`: so soon a rank that is stopped is named.
 _SILENCE_S = 8
@@ -46,7 +46,8 @@ def send(number: signal.Signals, victim: str) -> Callable[[str, subprocess.Popen
 
     def sent(mark: str, process: subprocess.Popen[bytes]) -> None:
         found = {kind: pid for pid, kind in processes_of(mark).items()}
-        os.kill(found[victim], number)
+        if victim in found:  # else the run has just ended
+            os.kill(found[victim], number)
 
     return sent
 
@@ -123,8 +124,11 @@ def signalled(table: Table, strategy: str, command: list[str], count: int) -> No
             problems.append(f"exit {code}")
         if newest_step(run) < kept:
             problems.append("a checkpoint is lost")
-        if "Traceback" in output.read_text(errors="replace"):
+        everything = output.read_text(errors="replace")
+        if "Traceback" in everything:
             problems.append("a traceback")
+        if problems:
+            print(everything[-3000:], flush=True)
         again = start_group([*command, "--mark", mark], table.root / "again.txt", warm=True)
         if again.wait() != 0:
             problems.append(f"then exit {again.returncode}: {_summary(table.root / 'again.txt')}")
