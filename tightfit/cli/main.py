@@ -134,7 +134,7 @@ def console() -> NoReturn:
     """Run the `tightfit` program."""
     _take_standard_descriptors()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    exit_code = _flushed(main(sys.argv[1:]))
+    exit_code = _flushed(main(sys.argv[1:], afterwards=_end_at_once))
     if was_in_a_group():
         # Threads of the process group may outlive it, and abort the process when they ask for Python's lock while that
         # is coming to its end: the end is left out.
@@ -175,8 +175,16 @@ def _unwritten(problem: OSError) -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``arguments`` and return the exit code."""
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """End as by the signal, but with an exit code: all that is left to do is to say why it ended."""
+    os._exit(128 + number)
+
+
+def main(arguments: Sequence[str], afterwards: Callable[[int, FrameType | None], NoReturn] | None = None) -> int:
+    """Run the command line ``arguments`` and return the exit code.
+
+    `afterwards` handles signals that end runs from then on; else they are handled as before.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     ending = [number for number in ending_signals() if number != signal.SIGINT] if in_main_thread else []
     previous = {number: signal.signal(number, _terminate) for number in ending}
@@ -185,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
             return _run(arguments)
         finally:  # what follows is short; a signal may end it
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, afterwards or handler)
     except RankFailed as problem:
         time.sleep(_OTHERS_ERROR_S)  # a launcher that saw this process end first would kill the other before it prints
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
