@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -128,6 +128,8 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
 
 #: For another process of the run to print its error.
 _OTHERS_ERROR_S = 2.0
+#: From a signal that a finalizer has swallowed to its second coming.
+_AGAIN_S = 0.05
 
 
 def console() -> NoReturn:
@@ -190,7 +192,8 @@ def main(arguments: Sequence[str], afterwards: Callable[[int, FrameType | None],
     previous = {number: signal.signal(number, _terminate) for number in ending}
     try:
         try:
-            return _run(arguments)
+            with _raising_again():
+                return _run(arguments)
         finally:  # what follows is short; a signal may end it
             for number, handler in previous.items():
                 signal.signal(number, afterwards or handler)
@@ -246,6 +249,29 @@ class _Terminated(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = signal.Signals(number)
+
+
+@contextmanager
+def _raising_again() -> Iterator[None]:
+    """Inside, a signal that came in a finalizer, which lets no error out, comes again a moment later."""
+    before, is_over = sys.unraisablehook, False
+
+    def send(number: int) -> None:
+        if not is_over:
+            os.kill(os.getpid(), number)
+
+    def hook(found: Any) -> None:
+        if isinstance(found.exc_value, _Terminated):
+            threading.Timer(_AGAIN_S, send, [found.exc_value.number]).start()
+        else:
+            before(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        is_over = True
+        sys.unraisablehook = before
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -102,8 +102,8 @@ def signalled(table: Table, strategy: str, command: list[str], count: int) -> No
     for number, (what, (attack, codes)) in enumerate(attacks.items()):
         mark = f"{strategy}-{number}-{os.getpid()}"
         run, output = run_folder(table.root / "runs", mark), table.root / "said.txt"
-        # What asks for a process by `warm_start` is stopped without it.
-        process = start_group([*command, "--mark", mark], output, warm="SIGSTOP" not in what)
+        # What asks for a process by `warm_start` is stopped without it, and passes no second signal on.
+        process = start_group([*command, "--mark", mark], output, warm="SIGSTOP" not in what and "again" not in what)
         wait_for_step(process, run, SAVE_EVERY)
         kept = newest_step(run)
         attack(mark, process)
