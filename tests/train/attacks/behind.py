@@ -70,9 +70,9 @@ def killed(command: list[str], root: Path, count: int, chance: random.Random, wh
         before = newest_step(run)
         slow = {} if is_enough else {"SLOW_SAVES": f"{_SLOW_S}:{notes}"}
         process = _begin(command, mark, root / "killed.txt", warm=is_enough, **slow)
-        writer = chance.choice(("0", "1"))
+        writer, saves = chance.choice(("0", "1")), chance.randint(1, 3)
         deadline = time.monotonic() + _PATIENCE_S
-        while not is_enough and not list(notes.glob(f"{writer}-*")) and process.poll() is None:
+        while not is_enough and len(list(notes.glob(f"{writer}-*"))) < saves and process.poll() is None:
             assert time.monotonic() < deadline, "it saves nothing"
             time.sleep(0.005)
         there = {kind: pid for pid, kind in processes_of(mark).items()}
