@@ -154,13 +154,15 @@ def _take_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # libraries print without looking
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # stays open
 
 
 def _flushed(exit_code: int) -> int:
     """Have all that was printed written before the interpreter's end, which would only say that it cannot be."""
     try:
-        if sys.stdout is not None:  # None: the process was begun without
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as problem:
         discard(sys.stdout)
         if problem.errno != errno.EPIPE:  # a reader that has read enough is none
