@@ -15,6 +15,8 @@ Every message says what was found, why the work cannot go on, and what to do.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +31,39 @@ def first_line(problem: BaseException) -> str:
     """Return the first line of an error's message, or its type's name where it has none; for a message of ours."""
     lines = str(problem).strip().splitlines()
     return lines[0][:_LONGEST_LINE] if lines else type(problem).__name__
+
+
+#: What to do about a file that could not be written, by the system's error.
+_REMEDIES = (
+    ((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "Make room there"),
+    ((errno.EFBIG,), "Raise the limit on the size of a file (ulimit -f), or take a disk that holds larger ones"),
+    (
+        (errno.EIO, getattr(errno, "ESTALE", errno.EIO), errno.ENODEV, errno.ENXIO),
+        "The disk fails, or the connection to it: see the system's log, and copy the folder to another disk if it does "
+        "not recover",
+    ),
+    (
+        (errno.EROFS,),
+        "The disk takes no more writes, often because it failed: see the system's log, and mount it anew",
+    ),
+    ((errno.EACCES, errno.EPERM), "Give back the permission to write there"),
+    ((errno.ENOENT, errno.ENOTDIR), "Put the folder back, if it was moved"),
+    ((errno.EISDIR, errno.EEXIST), "Remove what is in its place"),
+    ((errno.EPIPE,), "Have its output read to the end, or write it to a file"),
+    ((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
+)
+_REMEDY = "Have the folder written to again"
+
+
+def remedy_for(problem: str) -> str:
+    """Say what to do about a file that could not be written, as a sentence without its end.
+
+    Takes the error's words, which pass between processes and libraries, rather than its number, which does not.
+    """
+    for numbers, remedy in _REMEDIES:
+        if any(os.strerror(number) in problem for number in numbers):
+            return remedy
+    return _REMEDY
 
 
 class TightfitError(Exception):

@@ -23,6 +23,7 @@ from tightfit.train.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     read_training_state,
+    restore_replaced,
     save_checkpoint,
     set_aside,
 )
@@ -336,6 +337,52 @@ def test_what_is_set_aside_is_kept_and_not_looked_at(tmp_path: Path) -> None:
         "step-00000001.damaged",
         "step-00000001.damaged-2",
     ]
+
+
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_links_that_a_copy_of_the_run_has_as_folders_are_links_again(name: str, tmp_path: Path) -> None:
+    """As `scp -r` makes them: every later save ended with "Is a directory"."""
+    model, optimizer = make()
+    first = save(tmp_path, 1, model, optimizer, is_best=True)
+    (tmp_path / name).unlink()
+    shutil.copytree(first, tmp_path / name)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.folder == first
+    second = save(tmp_path, 2, model, optimizer, is_best=True)
+    assert (tmp_path / name).readlink() == Path(second.name)
+    assert (tmp_path / f"{name}.copied" / TENSORS).read_bytes() == (first / TENSORS).read_bytes()
+
+
+def test_a_checkpoint_may_take_the_place_of_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").symlink_to("gone")
+    model, optimizer = make()
+    assert read_checkpoint(save(tmp_path, 1, model, optimizer)).step == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_what_was_being_replaced_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from an earlier checkpoint writes the later ones again."""
+    model, optimizer = make()
+    folder = save(tmp_path, 1, model, optimizer)
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == folder and ".replaced." not in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            save(tmp_path, 1, model, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", folder.name]
+    folder.rename(tmp_path / f".{folder.name}.replaced.7.tmp")  # as if killed there
+    restore_replaced(tmp_path)
+    assert read_checkpoint(folder).step == 1
+    shutil.copytree(folder, tmp_path / f".{folder.name}.replaced.7.tmp")
+    restore_replaced(tmp_path)  # killed after the new one had the name
+    assert (tmp_path / f".{folder.name}.replaced.7.tmp").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from io import StringIO
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.distributed import HashStore
 
 from tests.support.late_writes import written_late
@@ -18,6 +20,7 @@ from tests.train.runs import metrics
 from tightfit.cli.main import main
 from tightfit.distributed.notes import Notes
 from tightfit.distributed.process_group import ProcessGroup
+from tightfit.errors import remedy_for
 from tightfit.report.reporter import Reporter
 from tightfit.train.checkpoint import Draft
 from tightfit.train.checkpoint_writer import CheckpointWriter
@@ -132,13 +135,30 @@ def test_the_last_checkpoint_is_worth_an_error(
     with monkeypatch.context() as patch:
         patch.setattr(Draft, "write_tensors", full)
         assert main([*WORDS, "--mark", "m", "--save-every", "100"]) == 1
-    assert "Make room there and go on with --resume auto" in capsys.readouterr().err
+    assert "Make room there, and go on with --resume auto" in capsys.readouterr().err
     assert list(Path(f"runs/{DATA}/m/checkpoints").iterdir()) == []
     assert main([*WORDS, "--mark", "m", "--save-every", "100", "--resume", "auto"]) == 0
     assert main([*WORDS, "--mark", "whole"]) == 0
     one, other = (files_of(mark)["step-00000006/training.safetensors"] for mark in ("m", "whole"))
     assert one == other
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("problem", "remedy"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Make room"),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/a/file"), "disk fails"),
+        (SafetensorError("Error while serializing: IoError(Os { Input/output error (os error 5) })"), "disk fails"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "mount it anew"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "ulimit -f"),
+        (OSError(errno.ENOTTY, os.strerror(errno.ENOTTY)), "written to again"),
+    ],
+)
+def test_what_to_do_fits_what_has_happened(problem: Exception, remedy: str) -> None:
+    """A disk that failed was answered with "make room"."""
+    assert remedy in remedy_for(str(problem))
 
 
 class WithAnother(ProcessGroup):

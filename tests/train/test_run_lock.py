@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,28 @@ def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatc
     with only_run_in(tmp_path / "run", pytest.fail):
         pass
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes")
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "another name of it", "pipe", "folder"])
+def test_nothing_is_written_through_a_lock_that_somebody_made_up(kind: str, tmp_path: Path) -> None:
+    """It was emptied and written to; one that led to nothing was tried for ever."""
+    ours, lock = tmp_path / "ours", tmp_path / "run" / LOCK
+    ours.write_text("ours")
+    lock.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    elif kind == "another name of it":
+        lock.hardlink_to(ours)
+    else:
+        lock.symlink_to(ours if kind == "link" else "nowhere/at/all")
+    refused = pytest.raises(UnsupportedInput, match=r"is not the file that a run makes there.* Remove it\.")
+    with refused, only_run_in(lock.parent, pytest.fail):
+        pytest.fail("it has it")
+    assert ours.read_text() == "ours"
+    assert os.path.lexists(lock)
 
 
 @pytest.mark.usefixtures("own_folder")

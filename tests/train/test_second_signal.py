@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from tightfit.cli import main as command_line
 from tightfit.train.signals import StopRequest
 
 #: Waits as a collective does for a process that is gone: no signal interrupts it, so no handler of Python's runs.
@@ -79,3 +81,27 @@ with StopRequest() as stop:
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (ended.stdout, ended.returncode) == ("15\n", 0), ended.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+def test_one_that_comes_in_a_finalizer_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python prints what a finalizer raises, and goes on."""
+
+    class Ended:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def run(arguments: list[str]) -> int:
+        ended = [Ended()]
+        ended.clear()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(command_line, "_run", run)
+    assert command_line.main([]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert said == "tightfit: ended by SIGTERM\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 _prefix: list[str] = []
 
@@ -13,5 +14,6 @@ def prefix_messages(name: str) -> None:
 
 
 def print_message(text: object) -> None:
-    """Print a message to stderr."""
-    print(": ".join(["tightfit", *_prefix, str(text)]), file=sys.stderr)
+    """Print a message to stderr; where nobody can read it, that is no reason for another end."""
+    with suppress(OSError, ValueError):
+        print(": ".join(["tightfit", *_prefix, str(text)]), file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -36,8 +37,9 @@ from tightfit.cli.options import (
 from tightfit.cli.setting import settings_of
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.process_group import RankFailed
-from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput
+from tightfit.errors import BudgetInfeasible, PlanMismatch, TightfitError, UnsupportedInput, remedy_for
 from tightfit.explanation.script import ScriptFailed
+from tightfit.report.lasting_stream import discard
 from tightfit.train import Interrupted
 from tightfit.train.launch.launcher import ProcessFailed
 from tightfit.train.launch.rendezvous import was_in_a_group
@@ -59,7 +61,7 @@ _OF_PATHS = {
     errno.EEXIST, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
 #: What a disk may be.
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EPIPE}
 _SHOWN = 200
 
 COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = {
@@ -126,33 +128,77 @@ COMMANDS: dict[str, tuple[Command[Any], Callable[[Any, Sequence[str]], int]]] = 
 
 #: For another process of the run to print its error.
 _OTHERS_ERROR_S = 2.0
+#: From a signal that a finalizer has swallowed to its second coming.
+_AGAIN_S = 0.05
 
 
 def console() -> NoReturn:
     """Run the `tightfit` program."""
+    _take_standard_descriptors()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    exit_code = main(sys.argv[1:])
+    exit_code = _flushed(main(sys.argv[1:], afterwards=_end_at_once))
     if was_in_a_group():
         # Threads of the process group may outlive it, and abort the process when they ask for Python's lock while that
         # is coming to its end: the end is left out.
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``arguments`` and return the exit code."""
+def _take_standard_descriptors() -> None:
+    """Open what the process was begun without: else the next file has its number, and libraries print into that."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # libraries print without looking
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # stays open
+
+
+def _flushed(exit_code: int) -> int:
+    """Have all that was printed written before the interpreter's end, which would only say that it cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError as problem:
+        discard(sys.stdout)
+        if problem.errno != errno.EPIPE:  # a reader that has read enough is none
+            return _print_error(_unwritten(problem), exit_code or EXIT_FAILED)
+    return exit_code
+
+
+def _unwritten(problem: OSError) -> str:
+    """Say that something could not be written; where no file is named, it is what was printed."""
+    where = f" to {problem.filename!r}" if problem.filename else ""
+    return (
+        f"nothing more could be written{where} ({problem.strerror}). {remedy_for(str(problem))}; a training run goes "
+        f"on with --resume auto."
+    )
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """End as by the signal, but with an exit code: all that is left to do is to say why it ended."""
+    os._exit(128 + number)
+
+
+def main(arguments: Sequence[str], afterwards: Callable[[int, FrameType | None], NoReturn] | None = None) -> int:
+    """Run the command line ``arguments`` and return the exit code.
+
+    `afterwards` handles signals that end runs from then on; else they are handled as before.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     ending = [number for number in ending_signals() if number != signal.SIGINT] if in_main_thread else []
     previous = {number: signal.signal(number, _terminate) for number in ending}
     try:
         try:
-            return _run(arguments)
+            with _raising_again():
+                return _run(arguments)
         finally:  # what follows is short; a signal may end it
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, afterwards or handler)
     except RankFailed as problem:
         time.sleep(_OTHERS_ERROR_S)  # a launcher that saw this process end first would kill the other before it prints
         return EXIT_BAD_INPUT if problem.is_bad_input else EXIT_FAILED
@@ -182,12 +228,7 @@ def main(arguments: Sequence[str]) -> int:
                 EXIT_BAD_INPUT,
             )
         if problem.errno in _OF_DISKS:
-            where = f" to {problem.filename!r}" if problem.filename else ""
-            return _print_error(
-                f"nothing more could be written{where} ({problem.strerror}). Make room there; a training run goes on "
-                f"with --resume auto.",
-                EXIT_FAILED,
-            )
+            return _print_error(_unwritten(problem), EXIT_FAILED)
         return _unexpected(problem, arguments)
     except Exception as problem:
         if is_out_of_memory(problem):
@@ -210,6 +251,29 @@ class _Terminated(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = signal.Signals(number)
+
+
+@contextmanager
+def _raising_again() -> Iterator[None]:
+    """Inside, a signal that came in a finalizer, which lets no error out, comes again a moment later."""
+    before, is_over = sys.unraisablehook, False
+
+    def send(number: int) -> None:
+        if not is_over:
+            os.kill(os.getpid(), number)
+
+    def hook(found: Any) -> None:
+        if isinstance(found.exc_value, _Terminated):
+            threading.Timer(_AGAIN_S, send, [found.exc_value.number]).start()
+        else:
+            before(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        is_over = True
+        sys.unraisablehook = before
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import IO, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tightfit.report.lasting_stream import LastingStream
 from tightfit.report.phase_bar import showing_phases
 from tightfit.report.step_report import StepReport, format_memory, format_rates, format_step
 from tightfit.report.text import format_metrics
@@ -27,7 +28,8 @@ class Reporter:
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(file=stream or sys.stdout, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        lasting = LastingStream(stream or sys.stdout, self._note_loss)
+        self._console = Console(file=cast(IO[str], lasting), soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._unwritten: list[str] = []
         self._log: TextIO | None = None
         self._progress: Progress | None = None
@@ -101,6 +103,9 @@ class Reporter:
         elif not self._quiet:
             self._console.print(line)
         self._write(line)
+
+    def _note_loss(self, why: str) -> None:
+        self._write(f"what is printed is lost from here on ({why}); the run goes on, and this file has all of it")
 
     def _write(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -16,8 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.distributed.dtensor import is_dtensor
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from tightfit.errors import UnsupportedInput
 from tightfit.train.files import flush_to_disk, remove_temporary
 from tightfit.train.manifest import Damaged, Written, check_manifest, format_of, write_manifest
+from tightfit.train.optimizer_state import require_state_of
 from tightfit.train.plain_state import pack, unpack
 from tightfit.train.shard_files import Piece, ShardFiles, in_order, pieces_of, save_file
 from tightfit.train.shard_targets import targets_of
@@ -38,6 +40,7 @@ from tightfit.train.shard_targets import targets_of
 FORMAT_VERSION = 5
 _RECOLLECT_FORMATS = (1, 2, 3)
 LATEST, BEST = "latest", "best"
+_REPLACED = ".replaced."
 TENSORS = "training.safetensors"
 STATE = "state.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -45,6 +48,8 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 #: A state is some kilobytes for each thousand tensors; whatever is larger was not written by us, and is not parsed.
 _MOST_STATE_BYTES = 256 * 2**20
+#: No run takes more.
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +126,15 @@ class Draft:
         (temporary / STATE).write_text(json.dumps(self.state, allow_nan=False) + "\n", encoding="utf-8")
         write_manifest(temporary, FORMAT_VERSION, written)
         folder = self.checkpoints / self._name
-        if folder.exists():  # left by a run that was killed, or that went on from an earlier step
-            folder.rename(self.checkpoints / f".{self._name}.replaced.{os.getpid()}.tmp")
-        temporary.rename(folder)
+        replaced = self.checkpoints / f".{self._name}{_REPLACED}{os.getpid()}.tmp"
+        if os.path.lexists(folder):  # left by a run that was killed, or that went on from an earlier step
+            folder.rename(replaced)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if os.path.lexists(replaced):
+                replaced.rename(folder)
+            raise
         for name in (LATEST, *((BEST,) if self.is_best else ())):
             _point(name, folder)
         _prune(self.checkpoints, self.retention)
@@ -216,7 +227,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         step = state["step"]
         named = _FOLDER.fullmatch(folder.resolve().name)
-        if type(step) is not int or step < 1 or (named is not None and int(named[1]) != step):
+        if type(step) is not int or not 1 <= step <= _MOST_STEPS:
+            raise Damaged("its step is none that a run can take")
+        if named is not None and int(named[1]) != step:
             raise Damaged(f"it is of step {step}, which is not what its name says")
         return Checkpoint(
             folder=folder.resolve(),
@@ -229,7 +242,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise _incomplete(folder, str(problem)) from None
     except OSError as problem:
         raise _incomplete(folder, f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
-    except _NOT_OURS as problem:
+    except (*_NOT_OURS, RuntimeError) as problem:
         if isinstance(problem, UnsupportedInput):
             raise
         raise _incomplete(folder, f"{STATE} cannot be understood") from None
@@ -291,14 +304,23 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return None
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, why: str = "damaged") -> Path:
     """Give a damaged checkpoint a name under which nothing looks for one, and return that."""
-    aside = folder.with_name(f"{folder.name}.damaged")
+    aside = folder.with_name(f"{folder.name}.{why}")
     number = 1
-    while aside.exists():
+    while os.path.lexists(aside):
         number += 1
-        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+        aside = folder.with_name(f"{folder.name}.{why}-{number}")
     return folder.rename(aside)
+
+
+def restore_replaced(checkpoints: Path) -> None:
+    """Give its name back to a checkpoint that was being replaced when its run was killed, before the new one had it."""
+    for path in checkpoints.glob(f".step-*{_REPLACED}*.tmp"):
+        folder = checkpoints / path.name[1:].partition(_REPLACED)[0]
+        if not os.path.lexists(folder):
+            with suppress(OSError):  # without it, the one before is used
+                path.rename(folder)
 
 
 def read_training_state(folder: Path) -> Mapping[str, Any]:
@@ -320,19 +342,33 @@ def load_checkpoint(
         generators; None where the run had another number of processes.
     """
     files = [checkpoint.folder / name for name in checkpoint.files]
-    try:
+    with fitting(checkpoint):
         saved = _read_training(checkpoint.folder, files, model, optimizer)
+        require_state_of(optimizer, saved["optimizer"])
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        states = saved["random"]
+        return saved["extra"], states[rank] if len(states) == world_size else None
+
+
+@contextmanager
+def fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, errors of what a checkpoint is loaded into say that it does not fit.
+
+    Raises:
+        UnsupportedInput: as it is of another model, or not as a run writes it.
+    """
+    try:
+        yield
     except UnsupportedInput:
         raise
-    except (RuntimeError, ValueError, KeyError) as problem:
+    except (RuntimeError, ArithmeticError, LookupError, *_NOT_OURS) as problem:
+        if is_out_of_memory(problem):
+            raise
         raise UnsupportedInput(
-            f"the checkpoint {checkpoint.folder} does not fit this model: {problem} "
-            f"Resume with the model that wrote it."
+            f"the checkpoint {checkpoint.folder} does not fit this model ({problem}). "
+            f"Resume with the model that wrote it, or begin another run with --mark NAME."
         ) from None
-    states = saved["random"]
-    return saved["extra"], states[rank] if len(states) == world_size else None
 
 
 def _read_training(
@@ -363,7 +399,10 @@ def _point(name: str, folder: Path) -> None:
     link = folder.with_name(f".{name}.{os.getpid()}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
-    os.replace(link, folder.with_name(name))
+    place = folder.with_name(name)
+    if place.exists() and not place.is_symlink():  # copying the run has followed its links, or written them as files
+        set_aside(place, "copied")
+    os.replace(link, place)
     flush_to_disk(folder.parent)
 
 

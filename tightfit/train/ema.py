@@ -65,6 +65,9 @@ class MovingAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load an average, sharded as the parameters are; raises KeyError or RuntimeError for another model's."""
+        """Load an average, sharded as the parameters are; raises KeyError or ValueError for another model's."""
         for name, average in self._average.items():
-            average.copy_(local_shard(state[name]))
+            held = local_shard(state[name])
+            if held.shape != average.shape or held.dtype != average.dtype:  # it would be spread over all elements
+                raise ValueError(f"the average of {name} is of shape {list(held.shape)}, not {list(average.shape)}")
+            average.copy_(held)

@@ -29,7 +29,11 @@ def keep_batch(
     folder = run / FOLDER
     path = folder / f"step-{step:08d}-rank-{rank}.safetensors"
     try:
-        if not run.is_dir() or (folder.is_dir() and len(list(folder.glob("*.safetensors"))) >= _MOST):
+        if (
+            not run.is_dir()
+            or folder.is_symlink()
+            or (folder.is_dir() and len(list(folder.glob("*.safetensors"))) >= _MOST)
+        ):
             return None
         folder.mkdir(exist_ok=True)
         tensors, plain = pack([{"batch": one.batch, "weight": one.weight} for one in microbatches])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.device.budget import Budget
-from tightfit.errors import BudgetInfeasible, TightfitError, UnsupportedInput, VerificationFailed
+from tightfit.errors import BudgetInfeasible, TightfitError, UnsupportedInput, VerificationFailed, remedy_for
 from tightfit.installation.applied import Applied
 from tightfit.step.microbatch import Microbatch
 from tightfit.train.checkpoint_writer import CheckpointWriter
@@ -303,7 +303,7 @@ class TrainingLoop:
         self.guard.require_finite_state(step)
         problem = self.checkpoints.save(step, is_best=is_best, may_go_on=may_fail)
         if problem is not None and not may_fail:
-            raise TrainingFailed(f"{problem} Make room there and go on with --resume auto.")
+            raise TrainingFailed(f"{problem} {remedy_for(problem)}, and go on with --resume auto.")
 
     def _set_lr(self, step: int) -> float:
         config = self.config

@@ -48,5 +48,15 @@ class Progress:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Progress:
-        """Read what `to_json` gave."""
-        return cls(**state)
+        """Read what `to_json` gave.
+
+        Raises:
+            TypeError, ValueError: it is something else.
+        """
+        read = cls(**state)
+        numbers = [read.loss_before, *([] if read.best is None else [read.best])]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise TypeError("a loss is no number")
+        if not all(type(count) is int and count >= 0 for count in (read.best_step, read.evaluations_since_best)):
+            raise ValueError("a count is none")
+        return read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,13 +12,17 @@ from torch.amp import GradScaler
 from tightfit.errors import UnsupportedInput
 from tightfit.interrupts import waiting_interrupts
 from tightfit.step.snapshot import TrainingState
-from tightfit.train.checkpoint import Checkpoint, load_checkpoint
+from tightfit.train.checkpoint import Checkpoint, fitting, load_checkpoint
 from tightfit.train.config import TrainConfig
+from tightfit.train.ema import MovingAverage
 from tightfit.train.parallel.ddp import settling_steps
 from tightfit.train.progress import Progress
 from tightfit.train.random_state import random_state, restore_random_state, seed_everything, seed_of
 from tightfit.train.step_meter import TakesSteps
 from tightfit.train.workload import Workload
+
+#: Of a setting, in a message; a checkpoint that somebody made up may hold any.
+_SHOWN = 200
 
 
 def identity_of(config: TrainConfig, work: Workload, total_steps: int) -> dict[str, object]:
@@ -39,11 +43,12 @@ def identity_of(config: TrainConfig, work: Workload, total_steps: int) -> dict[s
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a checkpoint holds besides the weights and the optimizer's state; nothing, if a run begins."""
+    """What a checkpoint holds that is for later; nothing, if a run begins."""
 
-    extra: Mapping[str, Any] = field(default_factory=dict)
     random_state: Mapping[str, Any] | None = None
     """Of this process's generators."""
+    is_seeded_anew: bool = False
+    """Because the checkpoint is of another number of processes, and has the generators of those."""
 
     def restore_random_state(self) -> None:
         """Put the generators where the checkpoint left them.
@@ -54,8 +59,15 @@ class Restored:
             restore_random_state(self.random_state)
 
 
-def restore(config: TrainConfig, work: Workload, checkpoint: Checkpoint, identity: dict[str, object]) -> Restored:
-    """Put model and optimizer where the checkpoint left them, and return what else it holds.
+def restore(
+    config: TrainConfig,
+    work: Workload,
+    checkpoint: Checkpoint,
+    identity: dict[str, object],
+    average: MovingAverage,
+    scaler: GradScaler,
+) -> Restored:
+    """Put model, optimizer, average and scaler where the checkpoint left them, and return what is for later.
 
     Of a run with another number of processes, the generators are seeded anew.
 
@@ -67,10 +79,19 @@ def restore(config: TrainConfig, work: Workload, checkpoint: Checkpoint, identit
     extra, states = load_checkpoint(
         checkpoint, model=work.model, optimizer=work.optimizer, rank=group.rank, world_size=group.world_size
     )
-    if states is None:
-        seed_everything(seed_of(config.seed, group.rank, checkpoint.step))
-        states = random_state()
-    return Restored(extra=extra, random_state=states)
+    progress_of(checkpoint)
+    before = random_state()
+    is_seeded_anew = states is None
+    with fitting(checkpoint):
+        if average.state_dict():
+            average.load_state_dict(extra["average"])
+        scaler.load_state_dict(extra["scaler"])
+        if states is None:
+            seed_everything(seed_of(config.seed, group.rank, checkpoint.step))
+            states = random_state()
+        restore_random_state(states)  # better found now to be none than after planning
+    restore_random_state(before)
+    return Restored(random_state=states, is_seeded_anew=is_seeded_anew)
 
 
 @waiting_interrupts()
@@ -116,7 +137,7 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
     """
     try:
         return Progress.from_json(checkpoint.progress)
-    except TypeError:
+    except (TypeError, ValueError):
         raise UnsupportedInput(
             f"{checkpoint.folder} does not say how its run went so far, so this version cannot resume from it. "
             f"Begin another run with --mark NAME."
@@ -128,7 +149,12 @@ def _check_identity(checkpoint: Checkpoint, identity: dict[str, object]) -> None
         then = checkpoint.identity.get(key)
         if then != now:
             raise UnsupportedInput(
-                f"the checkpoint {checkpoint.folder} was written with {key.replace('_', ' ')} {then!r}, but now it is "
-                f"{now!r}, so going on would not be the same run. Use the old value, or begin another run with "
-                f"--mark NAME."
+                f"the checkpoint {checkpoint.folder} was written with {key.replace('_', ' ')} {_shown(then)}, but now "
+                f"it is {_shown(now)}, so going on would not be the same run. Use the old value, or begin another run "
+                f"with --mark NAME."
             )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

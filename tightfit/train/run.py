@@ -18,7 +18,7 @@ from tightfit.report.plan_table import format_plan, format_table
 from tightfit.report.reporter import Reporter
 from tightfit.report.run_summary import RunSummary
 from tightfit.report.text import format_gaps
-from tightfit.train.checkpoint import LATEST, Checkpoint, Retention
+from tightfit.train.checkpoint import Checkpoint, Retention
 from tightfit.train.checkpoint_writer import CheckpointWriter, copy_room_bytes
 from tightfit.train.config import TrainConfig
 from tightfit.train.determinism import deterministic_algorithms
@@ -118,16 +118,13 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
     group, total_steps = work.group, prepared.total_steps
     identity = identity_of(config, work, total_steps)
     restored = Restored()
+    average, scaler = MovingAverage(work.model, config.ema_decay), make_scaler(config.precision, work.device)
     if checkpoint is not None:
-        restored = group.run_on_all(lambda: restore(config, work, checkpoint, identity))
-    average = MovingAverage(work.model, config.ema_decay)
-    if "average" in restored.extra:
-        average.load_state_dict(restored.extra["average"])
-    scaler = make_scaler(config.precision, work.device)
-    if "scaler" in restored.extra:
-        scaler.load_state_dict(restored.extra["scaler"])
+        restored = group.run_on_all(lambda: restore(config, work, checkpoint, identity, average, scaler))
     first_step = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None and (end := end_of_run(config, work, checkpoint, total_steps)) is not None:
+        for note in group.run_on_all(lambda: folder.set_damaged_aside(checkpoint) if group.is_main_process else []):
+            reporter.say(note, important=True)
         reporter.say(f"nothing to do: the run in {folder.path} {end}", important=True)
         _finish_ended(prepared, checkpoint, average, reporter)
         return None
@@ -165,6 +162,11 @@ def _train(prepared: _Prepared, command: Sequence[str], reporter: Reporter) -> R
         _on_first(group, lambda: _open(folder, config, command, applied, checkpoint, reporter))
         if checkpoint is not None:
             reporter.say(f"resumed from {checkpoint.folder.name}: {first_step} of {total_steps} steps are done")
+            if restored.is_seeded_anew:
+                reporter.say(
+                    "note    another number of processes wrote it: what is drawn at random from here on is not what "
+                    "they would have drawn"
+                )
         elif config.resume is not None:
             reporter.say("nothing to resume: beginning with the first step")
         with _metrics_of(folder, config, group, reporter) as metrics:
@@ -223,8 +225,9 @@ def _finish(folder: RunFolder, work: Workload, average: MovingAverage, step: int
 def _finish_ended(prepared: _Prepared, checkpoint: Checkpoint, average: MovingAverage, reporter: Reporter) -> None:
     """Write the model of a run that was ended between its last checkpoint and that."""
     folder, work, step = prepared.folder, prepared.work, checkpoint.step
-    is_last = checkpoint.folder == (folder.checkpoints / LATEST).resolve()
-    if work.group.broadcast(not is_last or (work.group.is_main_process and folder.is_finished(step))):
+    if work.group.broadcast(
+        work.group.is_main_process and (folder.is_finished(step) or not folder.is_newest(checkpoint))
+    ):
         return
     FiniteGuard(work, average, folder.checkpoints).require_finite_state(step)
     progress = progress_of(checkpoint)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from tightfit.device.registry import devices
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, remedy_for
 from tightfit.records import Plan, Profile
 from tightfit.report.metric_rows import read_metric_rows
 from tightfit.report.run_files import PAGE, PROFILE, read_run, refuse_made_up, refuse_recollect
 from tightfit.report.run_page import render
-from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, set_aside
+from tightfit.train.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, restore_replaced, set_aside
 from tightfit.train.config import TrainConfig, to_yaml
 from tightfit.train.data import data_name
 from tightfit.train.failures import TrainingFailed
@@ -60,6 +60,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what a run that was killed had half written; the folder's lock must be held."""
+        restore_replaced(self.checkpoints)
         remove_temporary(self.path)
 
     def find_checkpoint(self, resume: str | None) -> Checkpoint | None:
@@ -113,11 +114,8 @@ class RunFolder:
 
         Returns what was found damaged there, and what became of it.
         """
-        notes = []
+        notes = self.set_damaged_aside(checkpoint)
         first_step = 0 if checkpoint is None else checkpoint.step
-        for folder in () if checkpoint is None else checkpoint.damaged:
-            aside = set_aside(folder)
-            notes.append(f"the checkpoint {folder.name} is damaged: it is set aside as {aside.name}, and not used")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for path in (*remove_temporary(self.path), *remove_temporary(self.checkpoints)):
             notes.append(f"{path} is left from before and cannot be removed; remove it, it is of no use")
@@ -142,6 +140,19 @@ class RunFolder:
         kept = [line for row, line in zip(logged.rows, logged.lines, strict=True) if row["step"] <= first_step]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
         return notes
+
+    def set_damaged_aside(self, checkpoint: Checkpoint | None) -> list[str]:
+        """Rename checkpoints that were passed over for this one, and return what to say of it."""
+        notes = []
+        for folder in () if checkpoint is None else checkpoint.damaged:
+            aside = set_aside(folder)
+            notes.append(f"the checkpoint {folder.name} is damaged: it is set aside as {aside.name}, and not used")
+        return notes
+
+    def is_newest(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether nothing in the folder is after this checkpoint."""
+        newest = newest_checkpoint(self.checkpoints)
+        return newest is not None and newest.folder == checkpoint.folder
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the model of a run that ended after `step` steps is written, or that of a later end.
@@ -176,7 +187,8 @@ class RunFolder:
         if problem is not None:
             raise TrainingFailed(
                 f"the model could not be written to {self.model} ({problem}). The checkpoint of step {step} is "
-                f"complete. Make room there and give the same command with --resume auto, which writes the model."
+                f"complete. {remedy_for(problem)}, and give the same command with --resume auto, which writes the "
+                f"model."
             )
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +21,8 @@ else:
     _HAS_LOCKS = True
 
 LOCK = ".lock"
-#: A run whose launcher was killed ends within this; the same command, given again at once, then goes on.
-_WAIT_S = 10.0
+#: A run whose launcher was killed ends within this (`orphans`); the same command, given again at once, then goes on.
+_WAIT_S = 30.0
 _LOOK_S = 0.1
 
 
@@ -55,8 +57,10 @@ def _take(lock: Path, say: Callable[[str], None]) -> int:
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open(lock)
         except FileNotFoundError:  # who made the folder for its lock alone has just removed it
+            if time.monotonic() > deadline:
+                raise
             continue
         if _is_locked_by_us(descriptor) and _is_at(lock, descriptor):
             os.ftruncate(descriptor, 0)
@@ -73,6 +77,24 @@ def _take(lock: Path, say: Callable[[str], None]) -> int:
             say(f"waiting for {holder}, which is training in {lock.parent}")
             told = True
         time.sleep(_LOOK_S)
+
+
+def _open(lock: Path) -> int:
+    """Open the lock's file, or make it; one that somebody has put there to lead elsewhere is not written to."""
+    made_up = UnsupportedInput(
+        f"{lock} is not the file that a run makes there to lock its folder, so nothing is written to it. Remove it."
+    )
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise made_up from None
+        raise
+    described = os.fstat(descriptor)
+    if not stat.S_ISREG(described.st_mode) or described.st_nlink > 1:
+        os.close(descriptor)
+        raise made_up
+    return descriptor
 
 
 def _is_locked_by_us(descriptor: int) -> bool:

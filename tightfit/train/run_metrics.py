@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tightfit.errors import UnsupportedInput
+from tightfit.errors import UnsupportedInput, remedy_for
 from tightfit.train.files import append_text
 
 
@@ -79,7 +79,7 @@ class MetricsFile:
             if not was_full:
                 self._say(
                     f"{self._path} could not be written ({problem.strerror}). The run goes on, and writes these lines "
-                    f"when it can. Make room there."
+                    f"when it can. {remedy_for(str(problem))}."
                 )
         if self._tensorboard is not None:
             self._tensorboard.add(metrics["step"], metrics)

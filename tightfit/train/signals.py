@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ _ASK_EVERY_MS = 200.0
 _ASK_EVERY_STEPS = 50
 #: What comes so soon after the first signal is the same one, by another way: from the terminal and from the launcher.
 _SAME_S = 0.2
+_ENDED_AT_ONCE = b"tightfit: a second signal: ended at once; the checkpoints written before are complete\n"
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -123,5 +125,6 @@ def _end_by_second(arrived: int, ending: set[int]) -> None:
             if first is None:
                 first = now
             elif now - first > _SAME_S:
-                os.write(2, b"tightfit: a second signal: ended at once; the checkpoints written before are complete\n")
+                with suppress(OSError):  # the terminal may be what is gone
+                    os.write(2, _ENDED_AT_ONCE)
                 os._exit(128 + byte[0])

@@ -297,12 +297,12 @@ def folders(root: Path, command: list[str], table: Table) -> None:
     (runs / "elsewhere").rename(run)
     table.add("folder moved, and moved back", first, start(full, root / "again.txt"), run, newest_step(run))
 
-    odd = root / "Läufe — прогон 走\u0301"
-    full = [*command, "--mark", "größe 走", "--root-path", str(odd)]
-    first = start(full, root / "first.txt")
-    first.finish()
-    (made,) = odd.glob("*/*")
-    table.add("a path outside of ASCII", first, start(full, root / "again.txt"), made, newest_step(made))
+    for what, odd in (("a path outside of ASCII", "Läufe — прогон 走\u0301"), ("a path of two lines", " a\n\t'b\" ")):
+        full = [*command, "--mark", "größe 走", "--root-path", str(root / odd)]
+        first = start(full, root / "first.txt")
+        first.finish()
+        (made,) = (root / odd).glob("*/*")
+        table.add(what, first, start(full, root / "again.txt"), made, newest_step(made))
 
     run = run_folder(runs, "stopped")
     full = [*command, "--mark", "stopped", "--root-path", str(runs)]

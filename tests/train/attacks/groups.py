@@ -19,7 +19,7 @@ from tests.train.attacks.ranks import processes_of, start_group
 from tests.train.attacks.runs import differences, newest_step, run_attack, run_folder
 from tests.train.attacks.subject import words
 
-STEPS, SAVE_EVERY = 24, 4
+STEPS, SAVE_EVERY = 60, 4
 _PATIENCE_S = 120
 #: Of `--dist-timeout`: so soon a rank that is stopped is named.
 _SILENCE_S = 8
@@ -46,7 +46,8 @@ def send(number: signal.Signals, victim: str) -> Callable[[str, subprocess.Popen
 
     def sent(mark: str, process: subprocess.Popen[bytes]) -> None:
         found = {kind: pid for pid, kind in processes_of(mark).items()}
-        os.kill(found[victim], number)
+        if victim in found:  # else the run has just ended
+            os.kill(found[victim], number)
 
     return sent
 
@@ -101,8 +102,8 @@ def signalled(table: Table, strategy: str, command: list[str], count: int) -> No
     for number, (what, (attack, codes)) in enumerate(attacks.items()):
         mark = f"{strategy}-{number}-{os.getpid()}"
         run, output = run_folder(table.root / "runs", mark), table.root / "said.txt"
-        # What asks for a process by `warm_start` is stopped without it.
-        process = start_group([*command, "--mark", mark], output, warm="SIGSTOP" not in what)
+        # What asks for a process by `warm_start` is stopped without it, and passes no second signal on.
+        process = start_group([*command, "--mark", mark], output, warm="SIGSTOP" not in what and "again" not in what)
         wait_for_step(process, run, SAVE_EVERY)
         kept = newest_step(run)
         attack(mark, process)
@@ -123,8 +124,11 @@ def signalled(table: Table, strategy: str, command: list[str], count: int) -> No
             problems.append(f"exit {code}")
         if newest_step(run) < kept:
             problems.append("a checkpoint is lost")
-        if "Traceback" in output.read_text(errors="replace"):
+        everything = output.read_text(errors="replace")
+        if "Traceback" in everything:
             problems.append("a traceback")
+        if problems:
+            print(everything[-3000:], flush=True)
         again = start_group([*command, "--mark", mark], table.root / "again.txt", warm=True)
         if again.wait() != 0:
             problems.append(f"then exit {again.returncode}: {_summary(table.root / 'again.txt')}")
@@ -173,11 +177,11 @@ def other_numbers(table: Table, base: list[str]) -> None:
     table.add(f"resumed by {', '.join(said)}", ended, "", problems)
 
 
-def attack(count: int, seed: int, root: Path, output: Path | None) -> bool:
+def attack(count: int, seed: int, root: Path, output: Path | None, strategies: list[str]) -> bool:
     """Send so many of the signals under each strategy, and all else once; return whether all was well."""
     table = Table(root)
     base = [*words(STEPS, SAVE_EVERY), "--root-path", str(root / "runs")]
-    for strategy in ("ddp", "fsdp"):
+    for strategy in strategies:
         command = [*base, *several(strategy, 2)]
         whole = start_group([*command, "--mark", f"{strategy}-whole"], root / "whole.txt", warm=True)
         assert whole.wait() == 0, (root / "whole.txt").read_text()
@@ -192,4 +196,4 @@ def attack(count: int, seed: int, root: Path, output: Path | None) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_attack(attack, __doc__, 10))
+    sys.exit(run_attack(attack, __doc__, 10, ("ddp", "fsdp")))

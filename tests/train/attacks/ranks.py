@@ -21,6 +21,7 @@ STEPS, SAVE_EVERY = 40, 4
 _MOST_S = 30
 #: Then an attack is given up.
 _MOST_WRONG = 5
+_STRATEGIES = ("fsdp", "ddp")
 _VICTIMS = ("launcher", "rank 0", "rank 1")
 _WEIGHTS = (2, 3, 3)
 
@@ -64,14 +65,15 @@ def _wait(process: subprocess.Popen[bytes], run: Path, more_s: float) -> None:
         time.sleep(0.01)
 
 
-def attack(count: int, seed: int, root: Path, output: Path | None) -> bool:
-    """Kill so often; print a table, and return whether all was well."""
+def attack(count: int, seed: int, root: Path, output: Path | None, strategies: list[str]) -> bool:
+    """Kill so often under all of the strategies together; print a table, and return whether all was well."""
     chance = random.Random(seed)
     lines = []
     kills: Counter[str] = Counter()
     slowest_s, wrong = 0.0, 0
     several = ["--multiprocessing-distributed", "--nproc-per-node", "2", "--dist-timeout", "60"]
-    for strategy, share in (("fsdp", count // 2), ("ddp", count - count // 2)):
+    for place, strategy in enumerate(strategies):
+        share = count * (place + 1) // len(strategies) - count * place // len(strategies)
         command = [*words(STEPS, SAVE_EVERY), *several, "--strategy", strategy, "--root-path", str(root / "runs")]
         whole, mark = f"{strategy}-whole-{os.getpid()}", f"{strategy}-killed-{os.getpid()}"
         start_group(["models"], root / "models.txt", warm=True).wait()  # so that its server is there
@@ -134,4 +136,4 @@ def attack(count: int, seed: int, root: Path, output: Path | None) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_attack(attack, __doc__, 30))
+    sys.exit(run_attack(attack, __doc__, 30, _STRATEGIES))

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,18 @@ def _rows(run: Path) -> list[Any]:
     return [[row["step"], row["epoch"], row["loss"], row["lr"], row["gradient_norm"]] for row in rows]
 
 
-def run_attack(attack: Callable[[int, int, Path, Path | None], bool], description: str | None, count: int) -> int:
-    """Read the command line, attack `count` times unless it says how often, and return the exit code."""
+def run_attack(attack: Callable[..., bool], description: str | None, count: int, strategies: Sequence[str] = ()) -> int:
+    """Read the command line, attack `count` times unless it says how often, and return the exit code.
+
+    Where there are several strategies, `attack` is given those that the command line names, or all.
+    """
     parser = argparse.ArgumentParser(description=description)
+    if strategies:
+        parser.add_argument("--strategy", choices=strategies, help="only this one, not all of them")
     parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a file for one line of JSON for each kill and each end")
     options = parser.parse_args()
+    chosen = [[options.strategy] if options.strategy else list(strategies)] if strategies else []
     with tempfile.TemporaryDirectory(prefix="attack-") as root:
-        return 0 if attack(options.count, options.seed, Path(root), options.output) else 1
+        return 0 if attack(options.count, options.seed, Path(root), options.output, *chosen) else 1

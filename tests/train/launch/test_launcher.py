@@ -20,15 +20,34 @@ def failed(**codes: int) -> ChildFailedError:
     )
 
 
-def fail(rank: int, notes: Path, monkeypatch: pytest.MonkeyPatch, run: str = RUN_ID_PREFIX) -> None:
+class Signalled(BaseException):
+    """As the command line raises where a signal comes outside of the training loop."""
+
+
+def fail(
+    rank: int,
+    notes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: str = RUN_ID_PREFIX,
+    error: type[BaseException] = ValueError,
+) -> None:
     """Fail as the process of a rank."""
     folder = notes / "run" / "attempt_0" / str(rank)
     folder.mkdir(parents=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"{run}1")
     monkeypatch.setenv("RANK", str(rank))
-    with pytest.raises(ValueError, match="bad"), noting_failure():
-        raise ValueError("bad")
+    with pytest.raises(error, match="bad"), noting_failure():
+        raise error("bad")
+
+
+def test_a_signal_to_one_rank_is_what_the_run_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others fail as that one is gone: the run ended with exit code 1, and named one of them."""
+    fail(1, tmp_path, monkeypatch, error=Signalled)
+    fail(0, tmp_path, monkeypatch)
+    found = _process_failed(failed(r0=1, r1=143), tmp_path)
+    assert found.exit_code == 143
+    assert str(found).startswith("rank 1 (process ")
 
 
 def test_the_first_to_fail_is_named_though_the_agent_saw_another(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from datetime import timedelta
@@ -54,6 +55,22 @@ def test_who_says_nothing_is_named_with_what_it_did(store: dist.Store, monkeypat
     assert f"rank 1 (process {os.getpid()} on" in said
     assert "in step 8) has said nothing for" in said
     assert "--resume auto" in said
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops a process")
+def test_who_is_silent_because_it_was_stopped_is_continued(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever started it waits for half a minute before it is killed."""
+    monkeypatch.setattr("tightfit.train.launch.roll_call._OTHERS_ERROR_S", 0.1)
+    told: list[Exception] = []
+    here, _ = two_of(store, told)
+    with subprocess.Popen(["sleep", "60"]) as stopped:
+        store.set("roll-call/1", f"0|{stopped.pid}|{socket.gethostname()}|in step 8")
+        stopped.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+        with here:
+            wait_for(told)
+        assert os.waitid(os.P_PID, stopped.pid, os.WCONTINUED) is not None
+        stopped.kill()
 
 
 def test_who_has_ended_by_an_error_is_named(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,12 +94,14 @@ def noting_failure() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as problem:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as problem:  # also a signal's: the others only fail as this one is gone
         note_failure(problem)
         raise
 
 
-def note_failure(problem: Exception) -> None:
+def note_failure(problem: BaseException) -> None:
     """Record an error as `noting_failure` does, for who cannot raise it."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

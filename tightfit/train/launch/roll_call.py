@@ -9,6 +9,7 @@ Each looks at a few others, so that the store serves any number.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -98,6 +99,7 @@ class RollCall:
                 said.append(f"rank {rank} has ended")
             elif silent_s > _MISSED * self._every_s and heard.word != _LEFT:
                 said.append(f"{_named(rank, heard.word)} has been silent for {silent_s:.0f} s")
+                _continue(heard.word)
             elif heard.word != _LEFT:
                 said.append(f"{_named(rank, heard.word)} runs")
         return CommunicationFailed(f"{problem} Of the others, {'; '.join(said)}.") if said else problem
@@ -121,6 +123,9 @@ class RollCall:
                     f"launcher, has ended or was stopped, so the run ends. Go on with --resume auto."
                 )
             if problem is not None and not self._over.wait(_OTHERS_ERROR_S):
+                for heard in self._heard.values():
+                    if heard.word not in (_LEFT, _ENDED) and time.monotonic() - heard.at > self._silence_s:
+                        _continue(heard.word)
                 self._give_up(problem)
                 return
 
@@ -150,6 +155,17 @@ class RollCall:
     @staticmethod
     def _key(rank: int) -> str:
         return f"roll-call/{rank}"
+
+
+def _continue(word: str) -> None:
+    """Wake a process of this node that was stopped: it finds the others gone, and ends.
+
+    One that is stopped obeys SIGKILL alone, which torchrun and our launcher send only when they have waited 30 s.
+    """
+    _, pid, host, _ = word.split("|", 3)
+    if host == socket.gethostname() and int(pid) != os.getpid() and hasattr(signal, "SIGCONT"):
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGCONT)
 
 
 def _named(rank: int, word: str) -> str:
