@@ -5,6 +5,7 @@ Links resolve, commands are accepted by the parser, Python blocks run, and what 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ import torch
 import yaml
 from torch import nn
 
+import tightfit
 from tightfit.cli.main import COMMANDS, main
 from tightfit.report.peers import load_peers
 
@@ -97,6 +99,31 @@ def test_relative_links_resolve(page: Path) -> None:
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+#: Characters of a line of code that the site's column shows without scrolling, on a screen of 1200 pixels.
+_COLUMN = 94
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_code_fits_the_column_of_the_site(page: Path) -> None:
+    for _, body in _FENCED.findall(page.read_text(encoding="utf-8")):
+        assert [line for line in body.splitlines() if len(line) > _COLUMN] == []
+
+
+def test_examples_in_docstrings_fit_the_column_of_the_site() -> None:
+    """They are indented there, by as much as here."""
+    for name in tightfit.__all__:
+        lines = (inspect.getdoc(getattr(tightfit, name)) or "").splitlines()
+        assert [line for line in lines if line.startswith("    ") and len(line) > _COLUMN] == [], name
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_tables_are_whole(page: Path) -> None:
+    """A row after an empty line begins a table, which a line of dashes says."""
+    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
+    for first, second in re.findall(r"\n\n(\|.*)\n(.*)", text):
+        assert re.fullmatch(r"\|[-:| ]+\|", second), first
 
 
 def test_the_contents_name_every_page() -> None:
