@@ -5,7 +5,6 @@ Links resolve, commands are accepted by the parser, Python blocks run, and what 
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shlex
@@ -18,7 +17,6 @@ import torch
 import yaml
 from torch import nn
 
-import tightfit
 from tightfit.cli.main import COMMANDS, main
 from tightfit.report.peers import load_peers
 
@@ -109,13 +107,6 @@ _COLUMN = 94
 def test_code_fits_the_column_of_the_site(page: Path) -> None:
     for _, body in _FENCED.findall(page.read_text(encoding="utf-8")):
         assert [line for line in body.splitlines() if len(line) > _COLUMN] == []
-
-
-def test_examples_in_docstrings_fit_the_column_of_the_site() -> None:
-    """They are indented there, by as much as here."""
-    for name in tightfit.__all__:
-        lines = (inspect.getdoc(getattr(tightfit, name)) or "").splitlines()
-        assert [line for line in lines if line.startswith("    ") and len(line) > _COLUMN] == [], name
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)

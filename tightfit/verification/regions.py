@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 
 from tightfit._torch_private.dispatch import tree_leaves, tree_map
 from tightfit._torch_private.tensors import version_of
+from tightfit.device import device_for
 from tightfit.device.process_state import deterministic_libraries
 from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, forget_iteration, gathered
 from tightfit.distributed.process_group import CommunicationFailed
@@ -72,6 +73,8 @@ class _Call:
     run: Callable[..., Any]
     arguments: Any
     random_state: RandomState
+    autocast: torch.dtype | None
+    """What was open around the call, which the loss function may have opened."""
 
 
 def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Comparison:
@@ -160,7 +163,8 @@ def _capturing(trial: Trial, applied: Applied, wanted: AbstractSet[str], calls: 
 
     def note(key: str, module: torch.nn.Module, call: Callable[..., Any], arguments: Any) -> None:
         random_state = RandomState()
-        calls[key] = _Call(key, module, call, tree_map(save, arguments), random_state)
+        autocast = device_for(trial.device).ambient_autocast()
+        calls[key] = _Call(key, module, call, tree_map(save, arguments), random_state, autocast)
 
     def watch(path: str, module: torch.nn.Module) -> None:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -308,7 +312,8 @@ def _run(call: _Call, inputs: _Inputs, keep: Keep) -> Results:
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None
-    output = call.run(*inputs.args, **inputs.kwargs)
+    with device_for(module).autocast(call.autocast) if call.autocast is not None else nullcontext():
+        output = call.run(*inputs.args, **inputs.kwargs)
     found: dict[str, object] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)
