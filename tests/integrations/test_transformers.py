@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+
+from accelerate.utils.memory import should_reduce_batch_size  # noqa: E402  # below the skip
 
 from tests.integrations.llama_trainer import BUDGET, Stream, Tokens, model, padded, trained  # noqa: E402  # below the skip
 from tightfit import BudgetInfeasible, UnsupportedInput  # noqa: E402  # below the skip
@@ -169,6 +172,7 @@ class _Meddling(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_callbacks_see_and_do_between_steps_is_the_same() -> None:
     """Two data sets are evaluated, too, and the best checkpoint is loaded at the end."""
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
@@ -190,9 +194,20 @@ def test_what_callbacks_see_and_do_between_steps_is_the_same() -> None:
     assert [trainer.state.best_global_step for trainer in (plain, planned)] == [plain.state.best_global_step] * 2
 
 
+def test_a_budget_that_no_plan_keeps_is_memory_that_ran_out_to_a_trainer_that_looks_for_a_batch() -> None:
+    looking = SimpleNamespace(args=SimpleNamespace(auto_find_batch_size=True), _train_batch_size=4)
+    with pytest.raises(RuntimeError, match="4 samples") as told, TightfitCallback()._told_to(looking):  # type: ignore[arg-type]  # what it asks of a trainer
+        raise BudgetInfeasible(200, 100, "<loss>")
+    assert should_reduce_batch_size(told.value)
+    looking.args.auto_find_batch_size = False
+    with pytest.raises(BudgetInfeasible), TightfitCallback()._told_to(looking):  # type: ignore[arg-type]  # what it asks of a trainer
+        raise BudgetInfeasible(200, 100, "<loss>")
+
+
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trainer_that_looks_for_a_batch_that_fits_finds_one() -> None:
-    """Its own search begins where memory runs out; a budget that no plan keeps is told to it as that."""
+    """By its own search, for which the callback plans the largest batch of the size that it has come to."""
     with pytest.raises(BudgetInfeasible) as told:
         trained(TightfitCallback(budget="100KiB"), Tokens(), max_steps=1)
     callback = TightfitCallback(budget=told.value.required_bytes - 1)

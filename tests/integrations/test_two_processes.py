@@ -13,8 +13,15 @@ pytest.importorskip("lightning")
 
 
 @pytest.mark.slow
-def test_the_trainers_of_transformers_and_lightning() -> None:
-    kinds = ["trainer_ddp", "lightning_ddp", "trainer_fsdp"]
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["trainer_ddp", "lightning_ddp", "trainer_fsdp"],
+        pytest.param(["accelerate_fsdp"], marks=pytest.mark.exhaustive),
+    ],
+    ids=["trainers", "accelerate"],
+)
+def test_every_rank_trains_to_the_plain_bits(kinds: list[str]) -> None:
     command = [*torchrun(2)[:-1], "tests.integrations.two_processes", *kinds]
     found = json.loads(run(command=command).out.splitlines()[-1])
     expected = {kind: {"same": True, "recomputes": True, "sharded": "fsdp" in kind} for kind in kinds}
