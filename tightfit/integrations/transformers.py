@@ -50,7 +50,8 @@ class TightfitCallback(TrainerCallback):
         trainer.train()
 
     The plan is made when training begins, and taken off when it ends.  Gradient checkpointing and the offload of
-    activations that the arguments ask for are replaced by it.
+    activations that the arguments ask for are replaced by it.  What is raised, `train` raises: when training begins, or
+    at a batch that is larger than any before.
 
     Args:
         budget: as for `tightfit.fit`.
@@ -62,7 +63,7 @@ class TightfitCallback(TrainerCallback):
     Attributes:
         applied: what `fit` returned; None while no training runs.
 
-    Raises (when training begins, or at a batch that is larger than any before):
+    Raises:
         BudgetInfeasible, VerificationFailed: as `tightfit.fit`.
         UnsupportedInput: as `tightfit.fit`; or the trainer runs DeepSpeed, `torch_compile` or `DataParallel`.
     """
