@@ -99,6 +99,24 @@ def test_relative_links_resolve(page: Path) -> None:
             assert not anchor or anchor in anchors(target), link
 
 
+#: Characters of a line of code that the site's column shows without scrolling, on a screen of 1200 pixels.
+_COLUMN = 94
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_code_fits_the_column_of_the_site(page: Path) -> None:
+    for _, body in _FENCED.findall(page.read_text(encoding="utf-8")):
+        assert [line for line in body.splitlines() if len(line) > _COLUMN] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_tables_are_whole(page: Path) -> None:
+    """A row after an empty line begins a table, which a line of dashes says."""
+    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
+    for first, second in re.findall(r"\n\n(\|.*)\n(.*)", text):
+        assert re.fullmatch(r"\|[-:| ]+\|", second), first
+
+
 def test_the_contents_name_every_page() -> None:
     linked = set(_LINK.findall((ROOT / "docs/index.md").read_text(encoding="utf-8")))
     assert {page.name for page in DOCS} - {"index.md"} <= linked

@@ -42,6 +42,8 @@ suppress_warnings = ["myst.header"]
 smartquotes = False
 html_theme = "furo"
 html_title = "tightfit"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 # Code without a language is the shell's, or what a program prints.
 highlight_language = "text"
@@ -55,6 +57,8 @@ _REFERENCES = """
 - [Python](site/python.md): every public name.
 - [Command line](site/command-line.md): every flag.
 """
+#: A figure and its unit, which are not put on two lines.
+_FIGURE = re.compile(r"(?<=\d) (?=(?:%|[KMG]i?B|ms|s|h)(?!\w))")
 _ENTRY = re.compile(r"^- \[[^\]]*\]\(([^)]*)\)", re.MULTILINE)
 
 
@@ -67,8 +71,21 @@ def _within_the_site(text: str, page: str) -> str:
         name = _OF_THE_ROOT.get(path.partition("#")[0])
         return words if picture or name is None else f"[{words}]({up}{name}.md)"
 
+    # Where the figures of a sentence lie beside the command that prints them, which stays.
+    text = re.sub(r"\[figures\]\([^)\s]*\),\s+|,\s+\[figures\]\([^)\s]*\)", "", text)
     text = re.sub(r"(!?)\[([^\]]*)\]\(" + re.escape(up) + r"\.\./([^)\s]*)\)", link, text)
     return re.sub(r"\[([^\]]*)\]\([^):]*/\)", r"\1", text)  # folders
+
+
+def _with_whole_figures(text: str) -> str:
+    """Return a page in whose tables no figure is apart from its unit; what is code stays."""
+    rows = text.split("\n")
+    for place, row in enumerate(rows):
+        if row.startswith("| "):
+            parts = row.split("`")
+            parts[::2] = [_FIGURE.sub("\N{NO-BREAK SPACE}", part) for part in parts[::2]]
+            rows[place] = "`".join(parts)
+    return "\n".join(rows)
 
 
 def _table_of_contents(text: str) -> str:
@@ -102,7 +119,7 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += command_line()
     if page == "site/python":
         source[0] += public_interface()
-    source[0] = _within_the_site(source[0], page)
+    source[0] = _with_whole_figures(_within_the_site(source[0], page))
     if page == "index":
         source[0] += "\n" + _table_of_contents(contents)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 
 import tightfit
+from tightfit import errors as all_errors
 from tightfit.cli.main import COMMANDS
 from tightfit.cli.setting import Setting, settings_of
+
+#: What only those import who have the library.
+_CALLBACKS = ("integrations.transformers.TightfitCallback", "integrations.lightning.TightfitCallback")
 
 
 def command_line() -> str:
@@ -32,21 +36,31 @@ def public_interface() -> str:
             (errors if issubclass(found, Exception) else classes).append(name)
         else:
             functions.append(name)
+    errors += [
+        f"errors.{name}"
+        for name, found in vars(all_errors).items()
+        if inspect.isclass(found) and found.__module__ == all_errors.__name__ and name not in errors
+    ]
     parts = []
     for title, names, directive in (
         ("Functions", functions, "autofunction"),
         ("Classes", classes, "autoclass"),
-        ("Errors", errors, "autoexception"),
+        ("In other libraries' trainers", _CALLBACKS, "autoclass"),
+        ("Errors and warnings", errors, "autoexception"),
     ):
         parts.append(f"\n## {title}\n")
         for name in names:
             options = "" if directive == "autofunction" else "\n   :members:"
-            parts.append(f"\n### {name}\n\n```{{eval-rst}}\n.. {directive}:: tightfit.{name}{options}\n```\n")
+            heading = name.removeprefix("integrations.")
+            parts.append(f"\n### {heading}\n\n```{{eval-rst}}\n.. {directive}:: tightfit.{name}{options}\n```\n")
     return "".join(parts)
 
 
 def _flag(setting: Setting) -> str:
-    return setting.flag if setting.type is bool else f"{setting.flag} {setting.metavar}"
+    if setting.type is bool:
+        return setting.flag
+    # Choices are apart, so that a long line of them can be broken.
+    return f"{setting.flag} {setting.metavar.replace(',', ', ')}"
 
 
 def _sentence(text: str) -> str:

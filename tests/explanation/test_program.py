@@ -142,6 +142,14 @@ def test_the_lines_of_a_loss_are_those_that_it_comes_from(tmp_path: Path, backwa
     assert source.used_elsewhere == ("output",)
 
 
+def test_the_names_that_the_lines_read_are_the_batchs_and_the_models(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(LOOP)
+    source = source_at(path, 5, 8)
+    assert source is not None
+    assert source.names_read() == ["autocast", "model", "images", "criterion", "labels"]
+
+
 def test_a_function_that_returns_the_loss_has_an_expression(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text(LOOP)

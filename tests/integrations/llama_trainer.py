@@ -65,8 +65,9 @@ def trained(
 ) -> Any:
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     arguments = transformers.TrainingArguments(
-        per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-        **{"output_dir": "out", "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "no", **options},
+        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        **{"output_dir": "out", "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "no",
+           "per_device_train_batch_size": 4, **options},
     )  # fmt: skip
     trainer = transformers.Trainer(
         model(), arguments, train_dataset=data, eval_dataset=Tokens(), data_collator=padded,

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+
+from accelerate.utils.memory import should_reduce_batch_size  # noqa: E402  # below the skip
 
 from tests.integrations.llama_trainer import BUDGET, Stream, Tokens, model, padded, trained  # noqa: E402  # below the skip
 from tightfit import BudgetInfeasible, UnsupportedInput  # noqa: E402  # below the skip
@@ -154,6 +157,66 @@ class _OnEvaluate(transformers.TrainerCallback):  # type: ignore[misc]  # untype
             self._texts += model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).tolist()
 
 
+class _Meddling(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
+    """Looks at gradients before they are used, and predicts and writes between steps."""
+
+    def __init__(self, trainer: Any, seen: list[tuple[str, Any]]) -> None:
+        self._trainer, self._seen = trainer, seen
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self._seen.append(("gradients", [float(p.grad.double().sum()) for p in model.parameters()]))
+
+    def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+        self._seen.append(("prediction", float(self._trainer.predict(Tokens((24,))).predictions.sum())))
+        self._seen.append(("text", model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4).tolist()))
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_what_callbacks_see_and_do_between_steps_is_the_same() -> None:
+    """Two data sets are evaluated, too, and the best checkpoint is loaded at the end."""
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "a_loss"}
+    seen: dict[str, list[tuple[str, Any]]] = {"plain": [], "planned": []}
+
+    def run(name: str) -> Any:
+        def change(trainer: Any) -> None:
+            trainer.eval_dataset = {"a": Tokens((16,)), "b": Tokens()}
+            trainer.add_callback(_Meddling(trainer, seen[name]))
+
+        callback = None if name == "plain" else TightfitCallback(budget=BUDGET)
+        return trained(callback, Tokens((16, 24, 32)), change, output_dir=name, **options)
+
+    plain, planned = run("plain"), run("planned")
+    check_same(plain, planned)
+    assert seen["plain"] == seen["planned"]
+    assert [what for what, _ in seen["plain"]] == ["gradients", "prediction", "text"] * 4
+    assert [trainer.state.best_global_step for trainer in (plain, planned)] == [plain.state.best_global_step] * 2
+
+
+def test_a_budget_that_no_plan_keeps_is_memory_that_ran_out_to_a_trainer_that_looks_for_a_batch() -> None:
+    looking = SimpleNamespace(args=SimpleNamespace(auto_find_batch_size=True), _train_batch_size=4)
+    with pytest.raises(RuntimeError, match="4 samples") as told, TightfitCallback()._told_to(looking):  # type: ignore[arg-type]  # what it asks of a trainer
+        raise BudgetInfeasible(200, 100, "<loss>")
+    assert should_reduce_batch_size(told.value)
+    looking.args.auto_find_batch_size = False
+    with pytest.raises(BudgetInfeasible), TightfitCallback()._told_to(looking):  # type: ignore[arg-type]  # what it asks of a trainer
+        raise BudgetInfeasible(200, 100, "<loss>")
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_trainer_that_looks_for_a_batch_that_fits_finds_one() -> None:
+    """By its own search, for which the callback plans the largest batch of the size that it has come to."""
+    with pytest.raises(BudgetInfeasible) as told:
+        trained(TightfitCallback(budget="100KiB"), Tokens(), max_steps=1)
+    callback = TightfitCallback(budget=told.value.required_bytes - 1)
+    options = {"max_steps": 2, "eval_strategy": "no"}
+    planned = trained(callback, Tokens(), auto_find_batch_size=True, **options)
+    assert planned.state.train_batch_size == 3
+    check_same(trained(None, Tokens(), per_device_train_batch_size=3, **options), planned)
+
+
 @pytest.mark.slow
 def test_a_stream_is_planned_by_its_first_batch() -> None:
     options = {"max_steps": 2, "num_train_epochs": 1, "eval_strategy": "no"}
@@ -183,6 +246,11 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TightfitCallback, "on_train_begin", pretending)
     with pytest.raises(UnsupportedInput, match="the Trainer runs DeepSpeed"):
         trained(TightfitCallback(), Tokens(), trainers.append)
+
+
+def test_a_model_that_the_trainer_compiles_is_refused() -> None:
+    with pytest.raises(UnsupportedInput, match=r"Leave `torch_compile` out"):
+        trained(TightfitCallback(), Tokens(), torch_compile=True)
 
 
 def test_who_is_no_trainer_is_told_so() -> None:

@@ -19,9 +19,10 @@ pytest.importorskip("lightning")
         "trainer_fsdp",
         pytest.param("trainer_ddp", marks=pytest.mark.exhaustive),
         pytest.param("lightning_ddp", marks=pytest.mark.exhaustive),
+        pytest.param("accelerate_fsdp", marks=pytest.mark.exhaustive),
     ],
 )
-def test_the_trainers_of_transformers_and_lightning(kind: str) -> None:
+def test_every_rank_trains_to_the_plain_bits(kind: str) -> None:
     command = [*torchrun(2)[:-1], "tests.integrations.two_processes", kind]
     found = json.loads(run(command=command).out.splitlines()[-1])
     assert found == [{kind: {"same": True, "recomputes": True, "sharded": "fsdp" in kind}}] * 2

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
 
+import tightfit
 from tests.integrations.llama_trainer import BUDGET, Tokens, model, trained
 from tightfit.integrations.transformers import TightfitCallback
 
@@ -30,6 +33,38 @@ def trainer_ddp(budget: int | None, found: list[Any]) -> list[torch.Tensor]:
 def trainer_fsdp(budget: int | None, found: list[Any]) -> list[torch.Tensor]:
     _shard_on_cpus()
     return _trainer(budget, found, Tokens(), fsdp=True, fsdp_config=FSDP2, eval_strategy="no")
+
+
+def accelerate_fsdp(budget: int | None, found: list[Any]) -> list[torch.Tensor]:
+    """A loop of one's own, whose model has a cache of keys and values; `fit` in a backward that does not reduce."""
+    _shard_on_cpus()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    net = model()
+    data = torch.utils.data.DataLoader([row["input_ids"] for row in map(Tokens().__getitem__, range(16))], batch_size=4)
+    net, optimizer, loader = accelerator.prepare(net, torch.optim.AdamW(net.parameters()), data)
+    loss, applied = _loss_of, None
+    for tokens in [*loader, *loader]:
+        with accelerator.accumulate(net):
+            if budget is not None and applied is None:
+                applied = tightfit.fit(
+                    net, tokens, budget=budget, loss=_loss_of, optimizer=optimizer.optimizer, accumulation_steps=2,
+                    clip_norm=1.0,
+                )  # fmt: skip
+                loss = applied.loss
+            accelerator.backward(loss(net, tokens))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    if applied is not None:
+        found.append(copy.copy(applied.statistics))
+        applied.remove()
+    return [parameter.detach() for parameter in net.parameters()]
 
 
 def _trainer(budget: int | None, found: list[Any], data: Any, **options: Any) -> list[torch.Tensor]:

@@ -323,12 +323,19 @@ def test_batch_conventions() -> None:
         tightfit.measure(TwoInputs(), [a, b])  # a list is one argument
 
 
+def _deepspeed_engine() -> nn.Module:
+    """A module whose class has the name and home of DeepSpeed's engine, which cannot be installed everywhere."""
+    engine: nn.Module = type("DeepSpeedEngine", (nn.Linear,), {"__module__": "deepspeed.runtime.engine"})(4, 4)
+    return engine
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "match"),
     [
         (nn.Linear(4, 4), torch.randn(2, 4), "not a scalar loss"),
         (nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).requires_grad_(False), torch.randn(1, 4), "nothing to train"),
         (nn.DataParallel(nn.Linear(4, 4)), torch.randn(2, 4), "DataParallel"),
+        (_deepspeed_engine(), torch.randn(2, 4), "DeepSpeed engine"),
         (torch.compile(nn.Linear(4, 1), backend="eager"), torch.randn(1, 4), "torch.compile"),
         (nn.Flatten(), torch.randn(1, 4), "nothing to train"),
         ("gpt2", torch.randn(1, 4), r"not a torch\.nn\.Module"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 from tightfit.cli.main import main
 from tightfit.records import Plan, Profile
 from tightfit.report.region_rows import region_rows
+from tightfit.report.run_files import read_run
+from tightfit.report.run_verdict import verdict_of
 from tightfit.units import format_bytes
 
 WORDS = ["train", "--model", "lstm-tiny", "--batch-size", "8", "--steps", "4", "--log-every", "1", "--eval-every", "2"]
@@ -75,6 +78,16 @@ def test_a_finished_run_has_its_page(run: Path, capsys: pytest.CaptureFixture[st
     assert main(["report", str(run)]) == 0
     assert "report.html" in capsys.readouterr().out
     assert (run / "report.html").read_text(encoding="utf-8") == page  # from files alone
+
+
+def test_a_proof_of_a_part_of_the_gradients_is_told_as_one(run: Path) -> None:
+    found = read_run(run)
+    assert found.summary is not None
+    assert verdict_of(found).state == "good"
+    part = verdict_of(replace(found, summary={**found.summary, "compared_share": 0.7}))
+    assert part.state == "open"
+    assert part.sentence.endswith("bit for bit those of the plain step (70% of them compared).")
+    assert part.compared.startswith("70% of them ")
 
 
 def test_regions_are_listed_with_what_they_keep_and_why(run: Path) -> None:

@@ -27,7 +27,8 @@ const cut = [...document.querySelectorAll("svg")].flatMap(svg => [...svg.querySe
 }).map(text => text.textContent));
 const charts = [...document.querySelectorAll("svg")];
 const flat = charts.filter(svg => svg.getBoundingClientRect().height < 100).length;
-document.body.dataset.found = JSON.stringify({ inner: innerWidth, cut, flat, charts: charts.length,
+const scrolled = [...document.querySelectorAll(".table")].filter(table => table.scrollWidth > table.clientWidth).length;
+document.body.dataset.found = JSON.stringify({ inner: innerWidth, cut, flat, scrolled, charts: charts.length,
   width: document.documentElement.scrollWidth, paper: getComputedStyle(document.body).backgroundColor });
 </script>"""
 
@@ -74,6 +75,7 @@ def test_the_page_fits_the_screen(width: int, dark: bool, logged_steps: int, tmp
     assert found["width"] <= width
     assert found["cut"] == []
     assert found["flat"] == 0
+    assert found["scrolled"] == 0
     assert found["charts"] == 6  # plain, planned, frontier, peaks, loss, throughput
     red = int(re.findall(r"\d+", found["paper"])[0])
     assert red < 60 if dark else red > 200

@@ -116,3 +116,101 @@ def test_a_corrupted_engine_fails(shard: Any, mesh: DeviceMesh, monkeypatch: pyt
         fitted(model)
     assert caught.value.verdict.method == "per-region"
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Caching(Net):
+    """Its blocks write what they make into an object that the model hands to each, as a cache of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Remembering() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache = _Cache()
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache=cache, number=number)
+        return x.square().mean()
+
+
+class _Cache:
+    def __init__(self) -> None:
+        self.kept: dict[int, list[Tensor]] = {}
+
+
+class _Remembering(Block):
+    def forward(self, x: Tensor, cache: _Cache, number: int) -> Tensor:  # type: ignore[override]  # as attention does
+        cache.kept.setdefault(number, []).append(self.norm(x))
+        return x + self.down(nn.functional.gelu(self.up(torch.stack(cache.kept[number]).sum(0))))
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_what_a_call_has_written_into_its_arguments_is_not_there_when_it_is_made_again(
+    is_sharded: bool, mesh: DeviceMesh
+) -> None:
+    """As in transformers' Llama: with what the first call had left, a second one went through its graph."""
+    model = Caching()
+    if is_sharded:
+        each_block(model, mesh)
+    with fitted(model) as applied:
+        verdict = applied.verdict
+    assert verdict is not None
+    assert (verdict.method, verdict.ok, verdict.compared_share) == ("per-region", True, 1.0)
+
+
+class Together(Net):
+    """Its blocks have a backward inside the model's forward only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(_NotAlone(self) for _ in range(4)))
+        self.runs = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs = True
+        try:
+            return super().forward(x)
+        finally:
+            self.runs = False
+
+
+class _NotAlone(Block):
+    def __init__(self, model: Together) -> None:
+        super().__init__()
+        self.of = [model]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.of[0].runs:
+            out.register_hook(_fails)
+        return out
+
+
+def _fails(gradient: Tensor) -> Tensor:
+    raise RuntimeError("the block was called alone")
+
+
+def test_a_backward_that_fails_when_a_region_is_called_alone_leaves_the_model_as_it_was(mesh: DeviceMesh) -> None:
+    """FSDP2 waited for its end, and reduced no later one."""
+    model = Together()
+    each_block(model, mesh)
+    plain = gradients(model, lambda: model(BATCH))
+    with pytest.warns(tightfit.errors.ProofWarning), fitted(model) as applied:
+        planned = gradients(model, lambda: applied.loss(model, BATCH))
+    assert all(torch.equal(one, two) for one, two in zip(plain, planned, strict=True))
+
+
+def test_gradients_that_wait_to_be_reduced_are_the_loops_own(mesh: DeviceMesh) -> None:
+    """`fit` is called between two backwards of a step, of which the first does not reduce."""
+
+    def step(between: Callable[[nn.Module], Any]) -> list[Tensor]:
+        model = Net()
+        each_block(model, mesh)
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]  # of FSDP2
+        torch.manual_seed(1)
+        model(BATCH).backward()
+        between(model)
+        model.set_requires_gradient_sync(True)  # type: ignore[operator]  # of FSDP2
+        return gradients(model, lambda: model(BATCH))
+
+    plain, planned = step(lambda model: None), step(lambda model: fitted(model).remove())
+    assert all(torch.equal(one, two) for one, two in zip(plain, planned, strict=True))

@@ -88,6 +88,20 @@ def test_per_region_when_plain_does_not_fit(plan: Plan) -> None:
     assert verdict.ok is True
 
 
+def test_a_region_is_called_alone_under_the_autocast_that_the_loss_function_opens() -> None:
+    """Without it a half-precision input meets weights that are not, and nothing could be compared."""
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch).float().pow(2).mean()
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(3)))
+    profile = tightfit.measure(model, BATCH, loss=loss)
+    smallest = tightfit.frontier(profile, points=2)[0]
+    verdict = tightfit.verify(model, BATCH, smallest, loss=loss)
+    assert (verdict.method, verdict.ok, verdict.compared_share) == ("per-region", True, 1.0)
+
+
 def test_the_loss_is_compared_where_plain_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(region.key.startswith("<loss>") and region.recipe >= 0 for region in plan.regions)
     perturb(monkeypatch, only_shape=(256, 16))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -72,6 +72,70 @@ def ensure_sharded(model: torch.nn.Module) -> None:
         module._get_fsdp_state()._lazy_init()
     for module in modules:
         module.reshard()
+
+
+def forget_iteration(model: torch.nn.Module) -> None:
+    """Have FSDP2 forget a forward or backward that an error has ended, and reshard every module.
+
+    Else it waits for the end of that backward, and no later one is reduced.
+    """
+    for state in _states(model):
+        state._lazy_init()
+    for state in _states(model):
+        if state._is_root:
+            _reset(state)
+    for param in _parameters(model):
+        param.unsharded_accumulated_grad = None
+        if hasattr(param, "_unsharded_param"):
+            param._unsharded_param.grad = None
+
+
+def _reset(root: Any) -> None:
+    if hasattr(root, "_reset_iter_state"):  # from PyTorch 2.13 on
+        root._reset_iter_state()
+        return
+    root._comm_ctx.post_forward_order.clear()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
+    for state in root._state_ctx.all_states:
+        state._training_state = type(state._training_state).IDLE
+        for group in _groups_of(state):
+            group._training_state = type(group._training_state).IDLE
+            group.finalize_backward()
+            group._to_sharded()
+
+
+@contextmanager
+def reducing_each_backward(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every backward reduces its gradients, and finds none that wait for the next one to do so.
+
+    A loop that accumulates lets the first backwards of a step not reduce (`set_requires_gradient_sync`), and may call
+    `fit` there.
+    """
+    groups = _groups(model)
+    settings = [group.reduce_grads for group in groups]
+    waiting = [(param, param.unsharded_accumulated_grad, _unsharded_grad(param)) for param in _parameters(model)]
+    for group in groups:
+        group.reduce_grads = True
+    for param, _, _ in waiting:
+        _put_grads(param, None, None)
+    try:
+        yield
+    finally:
+        for group, reduces in zip(groups, settings, strict=True):
+            group.reduce_grads = reduces
+        for param, accumulated, grad in waiting:
+            _put_grads(param, accumulated, grad)
+
+
+def _unsharded_grad(param: Any) -> Any:
+    return param._unsharded_param.grad if hasattr(param, "_unsharded_param") else None
+
+
+def _put_grads(param: Any, accumulated: Any, grad: Any) -> None:
+    param.unsharded_accumulated_grad = accumulated
+    if hasattr(param, "_unsharded_param"):
+        param._unsharded_param.grad = grad
 
 
 def _states(model: torch.nn.Module) -> list[Any]:

@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 
 from tightfit.distributed._fsdp_private import ensure_sharded as ensure_sharded
-from tightfit.distributed._fsdp_private import mesh_process_group, modules_of_unit, sharded_modules
+from tightfit.distributed._fsdp_private import forget_iteration as forget_iteration
+from tightfit.distributed._fsdp_private import (
+    mesh_process_group,
+    modules_of_unit,
+    sharded_modules,
+    unsharded_parameters,
+)
+from tightfit.distributed._fsdp_private import reducing_each_backward as reducing_each_backward
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -29,6 +36,12 @@ def process_group_of(model: torch.nn.Module) -> ProcessGroup:
     if control is None:
         return SINGLE_PROCESS
     return ProcessGroup(rank=dist.get_rank(control), world_size=dist.get_world_size(control), control=control)
+
+
+def unreduced_gradient_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all gradients before they are reduced, which a loop holds that lets backwards not reduce."""
+    whole = [one for one in unsharded_parameters(model) if one.requires_grad]
+    return sum(one.shape.numel() * one.dtype.itemsize for one in whole)
 
 
 def can_be_called_alone(module: torch.nn.Module) -> bool:

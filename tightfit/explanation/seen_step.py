@@ -233,6 +233,10 @@ def _script(
     source = None if call is None else loss_source(call, chosen.backward)
     lines = () if source is None else source.lines
     ordered = list(dict.fromkeys(loss.batch_names))
+    read = [] if source is None or call is None else source.names_read()
+    if read and not set(ordered) <= set(read):  # what the batch was made of in this step, as slices of a corpus
+        tensors = set() if call is None else {name for _, name in call.tensors.values()}
+        ordered = [name for name in read if name in tensors] or ordered
     batch = "batch" if not ordered or "" in ordered else ordered[0] if len(ordered) == 1 else f"({', '.join(ordered)})"
     whole = [unnamed for unnamed in (names.get(id(m)) for m in chosen.modules) if unnamed]
     parts = tuple(names.get(id(module)) or name for name, module in model.module.named_children())

@@ -108,6 +108,16 @@ class LossSource:
     used_elsewhere: tuple[str, ...]
     """What they give a value to, beside the result, and other code reads."""
 
+    def names_read(self) -> list[str]:
+        """Return the names that the statements read and do not give a value to, as they come."""
+        found = [
+            node for one in (*self.statements, self.result) for node in ast.walk(one) if isinstance(node, ast.Name)
+        ]
+        given = {name.id for name in found if isinstance(name.ctx, ast.Store)}
+        # A result that was no expression of the script's has no place in it.
+        found.sort(key=lambda name: (getattr(name, "lineno", 0), getattr(name, "col_offset", 0)))
+        return [name for name in dict.fromkeys(name.id for name in found) if name not in given]
+
 
 def loss_source(call: Site, backward: Site | None) -> LossSource | None:
     """Return the statements from the model's call up to backward's; None where they are not found.

@@ -11,7 +11,7 @@ from tightfit.explanation.ways import Way
 from tightfit.units import format_bytes
 
 _MOST_ROWS = 14
-_WIDTH = 100
+_WIDTH = 92
 #: Owners that are no modules, and components, for people.
 _NAMES = {
     "<model>": "(the model's own code)", "<loss>": "(outside the model)", "<batch>": "(batch)",

@@ -44,7 +44,7 @@ class TightfitCallback(Callback):
         trainer.fit(module, data)
 
     The plan is made of the first batch that is trained on, before its step, and taken off when training ends.  Batches
-    of other sizes are planned when they come.
+    of other sizes are planned when they come.  What is raised, `trainer.fit` raises.
 
     Args:
         budget: as for `tightfit.fit`.
@@ -53,7 +53,7 @@ class TightfitCallback(Callback):
     Attributes:
         applied: what `fit` returned; None while no training runs.
 
-    Raises (from `trainer.fit`):
+    Raises:
         BudgetInfeasible, VerificationFailed: as `tightfit.fit`.
         UnsupportedInput: as `tightfit.fit`; or the trainer runs DeepSpeed; or the module optimizes by hand without
             `manual_backward`, or in a `training_step` that cannot run without gradients.

@@ -22,7 +22,8 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tightfit.errors import UnsupportedInput
+from tightfit.distributed.fsdp import unreduced_gradient_bytes
+from tightfit.errors import BudgetInfeasible, UnsupportedInput
 from tightfit.installation.applied import Applied
 from tightfit.integrations.contexts import (
     budget_beside,
@@ -49,7 +50,8 @@ class TightfitCallback(TrainerCallback):
         trainer.train()
 
     The plan is made when training begins, and taken off when it ends.  Gradient checkpointing and the offload of
-    activations that the arguments ask for are replaced by it.
+    activations that the arguments ask for are replaced by it.  What is raised, `train` raises: when training begins, or
+    at a batch that is larger than any before.
 
     Args:
         budget: as for `tightfit.fit`.
@@ -61,9 +63,9 @@ class TightfitCallback(TrainerCallback):
     Attributes:
         applied: what `fit` returned; None while no training runs.
 
-    Raises (when training begins, or at a batch that is larger than any before):
+    Raises:
         BudgetInfeasible, VerificationFailed: as `tightfit.fit`.
-        UnsupportedInput: as `tightfit.fit`; or the trainer runs DeepSpeed, or `DataParallel`.
+        UnsupportedInput: as `tightfit.fit`; or the trainer runs DeepSpeed, `torch_compile` or `DataParallel`.
     """
 
     def __init__(
@@ -86,19 +88,16 @@ class TightfitCallback(TrainerCallback):
         put_offload_back = _replace_offload(trainer)
         loss = trainer.compute_loss
         plan = _Planned(trainer, loss, self._budget, self._options)
-        if self._plan_first == "largest":
-            batch = _largest_batch(trainer, about["train_dataloader"])
-            if batch is not None:
-                self.applied = plan.make(batch)
 
         def compute_loss(model: Any, inputs: Any, *more: Any, **keywords: Any) -> Any:
             if not torch.is_grad_enabled() or not trainer.model.training:
                 return loss(model, inputs, *more, **keywords)
             batch = dict(inputs), keywords.get("num_items_in_batch")
-            if self.applied is None:
-                self.applied = plan.make(batch)
-            else:
-                plan.prepare(self.applied, batch)
+            with self._told_to(trainer):
+                if self.applied is None:
+                    self.applied = plan.make(batch)
+                else:
+                    plan.prepare(self.applied, batch)
             # The trainer has opened its autocast already; a step has it inside, here as when it was planned.
             autocast = trainer.compute_loss_context_manager
             with closed_autocast(model), self.applied.step(batch), forgetting_casts(), autocast():
@@ -117,6 +116,23 @@ class TightfitCallback(TrainerCallback):
                 self.applied = None
 
         self._remove = remove
+        if self._plan_first == "largest":
+            with self._told_to(trainer):
+                largest = _largest_batch(trainer, about["train_dataloader"])
+                if largest is not None:
+                    self.applied = plan.make(largest)
+
+    @contextmanager
+    def _told_to(self, trainer: Trainer) -> Iterator[None]:
+        """Tell a trainer that looks for a batch that fits (`auto_find_batch_size`) of one that does not."""
+        try:
+            yield
+        except BudgetInfeasible as problem:
+            if not trainer.args.auto_find_batch_size:
+                raise
+            self.remove()  # the trainer wraps the model anew
+            # These words of a RuntimeError are what accelerate reads as too large a batch.
+            raise RuntimeError(f"a batch of {_batch_size(trainer)} samples is out of memory. {problem}") from problem
 
     def on_log(
         self,
@@ -162,12 +178,15 @@ class _Planned:
     def make(self, batch: tuple[dict[str, Any], Any]) -> Applied:
         """Plan for a batch."""
         trainer, args = self._trainer, self._trainer.args
+        # The trainer fetches the microbatches of a step all at once.
+        budget = budget_beside(self._budget, trainer.model, batch, others=args.gradient_accumulation_steps - 1)
+        if args.gradient_accumulation_steps > 1 and not _reduces_each_backward(trainer):
+            budget = budget.reserving(unreduced_gradient_bytes(trainer.model))
         with _notes_of(trainer, with_tensors=True):
             applied = fit(
                 trainer.model,
                 batch,
-                # The trainer fetches the microbatches of a step all at once.
-                budget=budget_beside(self._budget, trainer.model, batch, others=args.gradient_accumulation_steps - 1),
+                budget=budget,
                 loss=partial(self._run_loss, beside=modules_held(vars(trainer).values(), trainer.model)),
                 optimizer=_optimizer_of(trainer),
                 accumulation_steps=args.gradient_accumulation_steps,
@@ -219,6 +238,12 @@ def _check(trainer: Trainer) -> None:
             "would plan. Leave `deepspeed` out of the TrainingArguments (accelerate's FSDP2 plugin is supported), or "
             "leave TightfitCallback out."
         )
+    if trainer.args.torch_compile:
+        raise UnsupportedInput(
+            "the TrainingArguments ask for torch_compile, which compiles the model as a whole, where operations do not "
+            "pass through PyTorch's dispatcher and cannot be planned yet. Leave `torch_compile` out, or compile the "
+            "model's blocks one by one (block.compile()) before training begins."
+        )
     if trainer.args.n_gpu > 1:
         raise UnsupportedInput(
             f"the Trainer spreads each batch over {trainer.args.n_gpu} GPUs by DataParallel, in threads of one "
@@ -257,12 +282,18 @@ def _optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
     return found
 
 
+def _reduces_each_backward(trainer: Trainer) -> bool:
+    """Tell whether each microbatch of a step reduces its gradients, so that a sharded model holds none whole."""
+    asked: bool = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    return asked
+
+
 def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] | None:
     """Return a batch of the dataset's largest samples; None where no such batch comes.
 
     That is where samples have no numbers or batches no size, or where the trainer makes its batches itself (rollouts).
     """
-    dataset, collate, size = loader.dataset, loader.collate_fn, trainer.args.train_batch_size
+    dataset, collate, size = loader.dataset, loader.collate_fn, _batch_size(trainer)
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or collate is None:
         return None
     with same_random_state(), torch.no_grad():
@@ -273,6 +304,12 @@ def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] 
             return None
         _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     return dict(send_to_device(batch, trainer.args.device)), items
+
+
+def _batch_size(trainer: Trainer) -> int:
+    """Return the samples of a batch now: `auto_find_batch_size` takes ever fewer than the arguments say."""
+    found: int = getattr(trainer, "_train_batch_size", trainer.args.train_batch_size)
+    return found
 
 
 def _elements(sample: Any) -> int:

@@ -15,7 +15,7 @@ import torch
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
-from tightfit.distributed.fsdp import process_group_of
+from tightfit.distributed.fsdp import process_group_of, reducing_each_backward
 from tightfit.distributed.process_group import ProcessGroup, communication_failed, is_communication_failure
 from tightfit.errors import BudgetInfeasible, ProofWarning, UnsupportedInput, VerificationFailed
 from tightfit.installation.applied import Applied
@@ -146,7 +146,7 @@ def fit(
     device = device_of(one)
     budget = Budget.of(device_for(device).capacity_bytes() if budget is None else budget, device)
     fitting = _Fit(one, _batches(batch, steps), steps, budget, grad_checkpoint, reference_budget_bytes, on_failure)
-    with without_open_autocast(one):
+    with without_open_autocast(one), reducing_each_backward(one):
         return fitting.run(profile, memory_cap=memory_cap)
 
 

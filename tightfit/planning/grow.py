@@ -48,7 +48,7 @@ class BatchTimes:
 class Growth:
     """The largest batches within a budget.
 
-        found = tightfit.grow(model, lambda samples: torch.randn(samples, 64), budget="8GiB", loss=loss_fn)
+        found = tightfit.grow(model, lambda n: torch.randn(n, 64), budget="8GiB", loss=loss_fn)
         print(found.largest, found.best)
 
     Attributes:
@@ -94,7 +94,9 @@ def grow(
 ) -> Growth:
     """Find the largest batch that trains within a budget.
 
-        found = tightfit.grow(model, lambda n: torch.randn(n, 512), budget="8GiB", loss=loss_fn, optimizer=optimizer)
+        found = tightfit.grow(
+            model, lambda n: torch.randn(n, 512), budget="8GiB", loss=loss_fn, optimizer=optimizer
+        )
         print(found.largest, found.plain_largest)
 
     Batches are measured without data, four or five of them.  A step of the largest is then run, with the optimizer's

@@ -27,7 +27,7 @@ import torch
 from tightfit._torch_private.profiler import profiler_is_running
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
-from tightfit.distributed.fsdp import is_sharded
+from tightfit.distributed.fsdp import is_sharded, reducing_each_backward
 from tightfit.errors import BudgetInfeasible, first_line
 from tightfit.installation.applied import Applied
 from tightfit.installation.resolved_plan import ResolvedPlan
@@ -323,7 +323,7 @@ class Replanner:
         """Open a context for what is run to plan: it finds no cache of other steps, and leaves none to them."""
         self._applied.cache_room.give_back()
         try:
-            with without_open_autocast(self._model):
+            with without_open_autocast(self._model), reducing_each_backward(self._model):
                 yield
         finally:
             self._applied.cache_room.give_back()

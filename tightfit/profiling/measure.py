@@ -12,7 +12,7 @@ import torch
 from tightfit.device import Device, device_for
 from tightfit.device.described.cards import card_for
 from tightfit.device.described.gpu import DescribedDevice
-from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of
+from tightfit.distributed.fsdp import ensure_sharded, is_sharded, process_group_of, reducing_each_backward
 from tightfit.interrupts import waiting_interrupts
 from tightfit.operators.pure_modules import is_bare
 from tightfit.operators.region_names import ROOT, is_module_below
@@ -97,7 +97,7 @@ def measure(
     if card is not None:
         return measure_described(one, batch, step, DescribedDevice(card))
     step = as_it_runs_now(step, one)
-    with without_open_autocast(one):
+    with without_open_autocast(one), reducing_each_backward(one):
         return measure_together(one, batch, step, cost_cache=cost_cache)
 
 

@@ -98,7 +98,7 @@ def _tiles(run: RunFiles, verdict: RunVerdict) -> list[tuple[str, str, str]]:
         ),
         ("Plain peak", format_bytes(plain), f"{summary.get('plain_peak_source', 'predicted')}, without a plan"),
         ("Added time", f"{plan.overhead_ratio:+.1%}", "predicted, of the plain step"),
-        ("Gradients", verdict.gradients, "compared with the plain step's, bit for bit"),
+        ("Gradients", verdict.gradients, verdict.compared),
     ]
     losses = [line["loss"] for line in run.metrics if line.get("loss") is not None]
     if losses:

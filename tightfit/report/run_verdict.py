@@ -20,6 +20,8 @@ class RunVerdict:
     budget_bytes: int
     gradients: str
     """"equal", "DIFFER" or "not compared"."""
+    compared: str
+    """How much of the gradients that is said of."""
 
 
 def verdict_of(run: RunFiles) -> RunVerdict:
@@ -37,20 +39,23 @@ def verdict_of(run: RunFiles) -> RunVerdict:
     elif plan.is_plain:
         clauses = [f"{kept}: peak {format_bytes(peak_bytes)}", "the plain step fits, nothing is recomputed"]
     else:
-        share = f"{peak_bytes / plain_bytes:.0%} of the plain step's {format_bytes(plain_bytes)}"
+        part_of = f"{peak_bytes / plain_bytes:.0%} of the plain step's {format_bytes(plain_bytes)}"
         cost = f"for {plan.overhead_ratio:+.1%} time (predicted)"
-        clauses = [f"{kept}: peak {format_bytes(peak_bytes)}, {share}, {cost}"]
+        clauses = [f"{kept}: peak {format_bytes(peak_bytes)}, {part_of}, {cost}"]
+    share = summary.get("compared_share", 1)
     if equal is not None:
-        clauses.append(f"gradients {'bit for bit those' if equal else 'NOT EQUAL to those'} of the plain step")
+        part = f" ({share:.0%} of them compared)" if share < 1 else ""
+        clauses.append(f"gradients {'bit for bit those' if equal else 'NOT EQUAL to those'} of the plain step{part}")
     elif run.summary is not None:
         clauses.append("gradients not compared (log.txt says why)")
     if run.summary is None:
         clauses.append("not finished")
     is_bad = exceeded or equal is False
     return RunVerdict(
-        state="bad" if is_bad else "good" if equal and run.summary is not None else "open",
+        state="bad" if is_bad else "good" if equal and share >= 1 and run.summary is not None else "open",
         sentence=f"{'; '.join(clauses)}.",
         peak_bytes=peak_bytes,
         budget_bytes=budget_bytes,
         gradients={True: "equal", False: "DIFFER", None: "not compared"}[equal],
+        compared=f"{'' if share >= 1 else f'{share:.0%} of them '}compared with the plain step's, bit for bit",
     )

@@ -26,6 +26,11 @@ def check_model(model: Any) -> None:
             "the model is an nn.DataParallel, which copies it into several threads at every step. A plan is for one "
             "forward at a time. Use one process per device (torchrun) instead."
         )
+    if any(_is_deepspeed_engine(one) for one in models):
+        raise UnsupportedInput(
+            "the model is a DeepSpeed engine, which takes the steps itself and shards or offloads what tightfit would "
+            "plan. Train the model without it (DistributedDataParallel and FSDP2 are supported), or without tightfit."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise UnsupportedInput(
             f"{name_of(model)} has no parameter that requires a gradient. There is nothing to train. "
@@ -53,6 +58,14 @@ def check_model(model: Any) -> None:
             f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}). A budget is for "
             "one device. Move the model to one device."
         )
+
+
+def _is_deepspeed_engine(module: torch.nn.Module) -> bool:
+    """Tell by the names of its classes: DeepSpeed is not imported for that."""
+    return any(
+        kind.__name__ == "DeepSpeedEngine" and kind.__module__.partition(".")[0] == "deepspeed"
+        for kind in type(module).__mro__
+    )
 
 
 def give_gradients(*modules: torch.nn.Module, to: Iterable[torch.Tensor] | None = None) -> None:

@@ -28,7 +28,9 @@ class Step:
 
     `measure`, `fit` and `verify` take it as ``step=`` instead of single keywords, and `apply` for `Applied.loss`:
 
-        step = tightfit.Step(loss=loss_fn, optimizer=optimizer, autocast=torch.bfloat16, clip_norm=1.0)
+        step = tightfit.Step(
+            loss=loss_fn, optimizer=optimizer, autocast=torch.bfloat16, clip_norm=1.0
+        )
         profile = tightfit.measure(model, batch, step=step)
         applied = tightfit.fit(model, batch, budget="8GiB", step=step, profile=profile)
 

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,8 +25,9 @@ import torch
 
 from tightfit._torch_private.dispatch import tree_leaves, tree_map
 from tightfit._torch_private.tensors import version_of
+from tightfit.device import device_for
 from tightfit.device.process_state import deterministic_libraries
-from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, gathered
+from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, forget_iteration, gathered
 from tightfit.distributed.process_group import CommunicationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.region_forward import RegionForward
@@ -37,6 +38,7 @@ from tightfit.step.host_copy import CopyFile, HostCopy
 from tightfit.step.models import paths_of_models
 from tightfit.step.results import Keep, Results, results_of
 from tightfit.step.snapshot import RandomState
+from tightfit.verification.argument_copies import is_written_into, with_parts_replaced
 from tightfit.verification.comparison import Comparison, paths_called_again
 from tightfit.verification.marks import keeper
 from tightfit.verification.trial import Trial
@@ -55,6 +57,13 @@ class _OnHost:
 
 
 @dataclass(frozen=True)
+class _Holding:
+    """An object that may hold tensors, as it was before the call: a copy with `_OnHost` in their places."""
+
+    thing: Any
+
+
+@dataclass(frozen=True)
 class _Call:
     """A call of a region's module, or of the loss function, that can be made again."""
 
@@ -64,6 +73,8 @@ class _Call:
     run: Callable[..., Any]
     arguments: Any
     random_state: RandomState
+    autocast: torch.dtype | None
+    """What was open around the call, which the loss function may have opened."""
 
 
 def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Comparison:
@@ -140,9 +151,11 @@ def _capturing(trial: Trial, applied: Applied, wanted: AbstractSet[str], calls: 
         return known[2]
 
     def save(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return _OnHost(contents=copy_of(leaf), device=leaf.device, requires_grad=leaf.requires_grad)
+        if isinstance(leaf, torch.Tensor):
+            return _OnHost(contents=copy_of(leaf), device=leaf.device, requires_grad=leaf.requires_grad)
+        if is_written_into(leaf):  # also what this call leaves there, and with the graph that it came from
+            return _Holding(with_parts_replaced(leaf, torch.Tensor, save))
+        return leaf
 
     paths = {_path_of(key) for key in wanted}
     results: dict[str, list[Any]] = {}
@@ -150,7 +163,8 @@ def _capturing(trial: Trial, applied: Applied, wanted: AbstractSet[str], calls: 
 
     def note(key: str, module: torch.nn.Module, call: Callable[..., Any], arguments: Any) -> None:
         random_state = RandomState()
-        calls[key] = _Call(key, module, call, tree_map(save, arguments), random_state)
+        autocast = device_for(trial.device).ambient_autocast()
+        calls[key] = _Call(key, module, call, tree_map(save, arguments), random_state, autocast)
 
     def watch(path: str, module: torch.nn.Module) -> None:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -240,6 +254,7 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
     here = attempt(call.key) if can_be_called_alone(call.module) else None
     was_possible = all(group.all_gather(here is not None))
     if here is None or not was_possible:
+        forget_iteration(trial.model)  # a backward that an error has ended is not over for FSDP2
         return False
     measure(here)
     best = here
@@ -248,6 +263,8 @@ def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> 
             other = attempt(f"{call.key} with deterministic kernels")
             if all(group.all_gather(other is not None)) and other is not None:
                 measure(other)
+            else:
+                forget_iteration(trial.model)
         if other is not None and len(other.not_reproducible) < len(here.not_reproducible):
             here.include(other)
             best = other
@@ -278,6 +295,8 @@ class _Inputs:
         self.args, self.kwargs = tree_map(self._load, call.arguments)
 
     def _load(self, leaf: Any) -> Any:
+        if isinstance(leaf, _Holding):
+            return with_parts_replaced(leaf.thing, _OnHost, self._load)
         if not isinstance(leaf, _OnHost):
             return leaf
         loaded = leaf.contents.load().to(leaf.device)
@@ -293,7 +312,8 @@ def _run(call: _Call, inputs: _Inputs, keep: Keep) -> Results:
     module = call.module
     for parameter in module.parameters():
         parameter.grad = None
-    output = call.run(*inputs.args, **inputs.kwargs)
+    with device_for(module).autocast(call.autocast) if call.autocast is not None else nullcontext():
+        output = call.run(*inputs.args, **inputs.kwargs)
     found: dict[str, object] = {}
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)

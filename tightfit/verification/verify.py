@@ -15,6 +15,7 @@ import torch
 
 from tightfit.device import device_for
 from tightfit.device.out_of_memory import is_out_of_memory
+from tightfit.distributed.fsdp import reducing_each_backward
 from tightfit.errors import PlanMismatch, UnsupportedInput
 from tightfit.installation.applied import Applied
 from tightfit.installation.install import install
@@ -106,7 +107,10 @@ def verify(
             f"{', '.join(excluded)}. What would be verified is not what was asked for. Measure and solve with this "
             "exclude=, or leave it out: a plan knows what it excludes."
         )
-    with without_open_autocast(one), install(one, plan, step=step) as applied, Trial(one, batch, step) as trial:
+    with (
+        without_open_autocast(one), reducing_each_backward(one),
+        install(one, plan, step=step) as applied, Trial(one, batch, step) as trial,
+    ):  # fmt: skip
         planned = trial.run_self_checked(applied, steps)
         return prove(
             trial,
