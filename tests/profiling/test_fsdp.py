@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -85,6 +86,24 @@ def test_a_plan_keeps_its_budget_and_the_bits(mesh: DeviceMesh, reshard_after_fo
         assert torch.equal(parameter.to_local(), before[name])
         assert parameter.grad is None
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_blocks_that_are_checkpointed_around_what_is_sharded(mesh: DeviceMesh) -> None:
+    """As accelerate wraps them: their weights are given back before the checkpointed function ends."""
+    torch.manual_seed(0)
+    model = Net()
+    for place, block in enumerate(model.blocks):
+        fully_shard(block, mesh=mesh)
+        model.blocks[place] = checkpoint_wrapper(block, preserve_rng_state=True)
+    fully_shard(model, mesh=mesh)
+    profile = tightfit.measure(model, BATCH)
+    budget = tightfit.frontier(profile, points=2)[0].predicted_peak_bytes
+    with tightfit.fit(model, BATCH, budget=budget, profile=profile, reference_budget_bytes=2**30) as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok
+        assert applied.verdict.replayed_ops > 0
+        assert applied.verdict.measured_peak_bytes <= budget
 
 
 def test_the_profile_is_of_the_model_and_says_that_it_is_sharded(mesh: DeviceMesh) -> None:

@@ -67,11 +67,22 @@ def copy_model(
             if tensor_gradient is not None:
                 memo[id(tensor_gradient)] = None
     sharded = sharded_modules(model)
-    for module in sharded:
+    wrappers = [module for module in model.modules() if _copies_as_another(module)]
+    for module in sharded + wrappers:
         memo[id(module)] = object.__new__(unsharded_class(module))
     for module in sharded:
         memo[id(module)].__dict__.update(copy.deepcopy(unsharded_attributes(module), memo))
+    for module in wrappers:
+        memo[id(module)].__dict__.update(copy.deepcopy(vars(module), memo))
     return copy.deepcopy(model, memo), memo
+
+
+def _copies_as_another(module: torch.nn.Module) -> bool:
+    """Tell whether `__deepcopy__` is that of the module it wraps, to which it forwards what it is asked for.
+
+    So do the wrappers of `torch.distributed.algorithms._checkpoint`, around what FSDP2 forbids to copy.
+    """
+    return hasattr(module, "__deepcopy__") and not hasattr(type(module), "__deepcopy__")
 
 
 def _all_tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:

@@ -39,7 +39,11 @@ class SelfCheck:
         replay would find the new contents.
         """
         expected = self._checksums.get(value)
-        if expected is None or value.uninitialised or checksum(tensor) == expected:
+        if expected is None or value.uninitialised:
+            return True
+        if tensor.untyped_storage().nbytes() < value.nbytes:  # FSDP2 gathers it again before somebody reads it
+            return True
+        if checksum(tensor) == expected:
             return True
         if value.op is not None:
             value.op.region.refused.add(value.op.position)
