@@ -195,7 +195,9 @@ def test_what_callbacks_see_and_do_between_steps_is_the_same() -> None:
 
 
 def test_a_budget_that_no_plan_keeps_is_memory_that_ran_out_to_a_trainer_that_looks_for_a_batch() -> None:
-    looking = SimpleNamespace(args=SimpleNamespace(auto_find_batch_size=True), _train_batch_size=4)
+    looking = SimpleNamespace(
+        args=SimpleNamespace(auto_find_batch_size=True), state=SimpleNamespace(train_batch_size=4)
+    )
     with pytest.raises(RuntimeError, match="4 samples") as told, TightfitCallback()._told_to(looking):  # type: ignore[arg-type]  # what it asks of a trainer
         raise BudgetInfeasible(200, 100, "<loss>")
     assert should_reduce_batch_size(told.value)

@@ -308,7 +308,7 @@ def _largest_batch(trainer: Trainer, loader: Any) -> tuple[dict[str, Any], Any] 
 
 def _batch_size(trainer: Trainer) -> int:
     """Return the samples of a batch now: `auto_find_batch_size` takes ever fewer than the arguments say."""
-    found: int = getattr(trainer, "_train_batch_size", trainer.args.train_batch_size)
+    found: int = trainer.state.train_batch_size or trainer.args.train_batch_size
     return found
 
 
