@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _EXIT_CODES = (2, *(128 + number for number in (1, 2, 10, 15)))
 #: The file in which the first process that fails names itself.
 _FIRST = "first"
+#: Exit codes of those that the agent has ended, as another had failed.
+_BY_THE_AGENT = (-signal.SIGTERM, 128 + signal.SIGTERM)
 #: SIGKILL, which not every system has.
 _KILLED = 9
 
@@ -110,7 +112,7 @@ def note_failure(problem: BaseException) -> None:
         get_error_handler().record_exception(problem)
         if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX):
             with suppress(FileExistsError), (Path(file).parents[1] / _FIRST).open("x") as note:
-                note.write(f"{os.environ['RANK']} {os.getpid()}")
+                note.write(f"{os.environ['RANK']} {os.getpid()} {int(not isinstance(problem, Exception))}")
 
 
 def usable_cores() -> int:
@@ -120,15 +122,16 @@ def usable_cores() -> int:
 
 def _process_failed(failed: ChildFailedError, notes: Path) -> ProcessFailed:
     # The agent counts those that it has ended itself, too.
-    others = {r: one for r, one in failed.failures.items() if one.exitcode != -signal.SIGTERM} or failed.failures
+    others = {r: one for r, one in failed.failures.items() if one.exitcode not in _BY_THE_AGENT} or failed.failures
     # Who is killed has no note of when, and those that wait for it fail next.
     rank, failure = min(others.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     code, process = failure.exitcode, failure.pid
     noted = [int(word) for note in notes.glob(f"*/attempt_*/{_FIRST}") for word in note.read_text().split()]
-    if len(noted) == 2 and code > 0:  # who is killed by a signal notes nothing
-        rank, process = noted
-        if rank in others:  # not, if the agent ended it on its way out
-            code = others[rank].exitcode
+    if len(noted) == 3 and code > 0:  # who is killed by a signal notes nothing
+        rank, process, by_signal = noted
+        first = failed.failures if by_signal else others  # of the others, not if the agent ended it on its way out
+        if rank in first:
+            code = first[rank].exitcode
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
         hint = " The system may have had no more memory." if code == -_KILLED else ""
