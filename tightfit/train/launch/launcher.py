@@ -91,8 +91,8 @@ def launch(starter: Starter, arguments: Sequence[str], timeout_s: float) -> None
 def noting_failure() -> Iterator[None]:
     """Record an error that is raised inside for the elastic agent that started this process, if one did.
 
-    Where `launch` started that, also note which process failed first: others fail as soon as they wait for it, and the
-    agent, which compares whole seconds, may see these before.
+    Where `launch` started that, also note which process failed first, and whether by a signal: others fail as soon as
+    they wait for it, and the agent, which compares whole seconds, may see these before.
     """
     try:
         yield
