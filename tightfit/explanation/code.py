@@ -29,7 +29,9 @@ class Script:
     loss_place: str = ""
     """Where they are: ``train.py, lines 31-33``."""
     used_elsewhere: tuple[str, ...] = ()
-    """What these lines compute beside the loss, and the script reads elsewhere."""
+    """What these lines compute beside the loss, and the script reads elsewhere, or they themselves the next time."""
+    let_go: tuple[str, ...] = ()
+    """What these lines compute, and nothing else reads."""
     accumulation_steps: int = 1
     autocast: torch.dtype | None = None
     has_autocast: bool = False
@@ -83,10 +85,23 @@ def fit_code(script: Script, budget_bytes: int) -> str:
         f"applied = tightfit.fit({call}, {', '.join(keywords)})",
         "",
         f"# in the loop, instead of {script.loss_place or 'model and loss'}:",
-        f"{script.loss_result} = applied.loss({call})",
-        *(f"# {name} is read elsewhere, too: compute it there" for name in script.used_elsewhere),
+        *_use(script, call),
     ]
     return "\n".join(lines)
+
+
+def _use(script: Script, call: str) -> list[str]:
+    """Return the lines of the loop: its own where they compute more than the loss."""
+    named = script.loss_result.isidentifier()  # else it is what a function returns
+    if not script.used_elsewhere or not script.loss_lines:
+        return [f"{f'{script.loss_result} =' if named else 'return'} applied.loss({call})"]
+    lines = [f"with applied.step({script.batch}):", *(f"    {line}" for line in script.loss_lines)]
+    if not named:
+        lines.append(f"    return {script.loss_result}")
+    elif script.let_go:
+        lines.append(f"    del {', '.join(script.let_go)}  # as at a function's end: the budget does not count it")
+    held = ", ".join(script.used_elsewhere)
+    return [*lines, f"# {held}: read after the loss, too; what that holds comes on top of the budget"]
 
 
 def _loss_function(script: Script) -> list[str]:

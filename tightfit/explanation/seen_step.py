@@ -250,6 +250,7 @@ def _script(
         needs_loss=source is not None or program is None or not program.returns_loss,
         loss_lines=lines,
         used_elsewhere=() if source is None else source.used_elsewhere,
+        let_go=() if source is None else source.names_let_go(),
         loss_result="loss" if source is None else ast.unparse(source.result),
         loss_place=place_of(call, len(lines)) if call is not None and lines else "",
         accumulation_steps=step.accumulation_steps,

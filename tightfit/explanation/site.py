@@ -7,7 +7,7 @@ import linecache
 import sys
 import textwrap
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -106,17 +106,17 @@ class LossSource:
     lines: tuple[str, ...]
     """The statements as they are written."""
     used_elsewhere: tuple[str, ...]
-    """What they give a value to, beside the result, and other code reads."""
+    """What they give a value to, beside the result, and other code reads, or they themselves the next time."""
 
     def names_read(self) -> list[str]:
-        """Return the names that the statements read and do not give a value to, as they come."""
-        found = [
-            node for one in (*self.statements, self.result) for node in ast.walk(one) if isinstance(node, ast.Name)
-        ]
-        given = {name.id for name in found if isinstance(name.ctx, ast.Store)}
-        # A result that was no expression of the script's has no place in it.
-        found.sort(key=lambda name: (getattr(name, "lineno", 0), getattr(name, "col_offset", 0)))
-        return [name for name in dict.fromkeys(name.id for name in found) if name not in given]
+        """Return the names that the statements read before they give them a value, if they do, as they come."""
+        return names_read_first((*self.statements, self.result))
+
+    def names_let_go(self) -> tuple[str, ...]:
+        """Return what the statements always give a value to and nothing else reads: a function's variables."""
+        given = [name for one in self.statements if isinstance(one, ast.Assign) for name in names_of(one, ast.Store)]
+        still_read = {*self.used_elsewhere, *names_of(self.result, ast.Load)}
+        return tuple(name for name in dict.fromkeys(given) if name not in still_read)
 
 
 def loss_source(call: Site, backward: Site | None) -> LossSource | None:
@@ -154,14 +154,23 @@ def loss_source(call: Site, backward: Site | None) -> LossSource | None:
 
 
 def _used_elsewhere(tree: ast.AST, kept: list[ast.stmt], result: ast.expr) -> tuple[str, ...]:
-    within = [range(one.lineno, (one.end_lineno or one.lineno) + 1) for one in kept]
     made = dict.fromkeys(name for one in kept for name in names_of(one, ast.Store))
-    read = {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not any(node.lineno in r for r in within)
-    }
+    read = set(names_read_first(kept)) | _read_outside(tree, {id(one) for one in kept})
     return tuple(name for name in made if name in read and name not in names_of(result, ast.Load))
+
+
+def _read_outside(code: ast.AST, kept: set[int]) -> set[str]:
+    """Return what code reads outside the kept statements, without the variables of functions that hold none of them."""
+    if id(code) in kept:
+        return set()
+    found = {code.id} if isinstance(code, ast.Name) and isinstance(code.ctx, ast.Load) else set()
+    for child in ast.iter_child_nodes(code):
+        found |= _read_outside(child, kept)
+    if isinstance(code, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        inside = list(ast.walk(code))
+        if not any(id(one) in kept for one in inside):
+            found -= {one.arg for one in inside if isinstance(one, ast.arg)} | set(names_of(code, ast.Store))
+    return found
 
 
 def _end_after(statements: list[ast.stmt], first: int) -> int | None:
@@ -196,6 +205,72 @@ def _leading_to(result: ast.expr, body: list[ast.stmt]) -> list[ast.stmt]:
 def names_of(code: ast.AST, context: type[ast.expr_context]) -> list[str]:
     """Return the names that code reads or gives a value to."""
     return [node.id for node in ast.walk(code) if isinstance(node, ast.Name) and isinstance(node.ctx, context)]
+
+
+def names_read_first(code: Iterable[ast.AST]) -> list[str]:
+    """Return the names that code reads before it has given them a value, in the order in which it is run."""
+    reader = _Reader()
+    for one in code:
+        reader.visit(one)
+    return list(reader.read_first)
+
+
+class _Reader(ast.NodeVisitor):
+    """Goes through code in the order in which it is run; of two branches, both."""
+
+    def __init__(self) -> None:
+        self.read_first: dict[str, None] = {}
+        self._given: set[str] = set()
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._given.add(node.id)
+        elif node.id not in self._given:
+            self.read_first[node.id] = None
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        if isinstance(node.target, ast.Name):
+            self.visit(ast.Name(id=node.target.id, ctx=ast.Load()))
+        self._visit_in_order(node.value, node.target)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self._visit_in_order(node.value, *node.targets)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self._visit_in_order(node.value, node.target)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self._visit_in_order(node.value, node.target)
+
+    def visit_For(self, node: ast.For) -> None:
+        self._visit_in_order(node.iter, node.target, *node.body, *node.orelse)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._visit_in_order(node.iter, node.target, *node.ifs)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        arguments = {one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg)}
+        self._visit_inside(node.args, node.body, given=arguments)
+
+    def generic_visit(self, node: ast.AST) -> None:
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp):
+            self._visit_inside(*node.generators, node.elt)
+        elif isinstance(node, ast.DictComp):
+            self._visit_inside(*node.generators, node.key, node.value)
+        else:
+            super().generic_visit(node)
+
+    def _visit_inside(self, *nodes: ast.AST, given: Iterable[str] = ()) -> None:
+        """Go through code whose variables are its own."""
+        before = set(self._given)
+        self._given.update(given)
+        self._visit_in_order(*nodes)
+        self._given = before
+
+    def _visit_in_order(self, *nodes: ast.AST | None) -> None:
+        for one in nodes:
+            if one is not None:
+                self.visit(one)
 
 
 def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tightfit.explanation.site import Site, loss_source, names_of
+from tightfit.explanation.site import Site, loss_source, names_read_first
 from tightfit.step.batch import batch_tensors
 
 _FUNCTION = "loss_of_the_script"
@@ -73,11 +73,10 @@ def source_loss(frame: FrameType | None, call: Site | None) -> SourceLoss | None
     finder = _ModuleFinder(variables)
     body: list[ast.stmt] = [finder.visit(copy.deepcopy(statement)) for statement in source.statements]
     body.append(ast.Return(value=finder.visit(copy.deepcopy(source.result))))
-    read = {name for statement in body for name in names_of(statement, ast.Load)} & variables.keys()
-    assigned_first = _assigned_before_read(body)
+    read = variables.keys() & set(names_read_first(body))
     batch: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    for name in sorted(read - assigned_first - finder.modules.keys()):
+    for name in sorted(read - finder.modules.keys()):
         value = variables[name]
         if isinstance(value, torch.Tensor) or (isinstance(value, dict | list | tuple) and batch_tensors(value)):
             batch[name] = value
@@ -92,16 +91,6 @@ def source_loss(frame: FrameType | None, call: Site | None) -> SourceLoss | None
     made: dict[str, Any] = {}
     exec(compile(tree, call.file if call is not None else "", "exec"), frame.f_globals, made)
     return SourceLoss(made[_FUNCTION], finder.modules, batch, constants)
-
-
-def _assigned_before_read(body: list[ast.stmt]) -> set[str]:
-    """Return the names that the body gives a value before it reads them."""
-    found: set[str] = set()
-    read: set[str] = set()
-    for statement in body:
-        read.update(name for name in names_of(statement, ast.Load) if name not in found)
-        found.update(name for name in names_of(statement, ast.Store) if name not in read)
-    return found
 
 
 class _ModuleFinder(ast.NodeTransformer):

@@ -36,9 +36,19 @@ def core_cache_bytes() -> int:
 def _data() -> npt.NDArray[np.float64]:
     # Straight from the system: no meter of the budget sees it, and freeing a large piece would teach malloc to keep
     # such pieces for itself from then on.  Written, because pages that never were are all one page.
-    data = np.frombuffer(mmap.mmap(-1, _BYTES), dtype=np.float64)
+    data = np.frombuffer(_mapped(_BYTES), dtype=np.float64)
     data[:] = 1.0
     return data
+
+
+def _mapped(size_bytes: int) -> mmap.mmap:
+    """Return that much memory, or where the address space is limited as much as there is: times are worse without."""
+    try:
+        return mmap.mmap(-1, size_bytes)
+    except OSError:
+        if size_bytes <= mmap.PAGESIZE:
+            raise
+        return _mapped(size_bytes // 2)
 
 
 def fill_caches() -> None:
