@@ -67,6 +67,7 @@ def test_a_real_failure_of_the_allocator() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size as Linux tells it")
+@pytest.mark.exhaustive
 def test_a_capped_process_trains_inside_the_budget_where_the_plain_step_dies() -> None:
     budget_bytes, half_gib = 280 * 2**20, 2**29
     # Huge pages make zeroing fresh memory, which takes most of this test's time, cheaper.

@@ -144,13 +144,13 @@ def test_a_command_line_that_cannot_be_is_refused(
 
 # ------------------------------------------------------------------------------------------- six kinds of scripts
 
-#: What the exhaustive ones have, others have, too; the second also runs out of memory below.
+#: What the exhaustive ones have, others have, too; two of them also run out of memory below.
 CASES = [
     pytest.param("cnn_autocast", marks=pytest.mark.exhaustive),
     pytest.param("nanogpt", marks=pytest.mark.exhaustive),
     "gan",
     pytest.param("lstm", marks=pytest.mark.exhaustive),
-    "hf_finetune",
+    pytest.param("hf_finetune", marks=pytest.mark.exhaustive),
     pytest.param("lightning_module", marks=pytest.mark.exhaustive),
     pytest.param("language_model", marks=pytest.mark.exhaustive),
 ]
@@ -210,7 +210,7 @@ def limited_python(limit_bytes: int, folder: Path) -> str:
     # The logits, which nanoGPT's loop holds while it computes the next ones: no part of a step by itself.
     [
         pytest.param("cnn_autocast", ["--batch-size", "512"], 400, 0, marks=pytest.mark.exhaustive),
-        ("nanogpt", ["288", "2"], 340, 288 * 64 * 256 * 4),
+        pytest.param("nanogpt", ["288", "2"], 340, 288 * 64 * 256 * 4, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_script_that_runs_out_of_memory(

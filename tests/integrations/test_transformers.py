@@ -45,7 +45,7 @@ def check_same(plain: Any, planned: Any) -> None:
     [
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "label_smoothing_factor": 0.1},
         pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.exhaustive),
-        {"bf16": True},
+        pytest.param({"bf16": True}, marks=pytest.mark.exhaustive),
     ],
     ids=["accumulation", "checkpointing", "bf16"],
 )
@@ -120,6 +120,7 @@ class _OnBegin(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resumed_with_batches_grouped_by_length_and_texts_written_in_between() -> None:
     """Half of a training, and the rest of it by another trainer; after each evaluation the model writes."""
     grouped = {"train_sampling_strategy": "group_by_length"}

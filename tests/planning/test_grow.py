@@ -34,7 +34,7 @@ def test_a_straight_line_is_asked_rarely() -> None:
 
 
 def perceptron() -> nn.Module:
-    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(4)))
+    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(3)))
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -49,8 +49,8 @@ def grown(budget: int | str, **options: Any) -> tightfit.Growth:
 
 @pytest.mark.slow
 def test_one_more_sample_has_no_plan() -> None:
-    budget = 1 << 19
-    found = grown(budget, most=1024)
+    budget = 280 << 10
+    found = grown(budget, most=256)
     assert found.confirmed
     assert 0 < found.plain_largest < found.largest
     assert found.plan.predicted_peak_bytes <= budget

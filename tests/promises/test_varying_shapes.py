@@ -27,6 +27,7 @@ VALIDATE_EVERY = 6
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_random_lengths_with_validation_in_between() -> None:
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

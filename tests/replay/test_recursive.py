@@ -128,6 +128,7 @@ def check_step(model: nn.Module, batch: Tensor, plan: Plan) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_64_residual_layers_in_the_logarithm_of_their_depth() -> None:
     torch.manual_seed(0)
     batch = torch.randn(512, 8)

@@ -435,7 +435,7 @@ def test_without_classes_nothing_changes_but_the_time() -> None:
     pytest.importorskip("torch")
     from benchmarks.ablation import without_classes
 
-    profile = gpt_profile(4, width=64, tokens=16)
+    profile = gpt_profile(3, width=64, tokens=16)
     budget = Solver(profile).plain(0).predicted_peak_bytes * 6 // 10
     plans = [Solver(variant).solve(budget) for variant in (profile, without_classes(profile))]
     bounds = [plan.lower_bound_ms for plan in plans]

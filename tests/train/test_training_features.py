@@ -221,7 +221,7 @@ def same_files(one: str, other: str) -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [*RESNET, *EVERYTHING, "--steps", "7", "--save-every", "3"]
+    words = [*RESNET, *EVERYTHING, "--steps", "5", "--save-every", "2"]
     assert main(["train", *words, "--mark", "whole"]) == 0
     from tightfit.train.loop import OptimizerStep
 
@@ -230,14 +230,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: 
 
     def failing(self: OptimizerStep, microbatches: list[Microbatch]) -> Any:
         taken.append(1)
-        if len(taken) == 5:
+        if len(taken) == 4:
             raise KeyboardInterrupt
         return take(self, microbatches)
 
     monkeypatch.setattr(OptimizerStep, "take", failing)
     assert main(["train", *words, "--mark", "parts"]) == 130
     monkeypatch.setattr(OptimizerStep, "take", take)
-    checkpoint = "runs/digits/parts/checkpoints/step-00000003"
+    checkpoint = "runs/digits/parts/checkpoints/step-00000002"
     assert main(["train", *words, "--mark", "parts", "--resume", checkpoint]) == 0
     same_files("digits/whole", "digits/parts")
     a, b = (
@@ -248,6 +248,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_everything_on(monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_saved_configuration_runs_the_run_again() -> None:
     assert main(["train", *RESNET, *EVERYTHING, "--steps", "3", "--mark", "first"]) == 0
     assert main(["train", "--config-file", "runs/digits/first/config.yaml", "--mark", "second"]) == 0

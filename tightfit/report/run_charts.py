@@ -10,7 +10,7 @@ from tightfit.report.charts import Band, Chart, Level, Line, Mark, Point
 from tightfit.report.run_files import RunFiles
 from tightfit.simulation.timeline import Timeline, memory_timeline
 from tightfit.solver.frontier import frontier_of
-from tightfit.solver.solver import Solver
+from tightfit.solver.solver import Solver, solver_of
 from tightfit.units import format_bytes, unit_of
 
 #: Budgets of the frontier: so many, fewer for steps so long that solving each takes seconds. Where an allocator caches,
@@ -27,7 +27,7 @@ def memory_charts(run: RunFiles) -> list[Chart]:
 
 
 def _step_charts(plan: Plan, profile: Profile) -> list[Chart]:
-    solver = Solver(profile)
+    solver = solver_of(profile)
     plain = memory_timeline(profile, [None] * len(profile.regions), index=solver.index)
     timelines = {"plain": plain}
     if not plan.is_plain:

@@ -291,10 +291,13 @@ _last_solver: Solver | None = None
 
 
 def solver_of(profile: Profile) -> Solver:
-    """Return the profile's solver. The last one is kept: several questions about one profile make its columns once."""
+    """Return the profile's solver. The last one is kept: several questions about one profile make its columns once.
+
+    A profile that was read from a file is the one that was written.
+    """
     global _last_solver
     found = _last_solver
-    if found is None or found.profile is not profile:
+    if found is None or (found.profile is not profile and found.profile != profile):
         found = _last_solver = Solver(profile)
     return found
 

@@ -9,6 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_runs_that_are_killed_end_with_the_same_bits() -> None:
     """In a process of its own, which may fork."""
     command = [sys.executable, "-m", "tests.train.attacks.kills", "--count", "2", "--seed", "3"]

@@ -83,6 +83,7 @@ def test_trains_like_one_process_and_goes_on_under_another_strategy() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
+@pytest.mark.exhaustive
 def test_shards_that_are_saved_while_steps_go_on_are_the_state_at_their_step() -> None:
     """Each process writes late, when the next step has changed its weights; without a copy, the steps wait."""
     here = "tests.train.parallel.late_saves"
