@@ -356,7 +356,13 @@ def own_peak(make: Callable[[], nn.Module], data: Tensor) -> int:
     return peak_bytes
 
 
-@pytest.mark.parametrize("make", [lambda: Net(RawBlock), pytest.param(Cells, marks=pytest.mark.exhaustive)], ids=["raw kernels", "cells"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: Net(RawBlock), id="raw kernels"),
+        pytest.param(Cells, id="cells", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.slow
 def test_what_no_tape_can_rebuild_is_dropped_as_checkpointing_does(make: Callable[[], nn.Module]) -> None:
     seed_everything()
