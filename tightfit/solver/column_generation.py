@@ -38,7 +38,7 @@ from tightfit.solver.region_mip import RegionProgram
 from tightfit.solver.time_cuts import Cut
 
 #: A class is enumerated when that takes at most so many columns over all its regions.
-ENUMERATE_AT_MOST = 3000
+ENUMERATE_AT_MOST = 1500
 #: Points sought between those of the hull: for each class, for all regions of a class together, and operations in their
 #: programs.
 _BETWEEN_AT_MOST = 24
