@@ -101,7 +101,11 @@ def _use(script: Script, call: str) -> list[str]:
     elif script.let_go:
         lines.append(f"    del {', '.join(script.let_go)}  # as at a function's end: the budget does not count it")
     held = ", ".join(script.used_elsewhere)
-    return [*lines, f"# {held}: read after the loss, too; what that holds comes on top of the budget"]
+    return [
+        *lines,
+        f"# {held}: read after the loss, too; what that holds comes on top of the budget",
+        "# (and may be computed again beside it, if a later backward goes through it: measure the whole step)",
+    ]
 
 
 def _loss_function(script: Script) -> list[str]:
