@@ -20,6 +20,7 @@ What a machine has measured once is remembered by `cost_cache`.
 
 Within the budget: made-up arguments are copies beside the model.  An optimizer's foreach operation over all parameters
 would double its state; where that does not fit, it is run on the largest of its tensors that do and the figures scaled.
+An operation that then runs out of memory, because of its workspace, is run on half of the batch, and half of that.
 What does not fit at all is estimated, too: its time from operations of the same name, else from all; its workspace
 from the operation of the same name that is nearest in size, and never above the operation's own arguments and results.
 Tiny operations say little of large ones, and a trial run finds what is missing, but nothing finds a budget that was
@@ -42,11 +43,12 @@ from tightfit._torch_private.autograd import set_grad_mode
 from tightfit._torch_private.dispatch import below_autograd, find_overload
 from tightfit.device import Device, device_for
 from tightfit.device.device import OperationTimer, OperationTimes
+from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.interrupts import pass_on, safe_point
 from tightfit.profiling.broken_device import BrokenBy, device_lost, require_usable
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.output_strides import Layouts, elsewhere, layouts_of
-from tightfit.profiling.partial_call import argument_bytes, fit_call
+from tightfit.profiling.partial_call import argument_bytes, fit_call, half_of
 from tightfit.profiling.processor_caches import fill_caches, forget
 from tightfit.profiling.signatures import Call, TensorSpec
 from tightfit.progress import progress
@@ -54,6 +56,8 @@ from tightfit.records import Signature
 from tightfit.step.snapshot import RandomState
 
 _ROUNDS = 3
+#: How often a call that runs out of memory is made shorter by half.
+_HALVINGS = 6
 _LONG_RUN_MS = 60.0
 #: Of the memory that measuring may take, what a timer may at most.
 _TIMERS_SHARE = 0.25
@@ -140,15 +144,22 @@ def measure_costs(
     misplacing = {
         calls[index].func for index, cost in found.items() if elsewhere(fake_layouts.get(index, ()), cost.layouts)
     }
-    said = [fake_layouts.get(index, ()) for index in to_run]
+    said = {index: fake_layouts.get(index, ()) for index in to_run}
     result = Costs()
     random_state = RandomState()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            alone = _run_each(list(to_run.values()), said, misplacing, device_for(device), result) if to_run else {}
+            alone, too_large = _run_each(to_run, said, misplacing, device_for(device), result) if to_run else ({}, [])
+            # Its workspace, which nobody knew, did not fit beside its arguments.
+            for _ in range(_HALVINGS if too_large else 0):
+                shares.update({index: half_of(shares[index]) for index in too_large})
+                parts = {index: call for index in too_large if (call := shares[index].call) is not None}
+                to_run |= parts
+                again, too_large = _run_each(parts, said, misplacing, device_for(device), result)
+                alone |= again
             timer = device_for(device).operation_timer(timer_bytes) if to_run and timed else None
-            times = _time_each(list(to_run.values()), alone, timer, device_for(device).is_host, result)
+            times = _time_each(to_run, alone, timer, device_for(device).is_host, result)
     except BrokenBy as broken:
         cache.put_dangerous(broken.call)
         raise device_lost(broken, device) from broken
@@ -156,11 +167,10 @@ def measure_costs(
         random_state.restore()
         raise
     random_state.restore()
-    for place, index in enumerate(to_run):
-        if place in times:
-            found[index] = shares[index].scaled(times[place])
-            if not shares[index].note:
-                cache.put(calls[index], times[place])
+    for index, cost in times.items():
+        found[index] = shares[index].scaled(cost)
+        if not shares[index].note:
+            cache.put(calls[index], cost)
     cache.save()
     result.layouts = {index: cost.layouts for index, cost in found.items()}
     sizes = [argument_bytes(call) + result_bytes.get(index, 0) for index, call in enumerate(calls)]
@@ -198,9 +208,13 @@ def _estimate(index: int, names: Sequence[str], sizes: Sequence[int], known: Map
 
 
 def _time_each(
-    calls: Sequence[Call], alone: Mapping[int, RunAlone], timer: OperationTimer | None, on_host: bool, result: Costs
+    calls: Mapping[int, Call],
+    alone: Mapping[int, RunAlone],
+    timer: OperationTimer | None,
+    on_host: bool,
+    result: Costs,
 ) -> dict[int, Cost]:
-    """Return the cost of each call that could be run alone, by its place. `timer`: None leaves times at zero."""
+    """Return the cost of each call that could be run alone, by its number. `timer`: None leaves times at zero."""
     begin = time.perf_counter()
     best: dict[int, OperationTimes] = {}
     if timer is None:
@@ -208,13 +222,13 @@ def _time_each(
     else:
         cold_code_ms = _cold_code_ms() if on_host and calls else 0.0
         for round_number in range(_ROUNDS):
-            for index, call in enumerate(calls):
+            for place, (index, call) in enumerate(calls.items()):
                 known = best.get(index)
                 is_long = known is not None and max(known) > _LONG_RUN_MS and not known.is_disturbed
                 if index not in alone or (round_number > 0 and is_long):
                     continue
                 safe_point()
-                progress("timing operations", round_number * len(calls) + index, _ROUNDS * len(calls))
+                progress("timing operations", round_number * len(calls) + place, _ROUNDS * len(calls))
                 repeats = 1 if round_number == 0 else 2
                 found = _times_ms(call, timer, repeats)
                 if found is None:
@@ -287,22 +301,27 @@ def _times_ms(call: Call, timer: OperationTimer, repeats: int, *, cold: bool = F
 
 
 def _run_each(
-    calls: Sequence[Call], fake_layouts: Sequence[Layouts], misplacing: set[Any], device: Device, costs: Costs
-) -> dict[int, RunAlone]:
+    calls: Mapping[int, Call],
+    fake_layouts: Mapping[int, Layouts],
+    misplacing: set[Any],
+    device: Device,
+    costs: Costs,
+) -> tuple[dict[int, RunAlone], list[int]]:
     """Run each call once, for its workspace and the layouts of its results; calls that cannot be run have none.
 
     `misplacing`: operators known to return results elsewhere than their fake kernels say; those that are found are
-    added. From then on no others are run.
+    added. From then on no others are run.  Also return which calls ran out of memory.
     """
     begin = time.perf_counter()
     layouts: dict[int, Layouts] = {}
+    too_large: list[int] = []
     args: Any
     kwargs: Any
     result: Any
     with device.workspace_meter() as meter:
-        for index, call in enumerate(calls):
+        for place, (index, call) in enumerate(calls.items()):
             safe_point()
-            progress("running operations alone", index, len(calls))
+            progress("running operations alone", place, len(calls))
             if misplacing and call.func not in misplacing:
                 continue
             try:
@@ -316,12 +335,14 @@ def _run_each(
             except Exception as error:
                 pass_on(error)
                 require_usable(device, call)
+                if is_out_of_memory(error):
+                    too_large.append(index)
                 continue
             finally:
                 args = kwargs = result = None  # before the next call's arguments are made
     workspace_bytes = meter.workspace_bytes()
-    costs.workspace_ms = (time.perf_counter() - begin) * 1e3
-    return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}
+    costs.workspace_ms += (time.perf_counter() - begin) * 1e3
+    return {index: RunAlone(workspace_bytes[index], found) for index, found in layouts.items()}, too_large
 
 
 def _make_up(call: Call) -> tuple[list[Any], dict[str, Any]]:

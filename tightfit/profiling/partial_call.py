@@ -1,4 +1,4 @@
-"""Shrink an op's call until it can be run alone in a given amount of memory."""
+"""Shrink an op's call until it can be run alone in a given amount of memory, or in what there turns out to be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tightfit.profiling.signatures import Call, TensorSpec
 
 #: The rest is for the kernel's workspace, which is known only afterwards.
 _USABLE = 31 / 32
+_ESTIMATED = "estimated from other operations: alone it does not fit beside the model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,31 @@ def fit_call(call: Call, result_bytes: int, room_bytes: int | None) -> PartialCa
                 note=f"measured on {len(chosen)} of {length} tensors and scaled: all of them do not fit beside the "
                 f"model",
             )
-    return PartialCall(call=None, note="estimated from other operations: alone it does not fit beside the model")
+    return PartialCall(call=None, note=_ESTIMATED)
+
+
+def half_of(part: PartialCall) -> PartialCall:
+    """Return the call on half of the batch, the first dimension of its first tensor: for what was still too large."""
+    first = None if part.call is None else next((a for a in part.call.args if isinstance(a, TensorSpec)), None)
+    length = first.size[0] if first is not None and first.size else 1
+    if part.call is None or length < 2:
+        return PartialCall(call=None, note=_ESTIMATED)
+    kept = length // 2
+    return PartialCall(
+        call=replace(part.call, args=tuple(_shortened(argument, length, kept) for argument in part.call.args)),
+        scale=part.scale * length / kept,
+        workspace_scale=part.workspace_scale * length / kept,
+        note="measured on a part of the batch and scaled: all of it does not fit beside the model",
+    )
+
+
+def _shortened(argument: Any, length: int, kept: int) -> Any:
+    """Return a tensor whose first dimension is so long with as much of it as is kept; anything else as it is."""
+    if not isinstance(argument, TensorSpec) or argument.size[:1] != (length,):
+        return argument
+    size = (kept, *argument.size[1:])
+    reach = argument.offset + 1 + sum((n - 1) * step for n, step in zip(size, argument.stride, strict=True))
+    return replace(argument, size=size, nbytes=reach * argument.dtype.itemsize)
 
 
 def _is_tensor_list(argument: Any) -> bool:
