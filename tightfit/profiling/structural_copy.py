@@ -15,6 +15,7 @@ import torch
 
 from tightfit._torch_private.dispatch import FakeTensorMode, tree_map
 from tightfit._torch_private.modules import default_foreach
+from tightfit.device.memory import tensors_below
 from tightfit.distributed._fsdp_private import (
     sharded_modules,
     unsharded_attributes,
@@ -89,16 +90,7 @@ def _all_tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        yield from _tensors_below(vars(module), set(), 0)
-
-
-def _tensors_below(thing: Any, seen: set[int], depth: int) -> Iterable[torch.Tensor]:
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif id(thing) not in seen and depth < 4 and isinstance(thing, dict | list | tuple | set):
-        seen.add(id(thing))
-        for item in thing.values() if isinstance(thing, dict) else thing:
-            yield from _tensors_below(item, seen, depth + 1)
+        yield from tensors_below(vars(module))
 
 
 def _moved(tensor: torch.Tensor, mode: FakeTensorMode, place: torch.device | None) -> torch.Tensor:
