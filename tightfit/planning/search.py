@@ -115,7 +115,10 @@ def search(
 
 
 def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
-    """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs."""
+    """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs.
+
+    Where there is no room for it, or it cannot be repaired, the profile goes on naming what is unproven.
+    """
     for _ in range(_MOST_ROUNDS):
         plan = solver_of(profile).smallest_plan()
         if not _has_room(trial, plan.predicted_peak_bytes):
@@ -127,7 +130,7 @@ def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
         finally:
             applied.remove()
         if profile.ops is known.ops:  # it held, or what it took beyond the prediction has been added
-            break
+            return replace(profile, unproven=())
     return profile
 
 
