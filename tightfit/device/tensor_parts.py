@@ -9,7 +9,8 @@ import torch
 from tightfit._torch_private.dispatch import FakeTensor
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+#: Of tensors that wrap none.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -17,7 +18,7 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
     A wrapper without PyTorch's flatten protocol has no memory and does not say what it wraps: its attributes do.
     """
-    if type(tensor) in _PLAIN_TYPES or is_dtensor(tensor):
+    if type(tensor) in PLAIN_TYPES or is_dtensor(tensor):
         return {}
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()

@@ -173,7 +173,7 @@ class _FreshWrites(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any_wrapper(types):
+        if any_wrapper(types, args):
             return NotImplemented
         kwargs = kwargs or {}
         info = describe(func)
