@@ -124,7 +124,7 @@ def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
         if not _has_room(trial, plan.predicted_peak_bytes):
             break
         known = profile
-        applied = install(trial.model, plan, step=trial.step, profile=profile)
+        applied = _installed(trial, plan, profile)
         try:
             _, profile = try_plan(trial, applied, profile)
         finally:
@@ -132,6 +132,11 @@ def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
         if profile.ops is known.ops:  # it held, or what it took beyond the prediction has been added
             return replace(profile, unproven=())
     return profile
+
+
+def _installed(trial: Trial, plan: Plan, profile: Profile) -> Applied:
+    trial.go_to_start()  # an earlier run may have given buffers other shapes, as quantisation's observers do
+    return install(trial.model, plan, step=trial.step, profile=profile)
 
 
 class _Search:
@@ -201,7 +206,7 @@ class _Search:
     def _try(self, plan: Plan, profile: Profile) -> tuple[Applied, FoundPlan] | None:
         """Run a plan, and leave it installed if it keeps its budget; else learn from it."""
         progress("trying the plan")
-        applied = install(self._trial.model, plan, step=self._trial.step, profile=profile)
+        applied = _installed(self._trial, plan, profile)
         try:
             outcome, repaired = try_plan(self._trial, applied, profile)
         except BaseException:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private.autograd import forbids_saved_tensor_hooks
+from tightfit._torch_private.autograd import forbids_saved_tensor_hooks, has_no_sizes
 from tightfit._torch_private.dispatch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -164,7 +164,7 @@ def observe_concrete(
     `left_checkpoints` and `runs_native_code` as for `Observer`.
 
     Raises:
-        UnsupportedInput: the model uses `torch.func` transforms in its forward.
+        UnsupportedInput: the model uses `torch.func` transforms in its forward, or nested tensors of strided layout.
     """
     reached = step.reached(model)
     state = TrainingState(model, step.all_optimizers, also=(batch, *reached))
@@ -191,6 +191,13 @@ def observe_concrete(
                     break
                 state.restore()
         except RuntimeError as error:
+            if has_no_sizes(error):
+                raise UnsupportedInput(
+                    "the model computes with nested tensors of strided layout (so does scaled_dot_product_attention of "
+                    "jagged ones on a CPU). They have no sizes, so that neither a plan nor torch.utils.checkpoint can "
+                    "keep account of them. Use layout=torch.jagged and operations that keep it, padded tensors, or "
+                    "train this model without a budget."
+                ) from error
             if not forbids_saved_tensor_hooks(error):
                 raise
             raise UnsupportedInput(
