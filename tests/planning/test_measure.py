@@ -82,9 +82,9 @@ def test_the_smallest_budget_of_a_measured_step_is_that_of_fit(kernel: Any) -> N
 
 def test_what_could_not_be_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_has_room", lambda *_: False)
-    profile = tightfit.measure(Net(ChangesState), BATCH)
-    assert [name.rpartition(".")[2] for name in profile.unproven] == ["ChangesState"]
-    with pytest.raises(BudgetInfeasible, match=r"No step has shown yet that .*ChangesState can be run again") as caught:
+    profile = tightfit.measure(Net(DrawsUnseen), BATCH)
+    assert [name.rpartition(".")[2] for name in profile.unproven] == ["DrawsUnseen"]
+    with pytest.raises(BudgetInfeasible, match=r"No step has shown yet that .*DrawsUnseen can be run again") as caught:
         tightfit.solve(profile, 1)
     assert caught.value.unproven == profile.unproven
 
