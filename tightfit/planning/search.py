@@ -135,7 +135,8 @@ def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
 
 
 def _installed(trial: Trial, plan: Plan, profile: Profile) -> Applied:
-    trial.go_to_start()  # an earlier run may have given buffers other shapes, as quantisation's observers do
+    if fingerprint(trial.model) != plan.fingerprint:
+        trial.go_to_start()  # an earlier run has given buffers other shapes, as quantisation's observers do
     return install(trial.model, plan, step=trial.step, profile=profile)
 
 
