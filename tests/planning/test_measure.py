@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 import tightfit
 from tightfit import BudgetInfeasible
+from tightfit.device.described.cards import card_for
 from tightfit.planning import search
+from tightfit.planning.elsewhere import fit_elsewhere
+from tightfit.report.elsewhere import format_fitting
+from tightfit.step.step import Step
 
 WIDTH = 32
 BATCH = torch.randn(128, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -65,6 +69,25 @@ def test_what_could_not_be_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(BudgetInfeasible, match=r"No step has shown yet that .*DrawsUnseen can be run again") as caught:
         tightfit.solve(profile, 1)
     assert caught.value.unproven == profile.unproven
+
+
+def test_for_a_gpu_that_is_not_here_they_are_named_too() -> None:
+    halved = torch.library.custom_op(
+        "tightfit_tests::halved", lambda x: x / 2, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    halved.register_fake(torch.empty_like)
+    halved.register_autograd(lambda ctx, grad: grad / 2)
+
+    class Halving(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = halved(super().forward(x)).sin().sum()
+            return result
+
+    card, model = card_for("cuda:1GiB"), Halving(WIDTH, WIDTH)
+    found = fit_elsewhere(model, BATCH, Step(), card, 2**30)
+    assert found.profile.unproven == ("tightfit_tests.halved.default",)
+    assert tightfit.measure(model, BATCH, device="cuda:1GiB").unproven == found.profile.unproven
+    assert "no step has shown that tightfit_tests.halved.default can be run again" in format_fitting(found)
 
 
 def test_of_pytorch_s_own_operations_no_plan_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
