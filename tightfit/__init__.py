@@ -23,7 +23,7 @@ if _typing.TYPE_CHECKING:
     from tightfit.operators.pure_modules import allow_recompute
     from tightfit.planning.fit import fit
     from tightfit.planning.grow import Growth, grow
-    from tightfit.profiling.measure import measure
+    from tightfit.planning.measure import measure
     from tightfit.solver.frontier import frontier
     from tightfit.solver.solver import solve
     from tightfit.step.step import Step
@@ -70,7 +70,7 @@ _HOMES = {
     "fit": "planning.fit",
     "frontier": "solver.frontier",
     "grow": "planning.grow",
-    "measure": "profiling.measure",
+    "measure": "planning.measure",
     "solve": "solver.solver",
     "verify": "verification.verify",
 }

@@ -90,6 +90,8 @@ class BudgetInfeasible(TightfitError):
         where: the moment that sets the smallest budget, e.g. a region's key, ``<loss>`` or ``optimizer step``.
         breakdown: bytes by component at that moment, as in `Plan.breakdown`; empty if unknown.
         switched_off: who keeps tightfit from recomputing a part of the step, as in `Profile.switched_off`.
+        unproven: what plans would run again although no step has shown that it bears that, as in `Profile.unproven`:
+            where there is any, more than `required_bytes` may be needed.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class BudgetInfeasible(TightfitError):
         breakdown: Mapping[str, int] | None = None,
         *,
         switched_off: Sequence[str] = (),
+        unproven: Sequence[str] = (),
     ) -> None:
         self.breakdown = dict(breakdown or {})
         parts = format_parts(parts_of_peak(self.breakdown, where))
@@ -107,9 +110,14 @@ class BudgetInfeasible(TightfitError):
         self.budget_bytes = budget_bytes
         self.where = where
         self.switched_off = tuple(switched_off)
+        self.unproven = tuple(unproven)
         obstacle = (
             f" A part of the step is beyond tightfit's reach because of {', '.join(self.switched_off)}: what is saved "
             f"there can be neither seen nor dropped. Switch that off (tightfit drops at least as much), or give more."
+        )
+        doubt = (
+            f" No step has shown yet that {', '.join(self.unproven)} can be run again with the same result; what cannot"
+            " is kept, and then more is needed: fit(...) tries it, and names what it takes."
         )
         context_bytes = self.breakdown.get("context", 0)
         beside = (
@@ -122,11 +130,11 @@ class BudgetInfeasible(TightfitError):
             f"this step needs {format_budget(required_bytes)} ({required_bytes} bytes), set by {where}"
             f"{f': {parts}' if self.breakdown else ''}. "
             f"Give at least {required_bytes} bytes{beside}, or use a smaller batch or model."
-            f"{obstacle if self.switched_off else ''}"
+            f"{obstacle if self.switched_off else ''}{doubt if self.unproven else ''}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = partial(type(self), switched_off=self.switched_off)
+        make = partial(type(self), switched_off=self.switched_off, unproven=self.unproven)
         return make, (self.required_bytes, self.budget_bytes, self.where, self.breakdown)
 
 

@@ -52,6 +52,15 @@ def test_resident_bytes_count_each_storage_once() -> None:
     assert meter.resident_bytes(model, None, [optimizer]) == expected
 
 
+def test_resident_bytes_count_tensors_that_modules_have_as_attributes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.RNN(4, 4, bias=False))  # an RNN keeps its weights twice
+    alone = meter.resident_bytes(model)
+    mask = model[0].mask = torch.ones(4, 4)  # type: ignore[assignment]  # modules take any attribute
+    model[1].caches = {"queue": [torch.zeros(8), mask.t()]}  # type: ignore[assignment]  # the same
+    model[0].last = model[0](mask)  # type: ignore[assignment]  # what the next step replaces
+    assert meter.resident_bytes(model) == alone + 16 * 4 + 8 * 4
+
+
 def test_an_exception_passes_through_and_the_meter_works_again() -> None:
     with pytest.raises(ZeroDivisionError):
         meter.measure_peak(lambda: 1 / 0, 0)

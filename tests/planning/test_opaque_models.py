@@ -172,3 +172,62 @@ def test_a_function_that_gives_other_bits_each_time_is_kept_and_named() -> None:
     names = [profile.signatures[op.signature].name for op in profile.ops]
     reasons = {op.keep_reason for name, op in zip(names, profile.ops, strict=True) if "Restless" in name}
     assert all("other bits" in reason for reason in reasons)
+
+
+def counts_calls(x: Tensor, state: Tensor) -> Tensor:
+    state.detach().numpy()[...] += 1
+    return torch.from_numpy(np.tanh(x.detach().numpy()))
+
+
+def rectifies_its_argument(x: Tensor, state: Tensor) -> Tensor:
+    array = x.detach().numpy()
+    np.maximum(array, 0, out=array)
+    return x * 2.0
+
+
+def draws_of_numpy(x: Tensor, state: Tensor) -> Tensor:
+    return x * torch.from_numpy((np.random.rand(*x.shape) > 0.1).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        counts_calls,
+        pytest.param(rectifies_its_argument, marks=pytest.mark.exhaustive),
+        pytest.param(draws_of_numpy, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_around_an_operator_that_does_more_than_it_says_modules_are_called_again(
+    kernel: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """The operator alone must not run again; its module may, as what it moves is put back."""
+    name = f"tightfit_tests::{kernel.__name__}"
+    lying = torch.library.custom_op(name, kernel, mutates_args=())
+    lying.register_fake(lambda x, state: torch.empty_like(x))
+    lying.register_autograd(
+        lambda ctx, grad: (grad * (ctx.saved_tensors[0] != 0), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+    )
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(lying(self.up(x), self.calls))
+
+    batch, model = torch.randn(64, WIDTH), Net(Counting)  # type: ignore[arg-type]  # any block
+    for _ in range(2):  # the second one knows from the first what the operator does
+        profile = tightfit.measure(model, batch)  # which finds out, so that the budget is not refused
+        assert profile.method == "fake"
+        assert profile.unproven == ()
+        budget = tightfit.frontier(profile, points=2)[0].budget_bytes
+        with tightfit.fit(model, batch, budget=budget, reference_budget_bytes=2**30) as applied:
+            assert applied.verdict is not None
+            assert applied.verdict.ok
+            assert applied.verdict.measured_peak_bytes <= budget
+            assert {recipe.lever for recipe in applied.plan.recipes} == {"module"}
+            plan = applied.plan
+            assert plan.plain_peak_bytes - budget >= 0.3 * (plan.plain_peak_bytes - plan.baseline_bytes)

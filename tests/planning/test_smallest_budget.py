@@ -60,6 +60,31 @@ def test_a_confirmed_frontier_begins_with_a_budget_that_runs(name: str) -> None:
     applied.remove()
 
 
+class Observing(nn.Module):
+    """Gives its buffer another shape in its first step, as observers of quantisation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
+        self.register_buffer("largest", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest.resize_(16)
+        self.largest.copy_(x.detach().abs().amax(0))
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+def test_a_buffer_that_gets_its_shape_in_the_first_step_is_no_other_model() -> None:
+    batch = torch.randn(64, 16)
+    with pytest.raises(BudgetInfeasible) as caught:
+        tightfit.fit(Observing(), batch, budget=1000)
+    with tightfit.fit(Observing(), batch, budget=caught.value.required_bytes) as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok is not False
+
+
 def test_numbers_that_autograd_saves_are_predicted_to_the_byte() -> None:
     model = Program([("linear", 0, 0), ("linear", 0, 0)], 16, 64, 0)
     profile = tightfit.measure(model, model.batch, loss=loss_of)

@@ -73,6 +73,31 @@ def plain_peaks(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]
     return predicted, measured
 
 
+class Rotated(nn.Module):
+    """Has tensors that are neither parameters nor buffers."""
+
+    def __init__(self, makes_numpy: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIDE, SIDE)
+        self.rotations = {"even": [torch.randn(SIDE, SIDE)]}
+        self.makes_numpy = makes_numpy
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.makes_numpy:
+            x.detach().numpy()  # only a real step can be measured
+        return (self.linear(x) * self.rotations["even"][0]).square().sum()
+
+
+@pytest.mark.parametrize("makes_numpy", [False, True])
+def test_tensors_that_modules_have_as_attributes_are_resident(makes_numpy: bool) -> None:
+    model, batch = Rotated(makes_numpy), torch.randn(SIDE, SIDE)
+    profile = tightfit.measure(model, batch)
+    assert profile.method == ("real" if makes_numpy else "fake")
+    assert profile.baseline["buffers"] == SIDE * SIDE * 4
+    predicted, measured = plain_peaks(model, batch)
+    assert abs(predicted - measured) <= NUMBERS_BYTES
+
+
 FANS: dict[str, Callable[[Tensor], Tensor]] = {
     "fresh gradients": lambda h: h * 2 + h * 3 + h * 4,
     "many": lambda h: sum(h * n for n in range(2, 9)),

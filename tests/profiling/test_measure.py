@@ -373,3 +373,18 @@ def test_torch_func_in_forward_is_refused_with_a_reason() -> None:
 
     with pytest.raises(UnsupportedInput, match=r"torch\.func"):
         tightfit.measure(Inner(), torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_without_sizes_are_refused_with_a_reason() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = torch.nested.as_nested_tensor([x, x[1:]])
+            return torch.nested.to_padded_tensor(self.linear(rows), 0.0).sum()
+
+    with pytest.raises(UnsupportedInput, match=r"nested tensors of strided layout.*Use layout=torch\.jagged"):
+        tightfit.measure(Inner(), torch.randn(2, 4))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import tightfit
@@ -160,6 +161,79 @@ def test_budgets_and_bits_with_quantised_weights(kind: type[Quantised]) -> None:
     _, checkpoint_bytes = step(model, loss_of)
     if kind is OfFunctions:  # of the other kind, what the weights are multiplied to is kept
         assert smallest_bytes <= checkpoint_bytes
+
+
+class Sealed(torch.Tensor):
+    """Wraps another, and does not say by PyTorch's flatten protocol what."""
+
+    inside: Tensor
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> Sealed:
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)  # type: ignore[attr-defined, no-any-return]  # no stub has it
+
+    def __init__(self, inside: Tensor) -> None:
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Sealed, lambda tensor: tensor.inside, (args, kwargs or {}))
+        return tree_map_only(Tensor, Sealed, func(*args, **kwargs))
+
+
+class Seal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Sealed(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].inside if isinstance(gradients[0], Sealed) else gradients[0]
+
+
+class Open(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Sealed) -> Tensor:
+        return x.inside.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return Sealed(gradients[0])
+
+
+class SealedBlock(nn.Module):
+    """Computes with wrappers, and has a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.scale = nn.Parameter(Sealed(torch.rand(2 * WIDTH)), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(Seal.apply(self.widen(x))) * self.scale
+        return x + self.narrow(Open.apply(hidden))
+
+
+def test_wrappers_without_the_flatten_protocol_are_counted_and_dropped() -> None:
+    seed_everything()
+    model = Net(OfFunctions)
+    model.blocks = nn.ModuleList(SealedBlock() for _ in range(3))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    plain, plain_bytes = step(model, loss_of)
+    profile = tightfit.measure(model, BATCH, loss=loss_of)
+    assert tightfit.solve(profile, 2**40).predicted_peak_bytes == plain_bytes
+    smallest_bytes = smallest_budget(profile)
+    with tightfit.fit(model, BATCH, budget=smallest_bytes, loss=loss_of, reference_budget_bytes=2**40) as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok, applied.verdict.differing
+        planned, peak_bytes = step(model, applied.loss)
+    assert all(map(torch.equal, plain, planned))
+    assert peak_bytes <= smallest_bytes
+    model.is_checkpointed = True
+    _, checkpoint_bytes = step(model, loss_of)
+    assert smallest_bytes <= checkpoint_bytes
 
 
 class Ragged(nn.Module):

@@ -23,7 +23,7 @@ from tightfit._torch_private.dispatch import tree_map
 from tightfit.device import memory as meter
 from tightfit.installation.applied import Applied
 from tightfit.operators.pure_modules import is_pure
-from tightfit.replay.plan_state import AS_A_WHOLE
+from tightfit.replay.values import AS_A_WHOLE
 from tightfit.solver.solver import Solver
 
 

@@ -155,6 +155,28 @@ def test_what_a_function_keeps_in_its_context_is_there_for_each_backward() -> No
     assert_same(lambda x, w: Stashing.apply((x @ w).exp()) @ w, backward=twice)
 
 
+def test_a_parameter_that_a_function_keeps_in_its_context_is_one_again() -> None:
+    """As quantised layers keep their weights: what is made again has to be as many tensors as the first time."""
+    frozen = torch.nn.Parameter(torch.randn(16), requires_grad=False)
+
+    class Scaling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.weight = weight
+            assert type(weight) is torch.nn.Parameter
+            out = torch.empty_like(x)
+            np.multiply(x.detach().numpy(), weight.detach().numpy(), out=out.numpy())
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            return gradients[0] * ctx.weight, None
+
+    statistics = assert_same(lambda x, w: Scaling.apply(x @ w, frozen).exp() @ w, calls=2)
+    assert statistics.refused_ops == 0
+    assert statistics.dropped_slots >= 2
+
+
 def test_what_was_rebuilt_for_a_context_goes_with_its_backward() -> None:
     alive: list[Any] = []
 

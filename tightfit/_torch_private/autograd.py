@@ -50,6 +50,11 @@ def no_saved_tensor_hooks() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(*pair)  # type: ignore[misc]  # a pair of functions
 
 
+def has_no_sizes(error: RuntimeError) -> bool:
+    """Tell whether an error says that a nested tensor, one of strided layout, was asked what such tensors have not."""
+    return "NestedTensorImpl doesn't support" in str(error)
+
+
 def forbids_saved_tensor_hooks(error: RuntimeError) -> bool:
     """Tell whether an error says that saved-tensor hooks were active where they may not be, as in `torch.func.grad`."""
     return "saved tensor hooks" in str(error)

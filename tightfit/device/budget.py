@@ -120,7 +120,12 @@ class Budget:
                 nbytes + self.beside_step_bytes for nbytes in (problem.required_bytes, problem.budget_bytes)
             )
             raise BudgetInfeasible(
-                required_bytes, budget_bytes, problem.where, problem.breakdown, switched_off=problem.switched_off
+                required_bytes,
+                budget_bytes,
+                problem.where,
+                problem.breakdown,
+                switched_off=problem.switched_off,
+                unproven=problem.unproven,
             ) from None
 
 

@@ -9,15 +9,28 @@ import torch
 from tightfit._torch_private.dispatch import FakeTensor
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+#: Of tensors that wrap none.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors that a tensor subclass wraps, by name; none of others."""
-    if type(tensor) in _PLAIN_TYPES or is_dtensor(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+    """Return the tensors that a tensor subclass wraps, by name; none of others.
+
+    A wrapper without PyTorch's flatten protocol has no memory and does not say what it wraps: its attributes do.
+    """
+    if type(tensor) in PLAIN_TYPES or is_dtensor(tensor):
         return {}
-    names, _ = tensor.__tensor_flatten__()
-    return {name: getattr(tensor, name) for name in names}
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return {name: getattr(tensor, name) for name in names}
+    attributes = getattr(tensor, "__dict__", {})
+    found = {name: thing for name, thing in attributes.items() if isinstance(thing, torch.Tensor)}
+    return {} if not found or has_memory(tensor) else found
+
+
+def does_not_flatten(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor wraps others without PyTorch's flatten protocol."""
+    return not hasattr(tensor, "__tensor_flatten__") and bool(parts_of(tensor))
 
 
 def holds_data(tensor: torch.Tensor) -> bool:

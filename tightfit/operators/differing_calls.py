@@ -1,4 +1,4 @@
-"""Calls that gave other bits when they were made again: barred from replay for as long as the process lives."""
+"""Calls that must not be made again by themselves: barred from replay for as long as the process lives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from tightfit.operators.facts import OpInfo
 #: Arguments that are part of what a call is; of others, only their class.
 DESCRIBED = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-_barred: dict[str, set[Hashable]] = {}
+#: Why calls of a kind are barred. Of the last two, a second call of the module around them may be the same computation,
+#: as that puts back what it finds changed.
+GAVE_OTHER_BITS = "it gave other bits when it was run again"
+CHANGED_INPUTS = "it changes arguments that it does not say it writes"
+DREW_UNSEEN = "it draws random numbers past PyTorch's operators"
+
+_barred: dict[str, dict[Hashable, str]] = {}
 
 
 def kind_of_call(
@@ -28,17 +34,19 @@ def kind_of_call(
     return what, _kind(args), _kind(tuple(sorted(kwargs.items()))), device.kernel_settings()
 
 
-def bar(info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, function: Any = None) -> None:
-    """Never trust calls of this kind again."""
-    _barred.setdefault(info.name, set()).add(kind_of_call(info, args, kwargs, device, function))
+def bar(
+    info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, function: Any, reason: str
+) -> None:
+    """Never trust calls of this kind again, for a reason."""
+    _barred.setdefault(info.name, {})[kind_of_call(info, args, kwargs, device, function)] = reason
 
 
-def is_barred(
+def reason_of_bar(
     info: OpInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, function: Any = None
-) -> bool:
-    """Tell whether a call of this kind once gave other bits when it was made again."""
+) -> str:
+    """Return why calls of this kind are barred; empty if they are not."""
     kinds = _barred.get(info.name)
-    return kinds is not None and kind_of_call(info, args, kwargs, device, function) in kinds
+    return "" if kinds is None else kinds.get(kind_of_call(info, args, kwargs, device, function), "")
 
 
 def _kind(argument: Any) -> Hashable:

@@ -98,13 +98,15 @@ class OperatorCall(OpaqueCall):
 class FunctionCall(OpaqueCall):
     """A call of an `autograd.Function`."""
 
-    __slots__ = ("_attributes", "_length", "_needs_grad", "function")
+    __slots__ = ("_are_parameters", "_attributes", "_length", "_needs_grad", "function")
 
     def __init__(self, function: Any, args: tuple[Any, ...], device: Device, generators: list[torch.Generator]) -> None:
         super().__init__(device, generators)
         tensors = tensors_in(args)
         self.function = function
         self._needs_grad = [tensor.requires_grad for tensor in tensors]
+        # A forward may ask whether it is given a parameter, and what it keeps of one in its context is no activation.
+        self._are_parameters = [isinstance(tensor, torch.nn.Parameter) for tensor in tensors]
         self._attributes = [vars(tensor).copy() for tensor in tensors]
         self._length = 0
 
@@ -138,12 +140,14 @@ class FunctionCall(OpaqueCall):
         return next((node for node in nodes if isinstance(node, node_class_of(self.function))), None)
 
     def _as_they_were(self, args: tuple[Any, ...]) -> Any:
-        states = zip(self._needs_grad, self._attributes, strict=True)
+        states = zip(self._needs_grad, self._are_parameters, self._attributes, strict=True)
 
         def again(argument: Any) -> Any:
             if isinstance(argument, torch.Tensor):
-                needs_grad, attributes = next(states)
+                needs_grad, is_parameter, attributes = next(states)
                 fresh = argument.detach().requires_grad_(needs_grad)
+                if is_parameter:
+                    fresh = torch.nn.Parameter(fresh, needs_grad)
                 vars(fresh).update(attributes)
                 return fresh
             if isinstance(argument, list | tuple):
@@ -173,7 +177,7 @@ class _FreshWrites(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any_wrapper(types):
+        if any_wrapper(types, args):
             return NotImplemented
         kwargs = kwargs or {}
         info = describe(func)

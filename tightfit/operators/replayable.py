@@ -12,13 +12,11 @@ import torch
 
 from tightfit._torch_private.dispatch import FakeTensor
 from tightfit.device.device import Device
-from tightfit.operators.differing_calls import is_barred
+from tightfit.operators.differing_calls import reason_of_bar
 from tightfit.operators.facts import OpInfo
 
 #: Tensors of which a replay can make new ones.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
-#: Why calls of a kind that once differed are not replayed.
-GAVE_OTHER_BITS = "it gave other bits when it was run again"
 
 
 def blocker(
@@ -41,8 +39,8 @@ def blocker(
         return info.blocker_with_atomics
     if info.is_convolution and (reason := device.convolutions_differ_by_thread()):
         return reason
-    if is_barred(info, args, kwargs, device, function):
-        return GAVE_OTHER_BITS
+    if reason := reason_of_bar(info, args, kwargs, device, function):
+        return reason
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             return f"a {str(tensor.layout).removeprefix('torch.')} argument"

@@ -2,7 +2,8 @@
 
 By PyTorch's flatten protocol such a tensor is its parts and a description that does not change.  So an operation on it
 is those that it runs on its parts, which show to a dispatch mode that leaves the wrapper's to the wrapper's own class;
-and what autograd saves of it can be held as what its parts are held as.
+and what autograd saves of it can be held as what its parts are held as.  A wrapper without the protocol is put together
+from what its own class detaches from it, given the parts as attributes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from tightfit.device.tensor_parts import parts_of
+from tightfit.device.tensor_parts import PLAIN_TYPES, does_not_flatten, parts_of
+from tightfit.operators.facts import tensors_in
 
 
 @cache
@@ -23,22 +25,37 @@ def is_wrapper(kind: type) -> bool:
     return hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__") and not is_distributed
 
 
-def any_wrapper(kinds: Iterable[type]) -> bool:
-    """Tell whether tensors of one of these classes wrap others."""
-    return any(is_wrapper(kind) for kind in kinds)
+def any_wrapper(kinds: Iterable[type], args: Iterable[Any]) -> bool:
+    """Tell whether tensors of one of these classes, the arguments' that are not plain tensors, wrap others."""
+    kinds = [kind for kind in kinds if kind not in PLAIN_TYPES]
+    return any(is_wrapper(kind) for kind in kinds) or (
+        bool(kinds) and any(does_not_flatten(tensor) for tensor in tensors_in(args))
+    )
+
+
+def wraps(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor wraps others, by PyTorch's flatten protocol or without it."""
+    return is_wrapper(type(tensor)) or does_not_flatten(tensor)
 
 
 class Parts:
     """What autograd holds instead of a wrapper: what its parts are held as."""
 
-    __slots__ = ("_context", "_kind", "_names", "_parts", "_size", "_stride")
+    __slots__ = ("_context", "_kind", "_names", "_parts", "_shell", "_size", "_stride")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """Take a wrapper apart; its parts are held as they are until `pack`."""
         self._kind = type(tensor)
-        names, self._context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # a wrapper's
-        self._names = tuple(names)
-        self._parts: list[Any] = list(parts_of(tensor).values())
+        parts = parts_of(tensor)
+        self._shell: torch.Tensor | None = None
+        if does_not_flatten(tensor):
+            self._shell = tensor.detach()
+            self._names = tuple(parts)
+            self._take(self._shell)
+        else:
+            names, self._context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # a wrapper's
+            self._names = tuple(names)
+        self._parts: list[Any] = list(parts.values())
         self._size, self._stride = tensor.size(), tensor.stride()
 
     def describes(self, tensor: torch.Tensor) -> bool:
@@ -68,8 +85,18 @@ class Parts:
 
     def _together(self, parts: list[torch.Tensor]) -> torch.Tensor:
         by_name = dict(zip(self._names, parts, strict=True))
+        if self._shell is not None:
+            vars(self._shell).update(by_name)
+            alone = self._shell.detach()
+            self._take(self._shell)
+            vars(alone).update(by_name)
+            return alone
         again: torch.Tensor = self._kind.__tensor_unflatten__(by_name, self._context, self._size, self._stride)  # type: ignore[attr-defined]  # a wrapper's
         return again
+
+    def _take(self, shell: torch.Tensor) -> None:
+        """Have the shell hold no parts."""
+        vars(shell).update(dict.fromkeys(self._names))
 
 
 def held_as_parts(tensor: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> Parts | None:
@@ -77,7 +104,7 @@ def held_as_parts(tensor: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> 
 
     It is where no part is packed, and where putting the parts together does not give the same wrapper again.
     """
-    parts = Parts(tensor)
     with torch.no_grad():
+        parts = Parts(tensor)
         whole = parts.describes(tensor)
     return parts if whole and parts.pack(pack) else None

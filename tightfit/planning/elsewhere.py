@@ -10,6 +10,7 @@ from tightfit.device.described.cards import Card
 from tightfit.device.described.fitting import Fitting
 from tightfit.device.described.gpu import DescribedDevice
 from tightfit.errors import BudgetInfeasible
+from tightfit.planning.measure import naming_unproven
 from tightfit.profiling.measure import measure_described
 from tightfit.records import Plan
 from tightfit.solver.solver import Solver, solver_of
@@ -22,7 +23,7 @@ def fit_elsewhere(model: torch.nn.Module, batch: Any, step: Step, card: Card, bu
     Raises:
         UnsupportedInput: the step cannot run without data.
     """
-    profile = measure_described(model, batch, step, DescribedDevice(card))
+    profile = naming_unproven(measure_described(model, batch, step, DescribedDevice(card)))
     solver = solver_of(profile)
     smallest_bytes, where = solver.minimum_budget()
     return Fitting(

@@ -270,7 +270,11 @@ class Replanner:
             required_bytes = error.required_bytes - profile.margin_bytes
             if required_bytes - profile.correction_bytes > self._budget_bytes:
                 raise BudgetInfeasible(
-                    required_bytes, self._budget_bytes, error.where, switched_off=error.switched_off
+                    required_bytes,
+                    self._budget_bytes,
+                    error.where,
+                    switched_off=error.switched_off,
+                    unproven=error.unproven,
                 ) from None
             return None
         if _estimated(profile) - _estimated(same.profile):  # they could not be run alone within the budget

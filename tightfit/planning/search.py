@@ -115,20 +115,29 @@ def search(
 
 
 def confirm_smallest(trial: Trial, profile: Profile) -> Profile:
-    """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs."""
+    """Run the plan for the smallest budget once, and return a profile whose smallest budget is one that runs.
+
+    Where there is no room for it, or it cannot be repaired, the profile goes on naming what is unproven.
+    """
     for _ in range(_MOST_ROUNDS):
         plan = solver_of(profile).smallest_plan()
         if not _has_room(trial, plan.predicted_peak_bytes):
             break
         known = profile
-        applied = install(trial.model, plan, step=trial.step, profile=profile)
+        applied = _installed(trial, plan, profile)
         try:
             _, profile = try_plan(trial, applied, profile)
         finally:
             applied.remove()
         if profile.ops is known.ops:  # it held, or what it took beyond the prediction has been added
-            break
+            return replace(profile, unproven=())
     return profile
+
+
+def _installed(trial: Trial, plan: Plan, profile: Profile) -> Applied:
+    if fingerprint(trial.model) != plan.fingerprint:
+        trial.go_to_start()  # an earlier run has given buffers other shapes, as quantisation's observers do
+    return install(trial.model, plan, step=trial.step, profile=profile)
 
 
 class _Search:
@@ -198,7 +207,7 @@ class _Search:
     def _try(self, plan: Plan, profile: Profile) -> tuple[Applied, FoundPlan] | None:
         """Run a plan, and leave it installed if it keeps its budget; else learn from it."""
         progress("trying the plan")
-        applied = install(self._trial.model, plan, step=self._trial.step, profile=profile)
+        applied = _installed(self._trial, plan, profile)
         try:
             outcome, repaired = try_plan(self._trial, applied, profile)
         except BaseException:

@@ -14,8 +14,8 @@ from tightfit.errors import RanOutOfMemory, VerificationFailed, first_line
 from tightfit.installation.applied import Applied
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Plan, Profile
-from tightfit.replay.plan_state import AS_A_WHOLE
 from tightfit.replay.refusals import CannotRebuild
+from tightfit.replay.values import AS_A_WHOLE
 from tightfit.units import format_bytes
 from tightfit.verification.trial import Outcome, Trial
 
@@ -91,7 +91,6 @@ def without_refused(profile: Profile, refused: Mapping[str, AbstractSet[int]]) -
                 continue
             if position >= region.op_count:  # this call ran more operations than the measured one
                 continue
-            regions[place] = replace(region, module_recomputable=False)
             index = region.first_op + position
             ops[index] = replace(ops[index], keep_reason="self-check: a second run gave other bits or changed inputs")
     return replace(profile, ops=tuple(ops), regions=tuple(regions))

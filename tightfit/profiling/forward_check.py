@@ -42,7 +42,7 @@ class _OpNames(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any_wrapper(types):
+        if any_wrapper(types, args):
             return NotImplemented
         info = describe(func)
         if not info.is_view and current_graph_task() < 0:

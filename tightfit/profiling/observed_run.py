@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tightfit._torch_private.autograd import forbids_saved_tensor_hooks
+from tightfit._torch_private.autograd import forbids_saved_tensor_hooks, has_no_sizes
 from tightfit._torch_private.dispatch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -25,6 +25,7 @@ from tightfit._torch_private.dispatch import (
 )
 from tightfit._torch_private.modules import clips_by_foreach, is_compiled
 from tightfit.device import device_for
+from tightfit.device.memory import attribute_tensors
 from tightfit.distributed.ddp import unseen_by_reducers
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput
@@ -113,6 +114,7 @@ def _observe_copy(
     state_of_reached = TrainingState(torch.nn.Module(), (), also=reached) if reached else None
     try:
         copied, copies = copy_model(model, mode)
+        attributes = [copies[id(tensor)] for tensor in attribute_tensors(model)]
         fake_batch = copy_batch(batch, mode)
         known = KnownValues(batch_tensors(fake_batch), batch_tensors(batch)) if knows_batch else None
         with mode, _hushed("torch._subclasses.fake_tensor"):
@@ -126,7 +128,7 @@ def _observe_copy(
             beside = tensors_beside(model, batch, step.all_optimizers, reached)
             lacking = step.gradients.lacking(reached)
             beside += [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in lacking]
-            observe(copied, parameters, fake_batch, step, optimizers, observer, beside, known)
+            observe(copied, parameters, fake_batch, step, optimizers, observer, beside, attributes, known)
             observer.margin_bytes = 0 if sharded is None else sharded.margin_bytes
             return step.gradients.learn(copied)
     finally:
@@ -162,7 +164,7 @@ def observe_concrete(
     `left_checkpoints` and `runs_native_code` as for `Observer`.
 
     Raises:
-        UnsupportedInput: the model uses `torch.func` transforms in its forward.
+        UnsupportedInput: the model uses `torch.func` transforms in its forward, or nested tensors of strided layout.
     """
     reached = step.reached(model)
     state = TrainingState(model, step.all_optimizers, also=(batch, *reached))
@@ -182,12 +184,20 @@ def observe_concrete(
                 )
                 step.gradients.give(model, reached)
                 beside = tensors_beside(model, batch, step.all_optimizers, reached)
+                parameters, optimizers = list(model.parameters()), step.all_optimizers
                 with unseen_by_reducers(model):
-                    observe(model, list(model.parameters()), batch, step, step.all_optimizers, observer, beside)
+                    observe(model, parameters, batch, step, optimizers, observer, beside, attribute_tensors(model))
                 if not step.gradients.learn(model, reached):
                     break
                 state.restore()
         except RuntimeError as error:
+            if has_no_sizes(error):
+                raise UnsupportedInput(
+                    "the model computes with nested tensors of strided layout (so does scaled_dot_product_attention of "
+                    "jagged ones on a CPU). They have no sizes, so that neither a plan nor torch.utils.checkpoint can "
+                    "keep account of them. Use layout=torch.jagged and operations that keep it, padded tensors, or "
+                    "train this model without a budget."
+                ) from error
             if not forbids_saved_tensor_hooks(error):
                 raise
             raise UnsupportedInput(
@@ -226,6 +236,7 @@ def observe(
     optimizers: Sequence[torch.optim.Optimizer],
     observer: Observer,
     beside: Sequence[torch.Tensor],
+    attributes: Sequence[torch.Tensor],
     known: KnownValues | None = None,
 ) -> None:
     """Run the step under the observer.
@@ -235,6 +246,7 @@ def observe(
         parameters: the model's, as the optimizers see them.
         optimizers: the step's, or their copies: those that step, and then those that are idle.
         beside: tensors that only the loss reaches.
+        attributes: tensors that the model's modules have as attributes.
         known: what the batch's tensors without data would hold; None: nobody may ask.
     """
     observer.known_values = known
@@ -248,7 +260,7 @@ def observe(
             observer.add_resident(parameter, "parameters")
             if parameter.grad is not None:
                 observer.add_resident(parameter.grad, "gradients")
-        for buffer in model.buffers():
+        for buffer in (*model.buffers(), *attributes):
             observer.add_resident(buffer, "buffers")
         for optimizer in optimizers:
             for entries in optimizer.state.values():

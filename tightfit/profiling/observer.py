@@ -265,7 +265,7 @@ class Observer(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any_wrapper(types):
+        if any_wrapper(types, args):
             return NotImplemented  # its class runs operations on its parts, which come here
         kwargs = kwargs or {}
         if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:

@@ -9,9 +9,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
+from tightfit.operators.differing_calls import GAVE_OTHER_BITS
 from tightfit.operators.facts import OpInfo, describe, operation_named
 from tightfit.operators.region_names import LOSS, RegionCursor
-from tightfit.operators.replayable import GAVE_OTHER_BITS
 from tightfit.profiling.observation import ModuleEvent, Observation
 from tightfit.records import Event, EventKind, Op, Region, Signature, Slot, Storage, Value
 

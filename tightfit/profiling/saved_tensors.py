@@ -15,7 +15,7 @@ import torch
 
 from tightfit._torch_private.compiling import never_compiled
 from tightfit._torch_private.tensors import is_conj_or_neg, storage_key
-from tightfit.operators.wrapper_tensors import Parts, held_as_parts, is_wrapper
+from tightfit.operators.wrapper_tensors import Parts, held_as_parts, wraps
 from tightfit.profiling.storage_ledger import StorageLedger
 from tightfit.records import EventKind
 
@@ -91,7 +91,7 @@ class SavedTensors:
     def pack(self, tensor: torch.Tensor) -> Any:
         """Return a placeholder for an activation; parameters and tensors on other devices are saved as they are."""
         ledger = self._ledger
-        if is_wrapper(type(tensor)) and not isinstance(tensor, torch.nn.Parameter):
+        if wraps(tensor) and not isinstance(tensor, torch.nn.Parameter):
             return held_as_parts(tensor, self._pack_part) or tensor
         if not ledger.counts(tensor) or is_conj_or_neg(tensor) or isinstance(tensor, torch.nn.Parameter):
             return tensor

@@ -15,6 +15,8 @@ import torch
 
 from tightfit._torch_private.dispatch import FakeTensorMode, tree_map
 from tightfit._torch_private.modules import default_foreach
+from tightfit.device.memory import tensors_below
+from tightfit.device.tensor_parts import does_not_flatten
 from tightfit.distributed._fsdp_private import (
     sharded_modules,
     unsharded_attributes,
@@ -61,6 +63,7 @@ def copy_model(
                 memo[id(tensor.grad)] = None
     for tensor in _all_tensors(model):
         if id(tensor) not in memo:
+            _require_flattening(tensor)
             moves = place is not None and (tensor.device == here or id(tensor) in buffers)
             memo[id(tensor)] = _moved(tensor, mode, place) if moves else mode.from_tensor(tensor)
             tensor_gradient = tensor.grad if tensor.is_leaf else None
@@ -89,16 +92,13 @@ def _all_tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        yield from _tensors_below(vars(module), set(), 0)
+        yield from tensors_below(vars(module))
 
 
-def _tensors_below(thing: Any, seen: set[int], depth: int) -> Iterable[torch.Tensor]:
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif id(thing) not in seen and depth < 4 and isinstance(thing, dict | list | tuple | set):
-        seen.add(id(thing))
-        for item in thing.values() if isinstance(thing, dict) else thing:
-            yield from _tensors_below(item, seen, depth + 1)
+def _require_flattening(tensor: torch.Tensor) -> None:
+    """Raise TypeError where PyTorch's stand-in for a tensor would be no wrapper of others, as that one is."""
+    if does_not_flatten(tensor):
+        raise TypeError(f"a {type(tensor).__name__} wraps other tensors without PyTorch's flatten protocol")
 
 
 def _moved(tensor: torch.Tensor, mode: FakeTensorMode, place: torch.device | None) -> torch.Tensor:
@@ -112,6 +112,7 @@ def copy_batch(batch: Any, mode: FakeTensorMode, place: torch.device | None = No
     """Copy a batch with its containers, tensors replaced by fake ones, at `place` or where they are."""
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
+        _require_flattening(tensor)
         return mode.from_tensor(tensor) if place is None else _moved(tensor, mode, place)
 
     def convert(leaf: Any) -> Any:

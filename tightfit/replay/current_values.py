@@ -15,7 +15,7 @@ import torch
 from tightfit._torch_private.tensors import WeakStorage, alias, is_conj_or_neg, storage_key, version_of
 from tightfit.device.placement import StreamWatch
 from tightfit.operators.facts import OpInfo, learn_undeclared_writes, result_tensors
-from tightfit.operators.wrapper_tensors import held_as_parts, is_wrapper
+from tightfit.operators.wrapper_tensors import held_as_parts, wraps
 from tightfit.records.recompute_tree import RecomputeTree
 from tightfit.replay.rebuilt import Rebuilt
 from tightfit.replay.replayer import Handle, Replayer
@@ -173,7 +173,7 @@ class CurrentValues(Replayer):
     def pack(self, tensor: _Tensor) -> Any:
         """Return what autograd shall hold instead of a tensor that it saves."""
         value = None
-        if type(tensor) is not _Tensor and is_wrapper(type(tensor)) and not isinstance(tensor, torch.nn.Parameter):
+        if type(tensor) is not _Tensor and wraps(tensor) and not isinstance(tensor, torch.nn.Parameter):
             parts = held_as_parts(tensor, self.pack_if_dropped)
             return Kept(tensor) if parts is None else TakenApart(tensor, parts)
         if type(tensor) is _Tensor and tensor.layout is torch.strided and not is_conj_or_neg(tensor):

@@ -110,7 +110,7 @@ class OpaqueTape(Tape):
         if not opaque:
             return
         if opened.repeat is not None and not opened.repeat.agrees(tuple(made)):
-            opened.region.refused.add(opened.position)
+            opened.repeat.refuse(opened.region, opened.position)
             self.statistics.refused_ops += 1
             self._forget_contents(opened.repeat.changed_inputs())
             return

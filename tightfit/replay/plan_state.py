@@ -18,10 +18,8 @@ from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.repeats import Repeats
 from tightfit.replay.saved_bytes import SavedBytes
 from tightfit.replay.statistics import Statistics
+from tightfit.replay.values import AS_A_WHOLE
 from tightfit.replay.write_watch import WriteWatch
-
-#: Among the positions of operations that a self-check refused: the call of the region's module, to be made again.
-AS_A_WHOLE = -1
 
 
 def as_a_whole(key: str) -> str:

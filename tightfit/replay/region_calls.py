@@ -21,10 +21,11 @@ from tightfit.replay.backwards_inside import BackwardsInside
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.opaque_tape import OpaqueTape
 from tightfit.replay.own_stacks import OwnStacks
-from tightfit.replay.plan_state import AS_A_WHOLE, Listener, PlanState
+from tightfit.replay.plan_state import Listener, PlanState
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.refusals import captured_error
 from tightfit.replay.self_check import SelfCheck
+from tightfit.replay.values import AS_A_WHOLE
 
 
 class RegionCalls:

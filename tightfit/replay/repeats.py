@@ -20,11 +20,11 @@ from tightfit.device import Device
 from tightfit.device.generators import drawing_from
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.placement import device_of_call
-from tightfit.operators.differing_calls import bar, kind_of_call
+from tightfit.operators.differing_calls import CHANGED_INPUTS, DREW_UNSEEN, GAVE_OTHER_BITS, bar, kind_of_call
 from tightfit.operators.facts import OpInfo, is_suspect, result_tensors, tensors_in, undefined_results
 from tightfit.operators.opaque_calls import OpaqueCall, function_of
 from tightfit.replay.contents import checksum, same_bits
-from tightfit.replay.values import TapedOp
+from tightfit.replay.values import AS_A_WHOLE, TapedOp, TapedRegion
 from tightfit.step.snapshot import RandomState
 
 
@@ -64,6 +64,8 @@ class Repeat:
         self._device = device
         self._kind = kind
         self._tensors = tensors_in((*args, *kwargs.values()))
+        self.reason = ""
+        """Why it may not be replayed."""
         with below_autograd():
             self._before = [checksum(tensor) for tensor in self._tensors]
             self._copies = {id(t): _clone_with_storage(t) for t in self._tensors} if op.info.mutates else {}
@@ -71,18 +73,25 @@ class Repeat:
     def agrees(self, result: Any) -> bool:
         """Make the call, which has just been made, again; tell whether it may be replayed."""
         try:
-            agrees = not self.changed_inputs() and all(
-                self._same_again(result, left) for left in reversed(range(self._device.repetitions))
-            )
+            if self.changed_inputs():
+                self.reason = CHANGED_INPUTS
+            elif not all(self._same_again(result, left) for left in reversed(range(self._device.repetitions))):
+                self.reason = self.reason or GAVE_OTHER_BITS
         except RuntimeError as error:
             if is_out_of_memory(error):  # which says nothing about the call
                 return False
-            agrees = False
-        if agrees:
+            self.reason = GAVE_OTHER_BITS
+        if not self.reason:
             self._owner.trusted.add(self._kind)
-        else:
-            bar(self._op.info, self._args, self._kwargs, self._device, function_of(self._op.func))
-        return agrees
+            return True
+        bar(self._op.info, self._args, self._kwargs, self._device, function_of(self._op.func), self.reason)
+        return False
+
+    def refuse(self, region: TapedRegion, position: int) -> None:
+        """Note in a region that its operation at a position, this call, must not be replayed."""
+        region.refused.add(position)
+        if self.reason == GAVE_OTHER_BITS:  # then so would a second call of the whole module
+            region.refused.add(AS_A_WHOLE)
 
     def changed_inputs(self) -> list[torch.Tensor]:
         """Return the inputs whose contents are not as they were, though the operation does not say that it writes."""
@@ -99,7 +108,10 @@ class Repeat:
         """Make the call again, and compare; `left`: how many times more after this one."""
         if self._op.info.is_foreign:
             with _leaving_random_numbers() as moved:
-                return self._is_same_again(result, left) and not moved()
+                agrees = self._is_same_again(result, left)
+                if moved():
+                    self.reason = DREW_UNSEEN
+                return agrees and not self.reason
         return self._is_same_again(result, left)
 
     def _is_same_again(self, result: Any, left: int) -> bool:

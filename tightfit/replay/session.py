@@ -162,7 +162,7 @@ class Session(RegionCalls, DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if types:
-            if any_wrapper(types):
+            if any_wrapper(types, args):
                 return NotImplemented  # its class runs operations on its parts, which come here
             if is_traced():
                 return func(*args, **(kwargs or {}))

@@ -189,7 +189,7 @@ class Tape(CurrentValues):
                 written = {id(tensor) for tensor in repeat.changed_inputs()}
                 places = [(n, t) for n, a in enumerate(args) for t in tensors_in((a,)) if id(t) in written]
                 self._written_unseen(func, places)
-            region.refused.add(position)
+            repeat.refuse(region, position)
             self.statistics.refused_ops += 1
             self._current = {key: value for key, value in self._current.items() if value.op is not op}
         self._go_to(position + 1)

@@ -78,6 +78,10 @@ class Ref:
         return with_lazy_bits(tensor, *self.lazy) if True in self.lazy else tensor
 
 
+#: Among the positions of operations that a self-check refused: the call of the region's module, to be made again.
+AS_A_WHOLE = -1
+
+
 class TapedRegion:
     """One region call on a tape."""
 

@@ -63,6 +63,8 @@ def format_fitting(found: Fitting) -> str:
         if names:
             lines.append(f"cards   {what} {', '.join(names)}")
     lines.append(f"sure    {_HOW_SURE}")
+    if unproven := found.profile.unproven:
+        lines.append(f"        no step has shown that {', '.join(unproven)} can be run again: more may be needed")
     lines += [f"assumed {text}" for text in card.assumptions()]
     return "\n".join(lines)
 

@@ -19,7 +19,8 @@ def frontier(profile: Profile, points: int = 20) -> list[Plan]:
             print(plan.budget_bytes, plan.predicted_peak_bytes, plan.predicted_step_ms)
 
     Needs no PyTorch.  What a run of a plan shows beyond the prediction is in the profile of a `fit`
-    (`Applied.profile`): its smallest budget ran.
+    (`Applied.profile`): its smallest budget ran.  So did that of a profile of `measure` with opaque calls, unless their
+    names are in `Profile.unproven`.
 
     Args:
         profile: a measured step.

@@ -97,6 +97,11 @@ class Solver:
     def _smallest(self) -> tuple[Simulation, Sequence[Decision | None], Sequence[SharedTape]]:
         best = self.smallest_at_one_level(), self._structure.smallest[1], tuple[SharedTape, ...]()
         state = self.profile.allocator
+        if self._plain.peak_bytes <= self._one_level.peak_bytes:  # to drop something would be of no use
+            decisions: list[Decision | None] = [None] * len(self.profile.regions)
+            plain = self._plain if state is None else simulate_in_totals(self.index, decisions)
+            if plain.peak_bytes <= best[0].peak_bytes:
+                best = plain, decisions, ()
         more_bytes = 0 if state is None else state.beside_bytes + state.outside_bytes
         # What is allocated cannot be more than the totals, which take long to find: most rivals are out of it by that.
         for one in sorted(self._recursive, key=lambda one: one.simulation.peak_bytes):
@@ -209,8 +214,10 @@ class Solver:
 
     def _infeasible(self, budget_bytes: int) -> BudgetInfeasible:
         required, where = self.minimum_budget()
-        breakdown, switched_off = self.smallest().breakdown, self.profile.switched_off
-        return BudgetInfeasible(required, budget_bytes, where, breakdown, switched_off=switched_off)
+        profile, breakdown = self.profile, self.smallest().breakdown
+        return BudgetInfeasible(
+            required, budget_bytes, where, breakdown, switched_off=profile.switched_off, unproven=profile.unproven
+        )
 
     def _solve(self, budget_bytes: int) -> Plan:
         """Return the fastest plan whose allocated bytes are within the budget."""

@@ -40,6 +40,7 @@ class BatchDoesNotFit(BudgetInfeasible):
             problem.where,
             problem.breakdown,
             switched_off=problem.switched_off,
+            unproven=problem.unproven,
         )
         self.args = (f"{self.args[0]} {what}",)
 

@@ -16,6 +16,7 @@ from tightfit._torch_private.dispatch import DataDependentOutputException, Dynam
 from tightfit.device.described.gpu import DescribedDevice
 from tightfit.device.described.names import DeviceNames
 from tightfit.device.described.operations import as_on
+from tightfit.device.memory import attribute_tensors
 from tightfit.distributed.fsdp import is_sharded
 from tightfit.errors import TightfitError, UnsupportedInput, first_line
 from tightfit.interrupts import is_of_a_handler
@@ -80,6 +81,7 @@ def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Obse
     state = TrainingState(model, step.all_optimizers, also=(batch,), contents=False)
     try:
         copied, copies = copy_model(model, mode, PLACE)
+        attributes = [copies[id(tensor)] for tensor in attribute_tensors(model)]
         fake_batch = copy_batch(batch, mode, PLACE)
         known = KnownValues(batch_tensors(fake_batch), batch_tensors(batch))
         with mode:
@@ -90,7 +92,7 @@ def _observe_copy(model: torch.nn.Module, batch: Any, step: Step, observer: Obse
                 sharded.watch(observer)
                 copies, parameters = sharded.copies, sharded.parameters
             optimizers = [copy_optimizer(optimizer, copies, foreach=True) for optimizer in step.all_optimizers]
-            observe(copied, parameters, fake_batch, step, optimizers, observer, (), known)
+            observe(copied, parameters, fake_batch, step, optimizers, observer, (), attributes, known)
             return step.gradients.learn(copied)
     finally:
         state.restore()
