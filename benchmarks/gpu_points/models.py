@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.gpu_points import transformers_4_39
+from benchmarks.gpu_points import litgpt_models, megatron_models, torchtitan_models, transformers_4_39
 from benchmarks.gpu_points.points import Point
 from tightfit.step.weightless import without_weights
 
@@ -161,8 +163,10 @@ def _tensors_below(thing: Any, depth: int = 12) -> Iterator[torch.Tensor]:
         yield from _tensors_below(list(vars(thing).values()), depth - 1)
 
 
-def built(point: Point) -> tuple[nn.Module, Any, Loss, torch.optim.Optimizer]:
+def built(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], torch.optim.Optimizer | None]:
     """Return the model, a batch, the loss and the optimizer of a point, all without data."""
+    if point.table in _OF_ITS_OWN:
+        return _OF_ITS_OWN[point.table](point)
     with without_weights():
         model = _vision(point) if point.image_size is not None else _language(point.model)
     model.train()
@@ -192,6 +196,31 @@ def _vision(point: Point) -> nn.Module:
     found: nn.Module = getattr(torchvision.models, name)(weights=None, num_classes=classes)
     return found
 
+
+def _litgpt(point: Point) -> tuple[nn.Module, Any, Loss, torch.optim.Optimizer]:
+    model, batch, optimizer = litgpt_models.built(point.row)
+    is_lora = point.row["method"] == "LoRA"
+    return model, batch, Loss(partial(litgpt_models.outputs, lora=is_lora), litgpt_models.loss), optimizer
+
+
+def _syssim(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], None]:
+    parallel = point.row["parallel"]
+    tensor, data = (int(found[1]) if (found := re.search(rf"{mark}(\d+)", parallel)) else 1 for mark in ("TP", "DP"))
+    recomputes = point.row["checkpointing"] == "recompute full"
+    model, batch = megatron_models.rank_of(point.row["model"], tensor=tensor, data=data, recomputes=recomputes)
+    return model, batch, lambda model, batch: model(*batch), None
+
+
+def _torchtitan(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], torch.optim.Optimizer]:
+    model, batch, optimizer = torchtitan_models.built(point.batch_size, int(point.row["seq"]), point.processes)
+    return model, batch, torchtitan_models.loss, optimizer
+
+
+_OF_ITS_OWN: dict[str, Callable[[Point], tuple[nn.Module, Any, Callable[..., Any], torch.optim.Optimizer | None]]] = {
+    "litgpt": _litgpt,
+    "syssim": _syssim,
+    "torchtitan": _torchtitan,
+}
 
 #: Names that timm has changed since.
 _TIMM_NAMES = {"convnext_base_384_in22ft1k": "convnext_base.fb_in22k_ft_in1k_384"}
