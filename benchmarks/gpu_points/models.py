@@ -11,12 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.gpu_points import litgpt_models, megatron_models, torchtitan_models, transformers_4_39
+from benchmarks.gpu_points import litgpt_models, megatron_models, torchtitan_models
 from benchmarks.gpu_points.points import Point
+from tightfit.errors import UnsupportedInput
 from tightfit.step.weightless import without_weights
 
 #: xMem truncates to so many tokens and pads to the longest sample of a batch, of which there are several.
 _TOKENS = 128
+_NO_LABEL = -100
+#: The version in which xMem measured language models: ``exp_base_config`` of its ``paper_container/config.py``, beside
+#: PyTorch 2.6; the loop is ``exp/trainer/train_loop.py`` (@5aad72f, 0fa57ba).
+TRANSFORMERS = "4.51.3"
 
 #: torchvision's name, and the classes, of what xMem calls so.
 _TORCHVISION = {
@@ -176,10 +181,10 @@ def built(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], torch.optim
         labels = torch.empty(point.batch_size, dtype=torch.long, device="meta")
         loss = Loss(lambda model, batch: model(batch[0]), lambda output, batch: F.cross_entropy(output, batch[1]))
         return model, (images, labels), loss, optimizer
-    tokens = torch.empty(point.batch_size, _TOKENS, dtype=torch.long, device="meta")
-    batch = {"input_ids": tokens, "attention_mask": torch.empty_like(tokens), "labels": torch.empty_like(tokens)}
-    if model.config.model_type in transformers_4_39.KINDS:
-        return model, batch, Loss(transformers_4_39.called_then, lambda output, _: output.loss), optimizer
+    tokens = torch.zeros(point.batch_size, _TOKENS, dtype=torch.long)
+    mask = torch.ones_like(tokens)
+    mask[-1, _TOKENS // 2 :] = 0  # wikitext has short lines: a batch is padded, and its mask cannot be left out
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, _NO_LABEL)}
     return model, batch, Loss(lambda model, batch: model(**batch), lambda output, _: output.loss), optimizer
 
 
@@ -229,11 +234,13 @@ _TIMM_NAMES = {"convnext_base_384_in22ft1k": "convnext_base.fb_in22k_ft_in1k_384
 def _language(name: str) -> nn.Module:
     import transformers
 
+    if transformers.__version__ != TRANSFORMERS:
+        raise UnsupportedInput(
+            f"transformers {transformers.__version__} is here; what was measured is {TRANSFORMERS}, whose models "
+            f"hold other tensors. Run this with a Python that has it: pip install transformers=={TRANSFORMERS}"
+        )
     kind, settings = _LANGUAGE[name]
     config = transformers.AutoConfig.for_model(kind, **settings)
     auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
-    if kind not in transformers_4_39.KINDS:
-        newer: nn.Module = auto.from_config(config)
-        return newer
-    attention = "eager" if kind == "gpt_neo" else transformers_4_39.attention_name()
-    return transformers_4_39.as_then(auto.from_config(config, attn_implementation=attention))
+    model: nn.Module = auto.from_config(config)
+    return model
