@@ -6,8 +6,8 @@
 FOLDER holds tables with the columns of xmem.csv, timm_brackets.csv, litgpt.csv and others.csv.  Nothing is run on a
 GPU, no number is fitted: each row's training is built, without weights, observed as it would run on its card, and its
 loop repeated in the model of the caching allocator, under each of the row's limits.  It needs torchvision, timm,
-transformers 4.51.3, litgpt 0.4.11 and lightning; rows of a package that is missing have no answer, and it says so before
-it begins.
+transformers 4.51.3, litgpt 0.4.11 and lightning; rows of a package that is missing have no answer, and it says so
+before it begins.
 """
 
 from __future__ import annotations

@@ -254,7 +254,8 @@ class Rank(nn.Module):
             else:
                 hidden = layer(hidden, self.buffer, self.mask)
         logits = self.output(self.last(hidden))
-        losses = _CrossEntropy.apply(logits, labels.transpose(0, 1).contiguous())  # type: ignore[no-untyped-call]
+        labels = labels.transpose(0, 1).contiguous()
+        losses = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]  # PyTorch's
         return losses.mean()  # type: ignore[no-any-return]  # what an `autograd.Function` gives is not annotated
 
 
