@@ -105,4 +105,5 @@ def _run(point: Point, step: StepRequests, state: AllocatorState, cap_bytes: int
         clearing=point.clearing,
         cap_bytes=cap_bytes,
         keeps_batch=point.keeps_batch,
+        begins_with_states=point.optimizer == "Adagrad",
     )
