@@ -17,9 +17,8 @@ from tightfit.simulation.caching_allocator import CachingAllocator, OutOfDeviceM
 from tightfit.simulation.levers.lever import Request
 from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests
 
-
-#: Forward's thread, and autograd's: each has a handle of cuBLAS, with a workspace that PyTorch's allocator gives it when
-#: it multiplies first.
+#: Forward's thread, and autograd's: each has a handle of cuBLAS, and takes a workspace for it from PyTorch's allocator
+#: when it first multiplies (``CublasHandlePool.cpp``).
 _THREADS = 2
 
 
@@ -63,7 +62,7 @@ def run_loop(
         cap_bytes: the most that may be reserved (``set_per_process_memory_fraction``); None: as the state says.
         keeps_batch: the last batch is there until the next one is. False: its names are those of the host's batch, as
             in ``for x, y in batches: x, y = x.cuda(), y.cuda()``, which frees it first.
-        begins_with_states: the optimizer makes its state when it is made itself, as Adagrad does, not in its first step.
+        begins_with_states: the optimizer makes its state when it is made, as Adagrad does, not in its first step.
 
     Raises:
         OutOfDeviceMemory: it does not run under the cap.
