@@ -12,11 +12,16 @@ import tightfit
 from benchmarks.gpu_points.models import built
 from benchmarks.gpu_points.points import Point
 from tightfit.device.described.cards import card_for
+from tightfit.device.described.gpu import DescribedDevice
+from tightfit.distributed.pretended import pretended_group
+from tightfit.errors import UnsupportedInput
+from tightfit.profiling.measure import measure_described
 from tightfit.records import AllocatorState
 from tightfit.simulation.caching_allocator import OutOfDeviceMemory
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.step_requests import StepRequests, requests_of
 from tightfit.simulation.training_loop import LoopPeaks, run_loop
+from tightfit.step.step import Step
 
 
 @dataclass
@@ -53,9 +58,13 @@ def _profile(point: Point, folder: Path | None) -> tightfit.Profile:
     kept = None if folder is None else folder / f"{point.name.replace(' ', '-').replace(':', '-')}.json"
     if kept is not None and kept.exists():
         return tightfit.Profile.load(kept)
-    model, batch, loss, optimizer = built(point)
-    autocast = torch.float16 if point.half else None
-    profile = tightfit.measure(model, batch, loss=loss, optimizer=optimizer, device=point.card, autocast=autocast)
+    if point.no_answer:
+        raise UnsupportedInput(point.no_answer)
+    device = DescribedDevice(card_for(point.card), point.allocator)
+    with pretended_group(point.processes):
+        model, batch, loss, optimizer = built(point)
+        step = Step(loss=loss, optimizer=optimizer, autocast=torch.float16 if point.half else None)
+        profile = measure_described(model, batch, step.starting(model), device, as_it_is=True)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         profile.save(kept)
@@ -96,4 +105,5 @@ def _run(point: Point, step: StepRequests, state: AllocatorState, cap_bytes: int
         clearing=point.clearing,
         cap_bytes=cap_bytes,
         keeps_batch=point.keeps_batch,
+        begins_with_states=point.optimizer == "Adagrad",
     )

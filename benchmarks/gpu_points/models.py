@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.gpu_points import transformers_4_39
+from benchmarks.gpu_points import litgpt_models, megatron_models, torchtitan_models
 from benchmarks.gpu_points.points import Point
+from tightfit.errors import UnsupportedInput
 from tightfit.step.weightless import without_weights
 
 #: xMem truncates to so many tokens and pads to the longest sample of a batch, of which there are several.
 _TOKENS = 128
+_NO_LABEL = -100
+#: The version in which xMem measured language models: ``exp_base_config`` of its ``paper_container/config.py``, beside
+#: PyTorch 2.6; the loop is ``exp/trainer/train_loop.py`` (@5aad72f, 0fa57ba).
+TRANSFORMERS = "4.51.3"
 
 #: torchvision's name, and the classes, of what xMem calls so.
 _TORCHVISION = {
@@ -161,8 +168,10 @@ def _tensors_below(thing: Any, depth: int = 12) -> Iterator[torch.Tensor]:
         yield from _tensors_below(list(vars(thing).values()), depth - 1)
 
 
-def built(point: Point) -> tuple[nn.Module, Any, Loss, torch.optim.Optimizer]:
+def built(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], torch.optim.Optimizer | None]:
     """Return the model, a batch, the loss and the optimizer of a point, all without data."""
+    if point.table in _OF_ITS_OWN:
+        return _OF_ITS_OWN[point.table](point)
     with without_weights():
         model = _vision(point) if point.image_size is not None else _language(point.model)
     model.train()
@@ -172,10 +181,10 @@ def built(point: Point) -> tuple[nn.Module, Any, Loss, torch.optim.Optimizer]:
         labels = torch.empty(point.batch_size, dtype=torch.long, device="meta")
         loss = Loss(lambda model, batch: model(batch[0]), lambda output, batch: F.cross_entropy(output, batch[1]))
         return model, (images, labels), loss, optimizer
-    tokens = torch.empty(point.batch_size, _TOKENS, dtype=torch.long, device="meta")
-    batch = {"input_ids": tokens, "attention_mask": torch.empty_like(tokens), "labels": torch.empty_like(tokens)}
-    if model.config.model_type in transformers_4_39.KINDS:
-        return model, batch, Loss(transformers_4_39.called_then, lambda output, _: output.loss), optimizer
+    tokens = torch.zeros(point.batch_size, _TOKENS, dtype=torch.long)
+    mask = torch.ones_like(tokens)
+    mask[-1, _TOKENS // 2 :] = 0  # wikitext has short lines: a batch is padded, and its mask cannot be left out
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, _NO_LABEL)}
     return model, batch, Loss(lambda model, batch: model(**batch), lambda output, _: output.loss), optimizer
 
 
@@ -193,6 +202,31 @@ def _vision(point: Point) -> nn.Module:
     return found
 
 
+def _litgpt(point: Point) -> tuple[nn.Module, Any, Loss, torch.optim.Optimizer]:
+    model, batch, optimizer = litgpt_models.built(point.row)
+    is_lora = point.row["method"] == "LoRA"
+    return model, batch, Loss(partial(litgpt_models.outputs, lora=is_lora), litgpt_models.loss), optimizer
+
+
+def _syssim(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], None]:
+    parallel = point.row["parallel"]
+    tensor, data = (int(found[1]) if (found := re.search(rf"{mark}(\d+)", parallel)) else 1 for mark in ("TP", "DP"))
+    recomputes = point.row["checkpointing"] == "recompute full"
+    model, batch = megatron_models.rank_of(point.row["model"], tensor=tensor, data=data, recomputes=recomputes)
+    return model, batch, lambda model, batch: model(*batch), None
+
+
+def _torchtitan(point: Point) -> tuple[nn.Module, Any, Callable[..., Any], torch.optim.Optimizer]:
+    model, batch, optimizer = torchtitan_models.built(point.batch_size, int(point.row["seq"]), point.processes)
+    return model, batch, torchtitan_models.loss, optimizer
+
+
+_OF_ITS_OWN: dict[str, Callable[[Point], tuple[nn.Module, Any, Callable[..., Any], torch.optim.Optimizer | None]]] = {
+    "litgpt": _litgpt,
+    "syssim": _syssim,
+    "torchtitan": _torchtitan,
+}
+
 #: Names that timm has changed since.
 _TIMM_NAMES = {"convnext_base_384_in22ft1k": "convnext_base.fb_in22k_ft_in1k_384"}
 
@@ -200,11 +234,13 @@ _TIMM_NAMES = {"convnext_base_384_in22ft1k": "convnext_base.fb_in22k_ft_in1k_384
 def _language(name: str) -> nn.Module:
     import transformers
 
+    if transformers.__version__ != TRANSFORMERS:
+        raise UnsupportedInput(
+            f"transformers {transformers.__version__} is here; what was measured is {TRANSFORMERS}, whose models "
+            f"hold other tensors. Run this with a Python that has it: pip install transformers=={TRANSFORMERS}"
+        )
     kind, settings = _LANGUAGE[name]
     config = transformers.AutoConfig.for_model(kind, **settings)
     auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
-    if kind not in transformers_4_39.KINDS:
-        newer: nn.Module = auto.from_config(config)
-        return newer
-    attention = "eager" if kind == "gpt_neo" else transformers_4_39.attention_name()
-    return transformers_4_39.as_then(auto.from_config(config, attn_implementation=attention))
+    model: nn.Module = auto.from_config(config)
+    return model

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tightfit.simulation.training_loop import Clearing
 
@@ -53,25 +51,31 @@ class Point:
     """Whether a batch is there until the next one is; see `run_loop`."""
     others: Mapping[str, int] = field(default_factory=dict)
     """What other tools estimated, in bytes."""
+    is_allocated: bool = False
+    """Whether `peak_bytes` is the most that was allocated, not reserved."""
+    row: Mapping[str, str] = field(default_factory=dict)
+    """The row itself, of tables of which each model has settings of its own."""
+    processes: int = 1
+    """Over how many the model is sharded by FSDP2."""
+    allocator: str = ""
+    """The allocator's options, as in ``PYTORCH_ALLOC_CONF``."""
+    no_answer: str = ""
+    """Why the benchmark does not build it; empty where it does."""
+    is_impossible: bool = False
+    """Whether what was measured cannot be: less than what the step has to hold."""
 
     @property
     def contradicts_itself(self) -> bool:
-        """Whether a run failed with as much memory as another one ended with, or more."""
+        """Whether a run failed with as much memory as another one ended with, or what was measured cannot be."""
+        if self.is_impossible:
+            return True
         enough = [one.limit_bytes for one in self.outcomes if one.ok and one.limit_bytes is not None]
         short = [one.limit_bytes for one in self.outcomes if not one.ok and one.limit_bytes is not None]
         return bool(enough and short) and min(enough) <= max(short)
 
 
-def points_of(folder: Path) -> Iterator[Point]:
-    """Read the tables that are in the folder."""
-    for name, read in {"xmem.csv": _xmem, "timm_brackets.csv": _timm}.items():
-        if (path := folder / name).exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                for number, row in enumerate(csv.DictReader(file)):
-                    yield from read(f"{name}:{number + 2}", row)
-
-
-def _xmem(name: str, row: Mapping[str, str]) -> Iterator[Point]:
+def xmem_points(name: str, row: Mapping[str, str]) -> Iterator[Point]:
+    """Read a row of xmem.csv."""
     outcomes = []
     for text in filter(None, row["cap_outcomes"].split(";")):
         limit, _, outcome = text.partition(":")
@@ -98,7 +102,8 @@ def _xmem(name: str, row: Mapping[str, str]) -> Iterator[Point]:
     )
 
 
-def _timm(name: str, row: Mapping[str, str]) -> Iterator[Point]:
+def timm_points(name: str, row: Mapping[str, str]) -> Iterator[Point]:
+    """Read a row of timm_brackets.csv: two points."""
     for column, ok in (("batch_fit", True), ("batch_fail", False)):
         yield Point(
             table="timm",

@@ -19,7 +19,7 @@ def summary(points: Sequence[Point], answers: Sequence[Answer]) -> dict[str, Any
     found: dict[str, Any] = {}
     for table in dict.fromkeys(point.table for point in points):
         pairs = [(p, a) for p, a in zip(points, answers, strict=True) if p.table == table]
-        errors = [_error(p, a) for p, a in pairs if p.peak_bytes and a.reserved_bytes]
+        errors = [_error(p, a) for p, a in pairs if p.peak_bytes and a.reserved_bytes and not p.is_impossible]
         found[table] = {
             "rows": len(pairs),
             "rows_without_answer": [p.name for p, a in pairs if a.problem],
@@ -27,10 +27,11 @@ def summary(points: Sequence[Point], answers: Sequence[Answer]) -> dict[str, Any
             "reserved": _counts((p, a.fits) for p, a in pairs),
             "allocated_alone": _counts((p, a.fits_live) for p, a in pairs),
             "rows_that_contradict_themselves": [p.name for p, _ in pairs if p.contradicts_itself],
+            "uncapped_of": "allocated" if any(p.is_allocated for p, _ in pairs) else "reserved",
             "uncapped_rows": len(errors),
             "uncapped_error_median": statistics.median(map(abs, errors)) if errors else None,
             "uncapped_error_worst": max(errors, key=abs) if errors else None,
-            "rows_far_off": [p.name for p, a in pairs if p.peak_bytes and abs(_error(p, a)) > _FAR_OFF],
+            "rows_far_off": [p.name for p, a in pairs if abs(_error(p, a)) > _FAR_OFF],
             "seconds_median": statistics.median(a.seconds for _, a in pairs),
             "cpu_seconds_median": statistics.median(a.cpu_seconds for _, a in pairs),
             **{tool: _other(tool, [p for p, _ in pairs]) for tool in OTHER_TOOLS},
@@ -47,7 +48,7 @@ def _counts(said: Iterable[tuple[Point, Sequence[bool]]]) -> dict[str, Any]:
             right += fit == outcome.ok
             false_yes += fit and not outcome.ok
             false_no += not fit and outcome.ok
-    share = right / outcomes if outcomes else 0.0
+    share = right / outcomes if outcomes else 0.0  # of peaks only, without outcomes
     return {"right": right, "share": share, "false_fits": false_yes, "false_does_not": false_no}
 
 
@@ -66,7 +67,9 @@ def _other(tool: str, points: Sequence[Point]) -> dict[str, Any]:
 
 
 def _error(point: Point, answer: Answer) -> float:
-    return answer.reserved_bytes / point.peak_bytes - 1 if point.peak_bytes else 0.0
+    if not point.peak_bytes or answer.problem or point.is_impossible:
+        return 0.0
+    return (answer.allocated_bytes if point.is_allocated else answer.reserved_bytes) / point.peak_bytes - 1
 
 
 def format_summary(points: Sequence[Point], answers: Sequence[Answer], found: dict[str, Any]) -> str:
@@ -79,7 +82,7 @@ def format_summary(points: Sequence[Point], answers: Sequence[Answer], found: di
         )
         uncapped = f"{_error(point, one):+7.1%}" if point.peak_bytes and not one.problem else " " * 7
         lines.append(
-            f"{point.name:<34} {point.model[:28]:<28} {point.batch_size:>4} {point.optimizer:<12} "
+            f"{point.name:<34} {point.model[:40]:<40} {point.batch_size:>4} {point.optimizer:<12} "
             f"{format_bytes(one.allocated_bytes):>10} {format_bytes(one.reserved_bytes):>10} {uncapped} "
             f"{marks or '-' * len(point.outcomes)} {one.problem[:60]}"
         )
@@ -87,7 +90,7 @@ def format_summary(points: Sequence[Point], answers: Sequence[Answer], found: di
         lines += ["", f"{table}: {figures['rows']} rows, {figures['outcomes']} outcomes"]
         for name in ("reserved", "allocated_alone", *OTHER_TOOLS):
             counts = figures[name]
-            if counts["right"]:
+            if counts["right"] or counts["false_fits"]:
                 of = counts.get("outcomes", figures["outcomes"])
                 lines.append(
                     f"  {name:<16} {counts['right']:>4} of {of} right ({counts['right'] / of:.1%}); "
@@ -95,7 +98,7 @@ def format_summary(points: Sequence[Point], answers: Sequence[Answer], found: di
                 )
         if figures["uncapped_rows"]:
             lines.append(
-                f"  uncapped reserved: {figures['uncapped_error_median']:.1%} off in the median of "
+                f"  uncapped {figures['uncapped_of']}: {figures['uncapped_error_median']:.1%} off in the median of "
                 f"{figures['uncapped_rows']} rows, {figures['uncapped_error_worst']:+.1%} at worst"
             )
         lines.append(

@@ -77,7 +77,15 @@ def as_often_as_the_first_token_says(model: nn.Module, batch: Any) -> Tensor:
     return result.sum()
 
 
-@pytest.mark.parametrize("loss", [up_to_the_longest, as_often_as_the_first_token_says])
+def no_layer_is_left_out(model: nn.Module, batch: Any) -> Tensor:
+    result: Tensor = model(batch[0])
+    for share in (0.0, 0):
+        if torch.rand([]) < share:
+            return result.mean()
+    return result.sum() if torch.rand(1) < 1.0 else result.mean()
+
+
+@pytest.mark.parametrize("loss", [up_to_the_longest, as_often_as_the_first_token_says, no_layer_is_left_out])
 def test_numbers_that_follow_from_the_batch(loss: Callable[..., Tensor]) -> None:
     tokens = TOKENS.clone()
     assert_as_for_real(Net(), (tokens, LENGTHS), dependent=True, loss=loss)
@@ -97,12 +105,17 @@ def drawn(model: nn.Module, batch: Any) -> Tensor:
     return result[: 1 + int(torch.randint(2, (1,)))].sum()
 
 
+def some_layer_is_left_out(model: nn.Module, batch: Any) -> Tensor:
+    result: Tensor = model(batch[0])
+    return result.sum() if torch.rand([]) < 0.5 else result.mean()
+
+
 def of_weights(model: nn.Module, batch: Any) -> Tensor:
     result: Tensor = model(batch[0])
     return result[: 1 + int(result[0].argmax() > 0)].sum()
 
 
-@pytest.mark.parametrize("loss", [overwritten, drawn, of_weights])
+@pytest.mark.parametrize("loss", [overwritten, drawn, some_layer_is_left_out, of_weights])
 def test_numbers_that_do_not_take_a_real_step(loss: Callable[..., Tensor]) -> None:
     profile = tightfit.measure(Net(), (TOKENS, LENGTHS), loss=loss)
     assert (profile.method, profile.data_dependent) == ("real", True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.solver.profiles import gpt_profile
 from tightfit.simulation.memory_snapshot import memory_snapshot
 
@@ -29,3 +31,16 @@ def test_blocks_fill_their_segments_and_the_trace_leads_to_them() -> None:
 
 def _used(snapshot: dict[str, Any]) -> list[dict[str, Any]]:
     return [b for segment in snapshot["segments"] for b in segment["blocks"] if b["state"] == "active_allocated"]
+
+
+def test_pytorch_draws_it() -> None:
+    """With its own ``torch.cuda._memory_viz``, which reads what pytorch.org/memory_viz opens."""
+    viewer = pytest.importorskip("torch.cuda._memory_viz", exc_type=ImportError)
+    profile = gpt_profile(2)
+    snapshot = memory_snapshot(profile, [None] * len(profile.regions))
+    for draw in (viewer.trace_plot, viewer.segment_plot):
+        assert "add_local_files" in draw(snapshot)
+    parts = viewer.memory(snapshot, format_flamegraph=str).splitlines()
+    assert sum(int(part.rsplit(" ", 1)[1]) for part in parts) == sum(one["total_size"] for one in snapshot["segments"])
+    assert "alloc" in viewer.trace(snapshot)
+    assert viewer.segsum(snapshot)

@@ -63,6 +63,27 @@ def test_a_batch_whose_names_are_the_hosts_again_is_freed_before_the_next_one() 
     assert (kept, freed) == (200 * MIB, 150 * MIB)
 
 
+def test_each_thread_has_its_workspace_from_its_first_product_on() -> None:
+    """Two of 8 MiB share a segment of 20; one of 16 would have one of its own."""
+    step = replace(a_step(), held=(), batch=(), gradients=(), forward_backward=Requests())
+    peaks = run_loop(step, replace(STATE, beside_bytes=16 * MIB), iterations=3, clearing=Clearing.LAST)
+    assert (peaks.allocated_bytes, peaks.reserved_bytes) == (16 * MIB, 20 * MIB)
+    # While forward runs, there is one only.
+    forward = Requests([Request(1, 60 * MIB), Request(1, 0)])
+    step = replace(step, forward_backward=forward, backward_at=len(forward))
+    peaks = run_loop(step, replace(STATE, beside_bytes=16 * MIB), iterations=1, clearing=Clearing.LAST)
+    assert peaks.allocated_bytes == (60 + 8) * MIB
+
+
+def test_an_optimizer_may_make_its_state_before_the_first_step() -> None:
+    step = replace(a_step(), states=(40 * MIB,))
+    late, early = (
+        run_loop(step, STATE, iterations=1, clearing=Clearing.LAST, begins_with_states=begins).allocated_bytes
+        for begins in (False, True)
+    )
+    assert (late, early) == (270 * MIB, 310 * MIB)
+
+
 def test_a_loop_runs_under_its_smallest_cap_and_not_below() -> None:
     step = a_step(output=20 * MIB)
     uncapped = run_loop(step, STATE, iterations=4, clearing=Clearing.FIRST)

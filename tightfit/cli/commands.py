@@ -20,6 +20,7 @@ import tightfit
 from tightfit.cli.console import prefix_messages, print_message
 from tightfit.cli.described import frontier_elsewhere, plan_elsewhere
 from tightfit.cli.doctor import examine, format_examination
+from tightfit.cli.grow import with_largest_batch
 from tightfit.cli.options import (
     ExplainOptions,
     FrontierOptions,
@@ -78,6 +79,10 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
     if options.verbose:
         logging.getLogger("tightfit").setLevel(logging.INFO)
     role = find_role(config, os.environ, accelerator_kind().count())
+    notice = ""
+    if isinstance(role, Alone):
+        asked, config = config, with_largest_batch(config)
+        notice = role.notice if config is asked else f"--batch-size max is {config.batch_size} here"
     if options.dry_run:
         if not isinstance(role, Alone):
             raise UnsupportedInput(
@@ -92,7 +97,7 @@ def train(options: TrainOptions, command: Sequence[str]) -> int:
         return 0
     device = take_device(role, config, config.device)
     if isinstance(role, Alone):
-        return _train(config, options, command, SINGLE_PROCESS, device, role.notice)
+        return _train(config, options, command, SINGLE_PROCESS, device, notice)
     prefix_messages(f"rank {role.rank}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()

@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -29,6 +29,8 @@ class Setting:
     help: str
     group: str
     """Heading under which ``--help`` shows it."""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    """Words that may stand for a value."""
 
     @property
     def flag(self) -> str:
@@ -59,12 +61,16 @@ class Setting:
             return "KEY=VALUE"
         if self.is_repeatable:
             return "PATTERN"
+        if self.words:
+            return "{N," + ",".join(self.words) + "}"
         return {int: "N", float: "X"}.get(self.type, self.name.split("_")[-1].upper())
 
     def convert(self, value: Any, where: str) -> Any:
         """Convert a string, or what YAML made of it, to this setting's type; an error names ``where``."""
         if value is None:
             return None
+        if isinstance(value, str) and value in self.words:
+            return self.words[value]
         if self.is_mapping:
             if not isinstance(value, Mapping):
                 raise UnsupportedInput(f"{where} is {value!r}, but it takes key: value pairs. Write them as a mapping.")
@@ -113,6 +119,7 @@ def _derive_settings(options: type[Any]) -> tuple[Setting, ...]:
             type=_without_none(hints[entry.name]),
             help=docs.get(entry.name, "") + _default_note(entry.default),
             group=_group_of(entry.name, options),
+            words=entry.metadata.get("words", {}),
         )
         for entry in fields(options)
         if typing.get_origin(hints[entry.name]) is not typing.ClassVar and entry.metadata.get("flag", True)

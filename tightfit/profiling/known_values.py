@@ -3,10 +3,14 @@
 A model may branch on its input: on lengths, or on whether anything is padded.  Such numbers come from a few small
 tensors (token ids, masks, lengths) by operations that no parameter has a part in.  Beside each such tensor without data
 lies one with data, on the host, on which the same operation is run; `item()` is answered from it.
+
+It may also branch on a number that it draws, as models do that can leave layers out in training ("layerdrop").  Where
+every draw leads the same way, for the share of layers is 0, that way is known.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,11 +19,17 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tightfit._torch_private.dispatch import LOCAL_SCALAR, below_autograd, tree_map
+from tightfit._torch_private.dispatch import LOCAL_SCALAR, below_autograd, find_overload, tree_map
 from tightfit.device.tensor_parts import holds_data
 from tightfit.operators.facts import describe, draws, mutated_tensors, result_tensors, tensors_in
 
 _HOST = torch.device("cpu")
+
+#: Draws from [0, 1); the least and the greatest that come of it; comparisons with a number, and their answers.
+_UNIFORM = find_overload("aten.rand.default")
+_DRAWN = 0.0, 1 - torch.finfo(torch.float32).eps / 2
+_COMPARISONS = {find_overload(f"aten.{name}.Scalar"): getattr(operator, name) for name in ("lt", "le", "gt", "ge")}
+_ANSWERS = {answer: torch.tensor(answer) for answer in (False, True)}
 
 #: Of each such tensor, at most.
 _MOST_BYTES = 2**24
@@ -31,6 +41,8 @@ class KnownValues:
     def __init__(self, without_data: Iterable[torch.Tensor], with_data: Iterable[torch.Tensor]) -> None:
         """Know what a batch holds: its tensors without data, and those that they stand for."""
         self._values = WeakTensorKeyDictionary()
+        self._drawn = WeakTensorKeyDictionary()
+        """Single numbers that were drawn, as keys."""
         for fake, real in zip(without_data, with_data, strict=True):
             if _is_followed(fake) and real.layout is torch.strided and holds_data(real):
                 self._values[fake] = real.detach().to(_HOST, copy=True)
@@ -44,6 +56,13 @@ class KnownValues:
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Run an operation that was run without data, if what it reads is known; else forget what it wrote to."""
+        if func is _UNIFORM and result.numel() == 1 and result.dtype is torch.float32:
+            self._drawn[result] = True
+        elif func in _COMPARISONS and args[0] in self._drawn:
+            answers = {_COMPARISONS[func](number, args[1]) for number in _DRAWN}
+            if len(answers) == 1:
+                self._values[result] = _ANSWERS[answers.pop()]
+                return
         info = describe(func)
         results = [one for one in result_tensors(result) if isinstance(one, torch.Tensor)]
         known = results and all(map(_is_followed, results)) and not draws(info, args, kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tightfit._torch_private.compiling import never_compiled
+from tightfit._torch_private.dispatch import fake_device_of
 from tightfit._torch_private.tensors import is_conj_or_neg, storage_key
 from tightfit.operators.wrapper_tensors import Parts, held_as_parts, wraps
 from tightfit.profiling.storage_ledger import StorageLedger
@@ -31,7 +32,7 @@ class _Placeholder:
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
         self.dtype = tensor.dtype
-        self.device = tensor.device
+        self.device = fake_device_of(tensor) or tensor.device  # not what a described one tells a model's code
         self.nbytes = tensor.untyped_storage().nbytes()
         self.contents = contents
         self.on_release = on_release

@@ -17,6 +17,10 @@ from tightfit.simulation.caching_allocator import CachingAllocator, OutOfDeviceM
 from tightfit.simulation.levers.lever import Request
 from tightfit.simulation.step_requests import BECOMES_GRADIENT, StepRequests
 
+#: Forward's thread, and autograd's: each has a handle of cuBLAS, and takes a workspace for it from PyTorch's allocator
+#: when it first multiplies (``CublasHandlePool.cpp``).
+_THREADS = 2
+
 
 class Clearing(Enum):
     """Where a loop frees its gradients (``zero_grad(set_to_none=True)``)."""
@@ -46,6 +50,7 @@ def run_loop(
     clearing: Clearing,
     cap_bytes: int | None = None,
     keeps_batch: bool = True,
+    begins_with_states: bool = False,
 ) -> LoopPeaks:
     """Run a loop in the model of the allocator, from an empty cache.
 
@@ -57,14 +62,17 @@ def run_loop(
         cap_bytes: the most that may be reserved (``set_per_process_memory_fraction``); None: as the state says.
         keeps_batch: the last batch is there until the next one is. False: its names are those of the host's batch, as
             in ``for x, y in batches: x, y = x.cuda(), y.cuda()``, which frees it first.
+        begins_with_states: the optimizer makes its state when it is made, as Adagrad does, not in its first step.
 
     Raises:
         OutOfDeviceMemory: it does not run under the cap.
     """
     loop = _Loop(step, state, clearing, state.cap_bytes if cap_bytes is None else cap_bytes)
     loop.keeps_batch = keeps_batch
+    if begins_with_states:
+        loop.make_states()
     for number in range(iterations):
-        loop.iterate(is_first=number == 0)
+        loop.iterate(makes_states=number == 0 and not begins_with_states)
     return LoopPeaks(loop.allocator.peak_allocated_bytes, loop.allocator.peak_reserved_bytes)
 
 
@@ -101,13 +109,20 @@ class _Loop:
         self._addresses: dict[int, int] = {}
         self._named: list[int] = []  # addresses of what the last iteration's variables name
         self._gradients: list[int] = []
-        for nbytes in (state.beside_bytes, *step.held):
-            if nbytes:
-                self.allocator.allocate(nbytes)
+        for nbytes in step.held:
+            self.allocator.allocate(nbytes)
+        # One workspace of each of the two threads that multiply matrices: they are made in turn, not as one.
+        self._workspace_bytes = state.beside_bytes // _THREADS
+        self._threads = 0
         self._batch: list[int] = []
         self.keeps_batch = True
 
-    def iterate(self, *, is_first: bool) -> None:
+    def make_states(self) -> None:
+        """Make the optimizer's state."""
+        for nbytes in self._step.states:
+            self.allocator.allocate(nbytes)
+
+    def iterate(self, *, makes_states: bool) -> None:
         """Run one iteration."""
         step = self._step
         last, self._batch = self._batch, []
@@ -118,21 +133,27 @@ class _Loop:
             self._free(last)
         if self._clearing is Clearing.FIRST:
             self._clear()
+        self._begin_thread(0)
         self._ask(step.forward_backward[: step.backward_at])
+        self._begin_thread(1)
         self._free(self._named)
         if self._clearing is Clearing.BEFORE_BACKWARD:
             self._clear()
         self._ask(step.forward_backward[step.backward_at :])
         # Not seen to be made; sizes are not told apart.
         self._gradients += [self.allocator.allocate(nbytes) for nbytes in step.gradients[len(self._gradients) :]]
-        if is_first:
-            for nbytes in step.states:
-                self.allocator.allocate(nbytes)
+        if makes_states:
+            self.make_states()
         self._ask(step.optimizer)
         self._named = list(self._addresses.values())
         self._addresses = {}
         if self._clearing is Clearing.LAST:
             self._clear()
+
+    def _begin_thread(self, number: int) -> None:
+        if number == self._threads and self._workspace_bytes:
+            self.allocator.allocate(self._workspace_bytes)
+            self._threads += 1
 
     def _clear(self) -> None:
         self._free(self._gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,8 +54,7 @@ def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int,
     if not data.sizes_vary:
         place, step = 0, max(steps[:2], key=lambda step: len(loader.numbers(step)[0]))
         return LargestMicrobatch(step=step, place=place, numbers=loader.numbers(step)[0], is_bound=True)
-    stride = -(-len(data.samples) // MOST_SAMPLES)
-    sizes = loader.elements(range(0, len(data.samples), stride))
+    sizes, stride = _sizes(data, loader)
     best: tuple[int, LargestMicrobatch] | None = None
     unseen = set(sizes)
     for step in steps:
@@ -68,6 +67,20 @@ def largest_microbatch(data: TrainingData, loader: BatchLoader, first_step: int,
             break
     assert best is not None
     return best[1]
+
+
+def largest_samples(data: TrainingData, loader: BatchLoader) -> Sequence[int]:
+    """Return the numbers of the samples that were looked at, the largest first: no batch needs more than the first."""
+    if not data.sizes_vary:
+        return range(len(data.samples))
+    sizes, _ = _sizes(data, loader)
+    return sorted(sizes, key=lambda number: -sizes[number])
+
+
+def _sizes(data: TrainingData, loader: BatchLoader) -> tuple[dict[int, int], int]:
+    """Count the elements of samples, and tell which they are: every so many."""
+    stride = -(-len(data.samples) // MOST_SAMPLES)
+    return loader.elements(range(0, len(data.samples), stride)), stride
 
 
 @contextmanager

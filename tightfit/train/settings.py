@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -11,6 +12,9 @@ from tightfit.train.models import TransformersTask
 from tightfit.train.optimizers import OptimizerName
 from tightfit.train.precision import Precision
 from tightfit.train.schedules import ScheduleName
+
+#: ``--batch-size max``: as many samples as fit the budget. Whoever trains finds out how many those are.
+LARGEST_BATCH = sys.maxsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,8 @@ class DataSettings(Settings):
     """Height and width of a folder's images, in pixels (default: 224)"""
     workers: int = 0
     """Data loader worker processes; 0: load in the training process"""
-    batch_size: int = 16
-    """Samples per optimizer step, over all processes"""
+    batch_size: int = field(default=16, metadata={"words": {"max": LARGEST_BATCH}})
+    """Samples per optimizer step, over all processes; max (to train in one): the most that fit"""
     microbatch_size: int | None = None
     """Samples per forward and backward, if the batch is to be split (default: the whole batch)"""
     accumulation_steps: int | None = None

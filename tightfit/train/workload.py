@@ -31,6 +31,7 @@ from tightfit.train.optimizers import make_optimizer
 from tightfit.train.parallel.fsdp import can_be_cast, check_can_shard, shard
 from tightfit.train.precision import autocast_dtype
 from tightfit.train.random_state import seed_everything, seed_of
+from tightfit.train.settings import LARGEST_BATCH
 from tightfit.train.tasks import Task, choose_task
 from tightfit.train.tasks.choose import check_fit
 
@@ -123,7 +124,16 @@ class Workload:
 
 
 def resolve(config: ConfigT) -> tuple[ConfigT, ModelSource]:
-    """Fill in the model's usual dataset and sequence length, and find the model."""
+    """Fill in the model's usual dataset and sequence length, and find the model.
+
+    Raises:
+        UnsupportedInput: there is no such model or dataset; or the batch is to be as large as fits.
+    """
+    if config.batch_size == LARGEST_BATCH:
+        raise UnsupportedInput(
+            "--batch-size max is asked for, which is found out where a training begins, in one process. Ask `tightfit "
+            "grow` for the number with the same flags, and write that."
+        )
     source = find_model(config.model, config.task)
     dataset = config.dataset or source.default_dataset
     if not dataset:

@@ -114,6 +114,33 @@ def test_models_see_their_tensors_on_cuda() -> None:
     measured(Looks(4, 4), 2, 4)
 
 
+class IndexesWhatItSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        softmax = x.softmax(-1)
+        ctx.save_for_backward(softmax)
+        return softmax.log()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (softmax,) = ctx.saved_tensors
+        rows = torch.arange(softmax.shape[0], device=softmax.device)
+        softmax[rows, rows] -= 1.0
+        return softmax * gradient
+
+
+def test_an_autograd_function_finds_what_it_saved_where_it_was() -> None:
+    """It saves in Python, where a model's code sees ``cuda``: an index asked a build without CUDA for that device."""
+
+    class Model(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = IndexesWhatItSaved.apply(super().forward(x))
+            return found
+
+    profile = measured(Model(8, 8), 4, 8)
+    assert [slot for slot in profile.slots if profile.values[slot.value].op >= 0]
+
+
 def test_autocast_casts_as_cuda_does() -> None:
     """Products in halves, layer norm and softmax in single precision, each weight once."""
     width = 64
