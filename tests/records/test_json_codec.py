@@ -296,3 +296,12 @@ def test_the_schemas_are_frozen(cls: type) -> None:
         "a record's shape changed: files that users have can no longer be read. If that is meant, raise "
         "codec.SCHEMA_VERSION and write what codec.json_schema gives to a new file here"
     )
+
+
+def test_what_came_later_is_written_only_where_it_says_something() -> None:
+    plain = random_profile(2)
+    document = codec.encode(plain)
+    assert "unproven" not in document  # as older code wrote it, and reads it
+    assert codec.decode(Profile, document) == plain
+    named = dataclasses.replace(plain, unproven=("an.operator",))
+    assert codec.decode(Profile, codec.encode(named)) == named

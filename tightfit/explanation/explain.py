@@ -137,6 +137,12 @@ def explain_step(
         is_optimizer_peak=predicted.moment == "optimizer step",
     )
     ways = (*(_tried(way, model, batch, step, profile) for way in ways[:1]), *ways[1:])
+    if estimated := sorted({one.name.removesuffix(".default") for one in profile.signatures if one.note}):
+        notes = (
+            *notes,
+            f"there was no room to run {', '.join(estimated)} alone: what they hold inside is estimated, and so are the "
+            "totals",
+        )
     return Explanation(
         model=profile.model,
         batch=describe_batch(batch),

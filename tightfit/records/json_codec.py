@@ -33,6 +33,9 @@ from tightfit.errors import PlanMismatch
 
 #: Version of every schema: raised when a document that older code wrote can no longer be read.
 SCHEMA_VERSION = 1
+#: In a field's metadata: it came later, has a default, and stands in documents where it differs from that, so that code
+#: from before it reads all others.
+ADDED = "added"
 #: What schemas began with until 0.1, when the package was called recollect.
 _FORMER_NAME = "recollect."
 
@@ -110,7 +113,7 @@ def json_schema(cls: type) -> dict[str, Any]:
         "$id": schema_name(cls),
         **body,
         "properties": properties,
-        "required": list(properties),
+        "required": ["schema", *body["required"]],
         **({"$defs": dict(sorted(definitions.items()))} if definitions else {}),
     }
 
@@ -324,26 +327,34 @@ def _dataclass_codec(kind: Any) -> _Codec:
     hints = get_type_hints(kind)
     codecs = {spec.name: _codec(hints[spec.name]) for spec in dataclasses.fields(kind) if spec.init}
     names = set(codecs)
+    added = {spec.name: spec.default for spec in dataclasses.fields(kind) if spec.metadata.get(ADDED)}
 
     def write(record: Any) -> Any:
-        return {name: codec.encode(getattr(record, name)) for name, codec in codecs.items()}
+        given = {name: getattr(record, name) for name in codecs}
+        return {
+            name: codecs[name].encode(value)
+            for name, value in given.items()
+            if name not in added or value != added[name]
+        }
 
     def read(value: Any, where: str) -> Any:
         if type(value) is not dict:
             raise _wrong(where, value, "an object")
-        if value.keys() != names:
-            missing, unknown = sorted(names - value.keys()), sorted(value.keys() - names)
+        missing, unknown = sorted(names - value.keys() - added.keys()), sorted(value.keys() - names)
+        if missing or unknown:
             trouble = f"lacks {missing[0]!r}" if missing else f"has an unknown key {unknown[0]!r}"
             raise _Refused(f"{where or 'the document'} {trouble}")
         prefix = f"{where}." if where else ""
-        return kind(**{name: codec.decode(value[name], f"{prefix}{name}") for name, codec in codecs.items()})
+        return kind(
+            **{name: codec.decode(value[name], f"{prefix}{name}") for name, codec in codecs.items() if name in value}
+        )
 
     def schema(definitions: dict[str, Any]) -> dict[str, Any]:
         properties = {name: codec.schema(definitions) for name, codec in codecs.items()}
         return {
             "type": "object",
             "properties": properties,
-            "required": list(properties),
+            "required": [name for name in properties if name not in added],
             "additionalProperties": False,
         }
 

@@ -67,7 +67,7 @@ class Profile:
     switched_off: tuple[str, ...] = ()
     """Who keeps a part of the step from being recomputed: checkpointing that is on in the model, saved-tensor hooks of
     somebody else's."""
-    unproven: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = field(default=(), metadata={json_codec.ADDED: True})
     """Opaque calls, and operations inside modules that are called again, of which no step has shown that a second run
     gives the same: a plan may need more than it says, until `fit` has run it."""
     margin_bytes: int = 0
