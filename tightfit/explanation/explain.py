@@ -140,8 +140,8 @@ def explain_step(
     if estimated := sorted({one.name.removesuffix(".default") for one in profile.signatures if one.note}):
         notes = (
             *notes,
-            f"there was no room to run {', '.join(estimated)} alone: what they hold inside is estimated, and so are the "
-            "totals",
+            f"there was no room to run {', '.join(estimated)} alone: what they hold inside is estimated, and so are "
+            "the totals",
         )
     return Explanation(
         model=profile.model,
