@@ -16,10 +16,11 @@ from tightfit.planning.largest import largest_within
 
 @pytest.mark.parametrize("size_of", [lambda n: 7 * n + 3, lambda n: n * n, lambda n: 100 * (n // 8), lambda n: 5])
 @pytest.mark.parametrize("limit", [3, 10, 1000, 12345])
-def test_the_largest_number_is_found_whatever_the_curve(size_of: Callable[[int], int], limit: int) -> None:
+@pytest.mark.parametrize("begin", [1, 40, 300, 1000])
+def test_the_largest_number_is_found_whatever_the_curve(size_of: Callable[[int], int], limit: int, begin: int) -> None:
     most = 300
     truth = max((n for n in range(1, most + 1) if size_of(n) <= limit), default=0)
-    assert largest_within(size_of, limit, most=most) == truth
+    assert largest_within(size_of, limit, most=most, begin=begin) == truth
 
 
 def test_a_straight_line_is_asked_rarely() -> None:

@@ -144,14 +144,16 @@ def grow_step(
 ) -> Growth:
     """Find the largest batch of a step; see `grow`.  `described`: where the step is to run, if that is not here."""
     batches = _Batches(model, make_batch, step, budget_bytes, described)
-    largest = largest_within(batches.smallest_bytes, budget_bytes, most=most)
+    # Which takes no search, and says where to begin the one that does.
+    full_largest = largest_within(batches.full_bytes, budget_bytes, most=most)
+    largest = largest_within(batches.smallest_bytes, budget_bytes, most=most, begin=full_largest)
     if not largest:
         raise batches.infeasible()
     plan = None
     if described is None:
         largest, plan = _confirmed(model, make_batch, step, budget_bytes, largest)
     plain_largest = largest_within(batches.plain_bytes, budget_bytes, most=largest)
-    full_largest = largest_within(batches.full_bytes, budget_bytes, most=largest)
+    full_largest = min(full_largest, largest)
     compared = {max(1, plain_largest // 2), max(1, plain_largest), max(1, full_largest), largest}
     return Growth(
         largest=largest,

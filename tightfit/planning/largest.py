@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def largest_within(size_of: Callable[[int], int], limit: int, *, most: int) -> int:
+def largest_within(size_of: Callable[[int], int], limit: int, *, most: int, begin: int = 1) -> int:
     """Return the largest number from 1 to `most` whose size is within the limit; 0 if there is none.
+
+    `begin`: a number that is thought to be near, better below.
 
     Sizes are nearly a straight line in the number, so that the next one asked is where the line through the last known
     ones meets the limit (regula falsi); where that converges slowly, the middle is asked instead.
@@ -24,10 +26,12 @@ def largest_within(size_of: Callable[[int], int], limit: int, *, most: int) -> i
             known[number] = size_of(number)
         return known[number]
 
-    if size(1) > limit:
-        return 0
-    low, high = 1, most + 1
-    guess = min(2, most)
+    low, high = max(1, min(begin, most)), most + 1
+    if size(low) > limit:
+        if low == 1 or size(1) > limit:
+            return 0
+        low, high = 1, low
+    guess = max(low + 1, int(low * limit / max(1, size(low))))  # as if it grew from nothing: too low, if anything
     rounds = 0
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
@@ -42,7 +46,7 @@ def largest_within(size_of: Callable[[int], int], limit: int, *, most: int) -> i
 
 def _next(known: dict[int, int], low: int, high: int, limit: int) -> int:
     """Return where the line through the two known numbers that are nearest the limit meets it."""
-    first, second = sorted(known, key=lambda number: abs(known[number] - limit))[:2]
+    first, second = sorted(known, key=lambda number: (abs(known[number] - limit), number))[:2]
     slope = (known[second] - known[first]) / (second - first)
     if slope <= 0:
         return (low + min(high, 2 * low)) // 2
