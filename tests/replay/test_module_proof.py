@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -491,6 +491,50 @@ class SavesWrappers(Block):
         return x + self.narrow(hidden)
 
 
+class Hiding(Opaque):
+    """Wraps a tensor where nobody looks."""
+
+    __wrapped: ClassVar[dict[int, Tensor]] = {}
+
+    @property
+    def inner(self) -> Tensor:  # type: ignore[override]  # it hides where the other one shows
+        return self.__wrapped[id(self)]
+
+    @inner.setter
+    def inner(self, tensor: Tensor) -> None:
+        self.__wrapped[id(self)] = tensor
+
+
+class InAList(Opaque):
+    """Wraps two tensors, of which only one is an attribute."""
+
+    @property
+    def inner(self) -> Tensor:  # type: ignore[override]  # as above
+        return self.parts[0]
+
+    @inner.setter
+    def inner(self, tensor: Tensor) -> None:
+        self.parts, self.scale = [tensor], torch.ones(())
+
+
+class WrapHiding(Wrap):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Hiding(x * 1)
+
+
+class WrapInAList(Wrap):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return InAList(x * 1)
+
+
+class SavesHiding(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = Unwrap.apply(F.gelu(WrapHiding.apply(self.widen(self.norm(x)))))
+        return x + self.narrow(hidden)
+
+
 class SparseConstant(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -500,7 +544,21 @@ class SparseConstant(Block):
         return super().forward(x) + torch.sparse.mm(self.mask, x.flatten(1).T[:24]).mean()
 
 
-@pytest.mark.parametrize("kind", [SavesWrappers, SparseConstant])
+class SavesLists(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = Unwrap.apply(F.gelu(WrapInAList.apply(self.widen(self.norm(x)))))
+        return x + self.narrow(hidden)
+
+
+def test_wrappers_are_compared_by_what_their_attributes_hold() -> None:
+    plain = trained(Net(SavesWrappers), batch(), steps=2)
+    model = Net(SavesWrappers)
+    with applied_everywhere(model, batch()) as applied:
+        assert_equal(plain, trained(model, batch(), steps=2))
+        assert applied.statistics.recomputed_calls
+
+
+@pytest.mark.parametrize("kind", [SavesHiding, SavesLists, SparseConstant])
 def test_what_has_no_memory_to_look_at_is_no_proof(kind: type[nn.Module]) -> None:
     plain = trained(Net(kind), batch(), steps=2)
     model = Net(kind)

@@ -16,7 +16,8 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors that a tensor subclass wraps, by name; none of others.
 
-    A wrapper without PyTorch's flatten protocol has no memory and does not say what it wraps: its attributes do.
+    A wrapper without PyTorch's flatten protocol has no memory and does not say what it wraps: its attributes do, where
+    each of them is a tensor or plainly none and holds none.
     """
     if type(tensor) in PLAIN_TYPES or is_dtensor(tensor):
         return {}
@@ -25,7 +26,17 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: getattr(tensor, name) for name in names}
     attributes = getattr(tensor, "__dict__", {})
     found = {name: thing for name, thing in attributes.items() if isinstance(thing, torch.Tensor)}
-    return {} if not found or has_memory(tensor) else found
+    hides = any("__slots__" in vars(kind) for kind in type(tensor).__mro__[: -len(torch.Tensor.__mro__)])
+    if not found or hides or not all(name in found or _is_plain(thing) for name, thing in attributes.items()):
+        return {}
+    return {} if has_memory(tensor) else found
+
+
+def _is_plain(thing: object) -> bool:
+    """Tell whether a value holds no tensor."""
+    if isinstance(thing, tuple | list):
+        return all(_is_plain(one) for one in thing)
+    return thing is None or isinstance(thing, int | float | complex | str | torch.dtype | torch.device | torch.layout)
 
 
 def does_not_flatten(tensor: torch.Tensor) -> bool:
