@@ -31,6 +31,7 @@ def records(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.exhaustive
 def test_a_check_that_ends_badly_takes_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = run(tmp_path, "raises", "crashes", "fails", "skips", "passes")
     assert [o.outcome for o in outcomes] == ["failed", "crashed (SIGSEGV)", "failed", "skipped", "passed"]

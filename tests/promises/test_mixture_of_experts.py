@@ -89,6 +89,7 @@ def tiny_mixtral() -> nn.Module:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_mixtral_whose_experts_are_all_tied() -> None:
     batches: list[Any] = []
     for step in range(STEPS // 3):

@@ -431,6 +431,7 @@ def test_every_kth_region_drops_everything() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_classes_nothing_changes_but_the_time() -> None:
     pytest.importorskip("torch")
     from benchmarks.ablation import without_classes

@@ -43,6 +43,7 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_masked_language_modelling(capsys: pytest.CaptureFixture[str]) -> None:
     model = save_config(hf.BertConfig(**BERT), "BertForMaskedLM")
     train("--model", model, "--dataset", "python-source", "--sequence-length", "16", "--eval-every", "2", "--json",

@@ -42,6 +42,7 @@ def test_each_process_holds_what_was_predicted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bf16_blocks_with_a_float32_buffer() -> None:
     """Operations are replayed exactly as often as the plan says, and nothing is gathered or reduced more often than in
     the plain step: "double recompute, dtype mismatch", https://github.com/pytorch/pytorch/issues/148831 and
