@@ -80,3 +80,31 @@ def test_an_operation_that_broke_its_device_is_not_run_alone_again(
     dangerous = CostCache(CPU, tmp_path).get(calls[1])
     assert dangerous is not None
     assert dangerous.is_dangerous
+
+
+@pytest.mark.parametrize(("rows", "note"), [(8, "measured on a part of the batch"), (0, "estimated")])
+def test_a_call_whose_workspace_does_not_fit_is_run_on_a_part_of_the_batch(
+    rows: int, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = SignatureTable()
+    image, weight = torch.ones(32, 4, 16, 16), torch.ones(4, 4, 3, 3)
+    rest = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    table.add(torch.ops.aten.convolution.default, (image, weight, None, *rest), {})
+    calls = table.calls
+    (whole,) = measure_costs(calls, CPU, NoCache()).signatures
+    run, tried = costs._run, []
+
+    def tight(call: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        tried.append(len(args[0]))
+        if len(args[0]) > rows:
+            raise MemoryError
+        return run(call, args, kwargs)
+
+    monkeypatch.setattr(costs, "_run", tight)
+    (part,) = measure_costs(calls, CPU, NoCache()).signatures
+    assert tried[:3] == [32, 16, 8]
+    assert part.note.startswith(note)
+    assert not whole.note
+    if rows:
+        assert part.workspace_bytes % (32 // rows) == 0
+        assert part.ms > 0

@@ -167,6 +167,8 @@ def measure_costs(
         random_state.restore()
         raise
     random_state.restore()
+    for index in to_run.keys() - times.keys():
+        shares[index] = shares[index].given_up()
     for index, cost in times.items():
         found[index] = shares[index].scaled(cost)
         if not shares[index].note:

@@ -32,6 +32,10 @@ class PartialCall:
         ms, device_ms = round(cost.ms * self.scale, 6), round(cost.device_ms * self.scale, 6)
         return Cost(ms, int(cost.workspace_bytes * self.workspace_scale), (), device_ms)
 
+    def given_up(self) -> PartialCall:
+        """Return what stands for this call when it could not be run: of a part, that the figures are estimates."""
+        return PartialCall(call=None, note=_ESTIMATED) if self.note else self
+
 
 def argument_bytes(call: Call) -> int:
     """Return the memory that made-up arguments of the call take."""
