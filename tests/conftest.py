@@ -104,6 +104,8 @@ def _isolated() -> Iterator[None]:
     torch = sys.modules.get("torch")
     settings = () if torch is None else _torch_settings()
     _begin_anew()
+    gc.collect()  # of what ran before
+    gc.freeze()  # measuring collects garbage: let it not walk over all that was imported
     yield
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -112,6 +113,14 @@ PLACES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _nothing_frozen() -> Iterator[None]:
+    """As in a process that never calls `gc.freeze`, which all other tests have called for them."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 @pytest.fixture
 def _empty_places() -> None:
     global GLOBAL, IN_CLOSURE
@@ -136,6 +145,17 @@ def test_a_lazily_cached_tensor_is_never_left_fake(place: str, harmless: Callabl
     assert profile.method == "fake"
     assert (GLOBAL, Lazy.shared, OfClass.table, HOLDER.table) == (None,) * 4
     assert cached_positions.cache_info().currsize == 0
+
+
+@pytest.mark.usefixtures("_empty_places")
+@pytest.mark.parametrize("place", ["lru_cache", "global list", "global object", "closure"])
+def test_neither_in_what_was_frozen_before(place: str, fakes: Callable[[], list[Any]]) -> None:
+    model = Lazy(place)
+    gc.freeze()  # as servers do that fork, and trainers that keep the collector from walking over their model
+    assert tightfit.measure(model, torch.randn(2, WIDTH)).method == "fake"
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+    assert fakes() == []
 
 
 @pytest.mark.usefixtures("_empty_places")

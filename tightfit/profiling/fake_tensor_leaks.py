@@ -56,8 +56,7 @@ class NamespaceSnapshot:
         self._dicts: dict[int, tuple[Any, dict[Any, Any]]] = {}  # by the id of a namespace: its owner and content
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
         self._modules: set[str] = set()  # names of those that were looked at
-        self._new_ids: set[int] | None = None  # ids of the objects that the run made; None: unknown
-        self._frozen = False
+        self._new_ids: set[int] = set()  # ids of the objects that the run made
         self._remember_function(loss)
         self._remember_modules()
 
@@ -66,20 +65,34 @@ class NamespaceSnapshot:
         """Remove every fake tensor of `mode` from wherever the run inside leaves it.
 
         Inside, `gc.freeze` hides all objects that exist already from garbage collection, so that the search for what
-        the run left takes milliseconds however large the process is.
+        the run left takes milliseconds however large the process is.  What somebody else had frozen is looked through
+        only if something is left, and frozen again.
 
         Raises:
             UnsupportedInput: one is in a place whose old content is lost.
         """
         self._remember_modules()  # what an earlier run imported
-        self._new_ids = None
-        self._frozen = gc.get_freeze_count() == 0  # gc.unfreeze would also undo the user's own gc.freeze
-        if self._frozen:
+        is_ours = gc.get_freeze_count() == 0  # gc.unfreeze would also undo somebody else's gc.freeze
+        older: set[int] = set()  # ids of the objects that nobody had frozen
+        if is_ours:
             gc.freeze()
+        else:
+            older = {id(thing) for thing in gc.get_objects()}
         try:
             yield
         finally:
-            self._remove_fakes(mode)
+            gc.collect()
+            alive = bool(_living_fakes(mode))
+            if alive:
+                self._new_ids = {id(thing) for thing in gc.get_objects()} - older
+            if is_ours or alive:
+                gc.unfreeze()
+            try:
+                if alive:
+                    self._remove_fakes(mode)
+            finally:
+                if alive and not is_ours:
+                    gc.freeze()
 
     def _remember_modules(self) -> None:
         """Record the modules that were not looked at yet."""
@@ -99,19 +112,7 @@ class NamespaceSnapshot:
                     if kind not in _INERT and attribute not in _OF_IMPORT:
                         self._remember(thing, name)
 
-    def _unfreeze(self) -> None:
-        if self._frozen:
-            gc.unfreeze()
-            self._frozen = False
-
     def _remove_fakes(self, mode: FakeTensorMode) -> None:
-        gc.collect()
-        alive = bool(_living_fakes(mode))
-        if alive and self._frozen:
-            self._new_ids = {id(thing) for thing in gc.get_objects()}
-        self._unfreeze()
-        if not alive:
-            return
         gc.collect()
         for cache in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
             if _holds_fake(cache, mode, _MAX_DEPTH):
@@ -250,8 +251,6 @@ class NamespaceSnapshot:
 
         An autograd graph without a backward may keep itself alive in a cycle, but no later step can compute with it.
         """
-        if self._new_ids is None:
-            return True
         seen = {id(thing)}
         parts = [thing]
         while parts and len(seen) < _MAX_HOLDERS:
