@@ -43,6 +43,7 @@ from tightfit.device import memory as meter
 from tightfit.planning.trial_repair import without_refused
 from tightfit.records import Decision
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.solver import column_generation
 from tightfit.solver.columns import keeping
 from tightfit.solver.plan_builder import build_plan
 from tightfit.solver.solver import Solver, full_plan
@@ -50,6 +51,9 @@ from tightfit.step.step import Step
 
 KINDS = ("budget", "budget", "budget", "random", "full")
 ROUNDS = 4
+#: Fewer ways of one region than the solver tries for users: that plans are carried out right is asked, not how fast
+#: they are.
+_ENUMERATE_AT_MOST = 150
 
 
 @dataclass
@@ -218,6 +222,7 @@ def prepare() -> None:
     """One thread, fixed costs, and compiled functions whose graph may see several backwards."""
     torch.set_num_threads(1)
     fixed_costs.install()
+    column_generation.ENUMERATE_AT_MOST = _ENUMERATE_AT_MOST
     functorch.donated_buffer = False
 
 

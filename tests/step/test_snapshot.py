@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from tightfit.replay.installed import Installed
+from tightfit.step import snapshot
 from tightfit.step.snapshot import TrainingState
 
 Tensor = torch.Tensor
@@ -48,3 +52,22 @@ def test_tensors_without_data_are_left_alone() -> None:
         model.skeleton[0].weight.zero_()  # type: ignore[index]  # as above
     state.restore()
     assert model.weight.count_nonzero()
+
+
+def test_what_an_earlier_snapshot_has_is_not_copied_again(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor shards that FSDP2 shows through new tensors since its first step."""
+    model = fully_shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), mesh=mesh)
+    given = TrainingState(model, ())
+    model(torch.ones(2, 4)).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    given.restore_contents()
+    copied: list[Tensor] = []
+    monkeypatch.setattr(
+        snapshot, "HostCopy", lambda tensor, file, make=snapshot.HostCopy: copied.append(tensor) or make(tensor, file)
+    )
+    TrainingState(model, (), known=given)
+    assert not [one for one in copied if one.numel() >= 4]
+    model[0].register_buffer("new", torch.ones(2, 3))
+    TrainingState(model, (), known=given)
+    assert [one.shape for one in copied if one.numel() >= 4] == [(2, 3)]

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from tightfit._torch_private.dispatch import no_function_modes
-from tightfit._torch_private.tensors import set_versions
+from tightfit._torch_private.tensors import set_versions, version_of
 from tightfit.device.process_state import device_random_states, set_device_random_states
 from tightfit.device.tensor_parts import holds_data
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.interrupts import safe_point
 from tightfit.step.host_copy import CopyFile, HostCopy, Zeros
 from tightfit.step.microbatch import Microbatch
-from tightfit.step.tensor_snapshot import TensorSnapshot
+from tightfit.step.tensor_snapshot import TensorSnapshot, place_of
 
 _MOST_THINGS = 200_000
 _LARGE_ARRAY_BYTES = 2**26
@@ -95,11 +95,19 @@ class TrainingState:
             optimizers: with their state.
             also: further things that a step may change, such as its batch.
             contents: copy what tensors hold; else `restore` raises if that changed.
-            known: an earlier snapshot; what has not changed since is not copied again.
+            known: an earlier snapshot whose contents were just put back; what it has is not copied again. (Versions
+                alone would not do: operations on a `DTensor` leave its shard's as it is.)
             zeros: tensors that hold zeros, which need no copy.
         """
         self._file = CopyFile() if contents else None
-        self._known = {id(saved.tensor): saved for saved in known._tensors} if known is not None else {}
+        earlier = known._tensors if known is not None else []
+        self._known = {id(saved.tensor): saved for saved in earlier}
+        # FSDP2 shows its shards through new tensors from the first step on.
+        self._known_places = {
+            place_of(saved.shown): saved
+            for saved in earlier
+            if saved.shown.layout is torch.strided and not saved.is_distributed
+        }
         self._zeros = {id(tensor) for tensor in zeros}
         self._tensors: list[TensorSnapshot] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -111,6 +119,7 @@ class TrainingState:
         self._walk([model, *optimizers, *also])
         self._seen = {}
         self._known = {}
+        self._known_places = {}
         self._random = RandomState()
 
     def restore(self) -> None:
@@ -198,7 +207,11 @@ class TrainingState:
         if id(tensor) in self._zeros:
             return Zeros()
         known = self._known.get(id(tensor))
-        return known.contents if known is not None and known.is_unchanged() else HostCopy(tensor, self._file)
+        if known is None and tensor.layout is torch.strided:
+            known = self._known_places.get(place_of(tensor))
+        if known is not None and known.is_unchanged() and version_of(tensor) == known.version:
+            return known.contents
+        return HostCopy(tensor, self._file)
 
     def _note_classes(self, kind: type) -> Iterator[Any]:
         """Save what a module's classes hold themselves, such as a counter; yield what it leads to."""

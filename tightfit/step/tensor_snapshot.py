@@ -71,12 +71,11 @@ class TensorSnapshot:
             )
 
 
+def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return which memory a strided tensor shows, and in which way."""
+    return storage_key(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
 def _shows(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Tell whether both show the same memory in the same way."""
-    return (
-        storage_key(tensor) == storage_key(other)
-        and tensor.shape == other.shape
-        and tensor.stride() == other.stride()
-        and tensor.storage_offset() == other.storage_offset()
-        and tensor.dtype == other.dtype
-    )
+    return place_of(tensor) == place_of(other)
