@@ -15,6 +15,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class TrainingState:
             zeros: tensors that hold zeros, which need no copy.
         """
         self._file = CopyFile() if contents else None
-        self._known = {id(saved.tensor): saved for saved in known._tensors} if known is not None else {}
+        self._known = known._saved if known is not None else {}
         self._zeros = {id(tensor) for tensor in zeros}
         self._tensors: list[TensorSnapshot] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -133,6 +134,11 @@ class TrainingState:
         for generator, state in self._generators:
             _set_generator_state(generator, state)
         self._random.restore()
+
+    @cached_property
+    def _saved(self) -> dict[int, TensorSnapshot]:
+        """The tensors, by their number (`id`)."""
+        return {id(saved.tensor): saved for saved in self._tensors}
 
     def restore_contents(self) -> None:
         """Put back what the tensors held, and leave all else as it is now: tensors that came to be, for example."""
