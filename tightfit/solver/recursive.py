@@ -13,6 +13,7 @@ taken, so that time never increases with the budget.  Their shape depends on siz
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,16 +154,18 @@ class RecursivePlans:
         """Return the plan that holds what passes at the cuts in `held`, with a tree of this arity between them."""
         index, profile = self._index, self._index.profile
         keep: list[set[tuple[int, int]]] = [set() for _ in profile.regions]
-        storages: dict[int, int] = {}
+        least_bytes, saved = self._when_backward_begins
+        storages: set[int] = set()
         for value in self._facts.optional:
             op = profile.values[value].op
             place = bisect_right(held, op)
             if place < len(held) and held[place] <= self._last_use.get(value, -1):
                 keep[index.region_of_op[op]].add(index.local(value))
-                storages |= self._held_in_backward.get(value, {})
+                if value in saved:
+                    storages.add(saved[value])
         decisions: list[Decision | None] = [BY_VALUE.decide(names) for names in keep]
         shared = SharedTape(first=0, count=len(decisions), tree=self._tree(cuts, set(held), arity))
-        least_bytes = self._fixed_in_backward + sum(storages.values())
+        least_bytes += sum(index.activation_bytes[storage] for storage in storages)
         return _Candidate(decisions, (shared,), least_bytes)
 
     def _tree(self, cuts: Sequence[int], held: set[int], arity: int) -> RecomputeTree:
@@ -173,32 +176,28 @@ class RecursivePlans:
         return balanced_tree(places, [cut in held for cut in cuts], arity)
 
     @cached_property
-    def _held_in_backward(self) -> dict[int, dict[int, int]]:
-        """Return, for each saved value that is held when backward begins if it is kept, its storage and bytes.
-
-        Only what nothing else holds then.
+    def _when_backward_begins(self) -> tuple[int, dict[int, int]]:
+        """Return what every candidate holds at the moment when backward begins, in bytes, and each saved value that it
+        holds then if it keeps it, with its storage, unless that is there anyway.
         """
         index, profile = self._index, self._index.profile
-        begins = index.backward_event()
+        tape = frozenset(self._facts.slots)
+        held: Counter[int] = Counter()  # storages
         saved: set[int] = set()
-        for kind, a in profile.events[:begins]:
-            if kind == EventKind.SAVE:
-                saved.add(a)
-            elif kind == EventKind.RELEASE:
-                saved.discard(a)
-        found: dict[int, dict[int, int]] = {}
-        for slot in saved.intersection(self._facts.slots):
-            value = profile.slots[slot].value
-            storage = profile.values[value].storage
-            if not index.fixed_at(storage, begins) and not index.is_resident(storage):
-                found[value] = {storage: profile.storages[storage].nbytes}
-        return found
-
-    @cached_property
-    def _fixed_in_backward(self) -> int:
-        """Bytes that every plan holds when backward begins."""
-        profile, level = self._index.profile, self._index.fixed_levels[self._index.backward_event()]
-        return profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes + level
+        for kind, a in profile.events[: index.backward_event()]:
+            if kind in (EventKind.ALLOC, EventKind.FREE):
+                held[a] += 1 if kind == EventKind.ALLOC else -1
+            elif kind in (EventKind.SAVE, EventKind.RELEASE):
+                sign = 1 if kind == EventKind.SAVE else -1
+                if a in index.fixed_slots and a not in tape:
+                    held[profile.values[profile.slots[a].value].storage] += sign
+                elif a in tape:
+                    (saved.add if sign > 0 else saved.discard)(a)
+        there = {storage for storage, times in held.items() if times > 0}
+        values = [profile.slots[slot].value for slot in saved]
+        optional = {value: storage for value in values if (storage := profile.values[value].storage) not in there}
+        resident = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
+        return resident + sum(index.activation_bytes[storage] for storage in there), optional
 
     @cached_property
     def _last_use(self) -> dict[int, int]:
