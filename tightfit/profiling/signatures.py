@@ -11,7 +11,6 @@ from tightfit._torch_private.tensors import storage_key
 from tightfit.operators.differing_calls import DESCRIBED
 from tightfit.profiling.cost_cache import Cost
 
-
 #: Addresses so far apart are alike to every kernel, so that the steps of a loop over a tensor's parts are one call.
 _ALIGNED_BYTES = 512
 
