@@ -12,6 +12,7 @@ taken, so that time never increases with the budget.  Their shape depends on siz
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from tightfit.records import Decision, EventKind, SharedTape
 from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex, RegionFacts
-from tightfit.simulation.simulator import Simulation, TooHigh, simulate
+from tightfit.simulation.simulator import INFINITY, Simulation, TooHigh, simulate
 
 #: Leaves at most, unless there are more regions.
 _MOST_LEAVES = 256
@@ -52,15 +53,18 @@ class _Candidate:
         self._shared_tapes = shared_tapes
         self.least_bytes = least_bytes
         """Its peak is not below that."""
+        self._was_given_up = False
         self._walked: RecursivePlan | None = None
 
     def within(self, index: ProfileIndex, most_bytes: float) -> RecursivePlan | None:
         """Return it with its walk; None if its peak is above that."""
         if self._walked is None and self.least_bytes <= most_bytes:
+            # Asked for more than once, as for a frontier, it is walked to its end.
+            limit = INFINITY if self._was_given_up else most_bytes
             try:
-                walked = simulate(index, self._decisions, self._shared_tapes, most_bytes=most_bytes)
+                walked = simulate(index, self._decisions, self._shared_tapes, most_bytes=limit)
             except TooHigh:
-                self.least_bytes = int(most_bytes) + 1
+                self.least_bytes, self._was_given_up = math.floor(most_bytes) + 1, True
                 return None
             self.least_bytes = walked.peak_bytes
             self._walked = RecursivePlan(decisions=self._decisions, shared_tapes=self._shared_tapes, simulation=walked)
