@@ -33,6 +33,9 @@ _ARITIES = (2, 4)
 #: Leaves side by side under one node of a flat tree, at most.
 _WIDEST = 24
 
+#: Walks of a candidate that end where the peak is above what was asked for, before one to the step's end.
+_GIVEN_UP_AT_MOST = 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecursivePlan:
@@ -53,18 +56,19 @@ class _Candidate:
         self._shared_tapes = shared_tapes
         self.least_bytes = least_bytes
         """Its peak is not below that."""
-        self._was_given_up = False
+        self._given_up = 0
         self._walked: RecursivePlan | None = None
 
     def within(self, index: ProfileIndex, most_bytes: float) -> RecursivePlan | None:
         """Return it with its walk; None if its peak is above that."""
         if self._walked is None and self.least_bytes <= most_bytes:
-            # Asked for more than once, as for a frontier, it is walked to its end.
-            limit = INFINITY if self._was_given_up else most_bytes
+            # Asked for again and again, as for a frontier, it is walked to its end.
+            limit = most_bytes if self._given_up < _GIVEN_UP_AT_MOST else INFINITY
             try:
                 walked = simulate(index, self._decisions, self._shared_tapes, most_bytes=limit)
             except TooHigh:
-                self.least_bytes, self._was_given_up = math.floor(most_bytes) + 1, True
+                self.least_bytes = math.floor(most_bytes) + 1
+                self._given_up += 1
                 return None
             self.least_bytes = walked.peak_bytes
             self._walked = RecursivePlan(decisions=self._decisions, shared_tapes=self._shared_tapes, simulation=walked)
