@@ -46,7 +46,7 @@ def plans(profile: Profile) -> dict[str, Plan]:
     """The smallest plan of each kind."""
     index = ProfileIndex(profile)
     solver = Solver(profile)
-    nested = list(RecursivePlans(index).all())
+    nested = RecursivePlans(index).within(float("inf"))
     one_level = solver.solve(solver.smallest_at_one_level().peak_bytes)
     at_most = 2 * len(profile.ops)
     root = min((c for c in nested if len(c.simulation.replayed_ops) <= at_most), key=lambda c: c.simulation.peak_bytes)

@@ -7,21 +7,18 @@ all ranks, and they have to make the same decisions: measure, fit and verify suc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tightfit.distributed._fsdp_private import ensure_sharded as ensure_sharded
 from tightfit.distributed._fsdp_private import forget_iteration as forget_iteration
-from tightfit.distributed._fsdp_private import (
-    mesh_process_group,
-    modules_of_unit,
-    sharded_modules,
-    unsharded_parameters,
-)
+from tightfit.distributed._fsdp_private import mesh_process_group, modules_of_unit, unsharded_parameters
 from tightfit.distributed._fsdp_private import reducing_each_backward as reducing_each_backward
+from tightfit.distributed._fsdp_private import sharded_modules as sharded_modules
 from tightfit.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -54,13 +51,13 @@ def can_be_called_alone(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(model: torch.nn.Module, module: torch.nn.Module) -> Iterator[None]:
-    """Gather the weights that `module` needs when it is called alone, inside the context.
+def gathered(units: Sequence[Any], module: torch.nn.Module) -> Iterator[None]:
+    """Gather the weights that `module`, of a model with these units, needs when it is called alone, inside the context.
 
     Of units, FSDP2 does so itself.  A module within a unit has its gradients in the gathered weights, on each rank its
     own; they are dropped at the end.  All ranks have to call this.
     """
-    units = [unit for unit in sharded_modules(model) if any(below is module for below in unit.modules())]
+    units = [unit for unit in units if any(below is module for below in unit.modules())]
     if not units or units[-1] is module:
         yield
         return

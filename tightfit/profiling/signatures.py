@@ -11,6 +11,9 @@ from tightfit._torch_private.tensors import storage_key
 from tightfit.operators.differing_calls import DESCRIBED
 from tightfit.profiling.cost_cache import Cost
 
+#: Addresses so far apart are alike to every kernel, so that the steps of a loop over a tensor's parts are one call.
+_ALIGNED_BYTES = 512
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -19,6 +22,7 @@ class TensorSpec:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    """Of its first element in the storage, less whole steps of `_ALIGNED_BYTES`."""
     dtype: torch.dtype
     device: torch.device
     nbytes: int
@@ -79,7 +83,7 @@ def _spec(argument: Any) -> Any:
         return TensorSpec(
             size=tuple(argument.size()),
             stride=tuple(argument.stride()),
-            offset=int(argument.storage_offset()),
+            offset=int(argument.storage_offset()) % (_ALIGNED_BYTES // argument.itemsize),
             dtype=argument.dtype,
             device=argument.device,
             nbytes=argument.untyped_storage().nbytes(),

@@ -29,6 +29,8 @@ from tightfit.records import Decision, EventKind, Profile, SharedTape, Stretch, 
 from tightfit.simulation.levers import BY_VALUE, NOTHING, Happening, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
 
+INFINITY = float("inf")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegionCurve:
@@ -194,17 +196,25 @@ class Moment(NamedTuple):
     """What recomputation adds to the event's time."""
 
 
+class TooHigh(Exception):
+    """A walk was given up: the step holds more than was asked for."""
+
+
 def simulate(
     index: ProfileIndex,
     decisions: Sequence[Decision | None],
     shared_tapes: Sequence[SharedTape] = (),
     *,
     trace: list[Moment] | None = None,
+    most_bytes: float = INFINITY,
 ) -> Simulation:
     """Walk the step with one decision per region (`None`: untouched).
 
     A storage held by several regions is counted once, so the peak is never above what the sum of `region_curve`s says.
     Where `trace` is given, each event is appended to it, those left out that only free memory.
+
+    Raises:
+        TooHigh: the peak is above `most_bytes`.
     """
     profile = index.profile
     models = models_of(index, decisions, shared_tapes)
@@ -279,6 +289,8 @@ def simulate(
             parts = (memo_before + spike, 0) if in_replay else (memo, workspace)
             trace.append(Moment(time, high, *parts, added[time].ms if time in added else 0.0))
         if high > peak:
+            if high + offset > most_bytes:
+                raise TooHigh
             peak, peak_event = high, time
             in_replay = level_before + memo_before + spike >= level + memo + workspace and spike > 0
             peak_memo = memo_before + spike if in_replay else memo

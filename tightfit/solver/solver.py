@@ -20,7 +20,7 @@ from tightfit.solver.columns import ColumnSource
 from tightfit.solver.effort import SOLVE_WORK, Effort
 from tightfit.solver.lower_bound import added_ms_bound
 from tightfit.solver.plan_builder import build_plan
-from tightfit.solver.recursive import RecursivePlan, RecursivePlans
+from tightfit.solver.recursive import RecursivePlans
 from tightfit.solver.single_region import refine
 
 #: Recursive recomputation is looked at where a plan without it adds at least this share of what the smallest such adds.
@@ -104,7 +104,12 @@ class Solver:
                 best = plain, decisions, ()
         more_bytes = 0 if state is None else state.beside_bytes + state.outside_bytes
         # What is allocated cannot be more than the totals, which take long to find: most rivals are out of it by that.
-        for one in sorted(self._recursive, key=lambda one: one.simulation.peak_bytes):
+        most_bytes = best[0].peak_bytes - more_bytes - 1
+        if state is None:
+            rivals = [one] if (one := self._recursive.smallest(most_bytes)) is not None else []
+        else:
+            rivals = sorted(self._recursive.within(most_bytes), key=lambda one: one.simulation.peak_bytes)
+        for one in rivals:
             if one.simulation.peak_bytes + more_bytes >= best[0].peak_bytes:
                 break
             walked = one.simulation
@@ -129,22 +134,14 @@ class Solver:
         return simulate(self.index, self._structure.smallest[1])
 
     @cached_property
-    def _recursive(self) -> list[RecursivePlan]:
+    def _recursive(self) -> RecursivePlans:
         """Plans of recursive recomputation.
 
         Those that add much less time than the smallest other plan are left out: with them, time could rise with the
         budget where they are not looked at (see `_solve`).
         """
-        if self.index.profile.is_sharded or not any(facts.slots for facts in self.index.facts):
-            return []
-        if self.index.has_backward_inside:  # it would read a tape that is not ended
-            return []
         least_ms = _RECURSIVE_SHARE * (self._one_level.step_ms - self._plain.step_ms)
-        return [
-            candidate
-            for candidate in RecursivePlans(self.index).all()
-            if candidate.simulation.step_ms - self._plain.step_ms >= least_ms
-        ]
+        return RecursivePlans(self.index, self._plain.step_ms + least_ms)
 
     def solve(self, budget_bytes: int) -> Plan:
         """Return the fastest plan whose predicted peak is within the budget.
@@ -193,7 +190,8 @@ class Solver:
         assert state is not None
         if budget_bytes < self.smallest().peak_bytes:  # what is named as the smallest budget is it, by chance or not
             raise self._infeasible(budget_bytes)
-        least_bytes = min(walked.peak_bytes for walked in (self._one_level, *(c.simulation for c in self._recursive)))
+        smallest = self._recursive.smallest(self._one_level.peak_bytes)
+        least_bytes = self._one_level.peak_bytes if smallest is None else smallest.simulation.peak_bytes
         highest_bytes = budget_bytes - state.outside_bytes - state.beside_bytes
         for tried in range(_MOST_LIMITS):
             over_bytes = {limit: plan.predicted_peak_bytes - budget_bytes for limit, plan in self._of_limits.items()}
@@ -236,7 +234,7 @@ class Solver:
 
     def _fastest_recursive(self, budget_bytes: int) -> Plan | None:
         """Return the fastest plan of recursive recomputation that fits. Its only bound is the plain step."""
-        fitting = [c for c in self._recursive if c.simulation.peak_bytes <= budget_bytes]
+        fitting = self._recursive.within(budget_bytes)
         if not fitting:
             return None
         best = min(fitting, key=lambda c: (c.simulation.step_ms, c.simulation.peak_bytes))

@@ -85,11 +85,11 @@ class HostCopy:
         # A copy may be taken in the middle of a planned forward, which must not take it for one of its operations.
         plain = type(tensor) in _PLAIN_TYPES
         with no_function_modes() if plain else nullcontext(), below_autograd() if plain else nullcontext():
-            data = raw_bytes(tensor)
-            if data is None or data.numel() == 0:
+            data = memory_of_dense(tensor)
+            if data is None or data.size == 0:
                 self._kept = _without_repeats(tensor).detach().to("cpu", copy=True)
             else:
-                self._begin = file.write(memory_of(data))
+                self._begin = file.write(data)
 
     def restore(self, tensor: torch.Tensor) -> None:
         """Give `tensor`, of which this is a copy, its contents back, bit for bit."""
@@ -100,9 +100,9 @@ class HostCopy:
             with torch.no_grad():
                 _without_repeats(tensor).copy_(self._kept)
         else:
-            data = raw_bytes(tensor)
+            data = memory_of_dense(tensor)
             assert data is not None
-            self._file.read_into(self._begin, memory_of(data))
+            self._file.read_into(self._begin, data)
 
     def load(self) -> torch.Tensor:
         """Return a new tensor of the same contents, in host memory; of a subclass, its parts' bytes."""
@@ -113,9 +113,9 @@ class HostCopy:
             return whole.clone()
         assert self.stride is not None
         loaded = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        data = raw_bytes(loaded)
+        data = memory_of_dense(loaded)
         assert data is not None
-        self._file.read_into(self._begin, memory_of(data))
+        self._file.read_into(self._begin, data)
         return loaded
 
     def chunks(self) -> Iterator[torch.Tensor]:
@@ -132,9 +132,9 @@ class HostCopy:
         step = _CHUNK_BYTES // itemsize * itemsize
         for begin in range(0, total, step):
             piece = torch.empty(min(step, total - begin) // itemsize, dtype=self.dtype)
-            data = raw_bytes(piece)
+            data = memory_of_dense(piece)
             assert data is not None
-            self._file.read_into(self._begin + begin, memory_of(data))
+            self._file.read_into(self._begin + begin, data)
             yield piece
 
 
@@ -172,25 +172,22 @@ def _pairs(a: HostCopy, b: HostCopy) -> Iterator[tuple[torch.Tensor, torch.Tenso
     return iter([(a.load().reshape(-1), b.load().reshape(-1))])
 
 
-def raw_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the memory of a dense CPU tensor as bytes, sharing it; None for any other tensor."""
+def memory_of_dense(tensor: torch.Tensor) -> npt.NDArray[np.uint8] | None:
+    """Show the memory of a dense CPU tensor, as `memory_of` does; None for any other tensor."""
     if type(tensor) not in _PLAIN_TYPES or not device_for(tensor).is_host:
         return None
     if tensor.layout is not torch.strided or not is_dense(tensor) or tensor.is_conj() or tensor.is_neg():
         return None
-    flat = torch.empty(0, dtype=torch.uint8)
-    with torch.no_grad():
-        nbytes = tensor.numel() * tensor.itemsize
-        return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.itemsize, (nbytes,), (1,))
+    return _shown(tensor, tensor.numel() * tensor.itemsize)
 
 
 class _Memory:
     """What NumPy needs to know of memory to show it as an array; the array keeps this, and this the tensor."""
 
-    def __init__(self, data: torch.Tensor | torch.UntypedStorage) -> None:
+    def __init__(self, data: torch.Tensor | torch.UntypedStorage, nbytes: int) -> None:
         self._data = data
         place = (data.data_ptr(), False)
-        self.__array_interface__ = {"data": place, "shape": (len(data),), "typestr": "|u1", "version": 3}
+        self.__array_interface__ = {"data": place, "shape": (nbytes,), "typestr": "|u1", "version": 3}
 
 
 def memory_of(data: torch.Tensor | torch.UntypedStorage) -> npt.NDArray[np.uint8]:
@@ -199,11 +196,17 @@ def memory_of(data: torch.Tensor | torch.UntypedStorage) -> npt.NDArray[np.uint8
     Not through `numpy()`, after which PyTorch takes the storage for one that was given to it from outside, and so does
     the engine, for good: it would look for unseen writes at every step (see `replay.source_mark.was_given_or_lent`).
     """
-    return np.asarray(_Memory(data)) if len(data) else np.empty(0, dtype=np.uint8)
+    return _shown(data, len(data))
+
+
+def _shown(data: torch.Tensor | torch.UntypedStorage, nbytes: int) -> npt.NDArray[np.uint8]:
+    return np.asarray(_Memory(data, nbytes)) if nbytes else np.empty(0, dtype=np.uint8)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Tell whether the elements fill a stretch of memory without gaps or repetition, in whatever order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

@@ -15,6 +15,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,14 +101,7 @@ class TrainingState:
             zeros: tensors that hold zeros, which need no copy.
         """
         self._file = CopyFile() if contents else None
-        earlier = known._tensors if known is not None else []
-        self._known = {id(saved.tensor): saved for saved in earlier}
-        # FSDP2 shows its shards through new tensors from the first step on.
-        self._known_places = {
-            place_of(saved.shown): saved
-            for saved in earlier
-            if saved.shown.layout is torch.strided and not saved.is_distributed
-        }
+        self._known = known
         self._zeros = {id(tensor) for tensor in zeros}
         self._tensors: list[TensorSnapshot] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -118,8 +112,7 @@ class TrainingState:
         self._seen: dict[int, Any] = {}
         self._walk([model, *optimizers, *also])
         self._seen = {}
-        self._known = {}
-        self._known_places = {}
+        self._known = None
         self._random = RandomState()
 
     def restore(self) -> None:
@@ -142,6 +135,16 @@ class TrainingState:
         for generator, state in self._generators:
             _set_generator_state(generator, state)
         self._random.restore()
+
+    @cached_property
+    def _saved(self) -> dict[object, TensorSnapshot]:
+        """The tensors, by their number (`id`), and by the memory that they show.
+
+        FSDP2 shows its shards through new tensors from the first step on.
+        """
+        strided = [saved for saved in self._tensors if saved.shown.layout is torch.strided and not saved.is_distributed]
+        places: dict[object, TensorSnapshot] = {place_of(saved.shown): saved for saved in strided}
+        return places | {id(saved.tensor): saved for saved in self._tensors}
 
     def restore_contents(self) -> None:
         """Put back what the tensors held, and leave all else as it is now: tensors that came to be, for example."""
@@ -206,9 +209,10 @@ class TrainingState:
             return None
         if id(tensor) in self._zeros:
             return Zeros()
-        known = self._known.get(id(tensor))
-        if known is None and tensor.layout is torch.strided:
-            known = self._known_places.get(place_of(tensor))
+        earlier = self._known._saved if self._known is not None else {}
+        known = earlier.get(id(tensor))
+        if known is None and earlier and tensor.layout is torch.strided:
+            known = earlier.get(place_of(tensor))
         if known is not None and known.is_unchanged() and version_of(tensor) == known.version:
             return known.contents
         return HostCopy(tensor, self._file)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tightfit.distributed.dtensor import is_dtensor, local_shard
 from tightfit.distributed.process_group import ProcessGroup
 from tightfit.errors import UnsupportedInput
-from tightfit.step.host_copy import memory_of, raw_bytes
+from tightfit.step.host_copy import memory_of_dense
 from tightfit.train.manifest import Written
 
 _CHUNK_BYTES = 2**24
@@ -121,9 +121,9 @@ def save_file(path: Path, pieces: Sequence[Piece], contents: Iterable[Tensor] | 
         write(len(text).to_bytes(8, "little") + text)
         for tensor in contents or (piece.tensor for piece in pieces):
             if tensor.numel():
-                here = raw_bytes(tensor.detach().cpu().resolve_neg().contiguous())
+                here = memory_of_dense(tensor.detach().cpu().resolve_neg().contiguous())
                 assert here is not None
-                write(memory_of(here))
+                write(here)
         os.fsync(stream.fileno())
         return Written(path.name, stream.tell(), digest.hexdigest())
 

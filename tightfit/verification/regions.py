@@ -27,7 +27,7 @@ from tightfit._torch_private.dispatch import tree_leaves, tree_map
 from tightfit._torch_private.tensors import version_of
 from tightfit.device import device_for
 from tightfit.device.process_state import deterministic_libraries
-from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, forget_iteration, gathered
+from tightfit.distributed.fsdp import can_be_called_alone, ensure_sharded, forget_iteration, gathered, sharded_modules
 from tightfit.distributed.process_group import CommunicationFailed
 from tightfit.installation.applied import Applied
 from tightfit.installation.region_forward import RegionForward
@@ -77,6 +77,17 @@ class _Call:
     """What was open around the call, which the loss function may have opened."""
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What all calls that are compared have in common."""
+
+    applied: Applied
+    trial: Trial
+    units: Sequence[Any]
+    """Modules of the model that are sharded."""
+    called_again: frozenset[str]
+
+
 def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Comparison:
     """Compare calls of the planned regions, from inputs of a planned step of the trial.
 
@@ -94,14 +105,15 @@ def compare_regions(trial: Trial, applied: Applied, *, whole: bool) -> Compariso
     ensure_sharded(model)
     trial.go_to_start()
     was_compared: dict[str, bool] = {}
+    setting = _Setting(applied, trial, sharded_modules(model), paths_called_again(applied.plan))
     if _WHOLE in keys:
         keys.remove(_WHOLE)
-        was_compared[_WHOLE] = _compare(calls[_WHOLE], applied, trial, found)
+        was_compared[_WHOLE] = _compare(calls[_WHOLE], setting, found)
     if was_compared.get(_WHOLE):
         keys = [key for key in keys if key == _LOSS]
     for number, key in enumerate(keys):
         progress("comparing regions", number, len(keys))
-        was_compared[key] = _compare(calls[key], applied, trial, found)
+        was_compared[key] = _compare(calls[key], setting, found)
     trial.go_to_start()
     by_recipe: dict[int, str] = {}
     covered = {recipe_of[key] for key, was in was_compared.items() if was and key in recipe_of}
@@ -220,21 +232,22 @@ def _is_leaf_region(module: torch.nn.Module) -> bool:
     )
 
 
-def _compare(call: _Call, applied: Applied, trial: Trial, found: Comparison) -> bool:
+def _compare(call: _Call, setting: _Setting, found: Comparison) -> bool:
     """Compare one call; return whether what it returned could be.  Processes that share the model do so together."""
+    applied, trial = setting.applied, setting.trial
     group = trial.group
     state = trial.snapshot_at_start(call.module, also=(trial.batch,) if call.key == _LOSS else ())
 
     def run(around: AbstractContextManager[None], copied: AbstractSet[str] | None = None) -> Results:
         try:
             inputs = _Inputs(call)  # before the region begins, which would take loading them for its own operations
-            with around, gathered(trial.model, call.module):
+            with around, gathered(setting.units, call.module):
                 return _run(call, inputs, keeper(copied))
         finally:
             state.restore()
 
     def attempt(key: str) -> Comparison | None:
-        here = Comparison(called_again=paths_called_again(applied.plan))
+        here = Comparison(called_again=setting.called_again)
         path = "" if call.module is trial.model else _path_of(call.key)
         try:
             plain, again = run(applied.paused()), run(applied.paused())

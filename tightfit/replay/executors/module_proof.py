@@ -22,7 +22,7 @@ from tightfit.device import Device
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.tensor_parts import has_memory, parts_of
 from tightfit.replay.contents import mark_of
-from tightfit.replay.executors.module_state import Moves, random_numbers
+from tightfit.replay.executors.module_state import Moves, random_numbers, same_random_numbers
 from tightfit.step.outer_variables import outer_variables
 from tightfit.step.results import results_of, values_in
 from tightfit.step.snapshot import RandomState, TrainingState
@@ -83,7 +83,7 @@ def _make(module: torch.nn.Module, again: CallAgain, moves: Moves) -> _Made:
     buffers = list(module.buffers())
     # By what they hold and by their versions: a buffer that is written with what it held has moved, too.
     before = [(_mark(buffer), version_of(buffer)) for buffer in buffers]
-    numbers = repr(random_numbers())
+    numbers = random_numbers()
 
     def pack(tensor: torch.Tensor) -> None:
         saved.append((tuple(tensor.shape), tensor.stride(), tensor.dtype, _mark(tensor)))
@@ -93,7 +93,7 @@ def _make(module: torch.nn.Module, again: CallAgain, moves: Moves) -> _Made:
         returned: list[object] = [(tuple(leaf.shape), leaf.stride(), leaf.dtype, _mark(leaf)) for leaf in leaves]
         now = [(_mark(buffer), version_of(buffer)) for buffer in buffers]
         moved = [place for place, found_before in enumerate(before) if now[place] != found_before]
-        found.append(_Made(returned, saved, Moves(tuple(moved), repr(random_numbers()) != numbers)))
+        found.append(_Made(returned, saved, Moves(tuple(moved), not same_random_numbers(random_numbers(), numbers))))
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _refuse):
         again(moves, look)

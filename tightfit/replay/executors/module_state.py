@@ -143,6 +143,15 @@ def random_numbers() -> tuple[Any, Any]:
     return random.getstate(), numpy.random.get_state() if numpy is not None else None
 
 
+def same_random_numbers(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+    """Tell whether two states that `random_numbers` returned would give the same numbers."""
+    if a[0] != b[0] or (a[1] is None) != (b[1] is None):
+        return False
+    return a[1] is None or all(
+        bool((x == y).all()) if hasattr(x, "all") else bool(x == y) for x, y in zip(a[1], b[1], strict=True)
+    )
+
+
 def set_random_numbers(states: tuple[Any, Any]) -> None:
     """Put the generators back into states that `random_numbers` returned."""
     random.setstate(states[0])

@@ -120,31 +120,39 @@ class TapeModel(Schedule[_Value, _Op]):
     def _write_down(self, needed: Sequence[int], kept: frozenset[int], own: frozenset[int]) -> None:
         """Set up the operations that are replayed at least once, and the values that they read and make."""
         profile, values = self._profile, self._values
+        storages, records, signatures = profile.storages, profile.values, profile.signatures
+        replay_ms = profile.replay_ms_per_op
+        again: dict[int, Stretch] = {}  # by signature
 
         def found(value: int) -> _Value:
-            known = values.get(value)
-            if known is None:
-                storage = profile.values[value].storage
-                is_source = value not in own or value in kept
-                known = values[value] = _Value(storage, profile.storages[storage].nbytes, None, is_source)
+            storage = records[value].storage
+            is_source = value not in own or value in kept
+            known = values[value] = _Value(storage, storages[storage].nbytes, None, is_source)
             return known
 
+        # A long tape is written down for each of a hundred plans: what is asked for each operation is looked up first.
+        self._taped.update(map(self._index.region_of_op.__getitem__, needed))
         for op in needed:
             record = profile.ops[op]
-            signature = profile.signatures[record.signature]
-            again = Stretch.of(signature.ms + profile.replay_ms_per_op, signature.device_ms)
-            taped = self._ops[op] = _Op(op, record.random_state_bytes, signature.workspace_bytes, again)
-            self._taped[self._index.region_of_op[op]] += 1
+            signature = signatures[record.signature]
+            takes = again.get(record.signature)
+            if takes is None:
+                takes = again[record.signature] = Stretch.of(signature.ms + replay_ms, signature.device_ms)
+            taped = self._ops[op] = _Op(op, record.random_state_bytes, signature.workspace_bytes, takes)
+            inputs, outputs = taped.inputs, taped.outputs
             for value in dict.fromkeys(record.inputs):
-                read = found(value)
+                read = values.get(value) or found(value)
                 read.refs += 1
-                taped.inputs.append(read)
+                inputs.append(read)
+            made_bytes = 0
             for value in record.outputs:
-                made = found(value)
+                made = values.get(value) or found(value)
                 made.op = taped
-                taped.made_bytes += made.nbytes
-                taped.outputs.append(made)
-            taped.written = [values[value] for value in record.mutates]
+                made_bytes += made.nbytes
+                outputs.append(made)
+            taped.made_bytes = made_bytes
+            if record.mutates:
+                taped.written = [values[value] for value in record.mutates]
 
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: OP, SAVE, UNPACK, READ, RELEASE or EXIT of this tape's regions, or KEEPING."""
