@@ -224,7 +224,7 @@ class Session(RegionCalls, DispatchMode):
             # should it be one after all, autograd keeps what it saves, as in the plain step.
             self._end_tape()
         # Not the region's own, but its writes count.
-        if in_backward or self._is_ddps() or tape.is_in_graph or (info.may_set_up and tape.is_set_up_by(info)):
+        if in_backward or self._is_ddps() or tape.is_in_graph or (info.may_set_up and tape.sets_up(func, info)):
             for tensor in mutated_tensors(info, args, kwargs):
                 tape.about_to_write(tensor)
             return func(*args, **kwargs)

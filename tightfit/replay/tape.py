@@ -136,12 +136,15 @@ class Tape(CurrentValues):
         self._position += 1
         return True
 
-    def is_set_up_by(self, info: OpInfo) -> bool:
-        """Return whether an operation is done once for the one that the plan has next, and is no part of the step."""
+    def sets_up(self, func: Any, info: OpInfo) -> bool:
+        """Return whether an operation, which is not the plan's next, is done once for one that the plan has further on.
+
+        Then it is no part of the step.  Under autocast the weights are laid out anew in between.
+        """
         recipe = self._region.recipe if self._region is not None and self._region.on_plan else None
-        if recipe is None or self._position >= recipe.length:
+        if recipe is None or self._position >= recipe.length or recipe.funcs[self._position] is func:
             return False
-        return info.name in setting_up(recipe.funcs[self._position])
+        return any(info.name in setting_up(further) for further in recipe.funcs[self._position :])
 
     def passed_one_that_failed(self) -> None:
         """Take back the last `passes`: measuring does not count an operation that fails, either."""
