@@ -133,20 +133,6 @@ def rows_of(training: Training, host: clock.Costs) -> Iterator[Row]:
             plain = solver.plain(2**50)
             budget = (solver.smallest().peak_bytes + plain.plain_peak_bytes) // 2
             plain_ms = step_ms(training.plain)
-            print(
-                {
-                    n: getattr(profile, n)
-                    for n in (
-                        "forward_ms_per_op",
-                        "backward_ms_per_op",
-                        "mode_ms_per_op",
-                        "tape_ms_per_op",
-                        "replay_ms_per_op",
-                    )
-                },
-                len(profile.ops),
-                flush=True,
-            )
             yield Row(ratio, "plain", plain.predicted_step_ms, plain_ms, plain_ms, tape_ms)
             for name, plan in (("all dropped", full_plan(profile, 2**50)), ("half-way", solver.solve(budget))):
                 again = tuple(run_again(profile, plan))

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from tightfit._torch_private.compiling import never_compiled
 from tightfit._torch_private.dispatch import follow_dispatch_stack
+from tightfit.operators.asking_for_modes import leave_modes_in_graph
+from tightfit.operators.facts import tensors_in
 
 _HANDS_OUT_MEMORY = frozenset(
     {
@@ -33,6 +35,9 @@ _HANDS_OUT_MEMORY = frozenset(
     }
 )
 
+_BACKWARDS = frozenset({torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward})
+_WATCHED = _HANDS_OUT_MEMORY | _BACKWARDS
+
 #: In eval mode and without gradients these take another kernel, but only while no function mode is on.
 _FAST_PATHS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
 
@@ -40,7 +45,8 @@ _FAST_PATHS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, to
 class MemoryWatch(TorchFunctionMode):
     """Tell of each tensor whose memory is handed out, from where on it may be written unseen.
 
-    Not of parameters, which kernels only read.
+    Not of parameters, which kernels only read.  In a backward that begins meanwhile, our modes are left where formulas
+    ask for them (see `asking_for_modes`).
     """
 
     def __init__(self, on_exposed: Callable[[torch.Tensor], None]) -> None:
@@ -64,11 +70,17 @@ class MemoryWatch(TorchFunctionMode):
         if self.is_behind:
             self.is_behind = False
             follow_dispatch_stack()
-        if func in _HANDS_OUT_MEMORY:
-            tensor = args[0]
-            if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
-                self._on_exposed(tensor)
+        if func in _WATCHED:
+            self._note(func, args[0] if args else None)
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _note(self, func: Any, given: Any) -> None:
+        if func in _BACKWARDS:  # from its roots on: a node that is met later does not lead to those beside it
+            for root in tensors_in((given,)):
+                if root.grad_fn is not None:
+                    leave_modes_in_graph(root.grad_fn)
+        elif type(given) is torch.Tensor and given.layout is torch.strided:
+            self._on_exposed(given)
 
 
 def watching_memory(

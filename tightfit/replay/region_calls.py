@@ -125,17 +125,18 @@ class RegionCalls:
         key = self._cursor.key
         recipe = state.recipes.get(key)
         around_excluded = self._cursor.path in state.around_excluded
-        untouched = recipe is None and (around_excluded or key in state.recipes)
+        self.run = RegionCall.run_forward
+        if recipe is None and (around_excluded or key in state.recipes):  # left as it is
+            self._leave_tape()
+            return
         foreign, captured = self._stacks.has_foreign_hooks(), is_capturing()
         if (foreign or captured) and current_graph_task() < 0:
-            drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1 and not untouched
+            drops = bool(recipe.drop) if recipe is not None else self._cursor.depth == 1
             if drops and captured:
                 raise captured_error()
             if drops and self._hooks_around is None:
                 self._hooks_around = key
-        elsewhere = foreign or captured or torch.compiler.is_compiling()
-        self.run = RegionCall.run_forward
-        on_tape = not (untouched or elsewhere)
+        on_tape = not (foreign or captured or torch.compiler.is_compiling())
         was_refused = False
         if recipe is not None and on_tape:
             was_refused = not recipe.executor.on_tape and AS_A_WHOLE in state.refused.get(key, ())
@@ -147,10 +148,7 @@ class RegionCalls:
             else:
                 recipe = None  # a tape drops as much
         if not on_tape:
-            self._end_tape()
-            if self._frames[-1][1] == self._stacks.beneath():
-                watches = self._counts_saved_tensors() or self._may_be_interrupted()
-                self._stacks.switch(watches and not elsewhere)
+            self._leave_tape()
             return
         if self._frames[-1][1] == self._stacks.beneath():
             self._stacks.switch(True)
@@ -158,6 +156,15 @@ class RegionCalls:
             self._end_tape()
             return
         self._go_on(key, recipe, was_refused=was_refused, keeps_rest=around_excluded)
+
+    def _leave_tape(self) -> None:
+        """Run on without a tape; and without modes, unless what happens has to be counted."""
+        self._end_tape()
+        if self._frames[-1][1] == self._stacks.beneath():
+            watches = self._counts_saved_tensors() or self._may_be_interrupted()
+            self._stacks.switch(
+                watches and not (self._stacks.has_foreign_hooks() or is_capturing() or torch.compiler.is_compiling())
+            )
 
     def _go_on(self, key: str, recipe: ResolvedRecipe | None, *, was_refused: bool, keeps_rest: bool) -> None:
         """Go on with the tape, or with another one."""
