@@ -250,7 +250,7 @@ def test_what_a_self_check_refuses_is_kept_by_the_next_plan(
     solved: list[tuple[Profile, Plan]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As for a kernel that got the address in a way that nobody watches, and began to write after measuring.
-    monkeypatch.setattr("tightfit.operators.escaped_memory._HANDS_OUT_MEMORY", frozenset())
+    monkeypatch.setattr("tightfit.operators.escaped_memory._WATCHED", frozenset())
     monkeypatch.setattr(UnseenWrites, "look_at", lambda *_: None)
     with tightfit.fit(RawNet(), BATCH, grad_checkpoint="full", reference_budget_bytes=2**40) as applied:
         assert len(solved) == 2
