@@ -59,7 +59,9 @@ class RandomState:
             return False
         if (self._numpy is None) != (other._numpy is None) or self._devices.keys() != other._devices.keys():
             return False
-        if self._numpy is not None and not all(_same(a, b) for a, b in zip(self._numpy, other._numpy, strict=True)):
+        if self._numpy is not None and not all(
+            same_state(a, b) for a, b in zip(self._numpy, other._numpy, strict=True)
+        ):
             return False
         return all(
             torch.equal(a, b)
@@ -68,7 +70,8 @@ class RandomState:
         )
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_state(a: Any, b: Any) -> bool:
+    """Tell whether two parts of a generator's state are equal: numbers, or arrays of them."""
     return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 

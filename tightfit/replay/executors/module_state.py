@@ -22,6 +22,7 @@ from tightfit._torch_private.modules import own_buffers, own_children, own_param
 from tightfit._torch_private.tensors import set_versions, version_of
 from tightfit.device import device_for
 from tightfit.step.host_copy import memory_of
+from tightfit.step.snapshot import same_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,7 @@ def same_random_numbers(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
     """Tell whether two states that `random_numbers` returned would give the same numbers."""
     if a[0] != b[0] or (a[1] is None) != (b[1] is None):
         return False
-    return a[1] is None or all(
-        bool((x == y).all()) if hasattr(x, "all") else bool(x == y) for x, y in zip(a[1], b[1], strict=True)
-    )
+    return a[1] is None or all(map(same_state, a[1], b[1]))
 
 
 def set_random_numbers(states: tuple[Any, Any]) -> None:
