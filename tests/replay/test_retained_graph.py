@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.wide_block import WIDTH, WideBlock
 from tightfit.device import memory as meter
 from tightfit.errors import PromiseWarning
 from tightfit.records import Profile
+from tightfit.replay.replayer import Replayer
 
 BATCH = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(1))
 
@@ -224,3 +226,38 @@ def test_an_applied_plan_that_does_not_know_says_so_once() -> None:
         twice(model, loss)
         with applied.step(BATCH):
             loss_of(model, BATCH).backward()
+
+
+def test_what_the_collector_finds_while_a_value_is_rebuilt_is_let_go_of_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A graph in a cycle dies in the midst of a replay, and with it handles of the tape that is replayed."""
+
+    class BesideACycle(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            beside: list[Any] = [F.gelu(self.norm(x))]
+            beside.append(beside)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(BesideACycle(), BesideACycle())
+    plain, _ = step(loss_of, model, twice)
+    found: list[int] = []
+    execute = Replayer._execute
+
+    def collecting(self: Replayer, *args: Any) -> Any:
+        made = execute(self, *args)
+        gc.collect()
+        found.append(len(self._died))
+        return made
+
+    with tightfit.fit(model, BATCH, loss=loss_of, grad_checkpoint="full") as applied:
+        monkeypatch.setattr(Replayer, "_execute", collecting)
+        gc.disable()
+        try:
+            planned, _ = step(applied.loss, model, twice)
+        finally:
+            gc.enable()
+    assert all(map(torch.equal, plain, planned))
+    assert max(found) > 0
+    assert found[-1] == 0

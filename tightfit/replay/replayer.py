@@ -8,8 +8,9 @@ runs when, and what is held until when, `tightfit.simulation.schedule` says, to 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +41,8 @@ from tightfit.simulation.schedule import Pass, Schedule
 
 #: What an operation returned, the storages of its arguments, and those of them that it wrote.
 _Made = tuple[tuple[Any, ...], dict[TapedValue, torch.UntypedStorage], list[TapedValue]]
+
+_T = TypeVar("_T")
 
 
 class Handle:
@@ -104,6 +107,8 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         """Called when a backward reads it that runs inside the forward which it records."""
         self._released: list[TapedValue] | None = []  # while recording: what is saved later may want the same again
         self.lock = threading.RLock()
+        self._acts = False
+        self._died: deque[TapedValue] = deque()  # what handles wanted that died while somebody acted on the tape
         self._switches_now: tuple[Any, ...] = ()  # of libraries, in this backward
         self.used_up: UsedUp | None = None
         """What the backward that runs has used up, if that keeps its graph."""
@@ -111,7 +116,6 @@ class Replayer(Schedule[TapedValue, TapedOp]):
     def read(self, handle: Handle) -> torch.Tensor:
         """Return the dropped tensor, rebuilt."""
         handle.check_version()
-        value = handle.ref.value
         graph_task = current_graph_task() if backward_keeps_graph() else -1
         if graph_task >= 0 and self.interrupted is not None:
             self.interrupted()
@@ -120,20 +124,50 @@ class Replayer(Schedule[TapedValue, TapedOp]):
             # What another graph is made of (create_graph=True) is held by that one, as plain autograd holds it.
             graph_task = -1
         with AS_IT_WAS, self.lock, below_autograd():  # in this order: who has the first may wait for the second
-            storage = value.live.untyped_storage() if value.live is not None else None
-            if storage is None and self.check is not None:
-                storage = self.check.written_since(value)
-            if storage is None and graph_task >= 0 and self._released is None:
-                tensor = handle.ref.build(self._need_once(handle, graph_task))
-                if makes_graph:
-                    self.rebuilt.note(tensor, handle)
-                elif graph_task != self.rebuilt.planned:
-                    self.statistics.kept_graphs += 1
-                return tensor
-            if storage is None:
-                self.put_back()
-                storage = self._need(value, handle.leaf)
-            return handle.ref.build(storage)
+            return self._alone(self._read, handle, graph_task, makes_graph)
+
+    def _read(self, handle: Handle, graph_task: int, makes_graph: bool) -> torch.Tensor:
+        value = handle.ref.value
+        storage = value.live.untyped_storage() if value.live is not None else None
+        if storage is None and self.check is not None:
+            storage = self.check.written_since(value)
+        if storage is None and graph_task >= 0 and self._released is None:
+            tensor = handle.ref.build(self._need_once(handle, graph_task))
+            if makes_graph:
+                self.rebuilt.note(tensor, handle)
+            elif graph_task != self.rebuilt.planned:
+                self.statistics.kept_graphs += 1
+            return tensor
+        if storage is None:
+            self.put_back()
+            storage = self._need(value, handle.leaf)
+        return handle.ref.build(storage)
+
+    def _alone(self, act: Callable[..., _T], *args: Any) -> _T:
+        """Act on the tape.
+
+        Handles whose death the garbage collector brings about in the midst of it are given back after it.
+        """
+        with self.lock:
+            before, self._acts = self._acts, True
+            try:
+                return act(*args)
+            finally:
+                self._acts = before
+                if self._died and not before:
+                    self._bury()
+
+    def _bury(self) -> None:
+        """Give back the references of the handles that died, unless somebody acts, who then does it."""
+        if self._acts or not self.lock.acquire(blocking=False):  # who dies waits for nobody
+            return
+        self._acts = True
+        try:
+            while self._died:
+                self._release(self._died.popleft())
+        finally:
+            self._acts = False
+            self.lock.release()
 
     def _need_once(self, handle: Handle, graph_task: int) -> torch.UntypedStorage:
         """Return a value's bytes, and let go of them: in a backward that keeps its graph, nobody else does."""
@@ -158,29 +192,35 @@ class Replayer(Schedule[TapedValue, TapedOp]):
 
     def put_back(self) -> None:
         """Let the tape be as before the last backward that kept its graph."""
-        with self.lock:
-            used_up, self.used_up = self.used_up, None
-            if used_up is not None:
-                used_up.put_back()
+        if self.used_up is not None:
+            self._alone(self._put_back)
+
+    def _put_back(self) -> None:
+        used_up, self.used_up = self.used_up, None
+        if used_up is not None:
+            used_up.put_back()
 
     def before_write(self, value: TapedValue, tensor: torch.Tensor) -> None:
         """Put aside what is needed of a value whose storage, which `tensor` shows, is about to be written."""
         with self.lock:
             self.put_back()
             if value.refs or value.handles:
-                before_write(value, tensor)
+                self._alone(before_write, value, tensor)
 
     def release(self, value: TapedValue) -> None:
         """Give back the reference of a handle that died."""
-        with self.lock:
-            self.put_back()
-            value.handles -= 1
-            if not value.handles:
-                value.live = None
-            if self._released is not None:
-                self._released.append(value)
-            else:
-                self._give_back([value])
+        self._died.append(value)
+        self._bury()
+
+    def _release(self, value: TapedValue) -> None:
+        self.put_back()
+        value.handles -= 1
+        if not value.handles:
+            value.live = None
+        if self._released is not None:
+            self._released.append(value)
+        else:
+            self._give_back([value])
 
     def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)
