@@ -117,6 +117,12 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_frozen() -> None:
+    """What is frozen may die, so that its count would tell nothing."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
 def _python_handles_interrupts() -> Iterator[None]:
     """As in a terminal: a shell has its background jobs ignore Ctrl-C, and Python then has no handler."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
