@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 
-
-def set_grad_mode(enabled: bool) -> None:
-    """Set the thread's grad mode inside `below_autograd`, which restores it.
-
-    Some kernels read it: `mkldnn_rnn_layer` returns no workspace under no_grad.
-    """
-    torch._C._set_grad_enabled(enabled)
+#: Set the thread's grad mode inside `below_autograd`, which restores it.  Some kernels read it: `mkldnn_rnn_layer`
+#: returns no workspace under no_grad.
+set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 #: The number that the next node of autograd's graph will have in this thread, which rises through forward; and a node's
@@ -60,14 +56,11 @@ def forbids_saved_tensor_hooks(error: RuntimeError) -> bool:
     return "saved tensor hooks" in str(error)
 
 
-def current_graph_task() -> int:
-    """Identify the backward pass that runs in this thread; -1 outside backward."""
-    return torch._C._current_graph_task_id()
+#: Identify the backward pass that runs in this thread; -1 outside backward.
+current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 
-
-def backward_keeps_graph() -> bool:
-    """Tell whether the backward pass that runs in this thread was called with ``retain_graph=True``."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+#: Tell whether the backward pass that runs in this thread was called with ``retain_graph=True``.
+backward_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def call_after_backward(callback: Callable[[], None]) -> None:

@@ -90,10 +90,11 @@ class DispatchMode(TorchDispatchMode):
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # PyTorch's modes are not annotated
 
 
-def runs_beneath_mode() -> bool:
-    """Tell whether any dispatch mode is on, in this thread."""
-    return bool(torch._C._len_torch_dispatch_stack())
+#: Count the dispatch modes on this thread's stack.
+dispatch_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
+#: Count the function modes on this thread's stack.
+function_mode_depth: Callable[[], int] = torch._C._len_torch_function_stack
 
 #: Asked for every operation, so looked up once.
 _mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode
@@ -180,19 +181,9 @@ def no_function_modes() -> AbstractContextManager[None]:
     return context
 
 
-def dispatch_depth() -> int:
-    """Count the dispatch modes on this thread's stack."""
-    return torch._C._len_torch_dispatch_stack()
-
-
 def top_dispatch_mode() -> object:
     """Return the dispatch mode on top of this thread's stack, or None."""
     return torch.utils._python_dispatch._get_current_dispatch_mode()
-
-
-def function_mode_depth() -> int:
-    """Count the function modes on this thread's stack."""
-    return int(torch._C._len_torch_function_stack())
 
 
 def top_function_mode() -> object:

@@ -96,15 +96,16 @@ class OptimizerWatch:
             return
         if self._others:
             self._look_at_others()
-        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-        if not gradients:
+        first = next(_gradients(optimizer), None)
+        if first is None:
             return
-        seen, self._gradients[optimizer] = self._gradients.get(optimizer), (id(gradients[0]), version_of(gradients[0]))
+        seen, self._gradients[optimizer] = self._gradients.get(optimizer), (id(first), version_of(first))
         if self._stepped is not None and id(optimizer) not in self._stepped:
             self._stepped.add(id(optimizer))
         elif not self.expects_forward or seen == self._gradients[optimizer]:
             return
-        elif any(bool(gradient.any()) for gradient in gradients):  # zeros are no training: they make optimizer state
+        elif any(bool(gradient.any()) for gradient in _gradients(optimizer)):
+            # Zeros are no training: they make optimizer state.
             self._promises.forward_gone_round()
 
     def _look_at_memory(self, optimizer: torch.optim.Optimizer) -> None:
@@ -150,6 +151,10 @@ def _optimizer_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None)
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -80,8 +80,7 @@ class RegionForward:
         if is_compiled_in_place(self._module) and self._installed.listener is not None:
             self._installed.listener.compiled()
         call = RegionCall(self._module, self.original, args, kwargs, self._installed.statistics)
-        with self._installed.region(self._path, call) as run:
-            return run(call)
+        return self._installed.run(self._path, call)
 
     def _is_planned_now(self) -> bool:
         """Return whether this call may follow a plan; a compiler may have to trace this."""

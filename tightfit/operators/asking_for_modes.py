@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from tightfit._torch_private.autograd import current_graph_node
-from tightfit._torch_private.dispatch import leave_own_modes_in_node, runs_beneath_mode
+from tightfit._torch_private.dispatch import dispatch_depth, leave_own_modes_in_node
 
 _ASKING = frozenset(
     {
@@ -29,7 +29,7 @@ _LEAVES = "tightfit leaves its modes"
 
 def leave_modes_if_asked() -> None:
     """Leave our modes until the node that runs now has ended, if it asks for them; for who unpacks what it saved."""
-    if runs_beneath_mode() and type(current_graph_node()).__name__ in _ASKING:
+    if dispatch_depth() and type(current_graph_node()).__name__ in _ASKING:
         leave_own_modes_in_node()
 
 

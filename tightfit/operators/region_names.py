@@ -30,6 +30,8 @@ class RegionCursor:
     """Follows calls of region modules and says which region is running now."""
 
     def __init__(self) -> None:
+        self.depth = 0
+        """How many region calls are open."""
         self._stack: list[tuple[str, int]] = []  # path, call index
         self._places: list[tuple[int, int]] = []  # of each: segment, backwards in it so far
         self._calls: dict[str, int] = {}
@@ -40,11 +42,13 @@ class RegionCursor:
         self._calls[path] = call + 1
         self._stack.append((path, call))
         self._places.append((0, 0))
+        self.depth += 1
 
     def pop(self) -> None:
         """End the innermost call; the caller's next segment begins."""
         self._stack.pop()
         self._places.pop()
+        self.depth -= 1
         if self._places:
             self._places[-1] = (self._places[-1][0] + 1, 0)
 
@@ -54,11 +58,6 @@ class RegionCursor:
         self._places[-1] = (segment, backwards + 1)
 
     @property
-    def depth(self) -> int:
-        """How many region calls are open."""
-        return len(self._stack)
-
-    @property
     def path(self) -> str:
         """The innermost open region call's module path."""
         return self._stack[-1][0]
@@ -66,14 +65,15 @@ class RegionCursor:
     @property
     def key(self) -> str:
         """The running region's key."""
-        return self._key(0)
+        (path, call), (segment, backwards) = self._stack[-1], self._places[-1]
+        return _key(path, call, segment, backwards) if segment or backwards else f"{path}#{call}"
 
     @property
     def key_if_interrupted(self) -> str:
         """The key of the region that a backward inside the running one would begin."""
-        return self._key(1)
-
-    def _key(self, further: int) -> str:
         (path, call), (segment, backwards) = self._stack[-1], self._places[-1]
-        backwards += further
-        return f"{path}#{call}" + (f"/{segment}" if segment else "") + (f"~{backwards}" if backwards else "")
+        return _key(path, call, segment, backwards + 1)
+
+
+def _key(path: str, call: int, segment: int, backwards: int) -> str:
+    return f"{path}#{call}" + (f"/{segment}" if segment else "") + (f"~{backwards}" if backwards else "")

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ _ROUNDS = 5
 #: Python's work takes at most so many times as long in cold caches. What seems to be more was something else's work.
 _MOST_COLD = 6.0
 _KEY = "<overhead>"
+_OUTER = "<overhead of a step>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Overhead:
     region_ms_per_call: float = 0.0
     module_ms_per_op: float = 0.0
     module_ms_per_call: float = 0.0
+    untouched_ms_per_region: float = 0.0
+    planned_ms_per_step: float = 0.0
 
     def towards(self, other: Overhead, ratio: float) -> Overhead:
         """Return what lies so far (0 to 1) from this to `other`."""
@@ -103,9 +107,11 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
     watch = Stopwatch()
     with torch.enable_grad():
         alone = _Alone() if device_for(device).is_host else _measure_alone(device)
+        mode_ms, tape_ms, replay_ms, around = _measure_tape(device, cold, alone)
         overhead = Overhead(
-            *_measure_plain(device, alone), *_measure_tape(device, cold, alone), *_measure_module(device, cold)
-        )
+            *_measure_plain(device, alone), mode_ms, tape_ms, replay_ms, around.region_ms,
+            *_measure_module(device, cold), around.untouched_ms, around.step_ms,
+        )  # fmt: skip
     _, is_disturbed = watch.read()
     random_state.restore()
     forget()
@@ -232,18 +238,29 @@ def _measure_plain(device: torch.device, alone: _Alone) -> tuple[float, float]:
     return round(max(0.0, beside_ms[0]), 6), round(max(0.0, beside_ms[1]), 6)
 
 
-def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float, float]:
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What the host does around the operations of a planned step: in it all, in each region, in each that is taped."""
+
+    step_ms: float = 0.0
+    untouched_ms: float = 0.0
+    region_ms: float = 0.0
+
+
+def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float, _Around]:
     """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time
-    where that is known; and what a region costs beside the host.
+    where that is known; and what is done around operations, beside the host.
     """
     chains = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
     single = _Chain(device, 1)
-    passing, taped = _installed(chains[0].op_names), Installed(recipes={}, self_check=False)
+    plans = {name: _installed(chains[0].op_names, name) for name in ("step", "untouched", "mode", "tape")}
     contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "plain": nullcontext,
-        "mode": lambda: passing.region(_KEY),
-        "tape": lambda: taped.region(_KEY),
+        "step": lambda: plans["step"].region(_OUTER),
+        **{name: partial(_inside, plans[name]) for name in ("untouched", "mode", "tape")},
     }
+    if not alone.backward_count:
+        del contexts["step"], contexts["untouched"]
     weight = _weight(device)
     gradient = torch.ones_like(weight)
     forward: dict[str, list[float]] = {name: [] for name in contexts}
@@ -273,7 +290,7 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
             chains[1].zero_grad()
     forward_ms, hot_ms = ({name: statistics.median(found) for name, found in times.items()} for times in (forward, hot))
     backward_ms = {name: min(found) for name, found in backward.items()}  # of few: other work only adds to them
-    region_ms = 0.0
+    around = _Around()
     if alone.backward_count:  # there Python's work is all that counts, and some of it is done when a region ends
         whole_ms, small_ms = (
             {name: statistics.median(found) for name, found in times.items()} for times in (whole, small)
@@ -281,14 +298,24 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
         more = len(chains[1].op_names) - len(single.op_names)
         forward_ms = {name: (whole_ms[name] - small_ms[name]) / more for name in contexts}
         of_ops_ms = len(single.op_names) * (forward_ms["tape"] - forward_ms["plain"])
-        region_ms = max(0.0, small_ms["tape"] - small_ms["plain"] - of_ops_ms)
+        step_ms, region_ms = small_ms["step"] - small_ms["plain"], small_ms["untouched"] - small_ms["step"]
+        taped_ms = small_ms["tape"] - small_ms["untouched"] - of_ops_ms
+        # A call of a module ends what its caller ran before and begins what that runs then: two regions for each.
+        around = _Around(*(round(max(0.0, ms), 6) for ms in (step_ms, region_ms / 2, taped_ms)))
     mode_ms = max(0.0, forward_ms["mode"] - forward_ms["plain"])
     record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
     scale = 1.0
     if cold:
         scale = _cold_by_hot(*(found["tape"] - found["plain"] for found in (forward_ms, hot_ms)))
     replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"] - alone.forward_ms)
-    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6), round(region_ms, 6)
+    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6), around
+
+
+@contextmanager
+def _inside(plan: Installed) -> Iterator[None]:
+    """Open a region inside a step."""
+    with plan.region(_OUTER), plan.region(_KEY):
+        yield
 
 
 def _cold_by_hot(cold_ms: float, hot_ms: float) -> float:
@@ -342,18 +369,23 @@ def _call(chain: _Chain, weight: torch.Tensor, times_ms: list[float], *, again: 
     return ModuleCall(call, len(chain.op_names), convolves=False).run()  # type: ignore[no-any-return]  # what it returns is a tensor
 
 
-def _installed(op_names: tuple[str, ...]) -> Installed:
-    """Return a plan for the chain that has no use for its operations."""
-    recipe = Recipe(
-        class_id=0,
-        op_names=op_names,
-        lever="tape",
-        executor="tape",
-        keep=(),
-        drop=(),
-        replay=(),
-        held_bytes=0,
-        dropped_bytes=0,
-        replay_ms=0.0,
-    )
-    return Installed(recipes={f"{_KEY}#0": ResolvedRecipe(recipe)}, self_check=False)
+def _installed(op_names: tuple[str, ...], name: str) -> Installed:
+    """Return a plan for the chain: "untouched", with no use for its operations ("mode"), with all dropped ("tape")."""
+    around: dict[str, ResolvedRecipe | None] = {f"{_OUTER}#0": None, f"{_OUTER}#0/1": None}
+    if name == "untouched":
+        around[f"{_KEY}#0"] = None
+    if name == "mode":
+        recipe = Recipe(
+            class_id=0,
+            op_names=op_names,
+            lever="tape",
+            executor="tape",
+            keep=(),
+            drop=(),
+            replay=(),
+            held_bytes=0,
+            dropped_bytes=0,
+            replay_ms=0.0,
+        )
+        around[f"{_KEY}#0"] = ResolvedRecipe(recipe)
+    return Installed(recipes=around, self_check=False)

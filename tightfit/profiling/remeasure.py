@@ -137,6 +137,8 @@ def _with_optimizer(profile: Profile, reference: Profile, tail: list[Event]) -> 
         tape_ms_per_op=reference.tape_ms_per_op,
         replay_ms_per_op=reference.replay_ms_per_op,
         region_ms_per_call=reference.region_ms_per_call,
+        untouched_ms_per_region=reference.untouched_ms_per_region,
+        planned_ms_per_step=reference.planned_ms_per_step,
         module_ms_per_op=reference.module_ms_per_op,
         module_ms_per_call=reference.module_ms_per_call,
     )

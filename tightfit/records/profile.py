@@ -89,6 +89,10 @@ class Profile:
     """Further time for each operation that is replayed, beside its own."""
     region_ms_per_call: float = 0.0
     """Further time for each region that has a tape, where a device works beside the host."""
+    untouched_ms_per_region: float = field(default=0.0, metadata={json_codec.ADDED: True})
+    """Time that each region costs under a plan, whatever that decides, where a device works beside the host."""
+    planned_ms_per_step: float = field(default=0.0, metadata={json_codec.ADDED: True})
+    """Further time of each forward under a plan, there."""
     module_ms_per_op: float = 0.0
     """Time that calling a module a second time costs for each operation, beside the operation's own time."""
     module_ms_per_call: float = 0.0
@@ -176,6 +180,8 @@ class Profile:
             tape_ms_per_op=0.0,
             replay_ms_per_op=0.0,
             region_ms_per_call=0.0,
+            untouched_ms_per_region=0.0,
+            planned_ms_per_step=0.0,
             module_ms_per_op=0.0,
             module_ms_per_call=0.0,
         )
@@ -220,7 +226,8 @@ def _check_sizes(profile: Profile) -> None:
     require(all(part >= 0 for part in profile.measuring_ms.values()), "measuring_ms holds a negative time")
     for part in ("forward", "backward", "mode", "tape", "replay"):
         require(getattr(profile, f"{part}_ms_per_op") >= 0, "a time per operation is negative")
-    require(profile.region_ms_per_call >= 0, "region_ms_per_call is negative")
+    for part in ("region_ms_per_call", "untouched_ms_per_region", "planned_ms_per_step"):
+        require(getattr(profile, part) >= 0, f"{part} is negative")
     for place, storage in enumerate(profile.storages):
         require(storage.nbytes >= 0, f"storages[{place}] has a negative size")
         require(storage.component in COMPONENTS, f"storages[{place}] is of no known component")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,36 +24,66 @@ class Installed(PlanState):
     """Open sessions by thread."""
 
     @contextmanager
-    def region(self, path: str, call: RegionCall | None = None) -> Iterator[Callable[[RegionCall], Any]]:
-        """Open a call of the region module at `path`, in the thread's session (opened if need be).
+    def region(self, path: str) -> Iterator[None]:
+        """Open a call of the region at `path` that is no module's call, in the thread's session (opened if need be)."""
+        session, depth = self._enter(path, None)
+        try:
+            yield
+        except BaseException:
+            self._exit(session, depth)
+            raise
+        self._exit(session, depth)
+        self._tell(session)
 
-        Inside, what is to make the call. `call` is None where the region is no module's call (the loss).
-        """
+    def run(self, path: str, call: RegionCall) -> Any:
+        """Make a call of the region module at `path` as its decision says; see `region`."""
+        session, depth = self._enter(path, call)
+        try:
+            result = session.run(call)
+        except BaseException:
+            self._exit(session, depth)
+            raise
+        self._exit(session, depth)
+        self._tell(session)
+        return result
+
+    def _enter(self, path: str, call: RegionCall | None) -> tuple[Session, int]:
+        """Begin a region call; return its session, and how many calls were open in that."""
         thread = threading.get_ident()
         session = self.sessions.get(thread)
         if session is None:
-            if self.sessions and current_graph_task() < 0:
-                raise UnsupportedInput(
-                    "two threads run forward of one planned model at the same time. The plan's memory prediction and "
-                    "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
-                    "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
-                )
-            if self.listener is not None and is_module_below(path) and current_graph_task() < 0:
-                self.listener.region_alone(path)
-            session = self.sessions[thread] = Session(self, self.region)
+            session = self.sessions[thread] = self._begin_session(path)
         depth = session.depth
         try:
             session.enter(path, call)
-            try:
-                yield session.run
-            finally:
-                while session.depth > depth:  # before PyTorch 2.13, a checkpointed function that fails is not ended
-                    session.exit()
+        except BaseException:
+            self._exit(session, depth)
+            raise
+        return session, depth
+
+    def _begin_session(self, path: str) -> Session:
+        if self.sessions and current_graph_task() < 0:
+            raise UnsupportedInput(
+                "two threads run forward of one planned model at the same time. The plan's memory prediction and "
+                "its bookkeeping are for one forward at a time. Use one process per device (torchrun), give each "
+                "thread its own copy of the model, or call remove() first; nn.DataParallel is not supported."
+            )
+        if self.listener is not None and is_module_below(path) and current_graph_task() < 0:
+            self.listener.region_alone(path)
+        return Session(self, self.region)
+
+    def _exit(self, session: Session, depth: int) -> None:
+        """End a region call, and the session with its outermost one."""
+        try:
+            while session.depth > depth:  # before PyTorch 2.13, a checkpointed function that fails is not ended
+                session.exit()
         finally:
             if session.is_over:
-                self.sessions.pop(thread, None)
+                self.sessions.pop(threading.get_ident(), None)
                 session.close()
-        if session.is_over and self.listener is not None:
+
+    def _tell(self, session: Session) -> None:
+        if self.listener is not None and session.is_over:
             session.tell(self.listener)
 
     @contextmanager

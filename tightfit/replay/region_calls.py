@@ -160,11 +160,11 @@ class RegionCalls:
     def _leave_tape(self) -> None:
         """Run on without a tape; and without modes, unless what happens has to be counted."""
         self._end_tape()
-        if self._frames[-1][1] == self._stacks.beneath():
-            watches = self._counts_saved_tensors() or self._may_be_interrupted()
-            self._stacks.switch(
-                watches and not (self._stacks.has_foreign_hooks() or is_capturing() or torch.compiler.is_compiling())
-            )
+        watches = (self._counts_saved_tensors() or self._may_be_interrupted()) and not (
+            self._stacks.has_foreign_hooks() or is_capturing() or torch.compiler.is_compiling()
+        )
+        if watches != self._stacks.active and self._frames[-1][1] == self._stacks.beneath():
+            self._stacks.switch(watches)
 
     def _go_on(self, key: str, recipe: ResolvedRecipe | None, *, was_refused: bool, keeps_rest: bool) -> None:
         """Go on with the tape, or with another one."""

@@ -123,7 +123,7 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         if makes_graph and not _are_hooks_ours():
             # What another graph is made of (create_graph=True) is held by that one, as plain autograd holds it.
             graph_task = -1
-        with AS_IT_WAS, self.lock, below_autograd():  # in this order: who has the first may wait for the second
+        with AS_IT_WAS, below_autograd():  # before the tape's lock: who has this may wait for that
             return self._alone(self._read, handle, graph_task, makes_graph)
 
     def _read(self, handle: Handle, graph_task: int, makes_graph: bool) -> torch.Tensor:
@@ -139,7 +139,8 @@ class Replayer(Schedule[TapedValue, TapedOp]):
                 self.statistics.kept_graphs += 1
             return tensor
         if storage is None:
-            self.put_back()
+            if self.used_up is not None:
+                self._put_back()
             storage = self._need(value, handle.leaf)
         return handle.ref.build(storage)
 
@@ -164,7 +165,16 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         self._acts = True
         try:
             while self._died:
-                self._release(self._died.popleft())
+                value = self._died.popleft()
+                if self.used_up is not None:
+                    self._put_back()
+                value.handles -= 1
+                if not value.handles:
+                    value.live = None
+                if self._released is not None:
+                    self._released.append(value)
+                else:
+                    self._give_back([value])
         finally:
             self._acts = False
             self.lock.release()
@@ -212,16 +222,6 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         self._died.append(value)
         self._bury()
 
-    def _release(self, value: TapedValue) -> None:
-        self.put_back()
-        value.handles -= 1
-        if not value.handles:
-            value.live = None
-        if self._released is not None:
-            self._released.append(value)
-        else:
-            self._give_back([value])
-
     def _need(self, wanted: TapedValue, leaf: int) -> torch.UntypedStorage:
         storage = contents(wanted)
         if storage is None:
@@ -261,10 +261,11 @@ class Replayer(Schedule[TapedValue, TapedOp]):
         storages: dict[TapedValue, torch.UntypedStorage] = {}
         written = written_refs(op)
         for value in op.inputs:
-            self._look_again(value)
+            if value.mark is not None:
+                self._look_again(value)
             held = memos[value] if value in memos else contents(value)
             assert held is not None
-            if self._is_changed(value):
+            if self.check is not None and self._is_changed(value):
                 assert value.source is not None
                 raise changed_error(value.source, WRITTEN_BEHIND)
             if value in written and not self._may_overwrite(value, going_on, finished):

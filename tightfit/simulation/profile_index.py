@@ -97,7 +97,7 @@ class ProfileIndex:
         """Return look-ups into a profile that differs from this one's in nothing but times."""
         other = copy.copy(self)
         other.profile = profile
-        for name in ("plain_step_ms", "plain_work", "has_device_times"):
+        for name in ("plain_step_ms", "plain_work", "planned_work", "has_device_times"):
             other.__dict__.pop(name, None)
         return other
 
@@ -110,6 +110,19 @@ class ProfileIndex:
     def plain_work(self) -> StepWork:
         """What the plain step does within each event."""
         return self.profile.plain_work()
+
+    @cached_property
+    def planned_work(self) -> StepWork:
+        """The same under a plan that leaves all untouched, as long as it drops anything elsewhere."""
+        host_ms, device_ms, optimizer = self.plain_work
+        profile, host_ms = self.profile, list(host_ms)
+        for time, (kind, _) in enumerate(profile.events):
+            if kind == EventKind.EXIT:
+                host_ms[time] += profile.untouched_ms_per_region
+        begin = next((time for time, (kind, _) in enumerate(profile.events) if kind == EventKind.ENTER), None)
+        if begin is not None:
+            host_ms[begin] += profile.planned_ms_per_step
+        return StepWork(host_ms, device_ms, optimizer)
 
     @cached_property
     def keeps_graph(self) -> bool:

@@ -72,8 +72,8 @@ class TimeCuts:
         return len(self.first) == 1
 
     def _list(self, index: ProfileIndex, last: int) -> None:
-        """Write down all ways, and how much shorter than the plain step each is."""
-        host, device, optimizer = index.plain_work
+        """Write down all ways, and how much longer than the plain step each is before anything is recomputed."""
+        host, device, optimizer = index.planned_work  # the plain step is no answer where something is asked for
         events = [time for time in range(self._event_count) if host[time] or device[time]]
         host_ms, device_ms = sum(host[:optimizer]), sum(device[:optimizer])
         upto = np.cumsum(host)
@@ -93,7 +93,7 @@ class TimeCuts:
         self._after = np.array([cut.passes_after for cut in cuts])
 
     def base_ms(self, cut: Cut) -> float:
-        """Return the way's time in the plain step, less the plain step's own: at most 0."""
+        """Return the way's time before anything is recomputed, less the plain step's own."""
         return self._base_ms[cut]
 
     def longest(self, work: Sequence[tuple[Array, Array, Array, float]]) -> tuple[Cut, float]:
