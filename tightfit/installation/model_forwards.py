@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tightfit._torch_private.modules import own_children
 from tightfit.distributed._fsdp_private import wrap_fsdp_hooks
 from tightfit.errors import PlanMismatch
 from tightfit.installation.region_forward import RegionForward
@@ -26,6 +27,9 @@ class ModelForwards:
         self._installed = installed
         self._modules: list[torch.nn.Module] = []
         self._forwards: list[RegionForward] = []
+        self._paths: list[str] = []
+        self._links: list[tuple[Mapping[str, torch.nn.Module | None], str, torch.nn.Module | None]] = []
+        """From the model down to those modules: a module's children, and one of them by its name."""
         self._leave_machinery: Callable[[], None] | None = None
         """Removes the hooks that hide FSDP2's own operations from the tape."""
 
@@ -40,10 +44,13 @@ class ModelForwards:
         Raises:
             PlanMismatch: the model has no module at one of them.
         """
+        if paths == self._paths and all(children.get(name) is child for children, name, child in self._links):
+            return
         wanted = [module_at(self._model, path) for path in paths]
         if len(wanted) == len(self._modules) and all(a is b for a, b in zip(wanted, self._modules, strict=True)):
             return
         self.take_off()
+        self._paths, self._links = list(paths), _links(self._model, paths)
         for path, module in zip(paths, wanted, strict=True):
             forward = make_root(module) if path == ROOT else RegionForward(module, path, self._installed)
             module.__dict__["forward"] = forward
@@ -57,7 +64,7 @@ class ModelForwards:
         """Leave each module's forward as it was; what others have wrapped around it stays."""
         for installed in self._forwards:
             installed.is_attached = False
-        self._forwards = []
+        self._forwards, self._paths, self._links = [], [], []
         for module in self._modules:
             forward = vars(module).get("forward")
             if isinstance(forward, RegionForward):
@@ -82,6 +89,21 @@ class ModelForwards:
         finally:
             for forward, original in zip(forwards, originals, strict=True):
                 forward.original = original
+
+
+def _links(
+    model: torch.nn.Module, paths: Sequence[str]
+) -> list[tuple[Mapping[str, torch.nn.Module | None], str, torch.nn.Module | None]]:
+    """Return the links that lead from a model to its modules at these paths; each once."""
+    found: dict[str, tuple[Mapping[str, torch.nn.Module | None], str, torch.nn.Module | None]] = {}
+    for path in paths:
+        module, walked = model, ""
+        for name in path.split(".") if path != ROOT else ():
+            walked += f".{name}"
+            children = own_children(module)
+            module = module.get_submodule(name)
+            found.setdefault(walked, (children, name, module))
+    return list(found.values())
 
 
 def module_at(model: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -6,7 +6,6 @@ Users keep ``MyFunction.apply`` in variables, so that replacing it would come to
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -35,12 +34,12 @@ def _getattribute(function: Any, name: str) -> Any:
     if watcher is None:
         return found
 
-    @functools.wraps(found)  # PyTorch reads the defaults of its arguments
     def forward(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # not by PyTorch, which calls it with positions alone
             return found(*args, **kwargs)
         return watcher(function, found, args)
 
+    forward.__wrapped__ = found  # type: ignore[attr-defined]  # PyTorch reads the defaults of its arguments
     return forward
 
 

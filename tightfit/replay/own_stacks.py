@@ -1,5 +1,7 @@
 """Put a session's dispatch mode, hooks and watch on PyTorch's stacks, and take them off again.
 
+Calls of functions and transforms are watched as long: no other call pays for that.
+
 PyTorch's stacks are last in, first out, and user code may push modes or hooks of its own between two of our calls.
 `OwnStacks.switch` therefore changes them only if whatever lies beneath ours is what lay there when the calling region
 began; otherwise it leaves them and lets operations pass through.
@@ -7,7 +9,7 @@ began; otherwise it leaves them and lets operations pass through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +24,8 @@ from tightfit._torch_private.dispatch import (
     top_function_mode,
 )
 from tightfit.operators.escaped_memory import MemoryWatch
+from tightfit.operators.function_calls import WatchedFunctions
+from tightfit.operators.function_transforms import WatchedTransforms
 
 
 class OwnStacks:
@@ -33,6 +37,7 @@ class OwnStacks:
         pack: Callable[[torch.Tensor], Any],
         unpack: Callable[[Any], torch.Tensor],
         watch: MemoryWatch | None,
+        calls: Sequence[WatchedFunctions | WatchedTransforms],
     ) -> None:
         self.active = False
         """Whether they are on the stacks."""
@@ -42,6 +47,7 @@ class OwnStacks:
         self._pack = pack
         self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
         self._watch = watch
+        self._calls = calls
 
     def has_foreign_hooks(self) -> bool:
         """Return whether somebody else's saved-tensor hooks are active, or such hooks forbidden (`torch.func.grad`).
@@ -70,8 +76,16 @@ class OwnStacks:
             return
         if active:
             self._push()
+            for calls in self._calls:
+                calls.start()
         elif self._are_on_top():
             self._pop()
+            self.stop_watching()
+
+    def stop_watching(self) -> None:
+        """Leave calls of functions and transforms alone."""
+        for calls in self._calls:
+            calls.stop()
 
     @contextmanager
     def hooks_aside(self) -> Iterator[None]:

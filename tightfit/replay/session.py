@@ -50,16 +50,13 @@ class Session(RegionCalls, DispatchMode):
         super().__init__()
         watched = all(module.training for module in state.fast_paths)
         watch = MemoryWatch(self._expose) if watched else None
-        self._follow(state, region, OwnStacks(self, self._pack, unpack, watch))
+        calls = WatchedFunctions(self._call_function), WatchedTransforms(self._transform_begins)
+        self._follow(state, region, OwnStacks(self, self._pack, unpack, watch, calls))
         self._writes = state.writes
         self._writes.prune()
         state.rebuilt.forget()
-        self._functions = WatchedFunctions(self._call_function)
-        self._functions.start()
         self._compiled = CompiledCalls()
         self._compiled.start()
-        self._transforms = WatchedTransforms(self._transform_begins)
-        self._transforms.start()
         self._taking: AbstractContextManager[None] = nullcontext()
         if not all(state.checkpoints.values()):
             self._taking = taking_over(self._take_checkpoint)
@@ -67,14 +64,13 @@ class Session(RegionCalls, DispatchMode):
 
     def close(self) -> None:
         """Let go of what refers back to the session, so that it is freed without garbage collection."""
-        self._functions.stop()
         self._compiled.stop()
-        self._transforms.stop()
         self._backwards.close()
-        del self._functions, self._transforms
         self._taking.__exit__(None, None, None)
         del self._taking
-        if not self._stacks.active:
+        if self._stacks.active:
+            self._stacks.stop_watching()
+        else:
             del self._stacks
 
     def _expose(self, tensor: torch.Tensor) -> None:

@@ -24,12 +24,11 @@ def may_be_written_unseen(tensor: torch.Tensor) -> bool:
 
     On the host only: elsewhere, to read a mark would be to wait for the device.
     """
-    if not device_for(tensor).is_host:
+    if not tensor.is_cpu and not device_for(tensor).is_host:
         return False
-    is_explained = not tensor.is_leaf or isinstance(tensor, torch.nn.Parameter)
-    if is_explained or isinstance(base_of_view(tensor), torch.nn.Parameter):
+    if isinstance(tensor, torch.nn.Parameter) or not tensor.is_leaf:
         return was_given_or_lent(tensor)
-    return True
+    return not isinstance(base_of_view(tensor), torch.nn.Parameter) or was_given_or_lent(tensor)
 
 
 def was_given_or_lent(tensor: torch.Tensor) -> bool:

@@ -134,7 +134,7 @@ class ModuleCall:
         self._tensors = tuple([(held, storage_key(held), version_of(held)) for _, held in tensors])
         marks = [(held, mark_of_source(tensor, {})) for tensor, held in tensors]
         self._marks = [(held, mark) for held, mark in marks if mark is not None]
-        devices = (device_for(tensor) for tensor, _ in tensors)
+        devices = (device_for(tensor) for tensor, _ in tensors if not tensor.is_cpu)
         self._autocast = autocast_of(next((one.kind for one in devices if not one.is_host), "cpu"))
         self._random = [(generator, generator.get_state()) for generator in generators_of(t for t, _ in tensors)]
 

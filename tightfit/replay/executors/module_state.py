@@ -96,8 +96,8 @@ class ModuleState:
         lengths, names, values = wanted
         return (
             list(map(len, self._tables)) == lengths
+            and list(chain.from_iterable(self._tables)) == names
             and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), values))
-            and all(map(is_, chain.from_iterable(self._tables), names))
         )
 
     def _put_tables(self, wanted: _Attributes) -> None:
