@@ -23,10 +23,12 @@ from tightfit._torch_private.dispatch import (
     DEVICE,
     LOCAL_SCALAR,
     DispatchMode,
+    FakeTensorMode,
     fake_device_of,
     is_traced,
     top_dispatch_mode,
 )
+from tightfit._torch_private.fake_calls import FakeCalls
 from tightfit.device import Device
 from tightfit.device.tensor_parts import stored_in
 from tightfit.distributed.dtensor import is_dtensor
@@ -74,6 +76,7 @@ class Observer(DispatchMode):
         excluded: Sequence[str] = (),
         *,
         runs_native_code: bool = False,
+        mode: FakeTensorMode | None = None,
     ) -> None:
         """Prepare to record a step.
 
@@ -85,6 +88,7 @@ class Observer(DispatchMode):
             left_checkpoints: checkpointed functions of the model's that are left to PyTorch, and why; None: all are.
             excluded: paths of the modules that are left untouched.
             runs_native_code: it runs code that takes addresses, and may write there unseen.
+            mode: of the tensors without data that the step runs on.
         """
         super().__init__()
         self._ledger = ledger = StorageLedger(device)
@@ -122,6 +126,7 @@ class Observer(DispatchMode):
         self.known_values: KnownValues | None = None
         """What tensors without data would hold; None: they are not asked for it."""
         self._has_data = unspill is not None
+        self._below = FakeCalls(mode).call
         self._device = device
         self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
@@ -265,13 +270,17 @@ class Observer(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE and not self._memory_only_depth and (device := fake_device_of(args[0])) is not None:
+            if self._ledger.is_open and not self._unrecorded_depth:
+                self._sums.set_graph_task(current_graph_task())
+            return device  # autograd asks this most of all
         if any_wrapper(types, args):
             return NotImplemented  # its class runs operations on its parts, which come here
         kwargs = kwargs or {}
         if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:
             return 1.0  # `item()`: an optimizer reads its step counter, and a fake tensor has no number
         if self._unrecorded_depth or not self._ledger.is_open or is_traced(self._has_data):
-            return func(*args, **kwargs)
+            return self._below(func, args, kwargs)
         was_in_observer, self._in_observer = self._in_observer, True
         try:
             if self._memory_only_depth:
@@ -285,7 +294,7 @@ class Observer(DispatchMode):
 
     def _record_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._sums.resolve()
-        result = func(*args, **kwargs)
+        result = self._below(func, args, kwargs)
         if not describe(func).is_view:
             for tensor in result_tensors(result):
                 if isinstance(tensor, torch.Tensor) and not is_dtensor(tensor):
@@ -296,11 +305,9 @@ class Observer(DispatchMode):
     def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graph_task = current_graph_task()
         self._sums.set_graph_task(graph_task)
-        if func is DEVICE and (device := fake_device_of(args[0])) is not None:  # autograd asks most of all
-            return device
         info = describe(func)
         if info.is_view:
-            return func(*args, **kwargs)
+            return self._below(func, args, kwargs)
         self._watch_backward(graph_task)
         if self._calls.is_in_graph:
             for tensor in mutated_tensors(info, args, kwargs):
@@ -345,7 +352,7 @@ class Observer(DispatchMode):
             return number
         info, measured = describe(func), self._signatures.measured
         if not self._has_data or signature in measured or not info.is_foreign or info.blocker:
-            return func(*args, **kwargs)
+            return self._below(func, args, kwargs)
         call = self._signatures.calls[signature]
         result, measured[signature] = cost_where_it_runs(call, lambda: func(*args, **kwargs), self._device)
         return result

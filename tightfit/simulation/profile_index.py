@@ -13,6 +13,7 @@ from functools import cached_property
 
 from tightfit.records import Decision, Event, EventKind, Profile, StepWork, ValueName
 from tightfit.simulation.second_call import made_storages, slots_made_again
+from tightfit.simulation.walked_events import WalkedEvent, walked_events
 
 _OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.READ, EventKind.RELEASE)
 
@@ -100,6 +101,11 @@ class ProfileIndex:
         for name in ("plain_step_ms", "plain_work", "has_device_times"):
             other.__dict__.pop(name, None)
         return other
+
+    @cached_property
+    def walked_events(self) -> Sequence[WalkedEvent]:
+        """The step's events, with those summed up that are the same under every plan."""
+        return walked_events(self.profile, self.region_of_op, self.fixed_slots)
 
     @cached_property
     def plain_step_ms(self) -> float:

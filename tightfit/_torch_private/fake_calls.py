@@ -1,0 +1,112 @@
+"""Calls of operations on tensors without data, of which a step makes thousands and few that differ.
+
+PyTorch remembers what a fake kernel returned for arguments like these.  But it reaches that memory through the
+dispatcher and describes each tensor in seventeen fields for it, which is most of what observing a step takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses import _fake_tensor_utils
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_mode_of = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+#: Arguments that a call is known by as they are. 1, 1.0 and True are equal, so the type is looked at, too.
+_PLAIN = frozenset(
+    {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+#: What is not there in a version of PyTorch makes all calls go the long way.
+_CACHE = getattr(FakeTensorMode, "cache", None)
+_KEY_STATE = getattr(_fake_tensor_utils, "_CacheKeyState", None)
+_IS_POSSIBLE = (
+    _CACHE is not None
+    and _KEY_STATE is not None
+    and all(hasattr(FakeTensorMode, name) for name in ("_cache_key", "_output_from_cache_entry"))
+)
+
+
+class _Unknown(Exception):
+    """An argument that only PyTorch describes in full."""
+
+
+class FakeCalls:
+    """Makes calls below all modes but one of fake tensors; those that it has answered before, sooner.
+
+    What a call returns is what PyTorch's own memory holds for it.
+    """
+
+    def __init__(self, mode: FakeTensorMode | None) -> None:
+        """`mode`: None makes all calls as they are."""
+        usable = _IS_POSSIBLE and mode is not None and mode.shape_env is None and mode.cache_enabled
+        self._mode = mode if usable and mode is not None and not mode.cache_crosscheck_enabled else None
+        self._known: dict[Any, tuple[Any, Any, Any] | None] = {}
+        """By what a call is known by: what PyTorch makes its result from; None: it has to run the kernel."""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return ``func(*args, **kwargs)``."""
+        mode = self._mode
+        if mode is None or _mode_of(_FAKE) is not mode or torch._C._len_torch_dispatch_stack() != 1:
+            return func(*args, **kwargs)
+        try:
+            known_by = (
+                func,
+                torch.get_default_dtype(),
+                torch._C._get_default_device(),
+                torch.is_inference_mode_enabled(),
+                *[self._described(one) for one in args],
+                *[(name, self._described(one)) for name, one in kwargs.items()],
+            )
+        except _Unknown:
+            return func(*args, **kwargs)
+        if known_by in self._known:
+            made = self._known[known_by]
+            if made is None:
+                return func(*args, **kwargs)
+            return mode._output_from_cache_entry(*made, func, args)
+        return self._first(mode, known_by, func, args, kwargs)
+
+    def _first(self, mode: Any, known_by: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that is unlike all earlier ones, and remember where PyTorch remembers it."""
+        assert _KEY_STATE is not None and _CACHE is not None
+        state = _KEY_STATE(None)
+        try:
+            key = mode._cache_key(state, func, args, kwargs)  # before the call, which may change its arguments
+        except Exception:  # PyTorch does not remember such calls
+            key = None
+        result = func(*args, **kwargs)
+        entry = None if key is None else _CACHE.get(key)
+        self._known[known_by] = (state, entry, key) if hasattr(entry, "output_infos") else None
+        return result
+
+    def _described(self, argument: Any) -> Any:
+        """Return all of an argument that a fake kernel's result may depend on."""
+        kind = type(argument)
+        if kind is FakeTensor:
+            if (
+                argument.fake_mode is not self._mode
+                or argument.constant is not None
+                or argument.layout is not torch.strided
+                or argument.is_quantized
+            ):
+                raise _Unknown
+            return (
+                argument.shape,
+                argument.stride(),
+                argument.dtype,
+                argument.fake_device,
+                argument.storage_offset(),
+                argument.untyped_storage().nbytes(),
+                argument.requires_grad,
+                argument.is_conj(),
+                argument.is_neg(),
+                argument.is_inference(),
+            )
+        if kind in _PLAIN:
+            return kind, argument
+        if kind is list or kind is tuple:
+            return kind, *[self._described(one) for one in argument]
+        raise _Unknown
