@@ -71,7 +71,8 @@ class FakeCalls:
 
     def _first(self, mode: Any, known_by: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is unlike all earlier ones, and remember where PyTorch remembers it."""
-        assert _KEY_STATE is not None and _CACHE is not None
+        assert _KEY_STATE is not None  # else there is no mode, see above
+        assert _CACHE is not None
         state = _KEY_STATE(None)
         try:
             key = mode._cache_key(state, func, args, kwargs)  # before the call, which may change its arguments

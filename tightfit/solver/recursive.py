@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from tightfit.collector import uncollected
 from tightfit.records import Decision, EventKind, SharedTape
 from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
 from tightfit.simulation.levers import BY_VALUE
 from tightfit.simulation.profile_index import ProfileIndex, RegionFacts
 from tightfit.simulation.simulator import INFINITY, Simulation, TooHigh, simulate
-from tightfit.solver.uncollected import uncollected
 
 #: Leaves at most, unless there are more regions.
 _MOST_LEAVES = 256
