@@ -16,9 +16,7 @@ _mode_of = torch._C._get_dispatch_mode
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 #: Arguments that a call is known by as they are. 1, 1.0 and True are equal, so the type is looked at, too.
-_PLAIN = frozenset(
-    {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
+_PLAIN = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 #: What is not there in a version of PyTorch makes all calls go the long way.
 _CACHE = getattr(FakeTensorMode, "cache", None)
 _KEY_STATE = getattr(_fake_tensor_utils, "_CacheKeyState", None)
@@ -27,6 +25,10 @@ _IS_POSSIBLE = (
     and _KEY_STATE is not None
     and all(hasattr(FakeTensorMode, name) for name in ("_cache_key", "_output_from_cache_entry"))
 )
+
+
+CallKey = tuple[Any, ...]
+"""An operation with all that a fake kernel's result may depend on."""
 
 
 class _Unknown(Exception):
@@ -43,16 +45,16 @@ class FakeCalls:
         """`mode`: None makes all calls as they are."""
         usable = _IS_POSSIBLE and mode is not None and mode.shape_env is None and mode.cache_enabled
         self._mode = mode if usable and mode is not None and not mode.cache_crosscheck_enabled else None
-        self._known: dict[Any, tuple[Any, Any, Any] | None] = {}
-        """By what a call is known by: what PyTorch makes its result from; None: it has to run the kernel."""
+        self._known: dict[CallKey, tuple[Any, Any, Any] | None] = {}
+        """What PyTorch makes a call's result from; None: it has to run the kernel."""
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return ``func(*args, **kwargs)``."""
+    def known_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey | None:
+        """Return what a call is known by: of two that share it, the results are alike; None where nobody can tell."""
         mode = self._mode
         if mode is None or _mode_of(_FAKE) is not mode or torch._C._len_torch_dispatch_stack() != 1:
-            return func(*args, **kwargs)
+            return None
         try:
-            known_by = (
+            return (
                 func,
                 torch.get_default_dtype(),
                 torch._C._get_default_device(),
@@ -61,16 +63,23 @@ class FakeCalls:
                 *[(name, self._described(one)) for name, one in kwargs.items()],
             )
         except _Unknown:
-            return func(*args, **kwargs)
-        if known_by in self._known:
-            made = self._known[known_by]
-            if made is None:
-                return func(*args, **kwargs)
-            return mode._output_from_cache_entry(*made, func, args)
-        return self._first(mode, known_by, func, args, kwargs)
+            return None
 
-    def _first(self, mode: Any, known_by: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known_by: CallKey | None) -> Any:
+        """Return ``func(*args, **kwargs)``."""
+        if known_by is None:
+            return func(*args, **kwargs)
+        if known_by not in self._known:
+            return self._first(func, args, kwargs, known_by)
+        made = self._known[known_by]
+        if made is None:
+            return func(*args, **kwargs)
+        mode: Any = self._mode
+        return mode._output_from_cache_entry(*made, func, args)
+
+    def _first(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known_by: CallKey) -> Any:
         """Make a call that is unlike all earlier ones, and remember where PyTorch remembers it."""
+        mode: Any = self._mode
         assert _KEY_STATE is not None  # else there is no mode, see above
         assert _CACHE is not None
         state = _KEY_STATE(None)
@@ -106,6 +115,8 @@ class FakeCalls:
                 argument.is_neg(),
                 argument.is_inference(),
             )
+        if kind is float or kind is complex:
+            return kind, repr(argument)  # -0.0 equals 0.0
         if kind in _PLAIN:
             return kind, argument
         if kind is list or kind is tuple:

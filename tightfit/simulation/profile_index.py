@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from tightfit.collector import uncollected
 from tightfit.records import Decision, Event, EventKind, Profile, StepWork, ValueName
 from tightfit.simulation.second_call import made_storages, slots_made_again
 from tightfit.simulation.walked_events import WalkedEvent, walked_events
@@ -47,6 +48,7 @@ class RegionFacts:
 class ProfileIndex:
     """Look-ups into a profile that do not depend on any decision; build it once and share it."""
 
+    @uncollected()
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.region_of_op = [0] * len(profile.ops)

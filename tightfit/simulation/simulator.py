@@ -256,24 +256,23 @@ def simulate(
                     where_region = owner
                 model = models[owner]
                 moment = model.handle(kind, a)
-                acquired, released = moment.acquired, moment.released
-                if moment.added is not None:
-                    added[time] = moment.added
                 if fixed_storage >= 0 and a not in model.slots:
-                    if kind == EventKind.SAVE:
-                        acquired = [fixed_storage, *acquired]
-                    else:
-                        released = [fixed_storage, *released]
-                memo += moment.memo_delta
-                spike = moment.spike
-                for storage in acquired:
-                    held[storage] += 1
-                    if held[storage] == 1:
-                        level += nbytes_of[storage]
-                for storage in released:
-                    held[storage] -= 1
-                    if held[storage] == 0:
-                        level -= nbytes_of[storage]
+                    held[fixed_storage] += 1 if kind == EventKind.SAVE else -1
+                    if held[fixed_storage] == (kind == EventKind.SAVE):
+                        level += nbytes_of[fixed_storage] * (1 if kind == EventKind.SAVE else -1)
+                if moment is not NOTHING:
+                    if moment.added is not None:
+                        added[time] = moment.added
+                    memo += moment.memo_delta
+                    spike = moment.spike
+                    for storage in moment.acquired:
+                        held[storage] += 1
+                        if held[storage] == 1:
+                            level += nbytes_of[storage]
+                    for storage in moment.released:
+                        held[storage] -= 1
+                        if held[storage] == 0:
+                            level -= nbytes_of[storage]
             elif kind == EventKind.ALLOC:
                 held[a] += 1
                 if held[a] == 1:

@@ -233,7 +233,8 @@ class TapeModel(Schedule[_Value, _Op]):
         if taped is None:
             return NOTHING
         self._written_down.add(taped)
-        moment = self._record(taped)
+        found = self._record(taped)
+        moment = Moment(acquired=list(found.acquired), memo_delta=found.memo_delta)
         for value in taped.inputs:
             moment.acquired += self._hold_sources(value).acquired
         return moment
@@ -297,13 +298,13 @@ class TapeModel(Schedule[_Value, _Op]):
     def _record(self, op: _Op) -> Moment:
         """Write the operation to the tape: its sources are held from now on."""
         held_bytes = 0 if self._is_copy else op.random_bytes  # a copy has the same random state
-        moment = Moment(memo_delta=held_bytes)
         self._bytes += held_bytes
+        acquired: list[int] = []
         for value in op.inputs:
             if value.source is not None and not value.is_held and not self._index.is_resident(value.storage):
                 value.is_held = True
-                moment.acquired.append(value.storage)
-        return moment
+                acquired.append(value.storage)
+        return Moment(acquired=acquired, memo_delta=held_bytes) if acquired or held_bytes else NOTHING
 
     def _exit(self, region: int) -> Moment:
         """End a region: what writing down its operations took is counted here. The last one's end seals the tape."""
