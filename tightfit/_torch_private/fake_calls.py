@@ -17,14 +17,17 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 #: Arguments that a call is known by as they are. 1, 1.0 and True are equal, so the type is looked at, too.
 _PLAIN = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
-#: What is not there in a version of PyTorch makes all calls go the long way.
+#: Where PyTorch remembers, and what it describes a call in; where a version has none, all calls go the long way.
 _CACHE = getattr(FakeTensorMode, "cache", None)
 _KEY_STATE = getattr(_fake_tensor_utils, "_CacheKeyState", None)
-_IS_POSSIBLE = (
-    _CACHE is not None
-    and _KEY_STATE is not None
-    and all(hasattr(FakeTensorMode, name) for name in ("_cache_key", "_output_from_cache_entry"))
-)
+_IS_POSSIBLE = _CACHE is not None and _KEY_STATE is not None and hasattr(FakeTensorMode, "_cache_key")
+
+
+def _is_plain(metadata: Any) -> bool:
+    """Tell whether a result is made from its geometry alone; None describes no tensor that is made."""
+    if metadata is None:
+        return True
+    return metadata.layout is torch.strided and not (metadata.is_conj or metadata.is_neg or metadata.is_inference)
 
 
 CallKey = tuple[Any, ...]
@@ -45,8 +48,8 @@ class FakeCalls:
         """`mode`: None makes all calls as they are."""
         usable = _IS_POSSIBLE and mode is not None and mode.shape_env is None and mode.cache_enabled
         self._mode = mode if usable and mode is not None and not mode.cache_crosscheck_enabled else None
-        self._known: dict[CallKey, tuple[Any, Any, Any] | None] = {}
-        """What PyTorch makes a call's result from; None: it has to run the kernel."""
+        self._known: dict[CallKey, Any] = {}
+        """What PyTorch makes a call's results from; None: it has to run the kernel."""
 
     def known_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey | None:
         """Return what a call is known by: of two that share it, the results are alike; None where nobody can tell."""
@@ -74,8 +77,22 @@ class FakeCalls:
         made = self._known[known_by]
         if made is None:
             return func(*args, **kwargs)
-        mode: Any = self._mode
-        return mode._output_from_cache_entry(*made, func, args)
+        results = [self._result(one, args) for one in made.output_infos]
+        return tuple(results) if made.is_output_tuple else results[0]
+
+    def _result(self, info: Any, args: tuple[Any, ...]) -> Any:
+        """Return one of a call's results, as ``FakeTensorMode._output_from_cache_entry`` makes it."""
+        like = info.metadata
+        if like is None:
+            return info.constant_value if info.inplace_idx is None else args[info.inplace_idx]
+        storage = None if info.view_idx is None else args[info.view_idx].untyped_storage()
+        with torch._C._DisableTorchDispatch():
+            data = torch.empty_strided(
+                like.shape, like.stride, dtype=like.dtype, device="meta", requires_grad=like.requires_grad
+            )
+            if storage is not None:
+                data.set_(storage, like.storage_offset, like.shape, like.stride)
+        return FakeTensor(self._mode, data, like.device)
 
     def _first(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known_by: CallKey) -> Any:
         """Make a call that is unlike all earlier ones, and remember where PyTorch remembers it."""
@@ -89,7 +106,9 @@ class FakeCalls:
             key = None
         result = func(*args, **kwargs)
         entry = None if key is None else _CACHE.get(key)
-        self._known[known_by] = (state, entry, key) if hasattr(entry, "output_infos") else None
+        infos = getattr(entry, "output_infos", None)
+        is_plain = infos is not None and all(_is_plain(info.metadata) for info in infos)
+        self._known[known_by] = entry if is_plain else None
         return result
 
     def _described(self, argument: Any) -> Any:

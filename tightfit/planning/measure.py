@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tightfit.collector import heap_aside
 from tightfit.device.described.cards import card_for
 from tightfit.device.described.gpu import DescribedDevice
 from tightfit.distributed.fsdp import reducing_each_backward
@@ -31,7 +30,6 @@ _log = logging.getLogger(__name__)
 
 @showing_when_long()
 @waiting_interrupts()
-@heap_aside()
 def measure(
     model: Models,
     batch: Any,
