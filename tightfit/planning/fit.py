@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from tightfit.collector import heap_aside
 from tightfit.device import device_for
 from tightfit.device.budget import Budget
 from tightfit.device.out_of_memory import is_out_of_memory
@@ -51,6 +52,7 @@ _WORTH_SAYING = 0.02
 
 @showing_when_long()
 @waiting_interrupts()
+@heap_aside()
 def fit(
     model: Models,
     batch: Any,

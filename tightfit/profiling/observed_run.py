@@ -86,7 +86,12 @@ def observe_fake(
         try:
             while True:
                 observer = Observer(
-                    signatures, device, layouts=layouts, left_checkpoints=left_checkpoints, excluded=step.excluded
+                    signatures,
+                    device,
+                    layouts=layouts,
+                    left_checkpoints=left_checkpoints,
+                    excluded=step.excluded,
+                    mode=mode,
                 )
                 if not _observe_copy(model, batch, step, observer, mode, knows_batch=knows_batch):
                     break

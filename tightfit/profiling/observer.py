@@ -23,10 +23,12 @@ from tightfit._torch_private.dispatch import (
     DEVICE,
     LOCAL_SCALAR,
     DispatchMode,
+    FakeTensorMode,
     fake_device_of,
     is_traced,
     top_dispatch_mode,
 )
+from tightfit._torch_private.fake_calls import CallKey, FakeCalls
 from tightfit.device import Device
 from tightfit.device.tensor_parts import stored_in
 from tightfit.distributed.dtensor import is_dtensor
@@ -74,6 +76,7 @@ class Observer(DispatchMode):
         excluded: Sequence[str] = (),
         *,
         runs_native_code: bool = False,
+        mode: FakeTensorMode | None = None,
     ) -> None:
         """Prepare to record a step.
 
@@ -85,6 +88,7 @@ class Observer(DispatchMode):
             left_checkpoints: checkpointed functions of the model's that are left to PyTorch, and why; None: all are.
             excluded: paths of the modules that are left untouched.
             runs_native_code: it runs code that takes addresses, and may write there unseen.
+            mode: of the tensors without data that the step runs on.
         """
         super().__init__()
         self._ledger = ledger = StorageLedger(device)
@@ -122,6 +126,7 @@ class Observer(DispatchMode):
         self.known_values: KnownValues | None = None
         """What tensors without data would hold; None: they are not asked for it."""
         self._has_data = unspill is not None
+        self._fakes = FakeCalls(mode)
         self._device = device
         self._real_layouts = layouts or {}
         self.layouts: dict[str, Layouts] = {}
@@ -265,13 +270,17 @@ class Observer(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE and not self._memory_only_depth and (device := fake_device_of(args[0])) is not None:
+            if self._ledger.is_open and not self._unrecorded_depth:
+                self._sums.set_graph_task(current_graph_task())
+            return device  # autograd asks this most of all
         if any_wrapper(types, args):
             return NotImplemented  # its class runs operations on its parts, which come here
         kwargs = kwargs or {}
         if self.in_optimizer and func is LOCAL_SCALAR and not self._has_data:
             return 1.0  # `item()`: an optimizer reads its step counter, and a fake tensor has no number
         if self._unrecorded_depth or not self._ledger.is_open or is_traced(self._has_data):
-            return func(*args, **kwargs)
+            return self._fakes.call(func, args, kwargs, self._fakes.known_by(func, args, kwargs))
         was_in_observer, self._in_observer = self._in_observer, True
         try:
             if self._memory_only_depth:
@@ -285,7 +294,7 @@ class Observer(DispatchMode):
 
     def _record_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._sums.resolve()
-        result = func(*args, **kwargs)
+        result = self._fakes.call(func, args, kwargs, self._fakes.known_by(func, args, kwargs))
         if not describe(func).is_view:
             for tensor in result_tensors(result):
                 if isinstance(tensor, torch.Tensor) and not is_dtensor(tensor):
@@ -296,11 +305,9 @@ class Observer(DispatchMode):
     def _dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graph_task = current_graph_task()
         self._sums.set_graph_task(graph_task)
-        if func is DEVICE and (device := fake_device_of(args[0])) is not None:  # autograd asks most of all
-            return device
         info = describe(func)
         if info.is_view:
-            return func(*args, **kwargs)
+            return self._fakes.call(func, args, kwargs, self._fakes.known_by(func, args, kwargs))
         self._watch_backward(graph_task)
         if self._calls.is_in_graph:
             for tensor in mutated_tensors(info, args, kwargs):
@@ -310,10 +317,11 @@ class Observer(DispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         node = self._backwards.node_of_forward(graph_task) if torch.is_grad_enabled() else -1
         forward = not self._in_backward and not self.in_optimizer and (graph_task < 0 or node >= 0)
-        signature = self._signatures.add(func, args, kwargs)
+        known_by = self._fakes.known_by(func, args, kwargs)
+        signature = self._signatures.add(func, args, kwargs, known_by)
         if not forward:
             since = len(self.observation.events)
-            result = self._call(func, args, kwargs, signature)
+            result = self._call(func, args, kwargs, signature, known_by)
             results = [t for t in result_tensors(result) if isinstance(t, torch.Tensor)]
             self._signatures.record_result(signature, tensors, results)
             for tensor in tensors + results:
@@ -327,11 +335,13 @@ class Observer(DispatchMode):
             return result
         self._note_hooks()
         call = ForwardCall(func, info, types, args, kwargs, tensors, signature, node)
-        return self._forward_ops.record(call, lambda: self._call(func, args, kwargs, signature))
+        return self._forward_ops.record(call, lambda: self._call(func, args, kwargs, signature, known_by))
 
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
+    def _call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int, known_by: CallKey | None
+    ) -> Any:
         """Run the op and give its results the real kernel's layout where the fake kernel's is known to be wrong."""
-        result = self._run(func, args, kwargs, signature)
+        result = self._run(func, args, kwargs, signature, known_by)
         key = self._signatures.keys[signature]
         if (layouts := self._real_layouts.get(key)) is not None:
             result = with_layouts(result, layouts, self._device.torch_device)
@@ -339,13 +349,15 @@ class Observer(DispatchMode):
             self.layouts[key] = layouts_of(result, (*args, *kwargs.values()))
         return result
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int) -> Any:
+    def _run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: int, known_by: CallKey | None
+    ) -> Any:
         """Run the op, and learn what it costs where only a step with data shows that."""
         if self.known_values is not None and (number := self.known_values.scalar(func, args)) is not None:
             return number
         info, measured = describe(func), self._signatures.measured
         if not self._has_data or signature in measured or not info.is_foreign or info.blocker:
-            return func(*args, **kwargs)
+            return self._fakes.call(func, args, kwargs, known_by)
         call = self._signatures.calls[signature]
         result, measured[signature] = cost_where_it_runs(call, lambda: func(*args, **kwargs), self._device)
         return result

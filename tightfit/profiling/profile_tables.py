@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
+from tightfit.collector import uncollected
 from tightfit.operators.differing_calls import GAVE_OTHER_BITS
 from tightfit.operators.facts import OpInfo, describe, operation_named
 from tightfit.operators.region_names import LOSS, RegionCursor
@@ -35,6 +36,7 @@ class _Cut:
     """Regions of which a backward inside forward reads what was saved and keeps it, or whose nodes it runs."""
 
 
+@uncollected()
 def build_tables(
     observation: Observation,
     region_paths: Sequence[str],

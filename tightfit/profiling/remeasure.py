@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tightfit.collector import uncollected
 from tightfit.profiling.measure import measure_step
 from tightfit.records import Event, EventKind, Op, Profile, Signature, Storage
 from tightfit.step.step import Step
@@ -44,6 +45,7 @@ def operations(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple((r.key, tuple(names[r.first_op : r.first_op + r.op_count])) for r in profile.regions)
 
 
+@uncollected()
 def complete(profile: Profile, reference: Profile) -> Profile | None:
     """Complete `profile` with the optimizer and the times of `reference`; None if the two do not match."""
     others = [event.a for event in profile.events if event.kind == EventKind.OTHER_OP]

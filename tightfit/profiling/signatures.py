@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tightfit._torch_private.fake_calls import CallKey
 from tightfit._torch_private.tensors import storage_key
 from tightfit.operators.differing_calls import DESCRIBED
 from tightfit.profiling.cost_cache import Cost
@@ -51,9 +53,16 @@ class SignatureTable:
         self.measured: dict[int, Cost] = {}
         """What calls cost that cannot be run alone on made-up data, and were timed where they ran."""
         self._index: dict[str, int] = {}
+        self._known: dict[Hashable, int] = {}
 
-    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Return the call's number; add the call if it is new."""
+    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known_by: CallKey | None = None) -> int:
+        """Return the call's number; add the call if it is new.
+
+        `known_by`: calls that share it, and autograd's mode, have the same number; None: nothing is known.
+        """
+        short = None if known_by is None else (torch.is_grad_enabled(), known_by)
+        if short is not None and (known := self._known.get(short)) is not None:
+            return known
         call = Call(
             func=func,
             args=tuple(_spec(a) for a in args),
@@ -66,6 +75,8 @@ class SignatureTable:
             index = self._index[key] = len(self.calls)
             self.calls.append(call)
             self.keys.append(key)
+        if short is not None:
+            self._known[short] = index
         return index
 
     def record_result(self, index: int, arguments: list[torch.Tensor], result: list[torch.Tensor]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from tightfit._torch_private.dispatch import FakeTensorMode, tree_map
 from tightfit._torch_private.modules import default_foreach
+from tightfit.collector import uncollected
 from tightfit.device.memory import tensors_below
 from tightfit.device.tensor_parts import does_not_flatten
 from tightfit.distributed._fsdp_private import (
@@ -28,6 +29,7 @@ from tightfit.distributed._fsdp_private import (
 _SINGLE_BY_DEFAULT = (torch.optim.Adafactor,)
 
 
+@uncollected()
 def copy_model(
     model: torch.nn.Module, mode: FakeTensorMode, place: torch.device | None = None
 ) -> tuple[torch.nn.Module, dict[int, Any]]:

@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from tightfit.collector import uncollected
 from tightfit.records import Decision, Event, EventKind, Profile, StepWork, ValueName
 from tightfit.simulation.second_call import made_storages, slots_made_again
+from tightfit.simulation.walked_events import WalkedEvent, walked_events
 
 _OF_SLOTS = (EventKind.SAVE, EventKind.UNPACK, EventKind.READ, EventKind.RELEASE)
 
@@ -46,6 +48,7 @@ class RegionFacts:
 class ProfileIndex:
     """Look-ups into a profile that do not depend on any decision; build it once and share it."""
 
+    @uncollected()
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.region_of_op = [0] * len(profile.ops)
@@ -100,6 +103,11 @@ class ProfileIndex:
         for name in ("plain_step_ms", "plain_work", "planned_work", "has_device_times"):
             other.__dict__.pop(name, None)
         return other
+
+    @cached_property
+    def walked_events(self) -> Sequence[WalkedEvent]:
+        """The step's events, with those summed up that are the same under every plan."""
+        return walked_events(self.profile, self.region_of_op, self.fixed_slots)
 
     @cached_property
     def plain_step_ms(self) -> float:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from tightfit.records import Decision, EventKind, Profile, SharedTape, Stretch, step_ms
 from tightfit.simulation.levers import BY_VALUE, NOTHING, Happening, RegionModel, UntouchedModel, lever_named
 from tightfit.simulation.profile_index import ProfileIndex
+from tightfit.simulation.walked_events import walked_events
 
 INFINITY = float("inf")
 
@@ -219,7 +220,7 @@ def simulate(
     profile = index.profile
     models = models_of(index, decisions, shared_tapes)
     # This loop is most of the time that a plan for a long chain takes: what is asked at every event is looked up first.
-    nbytes_of, owner_of_slot, owner_of_op = index.activation_bytes, index.region_of_slot, index.region_of_op
+    nbytes_of = index.activation_bytes
     held = [0] * len(nbytes_of)
     level = memo = 0
     peak = peak_memo = peak_workspace = -1
@@ -231,70 +232,73 @@ def simulate(
     components_at_peak: dict[str, int] = {}
     added: dict[int, Stretch] = {}
     offset = profile.baseline_bytes + profile.correction_bytes + profile.margin_bytes
-    for time, (kind, a) in enumerate(profile.events):
-        spike = workspace = 0
-        memo_before = memo
-        level_before = level
-        if kind == EventKind.ALLOC:
-            held[a] += 1
-            if held[a] == 1:
-                level += nbytes_of[a]
+    events = index.walked_events
+    if trace is not None:
+        events = walked_events(profile, index.region_of_op, index.fixed_slots, summed_up=False)
+    for time, kind, a, owner, fixed_storage, workspace, change in events:
+        memo_before, before = memo, level + memo
+        spike = 0
+        if kind is None:
+            level += change
+            if time < 0:
+                continue  # no higher than it was
+            high = before + a
         elif kind == EventKind.FREE:
             held[a] -= 1
             if held[a] == 0:
                 level -= nbytes_of[a]
-            continue  # no higher than it was
-        elif kind == EventKind.OTHER_OP:
-            workspace = index.fixed_spikes.get(time, 0)
-        elif kind in OF_A_REGION:
-            owner = owner_of_op[a] if kind == EventKind.OP else a if kind == EventKind.EXIT else owner_of_slot[a]
-            if kind == EventKind.OP:
-                workspace = index.fixed_spikes.get(time, 0)
-            elif kind == EventKind.EXIT:
-                current = -1
-            if phase == "backward":
-                where_region = owner
-            model = models[owner]
-            moment = model.handle(kind, a)
-            acquired, released = moment.acquired, moment.released
-            if moment.added is not None:
-                added[time] = moment.added
-            if kind in (EventKind.SAVE, EventKind.RELEASE) and a in index.fixed_slots and a not in model.slots:
-                storage = profile.values[profile.slots[a].value].storage
-                if kind == EventKind.SAVE:
-                    acquired = [storage, *acquired]
-                else:
-                    released = [storage, *released]
-            memo += moment.memo_delta
-            spike = moment.spike
-            for storage in acquired:
-                held[storage] += 1
-                if held[storage] == 1:
-                    level += nbytes_of[storage]
-            for storage in released:
-                held[storage] -= 1
-                if held[storage] == 0:
-                    level -= nbytes_of[storage]
-        elif kind == EventKind.ENTER:
-            current = a
-        elif kind == EventKind.KEEPING:
-            memo += sum(model.handle(kind, a).memo_delta for model in {id(model): model for model in models}.values())
-        elif kind == EventKind.BACKWARD:
-            phase = "backward"
-        elif kind == EventKind.OPTIMIZER:
-            phase = "optimizer"
-        high = max(level + memo + workspace, level_before + memo_before + spike)
+            continue
+        else:
+            if owner >= 0:
+                if kind == EventKind.EXIT:
+                    current = -1
+                if phase == "backward":
+                    where_region = owner
+                model = models[owner]
+                moment = model.handle(kind, a)
+                if fixed_storage >= 0 and a not in model.slots:
+                    held[fixed_storage] += 1 if kind == EventKind.SAVE else -1
+                    if held[fixed_storage] == (kind == EventKind.SAVE):
+                        level += nbytes_of[fixed_storage] * (1 if kind == EventKind.SAVE else -1)
+                if moment is not NOTHING:
+                    if moment.added is not None:
+                        added[time] = moment.added
+                    memo += moment.memo_delta
+                    spike = moment.spike
+                    for storage in moment.acquired:
+                        held[storage] += 1
+                        if held[storage] == 1:
+                            level += nbytes_of[storage]
+                    for storage in moment.released:
+                        held[storage] -= 1
+                        if held[storage] == 0:
+                            level -= nbytes_of[storage]
+            elif kind == EventKind.ALLOC:
+                held[a] += 1
+                if held[a] == 1:
+                    level += nbytes_of[a]
+            elif kind == EventKind.ENTER:
+                current = a
+            elif kind == EventKind.KEEPING:
+                several = {id(model): model for model in models}.values()
+                memo += sum(model.handle(kind, a).memo_delta for model in several)
+            elif kind == EventKind.BACKWARD:
+                phase = "backward"
+            elif kind == EventKind.OPTIMIZER:
+                phase = "optimizer"
+            high = level + memo + workspace
+            if before + spike > high:
+                high = before + spike
+        if trace is None and high <= peak:
+            continue
+        in_replay = spike > 0 and before + spike == high
+        recomputed, within_op = (memo_before + spike, 0) if in_replay else (memo, workspace)
         if trace is not None:
-            in_replay = spike > 0 and level_before + memo_before + spike == high
-            parts = (memo_before + spike, 0) if in_replay else (memo, workspace)
-            trace.append(Moment(time, high, *parts, added[time].ms if time in added else 0.0))
+            trace.append(Moment(time, high, recomputed, within_op, added[time].ms if time in added else 0.0))
         if high > peak:
             if high + offset > most_bytes:
                 raise TooHigh
-            peak, peak_event = high, time
-            in_replay = level_before + memo_before + spike >= level + memo + workspace and spike > 0
-            peak_memo = memo_before + spike if in_replay else memo
-            peak_workspace = 0 if in_replay else workspace
+            peak, peak_event, peak_memo, peak_workspace = high, time, recomputed, within_op
             components_at_peak = {"activations": high - peak_memo - peak_workspace}
             if phase == "optimizer":
                 peak_label = "optimizer step"

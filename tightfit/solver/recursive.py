@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from tightfit.collector import uncollected
 from tightfit.records import Decision, EventKind, SharedTape
 from tightfit.records.recompute_tree import RecomputeTree, balanced_tree
 from tightfit.simulation.levers import BY_VALUE
@@ -83,11 +84,13 @@ class RecursivePlans:
         self._index = index
         self._least_step_ms = least_step_ms
 
+    @uncollected()
     def within(self, most_bytes: float) -> list[RecursivePlan]:
         """Return every candidate whose peak is not above that."""
         walked = [candidate.within(self._index, most_bytes) for candidate in self._candidates]
         return [one for one in walked if one is not None and one.simulation.step_ms >= self._least_step_ms]
 
+    @uncollected()
     def smallest(self, most_bytes: float) -> RecursivePlan | None:
         """Return the candidate with the smallest peak, the first of several; None if all are above `most_bytes`."""
         best: tuple[int, int] | None = None

@@ -24,25 +24,35 @@ from tightfit.errors import TightfitError
 from tightfit.units import format_bytes
 
 _CHUNK_BYTES = 8 * 2**20
+#: Of a file of copies, what lies in memory instead.
+_IN_MEMORY_BYTES = 2**20
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 class CopyFile:
-    """A temporary file that holds copies; it goes when the last of them does."""
+    """A temporary file that holds copies; it goes when the last of them does.
+
+    The first of them lie in memory that PyTorch's allocator does not know of: most files never hold more.
+    """
 
     def __init__(self) -> None:
+        self._first = bytearray()
         self._file: IO[bytes] | None = None
         self._end = 0
 
     def write(self, data: Any) -> int:
         """Append bytes, and return where they begin. Raises `TightfitError` if there is no room."""
         begin = self._end
+        view = memoryview(data)
+        if self._file is None and begin + len(view) <= _IN_MEMORY_BYTES:
+            self._first += view
+            self._end += len(view)
+            return begin
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="tightfit-", buffering=0)  # noqa: SIM115  # closed with the copy
                 weakref.finalize(self, self._file.close)  # before the file's own end, also in a cycle of references
-            self._file.seek(begin)
-            view = memoryview(data)
+            self._file.seek(begin - len(self._first))
             while len(view):
                 written = self._file.write(view)
                 view = view[written:]
@@ -57,9 +67,12 @@ class CopyFile:
 
     def read_into(self, begin: int, target: Any) -> None:
         """Fill `target` with the bytes from `begin` on."""
-        assert self._file is not None
-        self._file.seek(begin)
         view = memoryview(target)
+        if begin + len(view) <= len(self._first):
+            view[:] = memoryview(self._first)[begin : begin + len(view)]
+            return
+        assert self._file is not None
+        self._file.seek(begin - len(self._first))
         while len(view):
             count = self._file.readinto(view)  # type: ignore[attr-defined]  # unbuffered files have it
             if not count:

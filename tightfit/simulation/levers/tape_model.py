@@ -33,9 +33,9 @@ class _Op(ScheduledOp):
     def __init__(self, order: int, random_bytes: int, workspace_bytes: int, again: Stretch) -> None:
         self.order = order
         self.leaf = 0
-        self.inputs: list[_Value] = []
-        self.outputs: list[_Value] = []
-        self.written: list[_Value] = []
+        self.inputs: Sequence[_Value] = ()
+        self.outputs: Sequence[_Value] = ()
+        self.written: Sequence[_Value] = ()
         self.demanded = True
         self.done = False
         self.made_bytes = 0
@@ -78,6 +78,7 @@ class TapeModel(Schedule[_Value, _Op]):
         """Begin a tape; `backward`: the copy for what that backward inside forward has saved again."""
         self._index = index
         profile = self._profile = index.profile
+        self._backward_of_op, self._backward_of_slot = index.backward_of_op, index.backward_of_slot
         self._first = first
         self.tree = tree if tree is not None and tree.cuts else None
         facts = index.tape_facts(first, len(decisions))
@@ -117,6 +118,12 @@ class TapeModel(Schedule[_Value, _Op]):
             for number in sorted({index.backward_of_slot[slot] for slot in facts.slots} - {0}):
                 self._copies[number] = TapeModel(index, first, decisions, backward=number)
 
+    def __del__(self) -> None:
+        # Values and operations refer to each other. A hundred long tapes, left to the garbage collector, make it look
+        # through the whole heap again and again.
+        for op in self._ops.values():
+            op.inputs = op.outputs = op.written = ()
+
     def _write_down(self, needed: Sequence[int], kept: frozenset[int], own: frozenset[int]) -> None:
         """Set up the operations that are replayed at least once, and the values that they read and make."""
         profile, values = self._profile, self._values
@@ -139,7 +146,8 @@ class TapeModel(Schedule[_Value, _Op]):
             if takes is None:
                 takes = again[record.signature] = Stretch.of(signature.ms + replay_ms, signature.device_ms)
             taped = self._ops[op] = _Op(op, record.random_state_bytes, signature.workspace_bytes, takes)
-            inputs, outputs = taped.inputs, taped.outputs
+            inputs: list[_Value] = []
+            outputs: list[_Value] = []
             for value in dict.fromkeys(record.inputs):
                 read = values.get(value) or found(value)
                 read.refs += 1
@@ -150,24 +158,24 @@ class TapeModel(Schedule[_Value, _Op]):
                 made.op = taped
                 made_bytes += made.nbytes
                 outputs.append(made)
-            taped.made_bytes = made_bytes
+            taped.inputs, taped.outputs, taped.made_bytes = inputs, outputs, made_bytes
             if record.mutates:
                 taped.written = [values[value] for value in record.mutates]
 
     def handle(self, kind: EventKind, a: int) -> Moment:
         """Return what an event does: OP, SAVE, UNPACK, READ, RELEASE or EXIT of this tape's regions, or KEEPING."""
-        if kind == EventKind.KEEPING:
-            return self._keep_graph(a)
+        if kind == EventKind.OP:
+            if backward := self._backward_of_op[a]:
+                return self._copies[backward].record(a) if backward in self._copies else NOTHING
+            op = self._ops.get(a)
+            if self.tree is not None:
+                self._ran(a, op)
+            return NOTHING if op is None else self._record(op)
         if kind == EventKind.EXIT:
             return self._exit(a) if self._ops or self._copies else NOTHING
-        if kind == EventKind.OP:
-            if backward := self._index.backward_of_op[a]:
-                return self._copies[backward].record(a) if backward in self._copies else NOTHING
-            if self.tree is not None:
-                self._ran(a)
-            op = self._ops.get(a)
-            return NOTHING if op is None else self._record(op)
-        backward = self._index.backward_of_slot[a]
+        if kind == EventKind.KEEPING:
+            return self._keep_graph(a)
+        backward = self._backward_of_slot[a]
         if backward and not self._is_copy and a in self.slots:
             copy = self._copies[backward]
             copy.requests = self.requests
@@ -225,7 +233,8 @@ class TapeModel(Schedule[_Value, _Op]):
         if taped is None:
             return NOTHING
         self._written_down.add(taped)
-        moment = self._record(taped)
+        found = self._record(taped)
+        moment = Moment(acquired=list(found.acquired), memo_delta=found.memo_delta)
         for value in taped.inputs:
             moment.acquired += self._hold_sources(value).acquired
         return moment
@@ -289,13 +298,13 @@ class TapeModel(Schedule[_Value, _Op]):
     def _record(self, op: _Op) -> Moment:
         """Write the operation to the tape: its sources are held from now on."""
         held_bytes = 0 if self._is_copy else op.random_bytes  # a copy has the same random state
-        moment = Moment(memo_delta=held_bytes)
         self._bytes += held_bytes
+        acquired: list[int] = []
         for value in op.inputs:
             if value.source is not None and not value.is_held and not self._index.is_resident(value.storage):
                 value.is_held = True
-                moment.acquired.append(value.storage)
-        return moment
+                acquired.append(value.storage)
+        return Moment(acquired=acquired, memo_delta=held_bytes) if acquired or held_bytes else NOTHING
 
     def _exit(self, region: int) -> Moment:
         """End a region: what writing down its operations took is counted here. The last one's end seals the tape."""
@@ -310,17 +319,18 @@ class TapeModel(Schedule[_Value, _Op]):
         moment.added = Stretch.of(profile.region_ms_per_call + mode_ms + profile.tape_ms_per_op * taped)
         return moment
 
-    def _ran(self, op: int) -> None:
+    def _ran(self, op: int, taped: _Op | None) -> None:
         """Note the leaf in which an operation of forward runs, and with it where its values are used."""
         assert self.tree is not None
         region = self._index.region_of_op[op]
         position = op - self._profile.regions[region].first_op
         self._position[region - self._first] = position + 1
-        taped = self._ops.get(op)
         if taped is not None:
             leaf = taped.leaf = self.tree.leaf_at(region - self._first, position)
-            for value in (*taped.inputs, *taped.outputs):
-                value.last_leaf = max(leaf, value.last_leaf)
+            for values in (taped.inputs, taped.outputs):
+                for value in values:
+                    if value.last_leaf < leaf:
+                        value.last_leaf = leaf
 
     def _execute(self, op: _Op, going_on: Pass[_Value], finished: bool) -> None:
         for value in op.written:
