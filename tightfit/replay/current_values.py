@@ -205,31 +205,33 @@ class CurrentValues(Replayer):
 
     def seal(self) -> None:
         """End the tape's last region: let go of everything that no handle needs."""
-        with self.lock:
-            self._give_back(self._released or [])
-            self._released = None
-            self.interrupted = None
-            movable = set(self._movable)
-            for value in self._held:
-                if value.refs == 0:
-                    value.source = None
-                elif value.source is not None:
-                    if self.check is None and value in movable and value.mark is None:
-                        value.source = copy_of_storage(value.source)  # which is small
-                    value.version = version_of(value.source)
-                    if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
-                        value.source = value.op = None
-                    else:
-                        self._writes.add(storage_key(value.source), value, self)
-            for key, value in self._current.items():
-                if value.handles:
-                    self._writes.add(key, value, self)
-            for op in self._ops:
-                if not op.demanded:
-                    self._forget(op)
-            self._held = []
-            self._movable = []
-            self._ops = []
-            self._current = {}
-            self._split = {}
-            self._region = None
+        self._alone(self._let_go)
+
+    def _let_go(self) -> None:
+        self._give_back(self._released or [])
+        self._released = None
+        self.interrupted = None
+        movable = set(self._movable)
+        for value in self._held:
+            if value.refs == 0:
+                value.source = None
+            elif value.source is not None:
+                if self.check is None and value in movable and value.mark is None:
+                    value.source = copy_of_storage(value.source)  # which is small
+                value.version = version_of(value.source)
+                if self._is_changed(value):  # what needs the old contents cannot be rebuilt; reading it says so
+                    value.source = value.op = None
+                else:
+                    self._writes.add(storage_key(value.source), value, self)
+        for key, value in self._current.items():
+            if value.handles:
+                self._writes.add(key, value, self)
+        for op in self._ops:
+            if not op.demanded:
+                self._forget(op)
+        self._held = []
+        self._movable = []
+        self._ops = []
+        self._current = {}
+        self._split = {}
+        self._region = None
