@@ -15,7 +15,7 @@ import tightfit
 PACKAGE = Path(tightfit.__file__).parent
 
 #: Rooms that need no PyTorch; the contract says so of imports, this shows it.
-TORCH_FREE = ("units", "peak_breakdown", "errors", "records", "simulation", "solver")
+TORCH_FREE = ("units", "collector", "peak_breakdown", "errors", "records", "simulation", "solver")
 
 #: The doors: the only files and folders that touch what PyTorch keeps private.
 DOORS = (

@@ -69,7 +69,8 @@ def walked_events(
             found.append(WalkedEvent(time, kind, a))
         else:
             before = found.pop() if summed_up and found and found[-1].kind is None else _NOTHING_YET
-            level, workspace_bytes = before.change_bytes, 0
+            highest_at, highest_bytes, workspace_bytes = before.time, before.a, before.workspace_bytes
+            level, takes_bytes = before.change_bytes, 0
             if kind == EventKind.ALLOC:
                 held[a] += 1
                 level += nbytes_of[a] if held[a] == 1 else 0
@@ -77,8 +78,10 @@ def walked_events(
                 held[a] -= 1
                 level -= nbytes_of[a] if held[a] == 0 else 0
             else:
-                workspace_bytes = signatures[a].workspace_bytes
-            if kind != EventKind.FREE and (before.time < 0 or level + workspace_bytes > before.a):
-                before = WalkedEvent(time, None, level + workspace_bytes, workspace_bytes=workspace_bytes)
-            found.append(before._replace(change_bytes=level))
+                takes_bytes = signatures[a].workspace_bytes
+            if kind != EventKind.FREE and (highest_at < 0 or level + takes_bytes > highest_bytes):
+                highest_at, highest_bytes, workspace_bytes = time, level + takes_bytes, takes_bytes
+            found.append(
+                WalkedEvent(highest_at, None, highest_bytes, workspace_bytes=workspace_bytes, change_bytes=level)
+            )
     return found
