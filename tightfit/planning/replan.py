@@ -306,7 +306,7 @@ class Replanner:
             plain_fits = plain.predicted_peak_bytes <= budget_bytes
             if plain_fits:
                 yield plain
-            like = plans_like(neighbours, solver.index, budget_bytes)
+            like = plans_like(neighbours, solver, budget_bytes)
             fitting = [plan for plan in like if plan.predicted_peak_bytes <= budget_bytes]
             if may_reuse:
                 reused.extend(fitting)

@@ -6,23 +6,27 @@ from collections.abc import Iterable
 
 from tightfit.profiling.remeasure import operations
 from tightfit.records import Decision, Plan, Profile, SharedTape
-from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.solver.plan_builder import build_plan
+from tightfit.solver.solver import Solver
 
 #: Plans whose decisions are tried.
 _NEIGHBOURS = 4
 
 
-def plans_like(others: Iterable[Plan], index: ProfileIndex, budget_bytes: int) -> list[Plan]:
-    """Return plans for the index's profile that follow the first few of `others` whose decisions it can follow."""
+def plans_like(others: Iterable[Plan], solver: Solver, budget_bytes: int) -> list[Plan]:
+    """Return plans for the solver's profile that follow the first few of `others` whose decisions it can follow."""
     found: dict[tuple[tuple[Decision | None, ...], tuple[SharedTape, ...]], None] = {}
     for other in others:
-        decisions = decisions_of(other, index.profile)
+        decisions = decisions_of(other, solver.profile)
         if decisions is not None:
             found[tuple(decisions), other.shared_tapes] = None
         if len(found) == _NEIGHBOURS:
             break
-    return [build_plan(index, decisions, budget_bytes, shared_tapes=shared) for decisions, shared in found]
+    plain = solver.plain_step()
+    return [
+        build_plan(solver.index, decisions, budget_bytes, plain=plain, shared_tapes=shared)
+        for decisions, shared in found
+    ]
 
 
 def decisions_of(plan: Plan, profile: Profile) -> list[Decision | None] | None:

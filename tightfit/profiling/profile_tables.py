@@ -77,7 +77,8 @@ def build_tables(
     for slot in slots:
         slots_of_region[slot.region].append(slot.value)
     # A module with regions inside is cut into segments, none of which is one call of it.
-    unsplit = {path for path in again_paths if not any(other.startswith(f"{path}.") for other in region_paths)}
+    around_regions = {path[:place] for path in region_paths for place, sign in enumerate(path) if sign == "."}
+    unsplit = set(again_paths) - around_regions
     keys = set(cut.keys)
     infos = [describe(operation_named(signature.name)) for signature in signatures]
     classes: dict[Any, int] = {}

@@ -268,9 +268,7 @@ class ProfileIndex:
             if op in needed:
                 continue
             needed.add(op)
-            stack.extend(
-                u for u in self.profile.ops[op].inputs if u in facts.own and u in facts.droppable and u not in held
-            )
+            stack.extend([u for u in self.profile.ops[op].inputs if u in facts.droppable and u not in held])
         return frozenset(needed)
 
     def _region_facts(self, index: int) -> RegionFacts:

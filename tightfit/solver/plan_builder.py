@@ -22,7 +22,8 @@ def build_plan(
     """Return the plan that follows the decisions; it may need more than the budget, which is only recorded."""
     profile = index.profile
     plain = plain or simulate_in_totals(index, [None] * len(profile.regions))
-    planned = simulate_in_totals(index, decisions, shared_tapes)
+    changes_nothing = not shared_tapes and all(decision is None for decision in decisions)
+    planned = plain if changes_nothing else simulate_in_totals(index, decisions, shared_tapes)
     recipes: dict[Recipe, int] = {}
     numbers = [-1] * len(decisions)
     for region, recipe in _recipes(index, decisions, shared_tapes):

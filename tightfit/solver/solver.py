@@ -84,6 +84,10 @@ class Solver:
         smallest = self.smallest()
         return smallest.peak_bytes, smallest.peak_where
 
+    def plain_step(self) -> Simulation:
+        """Return the step that leaves every region untouched."""
+        return self._plain
+
     def smallest(self) -> Simulation:
         """Return the step with the smallest peak."""
         return self._smallest[0]
