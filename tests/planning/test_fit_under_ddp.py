@@ -6,6 +6,7 @@ has other bits than in the plain training.  What several processes do is in test
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -91,6 +92,24 @@ def test_training_after_it_is_the_plain_one(options: dict[str, bool], which: str
     assert buckets == expected
     assert len(buckets) > 0
     assert applied.statistics.replayed_ops > 0
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("frozen", ["nothing", "before the wrapper", "with the wrapper"])
+def test_a_wrapper_is_found_whatever_the_collector_was_told_to_leave_alone(frozen: str) -> None:
+    """`fit` itself has it leave alone what was there before, if nobody else had."""
+    plain, expected = wrap(Net(), **STATIC)
+    model = Net()
+    gc.unfreeze()
+    if frozen == "before the wrapper":
+        gc.freeze()
+    wrapped, buckets = wrap(model, **STATIC)
+    if frozen == "with the wrapper":
+        gc.freeze()
+    applied = tightfit.fit(model, BATCH, loss=loss_of, grad_checkpoint="full")
+    assert (gc.get_freeze_count() > 0) is (frozen != "nothing")
+    assert all(map(torch.equal, train(plain, loss_of), train(wrapped, applied.loss)))
+    assert buckets == expected
 
 
 @pytest.mark.usefixtures("one_process_group")

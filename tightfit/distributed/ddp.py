@@ -7,7 +7,6 @@ one that looks for unused parameters notes which were used since it last average
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from tightfit.collector import all_objects
 from tightfit.distributed._ddp_private import forget_used_parameters, is_learning_its_graph, renew_reducer
 from tightfit.errors import UnsupportedInput
 
@@ -60,7 +60,7 @@ def _wrappers_around(model: torch.nn.Module) -> list[DistributedDataParallel]:
     if not (dist.is_available() and dist.is_initialized()):
         return []
     parameters = {id(parameter) for parameter in model.parameters()}
-    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    wrappers = [thing for thing in all_objects() if issubclass(type(thing), DistributedDataParallel)]
     return [
         wrapper
         for wrapper in wrappers

@@ -50,7 +50,6 @@ class ModelForwards:
         if len(wanted) == len(self._modules) and all(a is b for a, b in zip(wanted, self._modules, strict=True)):
             return
         self.take_off()
-        self._paths, self._links = list(paths), _links(self._model, paths)
         for path, module in zip(paths, wanted, strict=True):
             forward = make_root(module) if path == ROOT else RegionForward(module, path, self._installed)
             module.__dict__["forward"] = forward
@@ -59,6 +58,7 @@ class ModelForwards:
         self._installed.fast_paths = with_fast_paths(self._model)
         if wanted:
             self._leave_machinery = wrap_fsdp_hooks(self._model, self._installed.aside)
+        self._paths, self._links = list(paths), _links(self._model, paths)
 
     def take_off(self) -> None:
         """Leave each module's forward as it was; what others have wrapped around it stays."""

@@ -50,6 +50,7 @@ class WatchedFunctions:
         self._watcher = watcher
         self._before: Watcher | None = None
         self._thread = 0
+        self._is_on = False
 
     def start(self) -> None:
         """Begin to watch."""
@@ -59,10 +60,14 @@ class WatchedFunctions:
             if not _watchers:
                 _Kind.__getattribute__ = _getattribute
             _watchers[self._thread] = self._watcher
+            self._is_on = True
 
     def stop(self) -> None:
-        """Leave calls to whoever watched before."""
+        """Leave calls to whoever watched before; nothing if it was not begun."""
         with _lock:
+            if not self._is_on:
+                return
+            self._is_on = False
             if self._before is not None:
                 _watchers[self._thread] = self._before
             else:

@@ -29,6 +29,7 @@ class WatchedTransforms:
     def __init__(self, begins: Callable[[], None]) -> None:
         self._begins = begins
         self._thread = 0
+        self._is_on = False
 
     def start(self) -> None:
         """Begin to watch."""
@@ -37,10 +38,14 @@ class WatchedTransforms:
             if not _told:
                 torch.autograd.graph.disable_saved_tensors_hooks = _tell_and_disable
             _told.setdefault(self._thread, []).append(self._begins)
+            self._is_on = True
 
     def stop(self) -> None:
-        """Leave transforms alone."""
+        """Leave transforms alone; nothing if it was not begun."""
         with _lock:
+            if not self._is_on:
+                return
+            self._is_on = False
             others = _told[self._thread]
             others.remove(self._begins)
             if not others:

@@ -120,8 +120,7 @@ class CurrentValues(Replayer):
             return
         if old.handles and old.live is None:
             self.statistics.written_after_drop += 1  # the plan keeps what it saw written: this is a surprise
-        with self.lock:
-            before_write(old, tensor)
+        self._alone(before_write, old, tensor)
 
     def _written_unseen(self, func: Any, changed: list[tuple[int, _Tensor]]) -> None:
         """Learn that an operation that is not PyTorch's own wrote arguments that its schema does not mark.

@@ -79,7 +79,7 @@ class Installed(PlanState):
                 session.exit()
         finally:
             if session.is_over:
-                self.sessions.pop(threading.get_ident(), None)
+                self.sessions.pop(session.thread, None)
                 session.close()
 
     def _tell(self, session: Session) -> None:

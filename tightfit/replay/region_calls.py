@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ class RegionCalls:
         self, state: PlanState, region: Callable[[str], AbstractContextManager[object]], stacks: OwnStacks
     ) -> None:
         """Begin; `region` opens a call of the region at a path, `stacks` is what is on PyTorch's while one runs."""
+        self.thread = threading.get_ident()
         self._state = state
         self._region = region
         self._stacks = stacks

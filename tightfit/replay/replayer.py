@@ -149,21 +149,28 @@ class Replayer(Schedule[TapedValue, TapedOp]):
 
         Handles whose death the garbage collector brings about in the midst of it are given back after it.
         """
-        with self.lock:
-            before, self._acts = self._acts, True
-            try:
-                return act(*args)
-            finally:
-                self._acts = before
-                if self._died and not before:
-                    self._bury()
+        try:
+            with self.lock:
+                before = self._acts
+                try:
+                    self._acts = True
+                    return act(*args)
+                finally:
+                    self._acts = before
+        finally:
+            self._bury()
 
     def _bury(self) -> None:
         """Give back the references of the handles that died, unless somebody acts, who then does it."""
-        if self._acts or not self.lock.acquire(blocking=False):  # who dies waits for nobody
+        while self._died and not self._acts:
+            with self.lock:
+                self._bury_here()
+
+    def _bury_here(self) -> None:
+        if self._acts:
             return
-        self._acts = True
         try:
+            self._acts = True
             while self._died:
                 value = self._died.popleft()
                 if self.used_up is not None:
@@ -177,7 +184,6 @@ class Replayer(Schedule[TapedValue, TapedOp]):
                     self._give_back([value])
         finally:
             self._acts = False
-            self.lock.release()
 
     def _need_once(self, handle: Handle, graph_task: int) -> torch.UntypedStorage:
         """Return a value's bytes, and let go of them: in a backward that keeps its graph, nobody else does."""

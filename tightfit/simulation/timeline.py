@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.records import Decision, EventKind, Profile, SharedTape
+from tightfit.records import Decision, EventKind, Profile, SharedTape, StepWork
 from tightfit.simulation.profile_index import ProfileIndex
 from tightfit.simulation.simulator import Moment, simulate
 
@@ -54,7 +54,8 @@ def memory_timeline(
     index = ProfileIndex(profile) if index is None else index
     trace: list[Moment] = []
     simulate(index, decisions, shared_tapes, trace=trace)
-    begins, end_ms = _times(profile, trace)
+    is_planned = any(decision is not None for decision in decisions)
+    begins, end_ms = _times(index.planned_work if is_planned else index.plain_work, trace)
     highest: dict[int, Moment] = {}
     for begin, moment in zip(begins, trace, strict=True):
         column = min(int(columns * begin / end_ms), columns - 1) if end_ms else 0
@@ -86,9 +87,8 @@ def memory_timeline(
     )
 
 
-def _times(profile: Profile, trace: Sequence[Moment]) -> tuple[list[float], float]:
+def _times(work: StepWork, trace: Sequence[Moment]) -> tuple[list[float], float]:
     """Return when each moment begins, and when the last ends; an operation takes the longer of its two times."""
-    work = profile.plain_work()
     begins, now_ms = [], 0.0
     for moment in trace:
         begins.append(now_ms)

@@ -76,6 +76,7 @@ class TapeModel(Schedule[_Value, _Op]):
         backward: int = 0,
     ) -> None:
         """Begin a tape; `backward`: the copy for what that backward inside forward has saved again."""
+        self._ops: dict[int, _Op] = {}
         self._index = index
         profile = self._profile = index.profile
         self._backward_of_op, self._backward_of_slot = index.backward_of_op, index.backward_of_slot
@@ -102,7 +103,6 @@ class TapeModel(Schedule[_Value, _Op]):
         self._released: list[_Value] | None = None if self._is_copy else []
         self._position = [0] * len(decisions)
         self._leaf_of_slot: dict[int, int] = {}
-        self._ops: dict[int, _Op] = {}
         self._taped: Counter[int] = Counter()  # by region: operations
         self._written_down: set[_Op] = set()  # by a copy
         self._values: dict[int, _Value] = {}
