@@ -1,8 +1,8 @@
 """Copy tensors out of the device's memory, to compare with and to put back.
 
 A copy of a CPU tensor goes to a temporary file, but for a first MiB: on a CPU, host memory *is* the device's memory,
-and a snapshot of parameters, gradients and optimizer state in memory would double what the budget has to hold.  Copies of
-other tensors lie in host memory.  Nothing here takes more than `_CHUNK_BYTES` of memory for a dense CPU tensor.
+and a snapshot of parameters, gradients and optimizer state in memory would double what the budget has to hold.  Copies
+of other tensors lie in host memory.  Nothing here takes more than `_CHUNK_BYTES` of memory for a dense CPU tensor.
 """
 
 from __future__ import annotations
