@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tightfit.step import host_copy
 from tightfit.step.host_copy import CopyFile, HostCopy, difference, flat_chunks, memory_of, same_contents
 
 
@@ -35,6 +36,7 @@ def test_memory_outlives_the_callers_tensor() -> None:
     assert alive() is None
 
 
+@pytest.mark.parametrize("in_memory_bytes", [0, 1000, 2**20])
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -55,7 +57,8 @@ def test_memory_outlives_the_callers_tensor() -> None:
     ],
     ids=lambda t: f"{t.dtype}{list(t.shape)}",
 )
-def test_copies_are_exact(tensor: torch.Tensor) -> None:
+def test_copies_are_exact(tensor: torch.Tensor, in_memory_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copy, "_IN_MEMORY_BYTES", in_memory_bytes)
     file = CopyFile()
     original = (
         tensor.clone()
