@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import tightfit
+from tightfit.device import device_for
+from tightfit.device.memory import resident_bytes
 from tightfit.solver.solver import full_plan, plain_plan
 
 if not torch.cuda.is_available():
@@ -135,7 +137,7 @@ def deterministic_algorithms() -> Any:
 def test_three_budgets_bit_for_bit(name: str, autocast: torch.dtype | None, record_property: Any) -> None:
     model, batch, loss = make(name)
     optimizer = torch.optim.AdamW(model.parameters())
-    whole = tightfit.device.device_for("cuda").capacity_bytes()
+    whole = device_for("cuda").capacity_bytes()
     free = tightfit.fit(model, batch, loss=loss, optimizer=optimizer, autocast=autocast, reference_budget_bytes=whole)
     free.remove()  # it would go on planning for batches of other shapes
     assert free.plan.is_plain
@@ -182,7 +184,7 @@ def test_predicted_allocated_peak_is_the_allocators() -> None:
         parameter.grad = torch.zeros_like(parameter)
     for _ in range(2):
         torch.cuda.synchronize()
-        base = torch.cuda.memory_allocated() - tightfit.device.memory.resident_bytes(model, batch)
+        base = torch.cuda.memory_allocated() - resident_bytes(model, batch)
         torch.cuda.reset_peak_memory_stats()
         loss(model, batch).backward()
         torch.cuda.synchronize()
