@@ -26,6 +26,11 @@ def device_of_call(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -
     return _HOST
 
 
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor lies in the memory of the processor that runs Python."""
+    return tensor.is_cpu or device_for(tensor).is_host
+
+
 def generators_of(tensors: Iterable[torch.Tensor]) -> list[torch.Generator]:
     """List the default generators that a module of these tensors draws from, the host's first."""
     devices = {tensor.device for tensor in tensors if not tensor.is_cpu}

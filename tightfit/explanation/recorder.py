@@ -6,6 +6,7 @@ The step runs as it is: nothing that autograd saves is touched, and nothing is r
 from __future__ import annotations
 
 import bisect
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -16,7 +17,6 @@ import torch
 from tightfit._torch_private.autograd import current_graph_node, current_graph_task, graph_position, position_of_node
 from tightfit._torch_private.dispatch import DispatchMode, FakeTensor, top_dispatch_mode
 from tightfit._torch_private.tensors import is_allocated
-from tightfit.collector import all_objects
 from tightfit.device import Device
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.device.tensor_parts import stored_in
@@ -279,7 +279,7 @@ def _all_tensors() -> list[torch.Tensor]:
     """List all tensors that Python knows of, and the gradients of those that are leaves."""
     # Not isinstance, which asks an object for its class: some answer by importing what they stand for.
     found: list[torch.Tensor] = [
-        thing for thing in all_objects() if issubclass(kind := type(thing), torch.Tensor) and kind is not FakeTensor
+        thing for thing in gc.get_objects() if issubclass(kind := type(thing), torch.Tensor) and kind is not FakeTensor
     ]
     gradients = [tensor.grad for tensor in found if tensor.is_leaf and tensor.requires_grad and tensor.grad is not None]
     return found + gradients

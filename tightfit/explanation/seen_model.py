@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from tightfit._torch_private.modules import inside_compiled
-from tightfit.collector import all_objects
 from tightfit.explanation.breakdown import LOSS, MODEL
 from tightfit.explanation.recorder import Owner
 
@@ -79,7 +79,7 @@ def _around(called: Sequence[torch.nn.Module], names: Mapping[int, str]) -> torc
 
 
 def _all_modules() -> list[torch.nn.Module]:
-    return [thing for thing in all_objects() if issubclass(type(thing), torch.nn.Module)]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
 
 
 def _inside(module: torch.nn.Module) -> set[int]:

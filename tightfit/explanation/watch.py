@@ -7,6 +7,7 @@ loss is), `clip_grad_norm_`, and hooks around every optimizer's step.  All of th
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -17,7 +18,6 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tightfit._torch_private.dispatch import top_function_mode
-from tightfit.collector import all_objects
 from tightfit.device import device_for
 from tightfit.device.out_of_memory import is_out_of_memory
 from tightfit.explanation.program import Program, ProgramRecorder, tensors_of
@@ -325,7 +325,7 @@ def optimizers_of(parameters: list[torch.nn.Parameter]) -> list[torch.optim.Opti
     wanted = {id(parameter) for parameter in parameters}
     return [
         thing
-        for thing in all_objects()
+        for thing in gc.get_objects()
         if issubclass(type(thing), torch.optim.Optimizer)
         and any(id(p) in wanted for group in thing.param_groups for p in group["params"])
     ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from tightfit._torch_private.tensors import base_of_view, storage_key
-from tightfit.device import device_for
+from tightfit.device.placement import is_on_host
 from tightfit.device.tensor_parts import has_memory
 from tightfit.replay.contents import SMALL_BYTES, Checksum, checksum_of_memory
 from tightfit.step.host_copy import memory_of
@@ -24,7 +24,7 @@ def may_be_written_unseen(tensor: torch.Tensor) -> bool:
 
     On the host only: elsewhere, to read a mark would be to wait for the device.
     """
-    if not tensor.is_cpu and not device_for(tensor).is_host:
+    if not is_on_host(tensor):
         return False
     if isinstance(tensor, torch.nn.Parameter) or not tensor.is_leaf:
         return was_given_or_lent(tensor)

@@ -30,7 +30,7 @@ from tightfit._torch_private.modules import own_buffers, own_parameters
 from tightfit._torch_private.tensors import storage_key, version_of
 from tightfit.device import device_for
 from tightfit.device.generators import AS_IT_WAS, drawing_from
-from tightfit.device.placement import generators_of
+from tightfit.device.placement import generators_of, is_on_host
 from tightfit.operators.autocast import autocast_of, casting_as
 from tightfit.operators.facts import describe
 from tightfit.operators.pure_modules import can_call_again, is_pure
@@ -134,8 +134,8 @@ class ModuleCall:
         self._tensors = tuple([(held, storage_key(held), version_of(held)) for _, held in tensors])
         marks = [(held, mark_of_source(tensor, {})) for tensor, held in tensors]
         self._marks = [(held, mark) for held, mark in marks if mark is not None]
-        devices = (device_for(tensor) for tensor, _ in tensors if not tensor.is_cpu)
-        self._autocast = autocast_of(next((one.kind for one in devices if not one.is_host), "cpu"))
+        elsewhere = (device_for(tensor).kind for tensor, _ in tensors if not is_on_host(tensor))
+        self._autocast = autocast_of(next(elsewhere, "cpu"))
         self._random = [(generator, generator.get_state()) for generator in generators_of(t for t, _ in tensors)]
 
     @contextmanager
