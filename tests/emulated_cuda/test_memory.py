@@ -14,6 +14,7 @@ import torch
 
 from tests.emulated_cuda import counters
 from tests.emulated_cuda.processes import run_script
+from tightfit.device import device_for
 
 MIB = 2**20
 GIB = 2**30
@@ -26,6 +27,20 @@ def _empty_cache() -> Iterator[None]:
     del held
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def test_what_an_earlier_step_left_in_a_cycle_is_not_measured() -> None:
+    device = device_for("cuda")
+    _, before = device.measure_peak(lambda: None, 0)
+    gc.disable()
+    try:
+        ring: list[object] = [torch.empty(50 * MIB, dtype=torch.uint8, device="cuda")]
+        ring.append(ring)
+        del ring
+        _, after = device.measure_peak(lambda: None, 0)
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def test_used_bytes_are_what_the_allocator_reserved() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -158,8 +159,9 @@ def main() -> None:
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, reports)
     if dist.get_rank() == 0:
-        print(json.dumps(everyones))
+        print(json.dumps(everyones), flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # the models refer to the process group, whose threads would have to end before Python does
 
 
 def local(tensor: Any) -> torch.Tensor:
