@@ -33,7 +33,8 @@ def test_memory_freed_inside_counts_below_the_resident_level() -> None:
         held.append(torch.empty(100 * KIB))
 
     _, peak = meter.measure_peak(swap, resident_bytes=400 * KIB)
-    assert peak in (400 * KIB, 800 * KIB)  # the profiler cannot know the size of what was there before it
+    # The profiler does not know the size of what was there before it, or takes it for what lay at the address once.
+    assert 400 * KIB <= peak <= 800 * KIB
 
 
 def test_resident_bytes_count_each_storage_once() -> None:
