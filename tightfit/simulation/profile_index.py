@@ -132,6 +132,10 @@ class ProfileIndex:
             host_ms[begin] += profile.planned_ms_per_step
         return StepWork(host_ms, device_ms, optimizer)
 
+    def work_under(self, decisions: Sequence[Decision | None]) -> StepWork:
+        """Return what a step does within each event beside what the decisions add: the plain step's if all are None."""
+        return self.plain_work if all(decision is None for decision in decisions) else self.planned_work
+
     @cached_property
     def keeps_graph(self) -> bool:
         """Whether the step's backwards but the last one keep the graph."""

@@ -311,9 +311,7 @@ def simulate(
         components_at_peak = {"activations": 0}
         peak_memo = peak_workspace = 0
     if index.has_device_times:
-        is_planned = any(decision is not None for decision in decisions)
-        work = index.planned_work if is_planned else index.plain_work
-        predicted_ms = step_ms(work, added, profile.accumulation_steps)
+        predicted_ms = step_ms(index.work_under(decisions), added, profile.accumulation_steps)
     else:
         predicted_ms = index.plain_step_ms + profile.accumulation_steps * sum(work.host_ms for work in added.values())
     replay_total = 0.0

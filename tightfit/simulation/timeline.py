@@ -54,8 +54,7 @@ def memory_timeline(
     index = ProfileIndex(profile) if index is None else index
     trace: list[Moment] = []
     simulate(index, decisions, shared_tapes, trace=trace)
-    is_planned = any(decision is not None for decision in decisions)
-    begins, end_ms = _times(index.planned_work if is_planned else index.plain_work, trace)
+    begins, end_ms = _times(index.work_under(decisions), trace)
     highest: dict[int, Moment] = {}
     for begin, moment in zip(begins, trace, strict=True):
         column = min(int(columns * begin / end_ms), columns - 1) if end_ms else 0
