@@ -161,3 +161,20 @@ def test_the_context_counts_as_what_the_driver_says_that_it_takes(in_container: 
     """
     found = run_script(script, DEVICES=2, CONTEXT_MIB=333, IN_CONTAINER=in_container)
     assert found == "333 333\n333 333\n"
+
+
+def test_what_libraries_take_for_good_lies_alone() -> None:
+    # Operations are timed between others that leave large free segments in the cache.
+    script = """
+        import torch
+        import tightfit
+
+        model = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(512, 512), torch.nn.GELU()).cuda()
+        batch = torch.ones(40_000, 512, device="cuda")
+        tightfit.measure(model, batch, loss=lambda model, batch: model(batch).sum(), cost_cache=False)
+        del model, batch
+        torch.cuda.empty_cache()
+        large = [one for one in torch.cuda.memory_snapshot() if one["segment_type"] == "large"]
+        print(len(large), [block["state"] for segment in large for block in segment["blocks"]])
+    """
+    assert run_script(script) == "2 ['active_allocated', 'active_allocated']\n"

@@ -100,7 +100,9 @@ class CudaDevice(Device):
         return "cuDNN tries kernels out anew in backward's thread (torch.backends.cudnn.benchmark)"
 
     def warm_up(self, model: torch.nn.Module) -> None:
-        """Have cuDNN make the random state of its recurrent layers' dropout, if the model has any."""
+        """Let cuBLAS take its workspaces, and cuDNN make the random state of its recurrent layers' dropout, if used."""
+        if any(parameter.ndim == 2 for parameter in model.parameters()):  # matrices are multiplied
+            self._start_cublas()
         kind = torch.nn.RNNBase
         if any(isinstance(module, kind) and module.training and module.dropout for module in model.modules()):
             first = torch.nn.LSTM(1, 1, num_layers=2, dropout=0.5, device=self.torch_device)
@@ -206,8 +208,7 @@ class CudaDevice(Device):
     def allocator_state(self, resident_bytes: int, operations: Collection[str]) -> AllocatorState:
         """Describe the caching allocator; see `Device.allocator_state`."""
         self.allocator_settings()  # only what is modelled
-        if any(_OF_CUBLAS.match(name) for name in operations):
-            self._start_cublas()
+        self.start_libraries(operations)
         capacity_bytes = self.capacity_bytes()
         fraction = torch.cuda.get_per_process_memory_fraction(self._index())
         return AllocatorState(
@@ -218,8 +219,17 @@ class CudaDevice(Device):
             cap_bytes=int(fraction * capacity_bytes) if fraction < 1 else None,
         )
 
+    def start_libraries(self, operations: Collection[str]) -> None:
+        """Let cuBLAS take its workspaces if one of the operations uses it; see `Device.start_libraries`."""
+        if any(_OF_CUBLAS.match(name) for name in operations):
+            self._start_cublas()
+
     def _start_cublas(self) -> None:
-        """Let cuBLAS take its workspaces: this thread's, and that of the thread in which autograd's backward runs."""
+        """Let cuBLAS take its workspaces: this thread's, and that of the thread in which autograd's backward runs.
+
+        Each has a segment of its own then.  Taken out of the cache, it would keep a larger one from being given back.
+        """
+        self.give_back()
         with torch.enable_grad():
             x = torch.zeros(16, 16, device=self.torch_device, requires_grad=True)
             torch.nn.functional.linear(x, x).sum().backward()

@@ -244,6 +244,9 @@ class Device(ABC):
     def workspace_meter(self) -> AbstractContextManager[WorkspaceMeter]:
         """Return a meter for operations that run one after another inside the context."""
 
+    def start_libraries(self, operations: Collection[str]) -> None:  # noqa: B027  # most take nothing to keep
+        """Let the libraries that these operations use take their workspaces, before other memory is in their way."""
+
     def allocator_state(self, resident_bytes: int, operations: Collection[str]) -> AllocatorState | None:
         """Describe the allocator as it is now, for a prediction of what it reserves; None where it gives all back.
 

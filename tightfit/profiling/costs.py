@@ -150,6 +150,7 @@ def measure_costs(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            device_for(device).start_libraries({str(call.func) for call in to_run.values()})
             alone, too_large = _run_each(to_run, said, misplacing, device_for(device), result) if to_run else ({}, [])
             # Its workspace, which nobody knew, did not fit beside its arguments.
             for _ in range(_HALVINGS if too_large else 0):
