@@ -83,10 +83,10 @@ def test_training_starts_and_logging_a_step_empties_no_cache(
     empty_cache = torch.cuda.empty_cache
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (emptied.append(1), empty_cache()))
     counts = []
-    for steps in ("2", "6"):
+    for steps in ("1", "2", "6"):  # the first measures twice, as it learns which fake kernels say other strides
         emptied.clear()
         arguments = ["train", "--model", "gpt-tiny", "--dataset", "python-source", "--steps", steps, "--log-every", "1"]
         assert main([*arguments, "--device", "auto", "--mark", f"steps-{steps}"]) == 0
         counts.append(len(emptied))
-    assert counts[0] == counts[1] > 0
+    assert counts[1] == counts[2] > 0
     assert "cuda:0" in capsys.readouterr().out

@@ -102,7 +102,7 @@ class CudaDevice(Device):
     def warm_up(self, model: torch.nn.Module) -> None:
         """Let cuBLAS take its workspaces, and cuDNN make the random state of its recurrent layers' dropout, if used."""
         if any(parameter.ndim == 2 for parameter in model.parameters()):  # matrices are multiplied
-            self._start_cublas()
+            self._start_cublas_alone()
         kind = torch.nn.RNNBase
         if any(isinstance(module, kind) and module.training and module.dropout for module in model.modules()):
             first = torch.nn.LSTM(1, 1, num_layers=2, dropout=0.5, device=self.torch_device)
@@ -222,14 +222,15 @@ class CudaDevice(Device):
     def start_libraries(self, operations: Collection[str]) -> None:
         """Let cuBLAS take its workspaces if one of the operations uses it; see `Device.start_libraries`."""
         if any(_OF_CUBLAS.match(name) for name in operations):
-            self._start_cublas()
+            self._start_cublas_alone()
+
+    def _start_cublas_alone(self) -> None:
+        """Let cuBLAS take its workspaces from the driver: out of the cache, each would keep a larger segment for good."""
+        self.give_back()
+        self._start_cublas()
 
     def _start_cublas(self) -> None:
-        """Let cuBLAS take its workspaces: this thread's, and that of the thread in which autograd's backward runs.
-
-        Each has a segment of its own then.  Taken out of the cache, it would keep a larger one from being given back.
-        """
-        self.give_back()
+        """Let cuBLAS take its workspaces: this thread's, and that of the thread in which autograd's backward runs."""
         with torch.enable_grad():
             x = torch.zeros(16, 16, device=self.torch_device, requires_grad=True)
             torch.nn.functional.linear(x, x).sum().backward()
