@@ -225,7 +225,7 @@ class CudaDevice(Device):
             self._start_cublas_alone()
 
     def _start_cublas_alone(self) -> None:
-        """Let cuBLAS take its workspaces from the driver: out of the cache, each would keep a larger segment for good."""
+        """Let cuBLAS take its workspaces anew: out of the cache, each would keep a larger segment for good."""
         self.give_back()
         self._start_cublas()
 

@@ -1,10 +1,14 @@
 """Measure what the mechanism itself costs on this machine, so that plans are not drawn up as if it were free.
 
-Python's own work takes several times as long where the operations before it left its code and objects cold.  So the
-mechanism is measured twice: in a loop, and with other data sent through the caches before each operation (see
-`processor_caches`).  A model pays something in between, by how much of a core's own cache its operations touch
-(`eviction_ratio`).  A tape's backward cannot be interrupted to fill the caches; what replay adds there is measured in a
-loop, and scaled by what cold caches made of forward.  Where operations run on a GPU, the processor's caches are
+What is measured is a transformer's block with next to no data: Python's work for an operation depends on how many
+tensors it reads, makes and saves, on the views between operations, and on how alike these are.
+
+Python's own work takes several times as long where the operations before it left its code and objects cold.  So it is
+also found how many times, with other data sent through the caches before each operation (see `processor_caches`).  A
+model pays something in between, by how much of a core's own cache its operations touch (`eviction_ratio`).  A tape's
+backward cannot be interrupted to fill the caches: what they made of forward counts for it, too.
+
+Where operations run on a GPU, the processor's caches are
 Python's alone; what counts there is the time until all is submitted, on tensors of that GPU, whose streams and
 generators are asked for.  There the same goes for the plain step: many of its operations take longer to be asked for
 than to be done, so what modules and autograd do around them is measured, too.
@@ -38,18 +42,19 @@ from tightfit.replay.statistics import Statistics
 from tightfit.step.snapshot import RandomState
 
 _LINKS = 4
-#: Operations in each of that many modules: what Python does around modules is done again when a module is recomputed.
-_LINK = ("aten.abs.default",) * 4
+#: Operations in each of that many modules.
 _BLOCK = (
     "aten.native_layer_norm.default",
     "aten.addmm.default",
     "aten.gelu.default",
     "aten.addmm.default",
-    "aten.native_dropout.default",
     "aten.add.Tensor",
+    "aten.native_dropout.default",  # not on the host, where it is several
 )
 _WIDTH = 8
 _ROUNDS = 5
+#: Of what takes next to no time: differences of few rounds would decide which lever a plan takes.
+_HOT_ROUNDS = 15
 #: Python's work takes at most so many times as long in cold caches. What seems to be more was something else's work.
 _MOST_COLD = 6.0
 _KEY = "<overhead>"
@@ -106,7 +111,7 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
     random_state = RandomState()
     watch = Stopwatch()
     with torch.enable_grad():
-        alone = _Alone() if device_for(device).is_host else _measure_alone(device)
+        alone = _measure_alone(device)
         mode_ms, tape_ms, replay_ms, around = _measure_tape(device, cold, alone)
         overhead = Overhead(
             *_measure_plain(device, alone), mode_ms, tape_ms, replay_ms, around.region_ms,
@@ -122,18 +127,14 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
 
 
 class _Chain(torch.nn.Module):
-    """Operations on next to no data, in modules; notes what each took until it was submitted.
-
-    On the host they are of one element and kind, as what is measured is little beside what a real one computes.  Beside
-    it they are a transformer's: Python's work for an operation depends on how many tensors it reads, makes and saves.
-    """
+    """Blocks of a transformer on next to no data; notes what each operation took until it was submitted."""
 
     def __init__(self, device: torch.device, links: int, *, cold: bool = False, short: bool = False) -> None:
-        """`short`: no more operations than need be."""
+        """`cold`: the caches are filled before each operation. `short`: no more operations than need be."""
         super().__init__()
         on_host = device_for(device).is_host
-        names = _BLOCK if not on_host else _LINK[:1] if short else _LINK
-        self.links = torch.nn.ModuleList([_Link(len(names), cold) if on_host else _Block(device) for _ in range(links)])
+        names = _BLOCK[: 1 if short and on_host else len(_BLOCK) - on_host]
+        self.links = torch.nn.ModuleList(_Block(device, len(names), cold) for _ in range(links))
         self.op_names = links * names
 
     def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
@@ -142,41 +143,36 @@ class _Chain(torch.nn.Module):
         return x
 
 
-class _Link(torch.nn.Module):
-    def __init__(self, ops: int, cold: bool) -> None:
+class _Block(torch.nn.Module):
+    def __init__(self, device: torch.device, ops: int, cold: bool) -> None:
         super().__init__()
-        self._ops = ops
+        norm = torch.nn.LayerNorm(_WIDTH, device=device)
+        up, down = (torch.nn.Linear(_WIDTH, _WIDTH, device=device) for _ in range(2))
+        dropout = torch.nn.Dropout(0.1)
+        self.layers = torch.nn.ModuleList([norm, up, down, dropout])
         self._cold = cold
+        self._steps: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
+            lambda _, y: norm(y),
+            lambda _, y: up(y),
+            lambda _, y: torch.nn.functional.gelu(y.view(1, 2, -1).transpose(0, 1)),
+            lambda _, y: down(y.transpose(0, 1).view(1, -1)),
+            lambda x, y: x + y,
+            lambda _, y: dropout(y),
+        )[:ops]
 
     def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
-        for _ in range(self._ops):
+        y = x
+        for step in self._steps:
             if self._cold:
                 fill_caches()
             begin = time.perf_counter()
-            # A view for every operation, as in real models: views are not taped, but the mode sees them, too.
-            x = torch.abs(x.view(-1))
+            y = step(x, y)
             times_ms.append((time.perf_counter() - begin) * 1e3)
-        return x
-
-
-class _Block(torch.nn.Module):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(_WIDTH, device=device)
-        self.up, self.down = (torch.nn.Linear(_WIDTH, _WIDTH, device=device) for _ in range(2))
-        self.dropout = torch.nn.Dropout(0.1)
-
-    def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
-        begin = time.perf_counter()
-        y = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
-        x = x + self.dropout(y)
-        times_ms.append((time.perf_counter() - begin) * 1e3 / len(_BLOCK))
-        return x
+        return y
 
 
 def _weight(device: torch.device) -> torch.Tensor:
-    size = (1,) if device_for(device).is_host else (1, _WIDTH)
-    return torch.full(size, 0.5, device=device, requires_grad=True)
+    return torch.full((1, _WIDTH), 0.5, device=device, requires_grad=True)
 
 
 class _Calls(DispatchMode):
@@ -196,9 +192,9 @@ class _Calls(DispatchMode):
 class _Alone:
     """What the chain's operations take the host as operations are timed alone, and how many backward has."""
 
-    forward_ms: float = 0.0
-    backward_ms: float = 0.0
-    backward_count: int = 0
+    forward_ms: float
+    backward_ms: float
+    backward_count: int
 
 
 def _measure_alone(device: torch.device) -> _Alone:
@@ -218,7 +214,7 @@ def _measure_alone(device: torch.device) -> _Alone:
 
 def _measure_plain(device: torch.device, alone: _Alone) -> tuple[float, float]:
     """Return what the host does in a plain step beside an operation of forward, and beside one of backward."""
-    if not alone.backward_count:  # the host does them itself, which takes much longer
+    if device_for(device).is_host:  # it does them itself, which takes much longer
         return 0.0, 0.0
     chain, weight = _Chain(device, _LINKS), _weight(device)
     gradient = torch.ones_like(weight)
@@ -248,67 +244,70 @@ class _Around:
 
 
 def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float, _Around]:
-    """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time
-    where that is known; and what is done around operations, beside the host.
+    """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time;
+    and what is done around operations.
     """
     chains = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
     single = _Chain(device, 1)
-    plans = {name: _installed(chains[0].op_names, name) for name in ("step", "untouched", "mode", "tape")}
-    contexts: dict[str, Callable[[], AbstractContextManager[object]]] = {
-        "plain": nullcontext,
-        "step": lambda: plans["step"].region(_OUTER),
-        **{name: partial(_inside, plans[name]) for name in ("untouched", "mode", "tape")},
-    }
-    if not alone.backward_count:
-        del contexts["step"], contexts["untouched"]
+    contexts, of_single = _ways(chains[0].op_names), _ways(single.op_names)
     weight = _weight(device)
     gradient = torch.ones_like(weight)
-    forward: dict[str, list[float]] = {name: [] for name in contexts}
-    hot: dict[str, list[float]] = {name: [] for name in contexts}
-    backward: dict[str, list[float]] = {name: [] for name in contexts}
-    whole: dict[str, list[float]] = {name: [] for name in contexts}
-    small: dict[str, list[float]] = {name: [] for name in contexts}
-    for _ in range(_ROUNDS):
+    cold_ops, hot_ops, *found = ({name: list[float]() for name in contexts} for _ in range(6))
+    whole, small, whole_backward, small_backward = found
+    for _ in range(_ROUNDS if cold else _HOT_ROUNDS):
         for name, context in contexts.items():
-            device_for(device).synchronize()  # nothing is in the way of what is submitted
-            with context():
-                chains[0](weight, forward[name])
-            begin = time.perf_counter()
-            with context():
-                result = chains[1](weight, hot[name])
-            whole[name].append((time.perf_counter() - begin) * 1e3)
-            if alone.backward_count:
-                begin = time.perf_counter()
+            if cold:
                 with context():
-                    short = single(weight, [])
-                small[name].append((time.perf_counter() - begin) * 1e3)
-                del short  # frees what it holds
-            begin = time.perf_counter()
-            result.backward(gradient)
-            backward[name].append((time.perf_counter() - begin) * 1e3 / len(chains[1].op_names))
-            weight.grad = None
-            chains[1].zero_grad()
-    forward_ms, hot_ms = ({name: statistics.median(found) for name, found in times.items()} for times in (forward, hot))
-    backward_ms = {name: min(found) for name, found in backward.items()}  # of few: other work only adds to them
-    around = _Around()
-    if alone.backward_count:  # there Python's work is all that counts, and some of it is done when a region ends
-        whole_ms, small_ms = (
-            {name: statistics.median(found) for name, found in times.items()} for times in (whole, small)
-        )
-        more = len(chains[1].op_names) - len(single.op_names)
-        forward_ms = {name: (whole_ms[name] - small_ms[name]) / more for name in contexts}
-        of_ops_ms = len(single.op_names) * (forward_ms["tape"] - forward_ms["plain"])
-        step_ms, region_ms = small_ms["step"] - small_ms["plain"], small_ms["untouched"] - small_ms["step"]
-        taped_ms = small_ms["tape"] - small_ms["untouched"] - of_ops_ms
-        # A call of a module ends what its caller ran before and begins what that runs then: two regions for each.
-        around = _Around(*(round(max(0.0, ms), 6) for ms in (step_ms, region_ms / 2, taped_ms)))
-    mode_ms = max(0.0, forward_ms["mode"] - forward_ms["plain"])
-    record_ms = max(0.0, forward_ms["tape"] - forward_ms["mode"])
+                    chains[0](weight, cold_ops[name])
+            device_for(device).synchronize()  # nothing is in the way of what is submitted
+            for chain, way, times, backward in (
+                (chains[1], context, whole, whole_backward),
+                (single, of_single[name], small, small_backward),
+            ):
+                begin = time.perf_counter()
+                with way():
+                    result = chain(weight, hot_ops[name])
+                middle = time.perf_counter()
+                result.backward(gradient)
+                times[name].append((middle - begin) * 1e3)
+                backward[name].append((time.perf_counter() - middle) * 1e3)
+                del result  # frees what it holds
+                weight.grad = None
+                chain.zero_grad()
+    whole_ms, small_ms, whole_backward_ms, small_backward_ms = (
+        {name: statistics.median(times) for name, times in one.items()} for one in found
+    )
+    ops = len(single.op_names)
+    more = len(chains[1].op_names) - ops
+    forward_ms = {name: (whole_ms[name] - small_ms[name]) / more for name in contexts}
+    backward_ms = {name: (whole_backward_ms[name] - small_backward_ms[name]) / more for name in contexts}
+    in_forward_ms, in_backward_ms = (one["tape"] - one["plain"] for one in (forward_ms, backward_ms))
+    taped_ms = small_ms["tape"] - small_ms["untouched"] - ops * in_forward_ms
+    taped_ms += small_backward_ms["tape"] - small_backward_ms["plain"] - ops * in_backward_ms
     scale = 1.0
     if cold:
-        scale = _cold_by_hot(*(found["tape"] - found["plain"] for found in (forward_ms, hot_ms)))
-    replay_ms = scale * max(0.0, backward_ms["tape"] - backward_ms["plain"] - alone.forward_ms)
-    return round(mode_ms, 6), round(record_ms, 6), round(replay_ms, 6), around
+        medians = ({name: statistics.median(one[name]) for name in ("plain", "tape")} for one in (cold_ops, hot_ops))
+        scale = _cold_by_hot(*(one["tape"] - one["plain"] for one in medians))
+    mode_ms, record_ms, replay_ms, step_ms, region_ms, taped_ms = (
+        round(scale * max(0.0, ms), 6)
+        for ms in (
+            forward_ms["mode"] - forward_ms["plain"],
+            forward_ms["tape"] - forward_ms["mode"],
+            in_backward_ms - alone.forward_ms,
+            small_ms["step"] - small_ms["plain"],
+            # A call of a module ends what its caller ran before and begins what that runs then: two regions for each.
+            (small_ms["untouched"] - small_ms["step"]) / 2,
+            taped_ms,
+        )
+    )
+    return mode_ms, record_ms, replay_ms, _Around(step_ms, region_ms, taped_ms)
+
+
+def _ways(op_names: tuple[str, ...]) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    """Return the contexts in which a chain of these operations is measured, by their names."""
+    plans = {name: _installed(op_names, name) for name in ("step", "untouched", "mode", "tape")}
+    inside = {name: partial(_inside, plan) for name, plan in plans.items()}
+    return {"plain": nullcontext, **inside, "step": lambda: plans["step"].region(_OUTER)}
 
 
 @contextmanager

@@ -88,11 +88,11 @@ class Profile:
     replay_ms_per_op: float = 0.0
     """Further time for each operation that is replayed, beside its own."""
     region_ms_per_call: float = 0.0
-    """Further time for each region that has a tape, where a device works beside the host."""
+    """Further time for each region that has a tape."""
     untouched_ms_per_region: float = field(default=0.0, metadata={json_codec.ADDED: True})
-    """Time that each region costs under a plan, whatever that decides, where a device works beside the host."""
+    """Time that each region costs under a plan, whatever that decides."""
     planned_ms_per_step: float = field(default=0.0, metadata={json_codec.ADDED: True})
-    """Further time of each forward under a plan, there."""
+    """Further time of each forward under a plan."""
     module_ms_per_op: float = 0.0
     """Time that calling a module a second time costs for each operation, beside the operation's own time."""
     module_ms_per_call: float = 0.0
