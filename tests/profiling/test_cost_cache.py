@@ -179,7 +179,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         path.write_text("")
     elif how == "other version":
-        path.write_text(text.replace("operation-costs/6", "operation-costs/0"))
+        path.write_text(text.replace("operation-costs/7", "operation-costs/0"))
     elif how == "other machine":
         path.write_text(text.replace('"threads": "', '"threads": "7'))
     elif how == "deeply nested":

@@ -38,7 +38,7 @@ from tightfit.profiling.output_strides import Layouts
 _log = logging.getLogger(__name__)
 
 #: Raised when what an entry means changes.
-_FORMAT = "tightfit.operation-costs/6"
+_FORMAT = "tightfit.operation-costs/7"
 _MOST_ENTRIES = 20_000
 _MOST_FILES = 16
 _OFF = ("off", "0", "false", "no")

@@ -8,10 +8,10 @@ also found how many times, with other data sent through the caches before each o
 model pays something in between, by how much of a core's own cache its operations touch (`eviction_ratio`).  A tape's
 backward cannot be interrupted to fill the caches: what they made of forward counts for it, too.
 
-Where operations run on a GPU, the processor's caches are
-Python's alone; what counts there is the time until all is submitted, on tensors of that GPU, whose streams and
-generators are asked for.  There the same goes for the plain step: many of its operations take longer to be asked for
-than to be done, so what modules and autograd do around them is measured, too.
+Where operations run on a GPU, the processor's caches are Python's alone; what counts there is the time until all is
+submitted, on tensors of that GPU, whose streams and generators are asked for.  There the same goes for the plain step:
+many of its operations take longer to be asked for than to be done, so what modules and autograd do around them is
+measured, too.
 """
 
 from __future__ import annotations
@@ -254,9 +254,9 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
     gradient = torch.ones_like(weight)
     cold_ops, hot_ops, *found = ({name: list[float]() for name in contexts} for _ in range(6))
     whole, small, whole_backward, small_backward = found
-    for _ in range(_ROUNDS if cold else _HOT_ROUNDS):
+    for number in range(_HOT_ROUNDS):
         for name, context in contexts.items():
-            if cold:
+            if cold and number < _ROUNDS:
                 with context():
                     chains[0](weight, cold_ops[name])
             device_for(device).synchronize()  # nothing is in the way of what is submitted
@@ -274,8 +274,8 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
                 del result  # frees what it holds
                 weight.grad = None
                 chain.zero_grad()
-    whole_ms, small_ms, whole_backward_ms, small_backward_ms = (
-        {name: statistics.median(times) for name, times in one.items()} for one in found
+    whole_ms, small_ms, whole_backward_ms, small_backward_ms = (  # other work only adds to them
+        {name: min(times) for name, times in one.items()} for one in found
     )
     ops = len(single.op_names)
     more = len(chains[1].op_names) - ops
