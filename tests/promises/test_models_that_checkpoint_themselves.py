@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import tightfit
 from tests.promises.training import seed_everything, sgd, snapshot
+from tests.replay.further_instructions import compiled, writes_its_input
 from tests.support.wide_block import WIDTH, WideBlock
 from tightfit.device import memory as meter
 from tightfit.errors import BudgetInfeasible
@@ -241,6 +243,129 @@ class Normalised(Block):
 
 def test_statistics_that_checkpointing_moves_twice_are_moved_twice() -> None:
     assert "changes what it did not make" in left_alone(Net(plainly, count=2, block=Normalised))
+
+
+class Later(nn.Module):
+    """Runs `order`, which checkpoints something and writes something else before the loss."""
+
+    def __init__(self, order: Callable[[Later, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.side, self.inner = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.register_buffer("scale", torch.ones(WIDTH))
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.order(self, self.stem(x), self.side(x).sin()).sin()
+
+    def checkpointed(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Saves its result if there is no other tensor; else it saves the other one's `tanh`."""
+
+        def function(x: Tensor) -> Tensor:
+            y = self.inner(x).tanh()
+            return y if other is None else y.sin() * other.tanh()
+
+        return checkpoint(function, x, use_reentrant=False)
+
+
+def what_it_saves_is_written(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    return checkpoint(lambda x: model.inner(x) * other, x, use_reentrant=False) + other.mul_(0.9)
+
+
+def what_it_reads_is_written(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    return model.checkpointed(x, other) + other.mul_(0.9)
+
+
+def its_argument_is_written_through_data(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    y = checkpoint(lambda x, other: model.inner(x) * other.tanh(), x, other, use_reentrant=True)
+    other.data.mul_(0.9)
+    return y + other
+
+
+def a_buffer_is_moved(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    y = model.checkpointed(x, model.scale)
+    model.scale.lerp_(other.detach().mean((0, 1)), 0.1)
+    return y
+
+
+def a_constant_is_written(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    constant = torch.tensor([0.5] * WIDTH)
+    y = model.checkpointed(x, constant)
+    return y + constant.mul_(0.9)
+
+
+def a_weight_is_written(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    y = model.checkpointed(x)
+    model.inner.weight.data.mul_(0.9)
+    return y
+
+
+def its_result_is_written(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    return model.checkpointed(x).mul_(0.5)
+
+
+def memory_was_handed_out_before(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    constant = other.detach().clone()
+    memory = constant.numpy()
+    y = model.checkpointed(x, constant)
+    memory[:] = 0.25
+    return y
+
+
+def a_backward_inside_forward_is_over(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    copy = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model.checkpointed(copy, other).sum(), copy, create_graph=True)
+    return slope + other.mul_(0.9)
+
+
+def a_compiled_function_writes_its_input(model: Later, x: Tensor, other: Tensor) -> Tensor:
+    copy = other.detach().clone()
+    y = model.checkpointed(x, copy)
+    return y + compiled(writes_its_input, "aot_eager")(copy, model.scale)
+
+
+ORDERS = (
+    what_it_saves_is_written, what_it_reads_is_written, its_argument_is_written_through_data, a_buffer_is_moved,
+    a_constant_is_written, a_weight_is_written, its_result_is_written, memory_was_handed_out_before,
+    a_backward_inside_forward_is_over, a_compiled_function_writes_its_input,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+def test_what_is_written_later_is_read_anew(order: Callable[[Later, Tensor, Tensor], Tensor]) -> None:
+    assert "written after it" in left_alone(made(lambda: Later(order)))
+
+
+@pytest.mark.parametrize("inner_is_left", [False, True])
+def test_what_an_inner_checkpoint_reads_its_outer_one_makes_anew(inner_is_left: bool) -> None:
+    contexts = {"context_fn": lambda: (nullcontext(), nullcontext())} if inner_is_left else {}
+
+    def order(model: Later, x: Tensor, other: Tensor) -> Tensor:
+        def outer(x: Tensor) -> tuple[Tensor, Tensor]:
+            made = model.inner(x)
+            return checkpoint(lambda x: x.sin() * made.tanh(), x, use_reentrant=False, **contexts), made
+
+        y, made = checkpoint(outer, x, use_reentrant=False)
+        made.data.mul_(0.5)
+        return y + made
+
+    model = made(lambda: Later(order))
+    with tightfit.fit(model, BATCH, loss=loss_of, reference_budget_bytes=2**40, grad_checkpoint="full") as applied:
+        assert applied.verdict is not None
+        assert applied.verdict.ok
+        (reason,) = (why for path, why in applied.plan.checkpoints.items() if path.endswith("outer>"))
+        assert "written after it" in reason
+
+
+def test_writes_that_nothing_reads_anew_leave_the_choice_to_the_plan() -> None:
+    def order(model: Later, x: Tensor, other: Tensor) -> Tensor:
+        def outer(x: Tensor) -> Tensor:
+            sum_of = torch.tensor([0.5] * WIDTH)
+            sum_of += 1
+            return (model.checkpointed(x, other) * sum_of).mul_(0.5) + x
+
+        return checkpoint(outer, x, use_reentrant=False).mul_(0.9)
+
+    assert set(tightfit.measure(made(lambda: Later(order)), BATCH, loss=loss_of).checkpoints.values()) == {""}
 
 
 def test_random_numbers_that_are_drawn_anew_are_drawn_anew() -> None:

@@ -1,15 +1,16 @@
 """Decide, in a step that is observed, which of the model's own `torch.utils.checkpoint` calls a plan takes over.
 
 What a call itself tells, `tightfit.operators.checkpoint_calls` looks at.  Here is what only the step shows: functions
-that change something when they run, so that the model's own second run changes it twice; random numbers that its second
-run would draw anew; and, of the reentrant form, gradients that would be added in another order.
+that change something when they run, so that the model's own second run changes it twice; what is written after them, so
+that its second run reads other contents; random numbers that its second run would draw anew; and, of the reentrant
+form, gradients that would be added in another order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,7 +19,8 @@ from tightfit._torch_private.autograd import current_graph_task, graph_position,
 from tightfit.operators._checkpoint_private import CheckpointCall
 from tightfit.operators.checkpoint_calls import checkpoint_path, reason_to_leave
 
-_WRITES = "it changes what it did not make, which checkpointing does twice"
+_WRITES = "it changes what it did not make, or hands its memory out, which checkpointing does twice"
+_WRITTEN_LATER = "what it reads, or makes and saves, may be written after it, and checkpointing reads or makes it anew"
 _DRAWS = "it draws random numbers, and preserve_rng_state=False has them drawn anew in backward"
 _SHARES = (
     "it is reentrant, and uses weights or tensors that other code uses, too: their gradients would be added in another "
@@ -42,6 +44,8 @@ class _Open:
     first_node: int = 0
     end_node: int = 0
     """Between these, the nodes that it makes."""
+    storages: set[int] = field(default_factory=set)
+    """What it, or a call inside it, reads and did not make, and what autograd saves."""
 
 
 class CheckpointCalls:
@@ -57,6 +61,7 @@ class CheckpointCalls:
         self.taken: set[str] = set()
         self._open: list[_Open] = []
         self._reentrant: list[_Open] = []
+        self._used: dict[int, set[str]] = {}  # by storage: paths of calls that are over, and read it or saved it
 
     @property
     def decisions(self) -> Mapping[str, str]:
@@ -95,14 +100,48 @@ class CheckpointCalls:
         finally:
             one.end_node = graph_position()
             self._open.remove(one)
+            for storage in one.storages:
+                self._used.setdefault(storage, set()).add(one.path)
 
-    def note_op(self, *, is_random: bool, written_storages: Callable[[], list[int]]) -> None:
-        """Note an operation of forward: whether it is random, and the storages that it writes in place."""
+    @property
+    def is_open(self) -> bool:
+        """Whether a call runs that was taken over."""
+        return bool(self._open)
+
+    def note_random(self) -> None:
+        """Note that an operation of forward draws random numbers."""
         for one in self._open:
-            if is_random and not one.preserves_random_state:
+            if not one.preserves_random_state:
                 self.left.setdefault(one.path, _DRAWS)
-            if any(storage < one.first_storage for storage in written_storages()):
+
+    def note_read(self, storage: int, *, is_read_again: bool, is_exposed: bool) -> None:
+        """Note that an operation reads a storage.
+
+        `is_read_again`: the innermost call did not make it, or what reads it is left to PyTorch's checkpoint.
+        `is_exposed`: it may be written at any moment, unseen.
+        """
+        if is_read_again or storage < self._open[-1].first_storage:
+            self.note_saved(storage)
+        for one in self._open:
+            if is_exposed and storage < one.first_storage:
+                self.left.setdefault(one.path, _WRITTEN_LATER)
+
+    def note_saved(self, storage: int) -> None:
+        """Note that backward needs a storage as it is now."""
+        for one in self._open:
+            one.storages.add(storage)
+
+    def note_write(self, storage: int) -> None:
+        """Note that a storage is written in place, or may be from now on.
+
+        The model's own second run makes anew what the function made, and reads the rest as it is by then.  Run as
+        other code, the function has saved what it made and read at first: autograd reads that, or refuses it.
+        """
+        for one in self._open:
+            if storage < one.first_storage:
                 self.left.setdefault(one.path, _WRITES)
+        for path in self._used.get(storage, ()):
+            self.left.setdefault(path, _WRITTEN_LATER)
 
     def note_graph(self, loss: torch.Tensor) -> None:
         """Look at the graph that forward has made, where calls of the reentrant form were taken over.

@@ -65,10 +65,23 @@ class ForwardOps:
         self._random_state_bytes = device.random_state_bytes()
         self._numbers_count = device.is_host  # they are in host memory, whatever they are multiplied with
 
+    def note_reads(self, tensors: list[torch.Tensor]) -> None:
+        """Note what an op is about to read, for the model's own checkpoint calls that run."""
+        if not self._checkpoints.is_open:
+            return
+        observation, ledger = self._ledger.observation, self._ledger
+        under_hooks = len(observation.ops) in observation.under_hooks
+        for tensor in tensors:
+            is_new = not ledger.knows(tensor)  # made where no op is seen, and more likely outside
+            if (value := ledger.value_of(tensor)) >= 0:
+                storage, is_exposed = observation.values[value].storage, self._is_escaped(value)
+                self._checkpoints.note_read(storage, is_read_again=is_new or under_hooks, is_exposed=is_exposed)
+
     def record(self, call: ForwardCall, run: Callable[[], Any]) -> Any:
         """Return what `run` makes of the call, which becomes an op of the observation."""
         observation, ledger, info = self._ledger.observation, self._ledger, call.info
         number = len(observation.ops)
+        self.note_reads(call.tensors)
         if self._unseen_writes is not None:
             self._unseen_writes.look_at(call.tensors, number)
         moved = undeclared_writes(info, call.args)  # running statistics, which a replay leaves alone
@@ -76,14 +89,8 @@ class ForwardOps:
         reason, is_random = self._keep_reason(call, inputs)
         mutated = [t for t in mutated_tensors(info, call.args, call.kwargs) if ledger.counts(t)]
         written = {storage_key(t): t for t in mutated}
-        self._checkpoints.note_op(
-            is_random=is_random,
-            written_storages=lambda: [
-                observation.values[value].storage
-                for tensor in (*written.values(), *moved)
-                if (value := ledger.value_of(tensor)) >= 0
-            ],
-        )
+        if is_random:
+            self._checkpoints.note_random()
         if call.node >= 0 and type(current_graph_node()).__name__ == "CopySlices":
             observation.of_view_writes.add(number)
         op = RawOp(

@@ -115,6 +115,7 @@ class Observer(DispatchMode):
         """Paths of modules in whose calls somebody else's saved-tensor hooks are active."""
         self.checkpoints = CheckpointCalls(left_checkpoints)
         """The model's own calls of `torch.utils.checkpoint`."""
+        ledger.before_write = self.checkpoints.note_write
         self._excluded = excluded
         self._open_paths: list[str] = []  # of the module calls that run now, the outermost first
         self._forward_ops = ForwardOps(
@@ -386,6 +387,7 @@ class Observer(DispatchMode):
         context, inputs = arguments_of(function, args)
         with self._as_observer():
             self._sums.resolve()
+            self._forward_ops.note_reads(tensors_in(inputs))
             self._calls.begin(function, inputs)
         try:
             with self._hooks_aside():
@@ -413,8 +415,13 @@ class Observer(DispatchMode):
             if on_top:
                 self._hooks.__enter__()
 
+    def _save(self, tensor: torch.Tensor) -> Any:
+        if self.checkpoints.is_open and (value := self._ledger.value_of(tensor)) >= 0:
+            self.checkpoints.note_saved(self.observation.values[value].storage)
+        return self._saved_tensors.pack(tensor)
+
     def _pack_stashed(self, tensor: torch.Tensor) -> Any:
-        packed = self._saved_tensors.pack(tensor)
+        packed = self._save(tensor)
         return None if packed is tensor else packed
 
     @contextmanager
@@ -434,7 +441,7 @@ class Observer(DispatchMode):
             if self._unseen_writes is not None and current_graph_task() < 0:
                 self._unseen_writes.look_at([tensor])
             slot = len(self.observation.slots)
-            packed = self._saved_tensors.pack(tensor)
+            packed = self._save(tensor)
             node = self._backwards.node_of_forward(current_graph_task())
             if node >= 0 and len(self.observation.slots) > slot:
                 self.observation.node_of_slot[slot] = node

@@ -28,6 +28,8 @@ class StorageLedger:
         """Whether the step is running: only then is a storage's death recorded."""
         self.before_event: Callable[[EventKind], None] = lambda _: None
         """Called with its kind before an event is recorded."""
+        self.before_write: Callable[[int], None] = lambda _: None
+        """Called with a storage before a write to it is recorded."""
         self._device = device
         self._storage_of: dict[int, int] = {}
         self._watches: dict[int, tuple[weakref.ref[Any], WeakStorage]] = {}
@@ -98,8 +100,9 @@ class StorageLedger:
         value = self.value_of(tensor)
         if value < 0:
             return value
-        self.observation.values[value].overwritten = True
         storage = self.observation.values[value].storage
+        self.before_write(storage)
+        self.observation.values[value].overwritten = True
         self.observation.values.append(RawValue(storage=storage, op=op, output=output))
         self.observation.storages[storage].current = len(self.observation.values) - 1
         return len(self.observation.values) - 1
