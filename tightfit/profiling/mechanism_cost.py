@@ -3,10 +3,10 @@
 What is measured is a transformer's block with next to no data: Python's work for an operation depends on how many
 tensors it reads, makes and saves, on the views between operations, and on how alike these are.
 
-Python's own work takes several times as long where the operations before it left its code and objects cold.  So it is
-also found how many times, with other data sent through the caches before each operation (see `processor_caches`).  A
-model pays something in between, by how much of a core's own cache its operations touch (`eviction_ratio`).  A tape's
-backward cannot be interrupted to fill the caches: what they made of forward counts for it, too.
+Python's own work takes several times as long where what ran before it left its code and objects cold.  So it is also
+found how many times: with other code run before each operation, and with other data sent through the caches (see
+`processor_caches`).  A model pays something in between, by how much of a core's own cache its operations touch
+(`eviction_ratio`).  A tape's backward cannot be interrupted: what cold caches made of forward counts for it, too.
 
 Where operations run on a GPU, the processor's caches are Python's alone; what counts there is the time until all is
 submitted, on tensors of that GPU, whose streams and generators are asked for.  There the same goes for the plain step:
@@ -32,7 +32,7 @@ from tightfit.device.stopwatch import Stopwatch
 from tightfit.operators.facts import describe
 from tightfit.profiling.cost_cache import Cost, CostCache
 from tightfit.profiling.costs import time_alone
-from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget
+from tightfit.profiling.processor_caches import core_cache_bytes, fill_caches, forget, run_other_code
 from tightfit.records import Op, Recipe, Storage, Value
 from tightfit.replay.executors import RegionCall
 from tightfit.replay.executors.module import ModuleCall
@@ -41,6 +41,8 @@ from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.statistics import Statistics
 from tightfit.step.snapshot import RandomState
 
+#: What is done before each operation, so that it does not find the caches as in a loop.
+_Between = Callable[[], None] | None
 _LINKS = 4
 #: Operations in each of that many modules.
 _BLOCK = (
@@ -90,8 +92,10 @@ def measure_overhead(device: torch.device, cache: CostCache, evicted: float) -> 
         cache: what is known, and what is to be remembered.
         evicted: the model's `eviction_ratio`.
     """
-    hot = _remembered("hot", device, cache, cold=False)
-    return hot.towards(_remembered("cold", device, cache, cold=True), evicted) if device_for(device).is_host else hot
+    if not device_for(device).is_host:
+        return _remembered("alone", device, cache, None)
+    warm, cold = (_remembered(one.__name__, device, cache, one) for one in (run_other_code, fill_caches))
+    return warm.towards(cold, evicted)
 
 
 def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequence[Storage]) -> float:
@@ -103,7 +107,8 @@ def eviction_ratio(ops: Sequence[Op], values: Sequence[Value], storages: Sequenc
     return statistics.fmean(min(1.0, sum(storages[storage].nbytes for storage in found) / whole) for found in touched)
 
 
-def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool) -> Overhead:
+def _remembered(name: str, device: torch.device, cache: CostCache, between: _Between) -> Overhead:
+    """Return the overhead where `between` is done before each operation."""
     keys = [f"{_KEY} {name} {entry.name} on {device_for(device).kind}" for entry in fields(Overhead)]
     known = [cost.ms for key in keys if (cost := cache.get(key)) is not None]
     if len(known) == len(keys):
@@ -112,10 +117,10 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
     watch = Stopwatch()
     with torch.enable_grad():
         alone = _measure_alone(device)
-        mode_ms, tape_ms, replay_ms, around = _measure_tape(device, cold, alone)
+        mode_ms, tape_ms, replay_ms, around = _measure_tape(device, between, alone)
         overhead = Overhead(
             *_measure_plain(device, alone), mode_ms, tape_ms, replay_ms, around.region_ms,
-            *_measure_module(device, cold), around.untouched_ms, around.step_ms,
+            *_measure_module(device, between), around.untouched_ms, around.step_ms,
         )  # fmt: skip
     _, is_disturbed = watch.read()
     random_state.restore()
@@ -129,12 +134,12 @@ def _remembered(name: str, device: torch.device, cache: CostCache, *, cold: bool
 class _Chain(torch.nn.Module):
     """Blocks of a transformer on next to no data; notes what each operation took until it was submitted."""
 
-    def __init__(self, device: torch.device, links: int, *, cold: bool = False, short: bool = False) -> None:
-        """`cold`: the caches are filled before each operation. `short`: no more operations than need be."""
+    def __init__(self, device: torch.device, links: int, between: _Between = None, *, short: bool = False) -> None:
+        """`between`: what is done before each operation. `short`: no more operations than need be."""
         super().__init__()
         on_host = device_for(device).is_host
         names = _BLOCK[: 1 if short and on_host else len(_BLOCK) - on_host]
-        self.links = torch.nn.ModuleList(_Block(device, len(names), cold) for _ in range(links))
+        self.links = torch.nn.ModuleList(_Block(device, len(names), between) for _ in range(links))
         self.op_names = links * names
 
     def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
@@ -144,13 +149,13 @@ class _Chain(torch.nn.Module):
 
 
 class _Block(torch.nn.Module):
-    def __init__(self, device: torch.device, ops: int, cold: bool) -> None:
+    def __init__(self, device: torch.device, ops: int, between: _Between) -> None:
         super().__init__()
         norm = torch.nn.LayerNorm(_WIDTH, device=device)
         up, down = (torch.nn.Linear(_WIDTH, _WIDTH, device=device) for _ in range(2))
         dropout = torch.nn.Dropout(0.1)
         self.layers = torch.nn.ModuleList([norm, up, down, dropout])
-        self._cold = cold
+        self._between = between
         self._steps: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
             lambda _, y: norm(y),
             lambda _, y: up(y),
@@ -163,8 +168,8 @@ class _Block(torch.nn.Module):
     def forward(self, x: torch.Tensor, times_ms: list[float]) -> torch.Tensor:
         y = x
         for step in self._steps:
-            if self._cold:
-                fill_caches()
+            if self._between is not None:
+                self._between()
             begin = time.perf_counter()
             y = step(x, y)
             times_ms.append((time.perf_counter() - begin) * 1e3)
@@ -243,11 +248,11 @@ class _Around:
     region_ms: float = 0.0
 
 
-def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[float, float, float, _Around]:
+def _measure_tape(device: torch.device, between: _Between, alone: _Alone) -> tuple[float, float, float, _Around]:
     """Return what an operation costs in a planned region, further when taped, and when replayed, beside its own time;
     and what is done around operations.
     """
-    chains = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
+    chains = _Chain(device, _LINKS, between), _Chain(device, _LINKS)
     single = _Chain(device, 1)
     contexts, of_single = _ways(chains[0].op_names), _ways(single.op_names)
     weight = _weight(device)
@@ -256,7 +261,7 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
     whole, small, whole_backward, small_backward = found
     for number in range(_HOT_ROUNDS):
         for name, context in contexts.items():
-            if cold and number < _ROUNDS:
+            if between is not None and number < _ROUNDS:
                 with context():
                     chains[0](weight, cold_ops[name])
             device_for(device).synchronize()  # nothing is in the way of what is submitted
@@ -285,7 +290,7 @@ def _measure_tape(device: torch.device, cold: bool, alone: _Alone) -> tuple[floa
     taped_ms = small_ms["tape"] - small_ms["untouched"] - ops * in_forward_ms
     taped_ms += small_backward_ms["tape"] - small_backward_ms["plain"] - ops * in_backward_ms
     scale = 1.0
-    if cold:
+    if between is not None:
         medians = ({name: statistics.median(one[name]) for name in ("plain", "tape")} for one in (cold_ops, hot_ops))
         scale = _cold_by_hot(*(one["tape"] - one["plain"] for one in medians))
     mode_ms, record_ms, replay_ms, step_ms, region_ms, taped_ms = (
@@ -322,9 +327,9 @@ def _cold_by_hot(cold_ms: float, hot_ms: float) -> float:
     return min(max(1.0, cold_ms / max(1e-6, hot_ms)), _MOST_COLD)
 
 
-def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:
+def _measure_module(device: torch.device, between: _Between) -> tuple[float, float]:
     """Return what calling a module again costs: for each operation, and further for each call."""
-    chain, hot = _Chain(device, _LINKS, cold=cold), _Chain(device, _LINKS)
+    chain, hot = _Chain(device, _LINKS, between), _Chain(device, _LINKS)
     single = _Chain(device, 1, short=True)
     weight = _weight(device)
     gradient = torch.ones_like(weight)
@@ -342,13 +347,13 @@ def _measure_module(device: torch.device, cold: bool) -> tuple[float, float]:
         first += both[: len(both) // 2]
         second += both[len(both) // 2 :]
         for again, times_ms in calls.items():
-            if cold:
-                fill_caches()
+            if between is not None:
+                between()
             begin = time.perf_counter()
             result = _call(single, weight, [], again=again)
             spent = time.perf_counter() - begin
-            if cold:
-                fill_caches()
+            if between is not None:
+                between()
             begin = time.perf_counter()
             result.backward(gradient)
             times_ms.append((spent + time.perf_counter() - begin) * 1e3)
