@@ -39,6 +39,7 @@ from tightfit.replay.executors.module import ModuleCall
 from tightfit.replay.installed import Installed
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.statistics import Statistics
+from tightfit.step.own_steps import own_steps
 from tightfit.step.snapshot import RandomState
 
 #: What is done before each operation, so that it does not find the caches as in a loop.
@@ -115,16 +116,19 @@ def _remembered(name: str, device: torch.device, cache: CostCache, between: _Bet
         return Overhead(*known)
     random_state = RandomState()
     watch = Stopwatch()
-    with torch.enable_grad():
-        alone = _measure_alone(device)
-        mode_ms, tape_ms, replay_ms, around = _measure_tape(device, between, alone)
-        overhead = Overhead(
-            *_measure_plain(device, alone), mode_ms, tape_ms, replay_ms, around.region_ms,
-            *_measure_module(device, between), around.untouched_ms, around.step_ms,
-        )  # fmt: skip
-    _, is_disturbed = watch.read()
-    random_state.restore()
-    forget()
+    try:
+        # Its backwards are no step of the user's, and an open autocast is not the model's.
+        with own_steps(), torch.enable_grad(), device_for(device).autocast(None):
+            alone = _measure_alone(device)
+            mode_ms, tape_ms, replay_ms, around = _measure_tape(device, between, alone)
+            overhead = Overhead(
+                *_measure_plain(device, alone), mode_ms, tape_ms, replay_ms, around.region_ms,
+                *_measure_module(device, between), around.untouched_ms, around.step_ms,
+            )  # fmt: skip
+        _, is_disturbed = watch.read()
+    finally:
+        random_state.restore()
+        forget()
     for key, ms in zip(keys, astuple(overhead), strict=True):
         cache.put(key, Cost(ms, 0, (), is_disturbed=is_disturbed))
     cache.save()

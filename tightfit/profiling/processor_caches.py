@@ -69,7 +69,6 @@ def run_other_code() -> None:
         F.embedding(rows, x).cumsum(0)
         F.conv2d(image, image[:, :, :3, :3]).mean((2, 3)).pow(2).rsqrt()
         F.max_pool2d(F.group_norm(image, 1), 2)
-        F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None])
         torch.where(x > 0, F.silu(x), -x).index_select(0, rows).sum().item()
         torch.stack([torch.einsum("ij,kj->ik", x, x), x.mm(x.t())]).to(torch.bfloat16).float()
 
