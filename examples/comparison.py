@@ -99,7 +99,7 @@ class _Meter:
         self.step_seconds: list[float] = []
         self.own_seconds = 0.0
         self._ended = time.perf_counter()
-        self._before = _alive()  # a data set, for one
+        self._before = _alive()  # a data set, for one; held, or what is made later could have its address
         self._found: HostPeak | None = None
         self._open = ExitStack()
 
@@ -133,7 +133,7 @@ class _Meter:
         begin = time.perf_counter()
         self.step_seconds.append(begin - self._ended)
         self._open.close()
-        level = sum(nbytes for place, nbytes in _alive().items() if place not in self._before)
+        level = sum(storage.nbytes() for place, storage in _alive().items() if place not in self._before)
         if self._found is not None:
             self.peaks.append(level - self._found.level_bytes + self._found.peak_bytes)
         self._found = self._open.enter_context(host_peak_meter())
@@ -141,11 +141,11 @@ class _Meter:
         self.own_seconds += self._ended - begin
 
 
-def _alive() -> dict[int, int]:
-    """Return the bytes of all tensors' memory, by its address."""
+def _alive() -> dict[int, torch.UntypedStorage]:
+    """Return the memory of all tensors, by its address."""
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = [
         tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu" and tensor.layout is torch.strided
     ]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage.data_ptr(): storage for storage in storages}

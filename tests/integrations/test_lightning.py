@@ -87,6 +87,28 @@ class Gan(lightning.LightningModule):  # type: ignore[misc]  # untyped
         return [critic, generator], [torch.optim.lr_scheduler.StepLR(generator, 2, 0.5)]
 
 
+class InTurn(Gan):
+    """Frees the gradients of a half with its turn, and begins with a batch that trains the critic alone."""
+
+    def training_step(self, batch: Any, number: int) -> None:
+        real, noise = batch
+        critic, generator = self.optimizers()
+        if number % 2 == 0:
+            self.toggle_optimizer(critic)
+            self.manual_backward(
+                softplus(-self.critic(real)).mean() + softplus(self.critic(self.generator(noise).detach())).mean()
+            )
+            critic.step()
+            critic.zero_grad()
+            self.untoggle_optimizer(critic)
+        else:
+            self.toggle_optimizer(generator)
+            self.manual_backward(softplus(-self.critic(self.generator(noise))).mean())
+            generator.step()
+            generator.zero_grad()
+            self.untoggle_optimizer(generator)
+
+
 class Crossing(Gan):
     """The second loss goes through what the generator made for the first."""
 
@@ -122,6 +144,25 @@ def trained(callback: TightfitCallback | None, module: type[Any] = Module, **opt
     return made, trainer
 
 
+def peaks_of_batches(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """Return the list to which the peak of each batch after so many will be added, of all that runs in it."""
+    advance = _TrainingEpochLoop.advance
+    ran = 0
+    peaks: list[int] = []
+
+    def metered(self: Any, fetcher: Any) -> None:
+        nonlocal ran
+        ran += 1
+        if ran <= after:
+            advance(self, fetcher)
+            return
+        resident = meter.resident_bytes(self.trainer.lightning_module, None, self.trainer.optimizers)
+        peaks.append(meter.measure_peak(lambda: advance(self, fetcher), resident)[1])
+
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", metered)
+    return peaks
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -134,8 +175,8 @@ def trained(callback: TightfitCallback | None, module: type[Any] = Module, **opt
 def test_one_line_and_the_same_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, ran = trained(None, **options)
     callback = TightfitCallback(budget=BUDGET)
-    end, advance = TightfitCallback.on_train_end, _TrainingEpochLoop.advance
-    peaks: list[int] = []
+    end = TightfitCallback.on_train_end
+    peaks = peaks_of_batches(monkeypatch, after=1)  # in which the plan is made
 
     def checked(self: TightfitCallback, *args: Any) -> None:
         assert self.applied is not None
@@ -145,17 +186,7 @@ def test_one_line_and_the_same_bits(options: dict[str, Any], monkeypatch: pytest
         assert self.applied.plans.statistics.mismatched_steps == 0
         end(self, *args)
 
-    def metered(self: Any, fetcher: Any) -> None:
-        """A whole batch: its forward, backward and optimizer step."""
-        if callback.applied is None:  # the plan is made in this one
-            advance(self, fetcher)
-            return
-        module, batch = self.trainer.lightning_module, [torch.empty(256, 64)] * 2
-        resident = meter.resident_bytes(module, batch, self.trainer.optimizers[0])
-        peaks.append(meter.measure_peak(lambda: advance(self, fetcher), resident)[1])
-
     monkeypatch.setattr(TightfitCallback, "on_train_end", checked)
-    monkeypatch.setattr(_TrainingEpochLoop, "advance", metered)
     planned, planned_run = trained(callback, **options)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), planned.parameters(), strict=True))
     assert ran.callback_metrics == planned_run.callback_metrics
@@ -192,6 +223,16 @@ def test_by_hand_each_backward_has_a_plan(options: dict[str, Any], monkeypatch: 
     assert counts[0].replayed_ops + counts[0].recomputed_calls > 0
     assert "manual_backward" not in vars(planned)
     assert all(parameter.requires_grad for parameter in planned.generator.parameters())
+
+
+@pytest.mark.parametrize("module", [Gan, InTurn])
+def test_the_state_of_the_optimizer_whose_turn_comes_later_is_counted(
+    module: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = peaks_of_batches(monkeypatch, after=2)  # each half has run once
+    trained(TightfitCallback(budget="10MiB"), module, max_epochs=2)
+    assert len(peaks) == 6
+    assert max(peaks[1:]) <= parse_bytes("10MiB")  # what the first one frees of those before, the meter does not see
 
 
 @pytest.mark.slow

@@ -117,6 +117,30 @@ def test_the_halves_of_a_gan_are_two_kinds_of_steps_with_one_budget(gan_budget: 
     assert differing(plain.state, planned.state) == []
 
 
+class Toggled(Gan):
+    """Freezes the other half for the turn of one, and frees the gradients with it."""
+
+    def half(self, kind: str, batch: Any, applied: tightfit.Applied | None) -> None:
+        for name, model in self.models.items():
+            model.requires_grad_(name == kind)
+        super().half(kind, batch, applied)
+        self.optimizers[kind].zero_grad()
+        for model in self.models.values():
+            model.requires_grad_(True)
+
+
+def test_a_half_that_is_frozen_in_the_others_turn_is_counted_before_its_optimizer_has_state(gan_budget: int) -> None:
+    case = Toggled(**vars(gan()))
+    with tightfit.fit(
+        case.models, BATCHES[0], step=case.steps, budget=gan_budget, reference_budget_bytes=2**40
+    ) as applied:
+        peaks = case.train(applied)
+        assert applied.plans is not None
+        assert applied.plans.statistics.tried == len(HALVES)
+    assert len(peaks["critic"]) == len(peaks["generator"]) == len(BATCHES) - 1
+    assert max(*peaks["critic"], *peaks["generator"]) <= gan_budget
+
+
 def test_the_budget_that_is_named_does_for_all_kinds_and_one_byte_less_for_not_all(gan_budget: int) -> None:
     case = gan()
     with pytest.raises(BudgetInfeasible) as caught:

@@ -9,7 +9,7 @@ planned in `lightning_phases`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -75,9 +75,11 @@ class TightfitCallback(Callback):
             )
         training_step = pl_module.training_step
         by_hand: list[Phases] = []
+        arguments: list[Any] = []  # of the step that runs: it may go another way by the batch's number
+        call = partial(_call, arguments=arguments)
 
         def planned(batch: Any, *more: Any, **keywords: Any) -> Any:
-            call = partial(_call, more=more, keywords=keywords)
+            arguments[:] = more, keywords
             if self.applied is None:
                 with closed_autocast(pl_module), same_random_state():
                     if not pl_module.automatic_optimization:
@@ -140,8 +142,12 @@ class TightfitCallback(Callback):
         remove()
 
 
-def _call(module: LightningModule, batch: Any, more: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    """Call the `training_step` of a module, or of its copy, to plan it: what it logs is not logged."""
+def _call(module: LightningModule, batch: Any, arguments: Sequence[Any]) -> Any:
+    """Call the `training_step` of a module, or of its copy, to plan it: what it logs is not logged.
+
+    `arguments`: further ones, those with names apart.
+    """
+    more, keywords = arguments
     with _noting_nothing(module):
         return type(module).training_step(module, batch, *more, **keywords)
 

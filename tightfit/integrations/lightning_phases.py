@@ -55,8 +55,11 @@ class Phases:
         """Phases that switch `requires_grad` before they begin."""
         self._told = False
         steppers = self._rehearsed(module, batch)
+        everyones = [each.optimizer for each in self._optimizers]  # those that the first batch does not step, too
         self.steps = {
-            str(number): Step(loss=self._loss_of(number), optimizer=[each.optimizer for each in those])
+            str(number): Step(
+                loss=self._loss_of(number), optimizer=[each.optimizer for each in those], idle_optimizer=everyones
+            )
             for number, those in enumerate(steppers)
         }
 

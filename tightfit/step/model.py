@@ -79,8 +79,9 @@ def give_gradients(*modules: torch.nn.Module, to: Iterable[torch.Tensor] | None 
     """
     below = [part for module in modules for part in module.modules()]
     sparse = {id(module.weight) for module in below if getattr(module, "sparse", False) is True}
-    for parameter in (p for module in modules for p in module.parameters()) if to is None else to:
-        if not parameter.requires_grad or parameter.grad is not None:
+    everything = (p for module in modules for p in module.parameters() if p.requires_grad)
+    for parameter in everything if to is None else to:
+        if parameter.grad is not None:
             continue
         if id(parameter) in sparse:
             parameter.grad = torch.sparse_coo_tensor(

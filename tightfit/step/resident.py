@@ -2,6 +2,7 @@
 
 A model's parameters that require gradients hold them all the time.  A model beside others that no optimizer trains (a
 moving average, a teacher), and what only the loss reaches (a discriminator), may never get any: a backward tells.
+Where steps take turns, those that are frozen for the turn of others hold theirs meanwhile, and their optimizer's state.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from tightfit.step.models import ModelSet
 class Gradients:
     """Know which parameters hold gradients during the whole step, and learn it from backwards."""
 
-    def __init__(self, untrained: Iterable[str] = ()) -> None:
-        """`untrained`: names of the model's parameters that may never get any."""
+    def __init__(self, untrained: Iterable[str] = (), *, take_turns: bool = False) -> None:
+        """Begin without any.
+
+        Args:
+            untrained: names of the model's parameters that may never get any.
+            take_turns: steps of other optimizers or losses come between, for which parameters may be frozen.
+        """
         self._untrained = set(untrained)
+        self._take_turns = take_turns
+        self._trained: set[str] = set()
+        """Names of those that required gradients in some turn."""
         self._of_reached: set[int] = set()
 
     @property
@@ -34,8 +43,12 @@ class Gradients:
     def give(self, model: torch.nn.Module, reached: Sequence[Any] = ()) -> list[torch.Tensor]:
         """Make zero gradients where there are none yet and there will be; return the parameters that got one."""
         self.learn(model, reached)
-        own = [parameter for name, parameter in model.named_parameters() if name not in self._untrained]
-        without: list[torch.Tensor] = [tensor for tensor in own if tensor.requires_grad and tensor.grad is None]
+        own = {name: each for name, each in model.named_parameters() if name not in self._untrained}
+        trained = {name for name, parameter in own.items() if parameter.requires_grad}
+        if self._take_turns:
+            trained |= self._trained
+            self._trained = trained
+        without: list[torch.Tensor] = [each for name, each in own.items() if name in trained and each.grad is None]
         without += self.lacking(reached)
         give_gradients(model, *(thing for thing in reached if isinstance(thing, torch.nn.Module)), to=without)
         return without

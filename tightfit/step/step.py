@@ -90,7 +90,8 @@ class Step:
 
     def starting(self, model: torch.nn.Module) -> Step:
         """Return the step for a model (or `ModelSet`) of which no backward was seen yet."""
-        return replace(self, gradients=Gradients(untrained(model, self.all_optimizers)))
+        take_turns = bool(self.other_losses) or len(self.all_optimizers) > len(self.optimizers)
+        return replace(self, gradients=Gradients(untrained(model, self.all_optimizers), take_turns=take_turns))
 
     def reached(self, model: torch.nn.Module) -> tuple[Any, ...]:
         """Return the modules, tensors and generators that only losses reach: its own, and those that take turns."""
