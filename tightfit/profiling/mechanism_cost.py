@@ -39,6 +39,7 @@ from tightfit.replay.executors.module import ModuleCall
 from tightfit.replay.installed import Installed
 from tightfit.replay.recipe import ResolvedRecipe
 from tightfit.replay.statistics import Statistics
+from tightfit.step.open_autocast import without_open_autocast
 from tightfit.step.own_steps import own_steps
 from tightfit.step.snapshot import RandomState
 
@@ -118,7 +119,7 @@ def _remembered(name: str, device: torch.device, cache: CostCache, between: _Bet
     watch = Stopwatch()
     try:
         # Its backwards are no step of the user's, and an open autocast is not the model's.
-        with own_steps(), torch.enable_grad(), device_for(device).autocast(None):
+        with own_steps(), torch.enable_grad(), without_open_autocast(device):
             alone = _measure_alone(device)
             mode_ms, tape_ms, replay_ms, around = _measure_tape(device, between, alone)
             overhead = Overhead(
@@ -247,9 +248,9 @@ def _measure_plain(device: torch.device, alone: _Alone) -> tuple[float, float]:
 class _Around:
     """What the host does around the operations of a planned step: in it all, in each region, in each that is taped."""
 
-    step_ms: float = 0.0
-    untouched_ms: float = 0.0
-    region_ms: float = 0.0
+    step_ms: float
+    untouched_ms: float
+    region_ms: float
 
 
 def _measure_tape(device: torch.device, between: _Between, alone: _Alone) -> tuple[float, float, float, _Around]:

@@ -38,8 +38,8 @@ def as_it_runs_now(step: Step, model: torch.nn.Module) -> Step:
     return _InOpenAutocast(**{**settings, "autocast": ambient})
 
 
-def without_open_autocast(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """Close the autocast context that is open, if one is.
+def without_open_autocast(model: torch.nn.Module | torch.device) -> AbstractContextManager[object]:
+    """Close the autocast context that is open for a model, or on a device, if one is.
 
     Only then: inside any open context, be it a disabled one, the model's own contexts do not forget at their end the
     weights that they have cast, and the step that is measured would run other operations than the user's.
